@@ -1,0 +1,59 @@
+"""Progress of long work, shown by whoever wants to: silent in a library, bars in the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One piece of long work under way."""
+
+    def advance(self, amount: float = 1) -> None:
+        """Adds to what is done."""
+
+    def note(self, text: str) -> None:
+        """A short word beside the bar, e.g. the current loss."""
+
+    def close(self) -> None:
+        """The work has ended, well or not."""
+
+
+class _Silent:
+    def advance(self, amount: float = 1) -> None:
+        del amount
+
+    def note(self, text: str) -> None:
+        del text
+
+    def close(self) -> None:
+        pass
+
+
+Display = Callable[[str, float, str, float], Task]
+"""(name, total, unit, done at the start) -> a Task"""
+
+
+def _silent(name: str, total: float, unit: str, done: float) -> Task:
+    del name, total, unit, done
+    return _Silent()
+
+
+_display: Display = _silent
+
+
+def set_display(display: Display | None) -> None:
+    """Installs who shows progress; None silences it."""
+    global _display
+    _display = display or _silent
+
+
+@contextmanager
+def task(name: str, *, total: float, unit: str = "", done: float = 0) -> Iterator[Task]:
+    """Announces long work: ``with task("harvest", total=n, unit="tokens") as t: t.advance(k)``."""
+    shown = _display(name, total, unit, done)
+    try:
+        yield shown
+    finally:
+        shown.close()

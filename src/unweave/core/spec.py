@@ -1,0 +1,204 @@
+"""Specs: what was asked, as frozen dataclasses that are strict about what they accept.
+
+A Spec is made from a dict or a YAML/TOML file; an unknown key is an error with a suggestion, a wrong type is an error
+that names the field. Its digest covers the fields that can change the result, so that equal questions share a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from unweave.core.errors import UnweaveError
+
+
+def operational(default: Any) -> Any:
+    """A field that says how to work, not what to find: it cannot change the result and stays out of the digest."""
+    return field(default=default, metadata={"result": False})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Base of every spec. Subclasses are frozen, keyword-only dataclasses with a docstring under each field."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "") -> Self:
+        """A spec from plain values. Raises UnweaveError for unknown or missing keys and values of a wrong type."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in fields:
+                close = difflib.get_close_matches(str(key), fields, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise UnweaveError(
+                    f"{cls.__name__} has no field {key!r}", where=where, remedy=f"{hint}fields: {', '.join(fields)}"
+                )
+        hints = typing.get_type_hints(cls)
+        made: dict[str, Any] = {}
+        for name, f in fields.items():
+            if name in values:
+                made[name] = _coerce(values[name], hints[name], f"{where}.{name}" if where else name)
+            elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise UnweaveError(f"{cls.__name__} needs {name!r}", where=where, remedy=f"give a value for {name!r}")
+        return cls(**made)
+
+    @classmethod
+    def from_file(cls, path: Path | None, overrides: Mapping[str, Any] | None = None) -> Self:
+        """A spec from a YAML or TOML file (None: defaults), with overrides by dotted name on top."""
+        values = read_mapping(path) if path is not None else {}
+        for dotted, value in (overrides or {}).items():
+            inner = values
+            *parents, last = dotted.split(".")
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+                if not isinstance(inner, dict):
+                    raise UnweaveError(f"{parent!r} is not a group of fields", where=dotted)
+            inner[last] = value
+        return cls.from_dict(values, where=str(path) if path else "")
+
+    def to_dict(self, *, result_only: bool = False) -> dict[str, Any]:
+        """Plain values, ready for JSON; ``from_dict`` of it is equal. ``result_only`` leaves operational fields out."""
+        return {
+            f.name: _plain(getattr(self, f.name), result_only)
+            for f in dataclasses.fields(self)
+            if not result_only or f.metadata.get("result", True)
+        }
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits over every field that can change the result."""
+        return digest({type(self).__name__: self.to_dict(result_only=True)})
+
+
+def digest(value: Any) -> str:
+    """Twelve hexadecimal digits of a JSON-able value."""
+    text = json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or TOML file. Raises UnweaveError when it is missing or malformed."""
+    path = Path(path)
+    if not path.is_file():
+        raise UnweaveError("no such configuration file", where=str(path), remedy="give the path of a YAML or TOML file")
+    try:
+        if path.suffix == ".toml":
+            import tomllib
+
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix in (".yaml", ".yml", ".json"):
+            import yaml
+
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        else:
+            raise UnweaveError("unknown configuration format", where=str(path), remedy="use .yaml, .yml or .toml")
+    except (ValueError, OSError) as error:
+        raise UnweaveError(f"cannot read it: {error}", where=str(path), remedy="mend the file") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise UnweaveError(f"malformed YAML: {error}", where=str(path), remedy="mend the file") from error
+        raise
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UnweaveError("the file does not hold named fields", where=str(path), remedy="write `field: value` lines")
+    return values
+
+
+def _plain(value: Any, result_only: bool) -> Any:
+    if isinstance(value, Spec):
+        return value.to_dict(result_only=result_only)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, result_only) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, result_only) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _wrong(value: Any, wanted: str, where: str) -> UnweaveError:
+    return UnweaveError(f"{value!r} is not {wanted}", where=where, remedy=f"give {wanted}")
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as the type ``hint`` asks for; only conversions that lose nothing."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _coerce_union(value, args, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise _wrong(value, "one of " + ", ".join(map(repr, args)), where)
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            value = [value]  # a single value where a list is asked for
+        if not args[1:] or args[1] is not Ellipsis:
+            if len(value) != len(args):
+                raise _wrong(value, f"a list of {len(args)} values", where)
+            return tuple(_coerce(v, a, where) for v, a in zip(value, args, strict=True))
+        return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise _wrong(value, "a mapping", where)
+        return {_coerce(k, args[0], where): _coerce(v, args[1], f"{where}.{k}") for k, v in value.items()}
+    if isinstance(hint, type) and issubclass(hint, Spec):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, Mapping):
+            raise _wrong(value, "a group of fields", where)
+        return hint.from_dict(value, where=where)
+    return _coerce_scalar(value, hint, where)
+
+
+def _coerce_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    if isinstance(value, str) and value.lower() in ("none", "null") and type(None) in options:
+        return None
+    first: UnweaveError | None = None
+    for option in options:
+        if option is type(None):
+            continue
+        try:
+            return _coerce(value, option, where)
+        except UnweaveError as error:
+            first = first or error
+    raise first or _wrong(value, "none", where)
+
+
+def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
+    """Strings from a command line become the number or truth value that the field asks for."""
+    if hint is bool:
+        if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no"):
+            return value.lower() in ("true", "yes")
+        if not isinstance(value, bool):
+            raise _wrong(value, "true or false", where)
+        return value
+    if hint in (int, float):
+        wanted = "a whole number" if hint is int else "a number"
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise _wrong(value, wanted, where)
+        try:
+            number = float(value.replace("_", "")) if isinstance(value, str) else value
+        except ValueError:
+            raise _wrong(value, wanted, where) from None
+        if not math.isfinite(number) or (hint is int and number != int(number)):
+            raise _wrong(value, wanted, where)
+        return hint(number)
+    if hint is str:
+        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+            raise _wrong(value, "text", where)
+        return str(value)
+    if hint is Path:
+        if not isinstance(value, (str, Path)):
+            raise _wrong(value, "a path", where)
+        return Path(value)
+    raise TypeError(f"{where}: specs do not support the type {hint!r}")
