@@ -1,0 +1,44 @@
+"""Which tokens count: the policy that a training run states, that its SAE carries, and that every later use follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from unweave.core.errors import UnweaveError
+
+
+@dataclass(frozen=True)
+class TokenPolicy:
+    """Tokens that an SAE was trained on, and outside of which its latents mean nothing.
+
+    Padding never counts. Tokens with an id in ``exclude_ids`` (the special tokens, usually) do not count, nor do norm
+    outliers such as attention sinks, whose activation is longer than ``max_norm`` (trap 7): they would swamp the loss,
+    and editing them breaks the model.
+    """
+
+    exclude_ids: tuple[int, ...] = ()
+    max_norm: float | None = None
+
+    def keep(self, x: Tensor, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """True at the tokens that count, bool [...], for activations x [..., D], ids and mask [...]."""
+        kept = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
+        if self.exclude_ids:
+            if ids is None:
+                raise UnweaveError("this policy excludes token ids, but none were given", remedy="pass ids=")
+            for excluded in self.exclude_ids:  # a handful: quicker than torch.isin on small batches
+                kept = kept & (ids != excluded)
+        if self.max_norm is not None:
+            kept = kept & (x.norm(dim=-1) <= self.max_norm)
+        return kept
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"exclude_ids": list(self.exclude_ids), "max_norm": self.max_norm}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        limit = values.get("max_norm")
+        return cls(tuple(int(i) for i in values.get("exclude_ids", ())), None if limit is None else float(limit))

@@ -1,0 +1,290 @@
+"""From stored tokens to mixed batches of activations, at many sites from one forward pass.
+
+1. ``ActivationSource`` cuts the token store into chunks of whole rows and runs each through the model once, stopping at
+   the last site that is asked for. Padding and excluded ids never reach its output. With a cache folder a chunk that was
+   computed is kept on disk, so later epochs and interrupted runs do not compute it again.
+2. ``calibrate`` looks at the norms of the first chunks and fixes, per site, above which norm a token is an outlier.
+3. ``MixingBuffer`` holds the tokens of many chunks, serves half of them in random order, and refills. Its state is a list
+   of indices, so that a checkpoint is small and the stream goes on exactly where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unweave.core.errors import UnweaveError
+from unweave.core.progress import task
+from unweave.core.run import atomic_write
+from unweave.core.site import Site
+from unweave.data.policy import TokenPolicy
+from unweave.data.tokens import TokenStore
+from unweave.lm.model import LM
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Activations of counted tokens: x[site] float32 [n, D], and where each lies in the token store, int64 [n]."""
+
+    x: dict[Site, Tensor]
+    where: Tensor
+
+
+class ActivationSource:
+    """Chunks of activations of a token store, in a fixed order, from the model or from the cache.
+
+    ``chunk_tokens`` is about how many tokens a chunk holds (whole rows), ``batch_tokens`` about how many go through the
+    model at once. The chunks do not depend on ``batch_tokens``.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        store: TokenStore,
+        sites: Sequence[Site],
+        *,
+        chunk_tokens: int = 16384,
+        batch_tokens: int = 2048,
+        exclude_ids: Sequence[int] = (),
+        cache: Path | None = None,
+    ) -> None:
+        if not sites:
+            raise UnweaveError("no site was named", remedy="name at least one, e.g. resid_post.9")
+        self.lm, self.store = lm, store
+        self.sites = sorted({lm.site(site) for site in sites})
+        if any(site.point == "path" for site in self.sites):
+            raise UnweaveError("activations of module paths cannot be harvested", remedy="use a named site")
+        self.exclude_ids = tuple(exclude_ids)
+        self.batch_tokens, self.cache = batch_tokens, cache
+        ends = torch.from_numpy(store.starts[1:].astype("int64"))
+        self._bounds = torch.unique_consecutive((ends - 1) // chunk_tokens, return_counts=True)[1].cumsum(0).tolist()
+
+    @property
+    def n_chunks(self) -> int:
+        return len(self._bounds)
+
+    def rows_of(self, index: int) -> range:
+        """The rows of the token store that chunk ``index`` holds."""
+        return range(self._bounds[index - 1] if index else 0, self._bounds[index])
+
+    def chunk(self, index: int) -> Chunk:
+        """Chunk ``index``: read from the cache where it is there, computed (and cached) otherwise."""
+        if self.cache is None:
+            return self._harvest(index)
+        path = self.cache / f"{index:05d}.safetensors"
+        if not path.exists():
+            chunk = self._harvest(index)
+            self._store(path, chunk)
+            return chunk
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+        return Chunk({site: tensors[str(site)] for site in self.sites}, tensors["where"])
+
+    def _store(self, path: Path, chunk: Chunk) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {str(site): x.contiguous() for site, x in chunk.x.items()}
+        with atomic_write(path) as temporary:
+            save_file(tensors | {"where": chunk.where}, temporary)
+
+    def _batches(self, rows: range) -> list[list[int]]:
+        """Rows of like length together, so that little padding is computed."""
+        starts = self.store.starts
+        batches: list[list[int]] = []
+        longest = 0
+        for row in sorted(rows, key=lambda r: int(starts[r + 1] - starts[r]), reverse=True):
+            if not batches or (len(batches[-1]) + 1) * longest > self.batch_tokens:
+                batches.append([])
+                longest = int(starts[row + 1] - starts[row])
+            batches[-1].append(row)
+        return batches
+
+    def _harvest(self, index: int) -> Chunk:
+        """Trap 1, 2: what counts is decided by mask and id, whatever the padding side; padding never counts."""
+        counted = TokenPolicy(self.exclude_ids)
+        parts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        places = []
+        for rows in self._batches(self.rows_of(index)):
+            tokens, where = self.store.batch(rows, self.lm.pad_id)
+            with self.lm.taps(read=self.sites, stop=self.sites[-1]) as seen:
+                self.lm(tokens)
+            kept = counted.keep(seen[self.sites[0]], tokens.ids, tokens.mask)
+            places.append(where[kept])
+            for site in self.sites:
+                x = seen[site][kept.to(seen[site].device)].float().cpu()
+                self._refuse_nan(x, site, where[kept])
+                parts[site].append(x)
+        where = torch.cat(places)
+        order = where.argsort()
+        return Chunk({site: torch.cat(xs)[order] for site, xs in parts.items()}, where[order])
+
+    def _refuse_nan(self, x: Tensor, site: Site, where: Tensor) -> None:
+        finite = torch.isfinite(x).all(-1)
+        if not bool(finite.all()):
+            token = int(where[~finite][0])
+            row = int((torch.from_numpy(self.store.starts[1:].astype("int64")) <= token).sum())
+            raise UnweaveError(
+                f"{int((~finite).sum())} activations are NaN or infinite",
+                where=f"{site}, row {row} of the token store (document {int(self.store.documents[row])})",
+                remedy="load the model in float32 or bfloat16, or leave that document out",
+            )
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The norms of activations at a site before training, over counted tokens."""
+
+    tokens: int
+    median: float
+    quantiles: dict[str, float]
+    gamma: float
+    """||mean|| / ||standard deviation||: far above 1, many latents die early unless the mean is taken off (trap 7)"""
+    max_norm: float | None
+    outliers: int
+
+
+def calibrate(source: ActivationSource, ratio: float | None, tokens: int = 32768) -> dict[Site, Norms]:
+    """Norm quantiles, gamma and the outlier limit ``ratio`` x median (None: none), from the first chunks (trap 7)."""
+    parts: dict[Site, list[Tensor]] = {site: [] for site in source.sites}
+    count = 0
+    for index in range(source.n_chunks):
+        chunk = source.chunk(index)
+        count += len(chunk.where)
+        for site, x in chunk.x.items():
+            parts[site].append(x)
+        if count >= tokens:
+            break
+    if count == 0:
+        raise UnweaveError("no token is left to count", remedy="give more text, or exclude fewer token ids")
+    return {site: _norms(torch.cat(xs), ratio) for site, xs in parts.items()}
+
+
+def _norms(x: Tensor, ratio: float | None) -> Norms:
+    norms = x.norm(dim=-1)
+    median = float(norms.median())
+    limit = None if ratio is None else ratio * median
+    inside = x if limit is None else x[norms <= limit]
+    spread = float(inside.var(dim=0).sum().sqrt()) if len(inside) > 1 else 0.0
+    quantiles = {str(q): float(norms.quantile(q)) for q in (0.01, 0.25, 0.75, 0.99)} | {"max": float(norms.max())}
+    gamma = float(inside.mean(0).norm()) / spread if spread > 0 else 0.0
+    return Norms(len(x), median, quantiles, gamma, limit, len(x) - len(inside))
+
+
+def norms_to_dict(norms: Norms) -> dict[str, Any]:
+    """Plain values for a log or a result."""
+    return asdict(norms)
+
+
+class MixingBuffer:
+    """Endless random batches {site: [batch, D]} over the chunks of a source, many epochs long.
+
+    Holds about ``capacity`` tokens; when half are served it takes in the next chunks, whose order is drawn anew in every
+    epoch. A token that is a norm outlier at any of the sites is left out at all of them. The same seed gives the same
+    batches; ``state_dict`` holds indices and the generator, and loading it continues exactly.
+    """
+
+    def __init__(
+        self, source: ActivationSource, *, batch: int, capacity: int, seed: int, policies: dict[Site, TokenPolicy]
+    ) -> None:
+        if capacity < 2 * batch:
+            raise UnweaveError(
+                f"a mixing buffer of {capacity} tokens cannot serve batches of {batch}",
+                remedy=f"use at least {2 * batch}",
+            )
+        self.source, self.batch, self.capacity, self.policies = source, batch, capacity, policies
+        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self.epoch, self.position = 0, 0  # the next chunk is the position-th of this epoch's order
+        self.outliers = 0
+        self._rows = torch.zeros(0, 2, dtype=torch.int64)  # chunk and row of each token in the pool
+        self._order = torch.zeros(0, dtype=torch.int64)
+        self._cursor = 0
+        self._pool: dict[Site, Tensor] = {}
+
+    def _filtered(self, index: int) -> tuple[dict[Site, Tensor], int]:
+        chunk = self.source.chunk(index)
+        kept = torch.ones(len(chunk.where), dtype=torch.bool)
+        for site, x in chunk.x.items():
+            limit = self.policies[site].max_norm
+            kept &= TokenPolicy(max_norm=limit).keep(x)
+        dropped = len(kept) - int(kept.sum())
+        return ({site: x[kept] for site, x in chunk.x.items()} if dropped else chunk.x), dropped
+
+    def _next_chunk(self) -> int:
+        if self.position == self.source.n_chunks:
+            self.epoch, self.position = self.epoch + 1, 0
+        shuffled = torch.randperm(
+            self.source.n_chunks, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        )
+        self.position += 1
+        return int(shuffled[self.position - 1])
+
+    def _refill(self) -> None:
+        unserved = self._order[self._cursor :]
+        rows = [self._rows[unserved]]
+        pools = {site: [x[unserved]] for site, x in self._pool.items()} or {site: [] for site in self.source.sites}
+        held, taken = len(unserved), 0
+        while held < self.capacity and taken < self.source.n_chunks:
+            index = self._next_chunk()
+            x, dropped = self._filtered(index)
+            count = len(next(iter(x.values())))
+            self.outliers += dropped
+            rows.append(torch.stack([torch.full((count,), index), torch.arange(count)], 1))
+            for site in self.source.sites:
+                pools[site].append(x[site])
+            held, taken = held + count, taken + 1
+        if held < self.batch:
+            raise UnweaveError(
+                f"the text has {held} tokens that count, fewer than one batch of {self.batch}",
+                remedy="give more text or a smaller batch",
+            )
+        self._rows = torch.cat(rows)
+        self._pool = {site: torch.cat(xs) for site, xs in pools.items()}
+        self._order = torch.randperm(held, generator=self.generator)
+        self._cursor = 0
+
+    def next(self) -> dict[Site, Tensor]:
+        """The next batch, {site: float32 [batch, D]}."""
+        if len(self._order) - self._cursor < max(self.batch, len(self._order) // 2):
+            self._refill()
+        chosen = self._order[self._cursor : self._cursor + self.batch]
+        self._cursor += self.batch
+        return {site: x[chosen] for site, x in self._pool.items()}
+
+    def peek(self, n: int) -> dict[Site, Tensor]:
+        """Up to n of the tokens that are next, without taking them: to initialise from."""
+        if not len(self._order):
+            self._refill()
+        chosen = self._order[self._cursor : self._cursor + n]
+        return {site: x[chosen] for site, x in self._pool.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the stream is; a few integers per token in the pool."""
+        counters = torch.tensor([self.epoch, self.position, self._cursor, self.outliers])
+        rows = self._rows.int()
+        state = {"counters": counters, "rows": rows, "order": self._order.int()}
+        return state | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continues where ``state`` was taken; its tokens are read again from the source."""
+        self.epoch, self.position, self._cursor, self.outliers = (int(v) for v in state["counters"])
+        self._rows, self._order = state["rows"].long(), state["order"].long()
+        self.generator.set_state(state["generator"])
+        self._pool = {}
+        if not len(self._rows):
+            return
+        with task("restore the mixing buffer", total=len(self._rows), unit="tokens") as progress:
+            for index in self._rows[:, 0].unique().tolist():
+                x, _ = self._filtered(index)
+                places = (self._rows[:, 0] == index).nonzero().squeeze(1)
+                for site in self.source.sites:
+                    if site not in self._pool:
+                        self._pool[site] = x[site].new_empty(len(self._rows), x[site].shape[1])
+                    self._pool[site][places] = x[site][self._rows[places, 1]]
+                progress.advance(len(places))

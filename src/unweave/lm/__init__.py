@@ -1,0 +1,1 @@
+"""A Hugging Face causal language model: loading, sites, taps, chat roles, generation."""

@@ -1,0 +1,183 @@
+"""Where each model family keeps each site, and the check that confirms it.
+
+1. ``FAMILIES`` says, for each supported ``model_type``, which module's input or output is which point.
+2. ``Layout`` resolves a Site to that module in a given model, or refuses with what exists.
+3. ``check`` runs a few tokens and confirms ``resid_pre + attn_add + mlp_add == resid_post`` in every block, so that a
+   model whose code differs from the table is refused instead of read wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from unweave.core.errors import UnweaveError
+from unweave.core.site import LAYER_POINTS, MODEL_POINTS, Site
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module paths of one family: the first three from the model, the others from a block."""
+
+    blocks: str
+    final_norm: str
+    attn: str
+    heads: str
+    """the output projection of attention, whose input is the concatenated heads"""
+    mlp: str
+    act: str
+    """the down projection of the MLP, whose input is its hidden activation"""
+    attn_add: str
+    """the module whose output attention adds to the residual stream: a post-norm where there is one"""
+    mlp_add: str
+    mid: str
+    """the module whose input is the residual stream between attention and MLP"""
+
+
+_LLAMA = Family(
+    blocks="model.layers",
+    final_norm="model.norm",
+    attn="self_attn",
+    heads="self_attn.o_proj",
+    mlp="mlp",
+    act="mlp.down_proj",
+    attn_add="self_attn",
+    mlp_add="mlp",
+    mid="post_attention_layernorm",
+)
+_GEMMA2 = replace(
+    _LLAMA,
+    attn_add="post_attention_layernorm",
+    mlp_add="post_feedforward_layernorm",
+    mid="pre_feedforward_layernorm",
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+    "phi3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+    "olmo2": replace(_GEMMA2, mid="mlp"),
+    "gpt2": Family(
+        blocks="transformer.h",
+        final_norm="transformer.ln_f",
+        attn="attn",
+        heads="attn.c_proj",
+        mlp="mlp",
+        act="mlp.c_proj",
+        attn_add="attn",
+        mlp_add="mlp",
+        mid="ln_2",
+    ),
+    "gpt_neox": Family(
+        blocks="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        attn="attention",
+        heads="attention.dense",
+        mlp="mlp",
+        act="mlp.dense_4h_to_h",
+        attn_add="attention",
+        mlp_add="mlp",
+        mid="post_attention_layernorm",
+    ),
+}
+"""By ``config.model_type``."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """The input or the output of one module."""
+
+    module: nn.Module
+    side: Literal["in", "out"]
+
+
+class Layout:
+    """Resolves sites in one model. Raises UnweaveError for a family that is not known."""
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.config
+        family = FAMILIES.get(config.model_type)
+        if family is None:
+            raise UnweaveError(
+                f"no layout is known for the model family {config.model_type!r}",
+                remedy=f"known families: {', '.join(FAMILIES)}; add one to FAMILIES in lm/layout.py",
+            )
+        self.model, self.family = model, family
+        self.blocks = list(model.get_submodule(family.blocks).children())
+        self.parallel = bool(getattr(config, "use_parallel_residual", False))
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    def points(self) -> list[str]:
+        """The points that each block of this model has."""
+        return [p for p in LAYER_POINTS if not (p == "resid_mid" and self.parallel)]
+
+    def sites(self) -> Iterator[Site]:
+        """Every named site in execution order; module paths exist besides."""
+        yield Site("embed")
+        for layer in range(self.n_layers):
+            for point in self.points():
+                yield Site(point, layer)
+        yield Site("final_norm")
+        yield Site("logits")
+
+    def tap(self, site: Site) -> Tap:
+        """The module and side that hold a site. Raises UnweaveError when this model has no such site."""
+        family = self.family
+        if site.point == "path":
+            return self._path(site)
+        if site.point in MODEL_POINTS:
+            match site.point:
+                case "embed":
+                    return Tap(self.model.get_input_embeddings(), "out")  # type: ignore[operator]
+                case "final_norm":
+                    return Tap(self.model.get_submodule(family.final_norm), "out")
+                case _:
+                    return Tap(self.model.get_output_embeddings(), "out")  # type: ignore[operator]
+        if site.layer is None or site.layer >= self.n_layers:
+            raise UnweaveError(
+                f"site {site} does not exist in this model",
+                remedy=f"its layers are 0 to {self.n_layers - 1}",
+            )
+        if site.point not in self.points():
+            raise UnweaveError(
+                f"site {site} does not exist in this model: it adds attention and MLP in parallel",
+                remedy=f"use one of {', '.join(self.points())}",
+            )
+        block = self.blocks[site.layer]
+        where: dict[str, tuple[str, Literal["in", "out"]]] = {
+            "resid_pre": ("", "in"),
+            "attn_in": (family.attn, "in"),
+            "attn_heads": (family.heads, "in"),
+            "attn_out": (family.attn, "out"),
+            "attn_add": (family.attn_add, "out"),
+            "resid_mid": (family.mid, "in"),
+            "mlp_in": (family.mlp, "in"),
+            "mlp_act": (family.act, "in"),
+            "mlp_out": (family.mlp, "out"),
+            "mlp_add": (family.mlp_add, "out"),
+            "resid_post": ("", "out"),
+        }
+        path, side = where[site.point]
+        return Tap(block.get_submodule(path) if path else block, side)
+
+    def _path(self, site: Site) -> Tap:
+        path, _, side = site.path.partition("@")
+        try:
+            return Tap(self.model.get_submodule(path), "in" if side else "out")
+        except AttributeError:
+            raise UnweaveError(
+                f"site {site} does not exist: the model has no module {path!r}",
+                remedy="see [name for name, _ in lm.model.named_modules()]",
+            ) from None

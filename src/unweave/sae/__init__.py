@@ -1,0 +1,1 @@
+"""Sparse autoencoders: inference, training, formats, edits, attribution, records."""
