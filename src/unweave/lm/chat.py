@@ -1,0 +1,252 @@
+"""Text and conversations as token ids with a role for every token.
+
+A conversation is rendered to one string by the tokenizer's own chat template and tokenised once, without adding
+special tokens again (the template has written its own). Which stretch of the string is which message's content is
+found by rendering the same roles with marker texts: the pieces between the markers are the template's, whatever the
+contents say. A token wholly inside a content gets that message's role; everything else is SPECIAL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from unweave.core.errors import UnweaveError
+
+
+class Role(IntEnum):
+    """What a token is part of; stored as one byte per token."""
+
+    SPECIAL = 0
+    """Template text and special tokens."""
+    SYSTEM = 1
+    USER = 2
+    ASSISTANT = 3
+    TEXT = 4
+    """Plain text outside any conversation."""
+    PAD = 5
+
+
+_ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
+
+Message = Mapping[str, Any]
+"""``{"role": "system" | "user" | "assistant", "content": text}``"""
+
+
+class _Span(NamedTuple):
+    start: int
+    end: int
+    role: Role
+
+
+class _Known(NamedTuple):
+    """What was found out about one tokenizer, valid as long as its template stays the same."""
+
+    template: Any
+    default_system: tuple[str, str] | None
+    special_ids: frozenset[int]
+
+
+_known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False
+) -> tuple[list[int], list[int]]:
+    """One conversation as token ids and the role of each token (two lists of equal length).
+
+    Tokens of a message's content get its role, and so does a system prompt that the template inserts by itself;
+    template text and special tokens are SPECIAL. ``add_generation_prompt`` ends with the opening of an assistant turn.
+    Raises UnweaveError when the tokenizer has no chat template or gives no offsets, when a role is unknown or refused
+    by the template, or when a content does not appear in the rendering.
+    """
+    return render_many(tokenizer, [messages], add_generation_prompt=add_generation_prompt)[0]
+
+
+def render_many(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
+) -> list[tuple[list[int], list[int]]]:
+    """``render`` of several conversations, tokenised together, which is many times faster than one by one."""
+    if not conversations:
+        return []
+    _require_offsets(tokenizer)
+    rendered = [_locate(tokenizer, messages, add_generation_prompt) for messages in conversations]
+    texts = [text for text, _ in rendered]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    special = special_ids(tokenizer)
+    return [
+        (ids, _roles(ids, offsets, spans, special))
+        for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
+    ]
+
+
+def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Plain text as token ids and roles: what ``tokenizer(text)`` gives, special tokens included, BOS never doubled.
+
+    Special tokens are SPECIAL, everything else TEXT.
+    """
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    """``encode_text`` of several texts, tokenised together."""
+    if not texts:
+        return []
+    special = special_ids(tokenizer)
+    bos = tokenizer.bos_token_id
+    found = []
+    for ids in tokenizer(list(texts), verbose=False)["input_ids"]:
+        if bos is not None and ids[:2] == [bos, bos]:  # the text brought its own
+            ids = ids[1:]
+        found.append((ids, [Role.SPECIAL.value if i in special else Role.TEXT.value for i in ids]))
+    return found
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Every id that stands for no text: the named special tokens and those that the vocabulary marks as special."""
+    return _facts(tokenizer).special_ids
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer can render conversations."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def _require_offsets(tokenizer: Any) -> None:
+    if tokenizer is None or not has_template(tokenizer):
+        name = getattr(tokenizer, "name_or_path", "") or ""
+        raise UnweaveError(
+            "this tokenizer has no chat template, so it cannot render conversations",
+            where=str(name),
+            remedy="use an instruction-tuned model, give plain text, or set tokenizer.chat_template",
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnweaveError(
+            f"{type(tokenizer).__name__} does not say which characters a token covers",
+            remedy="use a fast tokenizer (one with a tokenizer.json file)",
+        )
+
+
+def _facts(tokenizer: Any) -> _Known:
+    template = getattr(tokenizer, "chat_template", None)
+    known = _known.get(tokenizer)
+    if known is None or known.template != template:
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        default = _default_system(tokenizer) if template else None
+        known = _known[tokenizer] = _Known(template, default, frozenset(special))
+    return known
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        roles = ", ".join(str(message.get("role")) for message in messages[:6]) + (", ..." if messages[6:] else "")
+        raise UnweaveError(
+            f"the chat template refuses a conversation with the roles {roles}: {error}",
+            remedy="start with a user message and let user and assistant take turns; some templates take no system",
+        ) from error
+
+
+def _marker(index: int) -> str:
+    """A text that no template writes, strips or changes."""
+    return f"Qj{index}Zx7{index}Wq"
+
+
+def _default_system(tokenizer: Any) -> tuple[str, str] | None:
+    """What the template writes before and as its own system prompt when a conversation brings none; None if nothing.
+
+    The rendering of (system S, user A) is prefix + S + suffix; if that of (user A) alone is prefix + X + suffix, then
+    X is the template's default.
+    """
+    system, user = _marker(0), _marker(1)
+    question = {"role": "user", "content": user}
+    try:
+        given = _apply(tokenizer, [{"role": "system", "content": system}, question], False)
+        bare = _apply(tokenizer, [question], False)
+    except UnweaveError:
+        return None  # a template that takes no system message, or none of this shape, has no default to mark
+    prefix, found, suffix = given.partition(system)
+    whole = len(prefix) + len(suffix)
+    if not found or len(bare) <= whole or not (bare.startswith(prefix) and bare.endswith(suffix)):
+        return None
+    return prefix, bare[len(prefix) : len(bare) - len(suffix)]
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise UnweaveError("a conversation has no messages", remedy="leave empty conversations out")
+    for index, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in _ROLES:
+            raise UnweaveError(f"message {index} has the role {role!r}", remedy=f"the roles are {', '.join(_ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise UnweaveError(
+                f"message {index} ({role}) has no text", remedy='every message needs "content" that is a string'
+            )
+
+
+def _locate(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[_Span]]:
+    """The rendered text and the stretches that are somebody's words, in order and disjoint."""
+    _check(messages)
+    text = _apply(tokenizer, messages, add_generation_prompt)
+    marked = [{"role": m["role"], "content": _marker(i)} for i, m in enumerate(messages)]
+    rest = _apply(tokenizer, marked, add_generation_prompt)
+    spans: list[_Span] = []
+    default = _facts(tokenizer).default_system
+    if default is not None and messages[0]["role"] != "system" and text.startswith(default[0] + default[1]):
+        spans.append(_Span(len(default[0]), len(default[0]) + len(default[1]), Role.SYSTEM))
+    at = 0
+    for index, message in enumerate(messages):
+        before, found, rest = rest.partition(_marker(index))
+        start, content = _content_at(text, at, before, message["content"])
+        if not found or start < 0:
+            raise UnweaveError(
+                f"the content of message {index} ({message['role']}) does not appear in the template's rendering",
+                remedy="the template drops or rewrites it; change the message or the template",
+            )
+        at = start + len(content)
+        spans.append(_Span(start, at, _ROLES[message["role"]]))
+    return text, spans
+
+
+def _content_at(text: str, at: int, before: str, content: str) -> tuple[int, str]:
+    """Where a content stands (-1: nowhere) after the template's ``before``, and how: whole, or stripped of blanks."""
+    start = at + len(before)
+    forms = (content, content.strip(), content.lstrip(), content.rstrip())
+    if text.startswith(before, at):
+        for form in forms:
+            if text.startswith(form, start):
+                return start, form
+    # The template's own words depend on what the messages say; then look for the content itself.
+    for form in forms:
+        if form and (found := text.find(form, at)) >= 0:
+            return found, form
+    return -1, content
+
+
+def _roles(
+    ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[_Span], special: frozenset[int]
+) -> list[int]:
+    """The role of each token from the characters it covers."""
+    roles = np.zeros(len(ids), dtype=np.int64)
+    if len(ids) and spans:
+        where = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        first, last = where[:, 0], where[:, 1]
+        starts, ends, kinds = (np.asarray(column) for column in zip(*spans, strict=True))
+        span = np.clip(np.searchsorted(starts, first, side="right") - 1, 0, None)
+        inside = (first >= starts[span]) & (last <= ends[span])
+        # Some tokenizers cut blanks off offsets; a token left with no characters must lie strictly inside.
+        inside &= (last > first) | ((first > starts[span]) & (last < ends[span]))
+        inside &= ~np.isin(np.asarray(ids), list(special))
+        roles[inside] = kinds[span][inside]
+    return roles.tolist()
