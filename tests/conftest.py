@@ -51,7 +51,7 @@ def _one_thread() -> None:
 
 
 def build_tiny(family: str, seed: int = 0, vocab_size: int = VOCAB) -> Any:
-    """A random Hugging Face causal LM of `family` in fp32, eval mode: 3 layers, d 32, 4 heads, vocabulary 97, 64 positions.
+    """A random Hugging Face causal LM of `family`, fp32, eval mode: 3 layers, d 32, 4 heads, 97 ids, 64 positions.
 
     Weights are larger than a fresh initialisation's and norms and biases are not at 1 and 0, so that attention is not
     uniform and a forgotten norm or bias changes the numbers.  The global random state is left as it was.
@@ -98,7 +98,7 @@ def build_tiny(family: str, seed: int = 0, vocab_size: int = VOCAB) -> Any:
 
 
 def build_tiny_tokenizer(add_bos: bool = False, chat_template: str | None = CHATML) -> Any:
-    """A fast character-level tokenizer of 97 ids (`<|im_start|>` 0 is BOS, `<|im_end|>` 1 is EOS, `<pad>` 2, `<unk>` 3).
+    """A fast character-level tokenizer of 97 ids: `<|im_start|>` 0 is BOS, `<|im_end|>` 1 EOS, `<pad>` 2, `<unk>` 3.
 
     `add_bos` makes `tokenizer(text)` put a BOS in front, as Llama's and Gemma's do; `chat_template=None` gives one
     that cannot chat.

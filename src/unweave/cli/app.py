@@ -1,0 +1,158 @@
+"""The entry point: parses, calls the command, and turns what went wrong into a clear word and an exit status.
+
+0 well; 2 something the user can mend (what, where, remedy); 1 our own fault (the traceback is saved to a file);
+130 interrupted: the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from cyclopts import App, CycloptsError
+
+import unweave
+from unweave.cli.models import HELP as MODELS_HELP
+from unweave.cli.models import models
+from unweave.cli.output import machine_stdout
+from unweave.cli.stages import STAGES
+from unweave.core.errors import UnweaveError, UnweaveWarning
+
+OUR_FAULT, USERS_MISTAKE, INTERRUPTED = 1, 2, 130
+
+_HELP = (
+    "Takes a language model apart into features, and puts it back together changed.\n\n"
+    "Start with 'unweave demo': ten minutes from a real model to a report. The other commands are its steps, for "
+    "your own model, data and site; 'unweave COMMAND --help' explains each."
+)
+
+
+def build_app() -> App:
+    """The command line's parser. Commands are made only when they are asked for."""
+    app = App(
+        name="unweave",
+        help=_HELP,
+        help_format="plaintext",
+        version=unweave.__version__,
+    )
+    for i, stage in enumerate(STAGES.values()):
+        home, usage = f"unweave.cli.stages:command_{stage.name}", f"Usage: unweave {stage.name} [CONFIG] [OPTIONS]"
+        app.command(home, name=stage.name, help=stage.help, usage=usage, sort_key=i)
+    app.command(models, name="models", help=MODELS_HELP, sort_key=len(STAGES))
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit status."""
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    machine = "--json" in tokens
+    quieten()
+    try:
+        if machine:
+            with machine_stdout():
+                _dispatch(tokens)
+        else:
+            _dispatch(tokens)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has had enough, as in `unweave models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except KeyboardInterrupt:
+        again = shlex.join(["unweave", *tokens])
+        _report(machine, "interrupted", "", f"the same command goes on where it was: {again}", INTERRUPTED)
+        return INTERRUPTED
+    except Exception as error:
+        known = as_user_error(error, tokens)
+        if known is None:
+            return _our_fault(error, tokens, machine)
+        _report(machine, known.what, known.where, known.remedy, USERS_MISTAKE)
+        return USERS_MISTAKE
+    return 0
+
+
+def _dispatch(tokens: list[str]) -> None:
+    command, bound, _ = build_app().parse_args(tokens, print_error=False, exit_on_error=False)
+    command(*bound.args, **bound.kwargs)
+
+
+def as_user_error(error: Exception, tokens: Sequence[str]) -> UnweaveError | None:
+    """The error as something the user can mend, or None if it is not."""
+    if isinstance(error, UnweaveError):
+        return error
+    if isinstance(error, CycloptsError):
+        asked = f"unweave {tokens[0]}" if tokens and tokens[0] in (*STAGES, "models") else "unweave"
+        return UnweaveError(str(error), where=asked, remedy=f"'{asked} --help' lists what there is")
+    if isinstance(error, OSError) and error.errno in _SYSTEM_REMEDIES:
+        what, remedy = _SYSTEM_REMEDIES[error.errno]
+        return UnweaveError(what, where=str(error.filename or ""), remedy=remedy)
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error).lower():
+        return UnweaveError(
+            f"not enough memory: {str(error).splitlines()[0] if str(error) else 'an allocation failed'}",
+            remedy="ask 'unweave doctor' with the same fields what the run needs; make batches smaller",
+        )
+    return None
+
+
+_SYSTEM_REMEDIES = {
+    errno.ENOSPC: ("the disk is full", "free some space or choose another --runs folder; what is finished is kept"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another --runs folder"),
+    errno.EACCES: ("permission denied", "make it readable and writable, or choose another --runs folder"),
+    errno.EPERM: ("permission denied", "make it readable and writable, or choose another --runs folder"),
+    errno.EROFS: ("the file system is read-only", "choose another --runs folder"),
+}
+
+
+def _our_fault(error: Exception, tokens: Sequence[str], machine: bool) -> int:
+    trace = "".join(traceback.format_exception(error))
+    if os.environ.get("UNWEAVE_DEBUG") == "1":
+        sys.stderr.write(trace)
+    remedy = "please report it with that file, or set UNWEAVE_DEBUG=1 to see it here"
+    try:
+        handle, path = tempfile.mkstemp(prefix="unweave-error-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(
+                f"unweave {unweave.__version__}, Python {sys.version.split()[0]}\n{shlex.join(tokens)}\n\n{trace}"
+            )
+    except OSError:
+        path, remedy = "", "set UNWEAVE_DEBUG=1 to see where it happened"
+    what = f"this is our fault, not yours: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    _report(machine, what.rstrip(": "), path, remedy, OUR_FAULT)
+    return OUR_FAULT
+
+
+def _report(machine: bool, what: str, where: str, remedy: str, status: int) -> None:
+    """On standard error, in words or as one JSON object."""
+    if machine:
+        import json
+
+        content = {"error": {"what": what, "where": where, "remedy": remedy, "status": status}}
+        print(json.dumps(content, ensure_ascii=False), file=sys.stderr)
+    elif status == INTERRUPTED:
+        print(f"{what}: {remedy}", file=sys.stderr)
+    else:
+        print(f"error: {UnweaveError(what, where=where, remedy=remedy)}", file=sys.stderr)
+
+
+def quieten() -> None:
+    """Our warnings in one line; the libraries' own chatter only where it was asked for by their variables."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.showwarning = _show_warning
+
+
+_python_shows = warnings.showwarning
+
+
+def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    if issubclass(category, UnweaveWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        _python_shows(message, category, filename, lineno, *rest)

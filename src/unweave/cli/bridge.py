@@ -1,0 +1,107 @@
+"""From a stage's Spec to a command: file and options in, a run directory and its result out.
+
+1. Every field of the Spec becomes an option under its dotted name; only options that were given are overrides.
+2. The Spec is made from the file with the overrides on top, as strictly as in the library.
+3. The stage runs under ``--runs``; what it found is printed as a table, or as JSON with ``--json``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from unweave.cli.fields import MISSING, Leaf, leaves
+from unweave.cli.output import show_json, show_outcome
+from unweave.cli.progress import show_progress
+from unweave.cli.stages import Stage
+from unweave.core.errors import UnweaveError
+
+_OPTIONAL = inspect.Parameter.KEYWORD_ONLY
+_COMMAND_GROUP = Group("Where and how", sort_key=0)
+_FIELD_GROUP = Group("Fields", sort_key=1)
+
+
+def stage_command(stage: Stage) -> Callable[..., None]:
+    """The command of a stage, with a signature and help made from its Spec."""
+    fields = list(leaves(stage.spec()))
+    groups: dict[str, Group] = {"": _FIELD_GROUP}
+    for leaf in fields:
+        if leaf.group not in groups:
+            groups[leaf.group] = Group(leaf.group, help=leaf.group_doc, sort_key=len(groups) + 1)
+    names = {_identifier(leaf): leaf for leaf in fields}
+
+    def command(*args: Any, **given: Any) -> None:
+        config, *_ = [*args, given.pop("config", None)]
+        runs, machine = given.pop("runs", None) or "runs", given.pop("json", None) or False
+        overrides = {names[key].name: _value(names[key], value) for key, value in given.items()}
+        execute(stage, Path(config) if config else None, overrides, Path(runs), machine)
+
+    command.__doc__ = stage.help
+    parameters = [*_common(), *(_parameter(leaf, groups[leaf.group]) for leaf in fields)]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+def execute(stage: Stage, config: Path | None, overrides: dict[str, Any], runs: Path, machine: bool) -> None:
+    """Makes the Spec, runs the stage and shows the outcome."""
+    spec = stage.spec().from_file(config, overrides)
+    with show_progress(machine):
+        outcome = stage.run(spec, runs)
+    show = show_json if machine else show_outcome
+    show(stage.name, outcome)
+
+
+def _common() -> list[inspect.Parameter]:
+    def option(name: str, hint: Any, text: str, kind: Any = _OPTIONAL, default: str | bool = False) -> Any:
+        about = Parameter(help=text, group=_COMMAND_GROUP, show_default=default, negative=())
+        return inspect.Parameter(name, kind, default=None, annotation=Annotated[hint, about])
+
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [
+        option("config", Path | None, "A YAML or TOML file with any of the fields below.", positional),
+        option("runs", Path | None, "Where run directories are made and found again.", default="runs"),
+        option("json", bool | None, "Print one JSON object for machines, and nothing else, to standard output."),
+    ]
+
+
+def _identifier(leaf: Leaf) -> str:
+    return leaf.name.replace(".", "__")
+
+
+def _parameter(leaf: Leaf, group: Group) -> inspect.Parameter:
+    hint: Any = bool | None if leaf.is_flag else list[str] | None if leaf.is_list else str | None
+    about = Parameter(
+        name=f"--{leaf.name}",
+        help=leaf.doc + (" [must be given]" if leaf.default is MISSING else ""),
+        group=group,
+        metavar=None if leaf.is_flag else leaf.metavar,
+        negative=None if leaf.is_flag else (),
+        show_default=leaf.shown_default or False,
+        consume_multiple=True if leaf.is_list else None,
+    )
+    return inspect.Parameter(_identifier(leaf), _OPTIONAL, default=None, annotation=Annotated[hint, about])
+
+
+def _value(leaf: Leaf, given: Any) -> Any:
+    """What was typed, as plain values; the Spec converts and checks them. ``[...]`` and ``{...}`` are read as YAML."""
+    if isinstance(given, list):
+        if not given:
+            raise UnweaveError(f"--{leaf.name} needs a value", where=f"--{leaf.name}", remedy=f"give {leaf.metavar}")
+        values = [_value(leaf, one) for one in given]
+        return values[0] if len(values) == 1 and isinstance(values[0], (list, dict)) else values
+    if isinstance(given, str) and leaf.is_list and given[:1] in ("[", "{"):
+        import yaml
+
+        try:
+            return yaml.safe_load(given)
+        except yaml.YAMLError as error:
+            raise UnweaveError(
+                f"cannot read {given!r}: {' '.join(str(error).split())}",
+                where=f"--{leaf.name}",
+                remedy="write a YAML list or mapping, in quotes: '[{path: a.txt}, {path: b.txt}]'",
+            ) from None
+    return given

