@@ -1,0 +1,319 @@
+"""The inference form of SAEs: folding, files, edits and provenance."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from unweave.core.codes import Codes
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.data.policy import TokenPolicy
+from unweave.lm.model import LM
+from unweave.sae import provenance
+from unweave.sae.activations import JumpReLU, ReLU, TopK
+from unweave.sae.edits import orthonormal_basis
+from unweave.sae.module import SAE
+
+D, F = 32, 48
+IDS = torch.randint(0, 97, (2, 10), generator=torch.Generator().manual_seed(1))
+KINDS = ("relu", "jumprelu", "topk")
+
+
+def random_sae(kind: str = "relu", seed: int = 0, **about) -> SAE:  # type: ignore[no-untyped-def]
+    """Non-zero parameters everywhere: a forgotten bias must show (trap 21)."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g) * 0.3
+
+    activation = {"relu": ReLU(), "jumprelu": JumpReLU(draw(F).abs()), "topk": TopK(7)}[kind]
+    about = {"read": Site("resid_post", 1)} | about
+    return SAE(draw(D, F), draw(F), draw(F, D), draw(D), activation, **about)
+
+
+@pytest.fixture(params=KINDS)
+def sae(request: pytest.FixtureRequest) -> SAE:
+    return random_sae(request.param)
+
+
+def by_hand(sae: SAE, x: torch.Tensor) -> torch.Tensor:
+    """Latents, one token and one latent at a time."""
+    out = torch.zeros(len(x), F)
+    for i, row in enumerate(x):
+        z = [float(row @ sae.W_enc[:, j] + sae.b_enc[j]) for j in range(F)]
+        winners = sorted(range(F), key=lambda j: -z[j])[:7]
+        for j in range(F):
+            alive = {
+                "relu": True,
+                "jumprelu": sae.kind == "jumprelu" and z[j] > float(sae.activation.threshold[j]),  # type: ignore[union-attr]
+                "topk": j in winners,
+            }[sae.kind]
+            out[i, j] = max(z[j], 0.0) * alive
+    return out
+
+
+def test_encode_and_decode(sae: SAE) -> None:
+    x = torch.randn(9, D)
+    f = by_hand(sae, x)
+    torch.testing.assert_close(sae.encode(x), f, rtol=1e-4, atol=1e-5)
+    expected = torch.stack([sum((f[i, j] * sae.W_dec[j] for j in range(F)), sae.b_dec) for i in range(9)])
+    torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sae.decode(sae.codes(x)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sae.reconstruct_sparsely(x.view(3, 3, D)).view(9, D), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_codes_are_the_latents_however_they_are_chunked(sae: SAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(50, D)
+    monkeypatch.setattr("unweave.sae.module._DENSE_BYTES", 4 * F * 7)
+    codes = sae.codes(x)
+    assert isinstance(codes, Codes)
+    torch.testing.assert_close(codes.dense(), sae.encode(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chosen", [[3], [5, 0, 41], list(range(0, F, 3))])
+def test_subset_is_those_columns(sae: SAE, chosen: list[int]) -> None:
+    x = torch.randn(4, 6, D)
+    torch.testing.assert_close(sae.subset(chosen).encode(x), sae.encode(x)[..., chosen], rtol=1e-5, atol=1e-6)
+
+
+def test_skip_connection() -> None:
+    skip = torch.randn(D, D)
+    sae, x = random_sae("relu", W_skip=skip), torch.randn(5, D)
+    torch.testing.assert_close(sae(x), random_sae("relu")(x) + x @ skip)
+    torch.testing.assert_close(sae.reconstruct_sparsely(x), sae(x), rtol=1e-4, atol=1e-5)
+
+
+def edited(sae: SAE, edit, family: str = "llama", tiny=None) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[no-untyped-def]
+    lm = LM(tiny(family), None)
+    with lm.taps(read=["resid_post.1"]) as before:
+        lm(IDS)
+    with lm.taps(read=["resid_post.1"], edit=edit) as after:
+        lm(IDS)
+    return before["resid_post.1"], after["resid_post.1"]
+
+
+def test_trap_37_edits_keep_the_error(sae: SAE, tiny) -> None:  # type: ignore[no-untyped-def]
+    """Each edit against its formula with the whole SAE, its error computed once, before the edit."""
+    for family in ("llama", "gemma2", "gpt2", "gpt_neox"):
+        x, _ = edited(sae, None, family, tiny)
+        f = sae.encode(x)
+        error = x - sae.decode(f)
+        clamped, zeroed = f.clone(), f.clone()
+        clamped[..., 4], clamped[..., 9] = 5.0, -1.0
+        zeroed[..., [2, 3]] = 0
+        q = orthonormal_basis(sae.W_dec[[2, 3]])
+        cases = [
+            (sae.clamp({4: 5.0, 9: -1.0}), sae.decode(clamped) + error),
+            (sae.ablate([2, 3]), sae.decode(zeroed) + error),
+            (sae.add({4: 2.0}), x + 2 * sae.W_dec[4]),
+            (sae.ablate([2, 3], mode="span"), x - x @ q.T @ q),
+            (sae.reconstruct(), sae(x)),
+        ]
+        for edit, expected in cases:
+            _, got = edited(sae, edit, family, tiny)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(got, x, atol=1e-3), edit
+
+
+def test_clamping_to_the_present_value_changes_nothing(sae: SAE, tiny) -> None:  # type: ignore[no-untyped-def]
+    lm = LM(tiny("llama"), None)
+    inactive = [j for j in range(F) if not bool((sae.encode(edited(sae, None, "llama", tiny)[0])[..., j] > 0).any())]
+    before = lm(IDS)
+    for j in inactive[:2]:
+        with lm.taps(edit=[sae.clamp({j: 0.0}), sae.ablate([j])]):
+            assert torch.equal(lm(IDS), before)
+
+
+def test_span_ablation_is_idempotent_and_survives_parallel_directions() -> None:
+    directions = torch.randn(3, D)
+    directions = torch.cat([directions, directions[:1] * -2, directions[:1] + 1e-7 * torch.randn(1, D)])
+    q = orthonormal_basis(directions)
+    assert q.shape == (3, D)
+    x = torch.randn(5, D)
+    once = x - x @ q.T @ q
+    torch.testing.assert_close(once - once @ q.T @ q, once, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(once @ directions.T, torch.zeros(5, 5), rtol=0, atol=1e-4)
+    torch.testing.assert_close(orthonormal_basis(-directions.flip(0)).T @ orthonormal_basis(-directions.flip(0)), q.T @ q)
+
+
+def test_edits_leave_alone_what_the_policy_leaves_out(tiny) -> None:  # type: ignore[no-untyped-def]
+    lm = LM(tiny("llama"), None)
+    with lm.taps(read=["resid_post.1"]) as seen:
+        lm(IDS)
+    x = seen["resid_post.1"]
+    policy = TokenPolicy(exclude_ids=(int(IDS[0, 3]),), max_norm=float(x.norm(dim=-1).flatten().sort().values[-2]))
+    sae = random_sae("relu", policy=policy)
+    kept = policy.keep(x, IDS)
+    assert 0 < int((~kept).sum()) < 6
+    before, after = edited(sae, sae.clamp({1: 4.0}), "llama", tiny)
+    changed = (before != after).any(-1)
+    assert torch.equal(changed, kept)
+    _, everywhere = edited(sae, sae.clamp({1: 4.0}, where="all"), "llama", tiny)
+    assert bool((everywhere != before).any(-1).all())
+
+
+def test_transcoder_edit_reads_one_site_and_writes_another(tiny) -> None:  # type: ignore[no-untyped-def]
+    sae = random_sae("relu", read=Site("mlp_in", 1), write=Site("mlp_add", 1))
+    lm = LM(tiny("gemma2"), None)
+    with lm.taps(read=["mlp_in.1", "mlp_add.1"]) as seen:
+        lm(IDS)
+    f = sae.encode(seen["mlp_in.1"])
+    with lm.taps(read=["mlp_add.1"], edit=sae.clamp({5: 3.0})) as after:
+        lm(IDS)
+    expected = seen["mlp_add.1"] + (3.0 - f[..., 5:6]) * sae.W_dec[5]
+    torch.testing.assert_close(after["mlp_add.1"], expected, rtol=1e-4, atol=1e-4)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trap_22_every_tensor_survives_the_disk_bit_for_bit(sae: SAE, dtype: torch.dtype, tmp_path: Path) -> None:
+    sae = sae.to(dtype)
+    sae.policy, sae.provenance = TokenPolicy((0, 5), 12.5), {"model": {"name": "m"}}
+    loaded = SAE.load(sae.save(tmp_path / "sae"))
+    for name, tensor in sae.state_dict().items():
+        assert loaded.state_dict()[name].dtype == tensor.dtype and torch.equal(loaded.state_dict()[name], tensor), name
+    assert (loaded.read, loaded.policy, loaded.provenance) == (sae.read, sae.policy, sae.provenance)
+    assert repr(loaded.activation) == repr(sae.activation)
+
+
+def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": F} | config))
+    save_file(tensors, folder / "sae_weights.safetensors")
+    return folder
+
+
+def base(seed: int = 0) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in random_sae("relu", seed).state_dict().items()}
+
+
+def test_trap_20_21_folding_against_each_architecture_s_own_formula(tmp_path: Path) -> None:
+    x, p = torch.randn(20, D), base()
+    options = {"apply_b_dec_to_input": True}
+    relu = SAE.load(write(tmp_path / "a", {"architecture": "standard"} | options, p))
+    own = torch.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])
+    torch.testing.assert_close(relu.encode(x), own, rtol=1e-4, atol=1e-4)
+    topk = SAE.load(
+        write(tmp_path / "b", {"architecture": "topk", "k": 5, "rescale_acts_by_decoder_norm": True} | options, p)
+    )
+    norms = p["W_dec"].norm(dim=1)
+    hidden = ((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]) * norms
+    f = TopK(5)(hidden)
+    torch.testing.assert_close(topk.encode(x), f, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(topk(x), (f / norms) @ p["W_dec"] + p["b_dec"], rtol=1e-4, atol=1e-4)
+    gated_tensors = {k: v for k, v in p.items() if k != "b_enc"}
+    gated_tensors |= {"b_gate": torch.randn(F), "b_mag": torch.randn(F), "r_mag": torch.randn(F) * 0.3}
+    gated = SAE.load(write(tmp_path / "c", {"architecture": "gated"} | options, gated_tensors))
+    gate = (x - p["b_dec"]) @ p["W_enc"]
+    magnitude = torch.relu(gated_tensors["r_mag"].exp() * gate + gated_tensors["b_mag"])
+    own = (gate + gated_tensors["b_gate"] > 0) * magnitude
+    torch.testing.assert_close(gated.encode(x), own, rtol=1e-3, atol=1e-3)
+    assert 0.05 < float((own > 0).float().mean()) < 0.95
+
+
+def test_trap_19_strict_tensors(tmp_path: Path) -> None:
+    p = base()
+    jump = p | {"threshold": torch.rand(F)}
+    with pytest.raises(UnweaveError, match="unused threshold"):
+        SAE.load(write(tmp_path / "a", {"architecture": "standard"}, jump))
+    with pytest.raises(UnweaveError, match="missing threshold"):
+        SAE.load(write(tmp_path / "b", {"architecture": "jumprelu"}, p))
+    with pytest.raises(UnweaveError, match="matching_pursuit"):
+        SAE.load(write(tmp_path / "c", {"architecture": "matching_pursuit"}, p))
+    with pytest.raises(UnweaveError, match="scaled"):
+        SAE.load(write(tmp_path / "d", {"architecture": "standard", "normalize_activations": "layer_norm"}, p))
+    with pytest.raises(UnweaveError, match="shape"):
+        SAE.load(write(tmp_path / "e", {"architecture": "standard", "d_sae": F + 1}, p))
+    with pytest.raises(UnweaveError, match="NaN"):
+        SAE.load(write(tmp_path / "f", {"architecture": "standard"}, p | {"b_enc": torch.full((F,), float("nan"))}))
+
+
+def test_damaged_and_missing_files(tmp_path: Path) -> None:
+    folder = random_sae("topk").save(tmp_path / "sae")
+    weights = folder / "sae_weights.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-100], whole[:20], b"", b"\x80\x04pickle"):
+        weights.write_bytes(damaged)
+        with pytest.raises(UnweaveError, match="damaged"):
+            SAE.load(folder)
+    weights.unlink()
+    with pytest.raises(UnweaveError, match="missing"):
+        SAE.load(folder)
+    (folder / "cfg.json").write_text("{")
+    with pytest.raises(UnweaveError, match="JSON"):
+        SAE.load(folder)
+    with pytest.raises(UnweaveError, match="no such SAE folder"):
+        SAE.load(tmp_path / "nothing")
+
+
+def test_saved_names_are_the_field_s(tmp_path: Path) -> None:
+    config = json.loads((random_sae("jumprelu").save(tmp_path / "s") / "cfg.json").read_text())
+    assert config["architecture"] == "jumprelu" and config["metadata"]["hook_name"] == "blocks.1.hook_resid_post"
+    assert set(load_file(tmp_path / "s" / "sae_weights.safetensors")) == {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
+
+
+# -- provenance --------------------------------------------------------------------------------------------------------
+
+
+def trained_in(lm: LM) -> SAE:
+    sae = random_sae("topk")
+    sae.provenance = {"model": provenance.describe_model(lm, sae)}
+    return sae
+
+
+def test_trap_12_14_25_wrong_model_or_layer_is_refused_with_the_evidence(tiny) -> None:  # type: ignore[no-untyped-def]
+    lm = LM(tiny("llama"), None)
+    sae = trained_in(lm)
+    with lm.taps(edit=sae.ablate([1])):
+        lm(IDS)
+    changed = copy.deepcopy(lm.model)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.down_proj.weight.mul_(1.1)
+    other = LM(changed, None)
+    with pytest.raises(UnweaveError, match="differ by .*%"), other.taps(edit=sae.ablate([1])):
+        other(IDS)
+    sae.at("resid_post.0")
+    with pytest.raises(UnweaveError, match="differ by"):
+        copy.deepcopy(sae).verify(LM(lm.model, None))
+
+
+def test_accepting_a_mismatch_is_recorded_and_saved(tiny, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    sae = trained_in(LM(tiny("llama"), None))
+    other = LM(tiny("mistral"), None)
+    evidence = sae.accept(other, "to see what happens")
+    assert evidence["distance"] > evidence["tolerance"]
+    with other.taps(edit=sae.ablate([1])):
+        other(IDS)
+    assert SAE.load(sae.save(tmp_path / "s")).provenance["accepted"][0]["reason"] == "to see what happens"
+
+
+def test_wrong_width_and_missing_site(tiny) -> None:  # type: ignore[no-untyped-def]
+    lm = LM(tiny("llama"), None)
+    with pytest.raises(UnweaveError, match="32 dimensions at mlp_act"):
+        random_sae("relu", read=Site("mlp_act", 1)).verify(lm)
+    nowhere = random_sae("relu", read=None)
+    assert nowhere.encode(torch.randn(2, D)).shape == (2, F)
+    with pytest.raises(UnweaveError, match="no site"), lm.taps(edit=nowhere.ablate([1])):
+        lm(IDS)
+    with lm.taps(edit=nowhere.at("resid_post.0").ablate([1])):
+        lm(IDS)
+    with pytest.raises(UnweaveError, match="32 dimensions, but was given 31"):
+        nowhere.encode(torch.randn(2, 31))
+
+
+def test_bad_latents() -> None:
+    sae = random_sae("relu")
+    with pytest.raises(UnweaveError, match="latent 48"):
+        sae.clamp({F: 1.0})
+    with pytest.raises(UnweaveError, match="twice"):
+        sae.ablate([1, 1])
+    with pytest.raises(UnweaveError, match="no latents"):
+        sae.ablate([])
