@@ -1,0 +1,388 @@
+"""Latents' records: how often each fires, on what text, and which tokens it makes the model say.
+
+records = collect(lm, sae, source, store)      # one pass over activations
+records.latent(1234)                           # prints itself
+records.save(folder); Records.load(folder)     # latents.parquet, contexts.parquet
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unweave.core.codes import Codes
+from unweave.core.errors import UnweaveError, UnweaveWarning
+from unweave.core.progress import task
+from unweave.core.run import atomic_write
+from unweave.core.site import Site
+from unweave.lm.chat import Role
+from unweave.sae.contexts import KINDS, Array, Contexts, RecordsSpec, find_contexts
+
+if TYPE_CHECKING:
+    from unweave.data.tokens import TokenStore
+    from unweave.lm.model import LM
+    from unweave.sae.module import SAE
+
+_VERSION = 1
+_LENS_ELEMENTS = 1 << 24
+_SPECIAL_SHARE = 0.25
+
+__all__ = ["Context", "LatentRecord", "Records", "RecordsSpec", "build", "collect", "logit_effects"]
+
+
+class Source(Protocol):
+    """What ``collect`` reads activations from; ``data.stream.ActivationSource`` is one."""
+
+    @property
+    def n_chunks(self) -> int: ...
+
+    def chunk(self, i: int, /) -> Any:
+        """Something with ``x`` {site: [n, D]} and ``where`` int64 [n], the store's token of each row."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Tokens whose logit latents change most: ids int64 [F, k] and scores float32 [F, k], strongest first."""
+
+    promoted: Array
+    promoted_scores: Array
+    suppressed: Array
+    suppressed_scores: Array
+
+
+@dataclass(frozen=True)
+class Context:
+    """A stretch of text and one latent's value at each of its tokens."""
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    """Each token's text; its id in angle brackets where no tokenizer was at hand."""
+    values: tuple[float, ...]
+    """The latent at each token; 0 where it does not fire."""
+    counted: tuple[bool, ...]
+    """False at tokens that the SAE did not see (special tokens, norm outliers): their value says nothing."""
+    focus: int
+    """The place of the token that the context was chosen for."""
+    token: int
+    """That token's index in the token store."""
+    document: int
+    role: Role
+    """That token's role."""
+    band: int | None
+    """For quantile contexts: 0 is the strongest band."""
+
+    @property
+    def value(self) -> float:
+        """The latent at the chosen token."""
+        return self.values[self.focus]
+
+    def __str__(self) -> str:
+        words = [f"[{t}]" if i == self.focus else t for i, t in enumerate(self.texts)]
+        return f"{self.value:8.3f}  {''.join(words)!r}"
+
+
+@dataclass(frozen=True, repr=False)
+class LatentRecord:
+    """One latent's record; printing it shows everything."""
+
+    latent: int
+    count: int
+    """On how many tokens it fires."""
+    rate: float
+    """On what share of the tokens it fires."""
+    maximum: float
+    """Its largest value; 0 when it never fires."""
+    mean_active: float
+    """Its mean over the tokens on which it fires; 0 when it never does."""
+    special_share: float | None
+    """Share of special and template tokens among the top contexts' chosen tokens (trap 4); None without any."""
+    promoted: tuple[tuple[str, float], ...]
+    """Tokens whose logit its direction raises most, and by how much, relative to each other (see ``LM.logit_lens``)."""
+    suppressed: tuple[tuple[str, float], ...]
+    """Tokens whose logit it lowers most."""
+    top: tuple[Context, ...]
+    quantile: tuple[Context, ...]
+    random: tuple[Context, ...]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"latent {self.latent}: fires on {self.rate:.3%} of tokens ({self.count:,}), "
+            f"largest {self.maximum:.3f}, mean when active {self.mean_active:.3f}"
+        ]
+        for name, pairs in (("promotes", self.promoted), ("suppresses", self.suppressed)):
+            if pairs:
+                lines.append(f"  {name}: " + " ".join(repr(text) for text, _ in pairs))
+        for name, contexts in zip(KINDS, (self.top, self.quantile, self.random), strict=True):
+            if contexts:
+                lines += [f"  {name}:", *(f"  {context}" for context in contexts)]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, repr=False)
+class Records:
+    """Every latent's record, as columns. count int64 [F], maximum and mean_active float32 [F]."""
+
+    n_tokens: int
+    """Over how many tokens."""
+    count: Array
+    maximum: Array
+    mean_active: Array
+    contexts: Contexts
+    written: Written | None
+    """None where the SAE does not write into the residual stream."""
+    token_texts: Mapping[int, str]
+    """The text of every token that occurs in the records; empty without a tokenizer."""
+    spec: RecordsSpec
+
+    def __len__(self) -> int:
+        return len(self.count)
+
+    def __repr__(self) -> str:
+        alive = int((self.count > 0).sum())
+        return f"Records({len(self)} latents, {alive} of them fire in {self.n_tokens:,} tokens; .latent(j) shows one)"
+
+    @property
+    def rate(self) -> Array:
+        """The share of tokens on which each latent fires, float64 [F]."""
+        return self.count / self.n_tokens
+
+    @property
+    def special_share(self) -> float:
+        """Share of special and template tokens among the chosen tokens of all top contexts (trap 4); 0 without any."""
+        top = self.contexts.kind == KINDS.index("top")
+        return float((self.contexts.role[top] == Role.SPECIAL).mean()) if top.any() else 0.0
+
+    def text(self, token_id: int) -> str:
+        """A token's text."""
+        return self.token_texts.get(int(token_id), f"<{int(token_id)}>")
+
+    def latent(self, j: int) -> LatentRecord:
+        """One latent's record. Raises UnweaveError when there is no such latent."""
+        if not 0 <= j < len(self):
+            raise UnweaveError(f"latent {j} does not exist", where="records", remedy=f"use 0 to {len(self) - 1}")
+        first, last = np.searchsorted(self.contexts.latent, [j, j + 1])
+        kinds: dict[str, list[Context]] = {kind: [] for kind in KINDS}
+        for c in range(int(first), int(last)):
+            kinds[KINDS[self.contexts.kind[c]]].append(self._context(c))
+        special = [context.role is Role.SPECIAL for context in kinds["top"]]
+        return LatentRecord(
+            latent=int(j),
+            count=int(self.count[j]),
+            rate=float(self.rate[j]),
+            maximum=float(self.maximum[j]),
+            mean_active=float(self.mean_active[j]),
+            special_share=sum(special) / len(special) if special else None,
+            promoted=self._pairs(j, "promoted"),
+            suppressed=self._pairs(j, "suppressed"),
+            **{kind: tuple(contexts) for kind, contexts in kinds.items()},
+        )
+
+    def _pairs(self, j: int, name: str) -> tuple[tuple[str, float], ...]:
+        if self.written is None:
+            return ()
+        ids, scores = getattr(self.written, name)[j], getattr(self.written, f"{name}_scores")[j]
+        return tuple((self.text(i), float(score)) for i, score in zip(ids, scores, strict=True))
+
+    def _context(self, c: int) -> Context:
+        columns = self.contexts
+        window = slice(int(columns.offsets[c]), int(columns.offsets[c + 1]))
+        ids = columns.ids[window].tolist()
+        return Context(
+            ids=tuple(ids),
+            texts=tuple(self.text(i) for i in ids),
+            values=tuple(columns.values[window].tolist()),
+            counted=tuple(columns.counted[window].tolist()),
+            focus=int(columns.focus[c]),
+            token=int(columns.token[c]),
+            document=int(columns.document[c]),
+            role=Role(int(columns.role[c])),
+            band=None if columns.band[c] < 0 else int(columns.band[c]),
+        )
+
+    # -- storage --------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes ``latents.parquet`` and ``contexts.parquet``."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        latents: dict[str, Any] = {
+            "latent": pa.array(np.arange(len(self), dtype=np.int32)),
+            "count": pa.array(self.count),
+            "rate": pa.array(self.rate),
+            "maximum": pa.array(self.maximum),
+            "mean_active": pa.array(self.mean_active),
+        }
+        if self.written is not None:
+            for f in fields(self.written):
+                latents[f.name] = pa.array(list(getattr(self.written, f.name)))
+        contexts: dict[str, Any] = {}
+        for f in fields(self.contexts):
+            column = getattr(self.contexts, f.name)
+            if f.name in ("ids", "values", "counted"):
+                contexts[f.name] = pa.LargeListArray.from_arrays(pa.array(self.contexts.offsets), pa.array(column))
+            elif f.name == "kind":
+                contexts["kind"] = pa.DictionaryArray.from_arrays(pa.array(column.astype(np.int8)), list(KINDS))
+            elif f.name != "offsets":
+                contexts[f.name] = pa.array(column)
+        about = {"version": _VERSION, "n_tokens": self.n_tokens, "spec": self.spec.to_dict()}
+        about["token_texts"] = {str(i): text for i, text in self.token_texts.items()}
+        tables = {
+            "contexts.parquet": pa.table(contexts),
+            "latents.parquet": pa.table(latents).replace_schema_metadata({"unweave.records": json.dumps(about)}),
+        }
+        for name, table in tables.items():  # latents last: it completes the pair
+            with atomic_write(Path(folder) / name) as temporary:
+                pq.write_table(table, temporary)
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads what ``save`` wrote. UnweaveError when it is missing or damaged."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = Path(folder)
+        try:
+            latents, contexts = (pq.read_table(folder / f"{name}.parquet") for name in ("latents", "contexts"))
+            about = json.loads((latents.schema.metadata or {})[b"unweave.records"])
+            return cls._from_tables(latents, contexts, about)
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+            remedy = "collect the records again"
+            raise UnweaveError(f"cannot read latents' records: {error}", where=str(folder), remedy=remedy) from error
+
+    @classmethod
+    def _from_tables(cls, latents: Any, contexts: Any, about: dict[str, Any]) -> Self:
+        if about["version"] != _VERSION:
+            raise ValueError(f"written in version {about['version']}, this is version {_VERSION}")
+        ragged = {name: contexts.column(name).combine_chunks() for name in ("ids", "values", "counted")}
+        flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in ragged.items()}
+        kind = contexts.column("kind").combine_chunks()
+        numbers = np.array([KINDS.index(name) for name in kind.dictionary.to_pylist()], dtype=np.uint8)
+        flat["kind"] = numbers[kind.indices.to_numpy()]
+        lengths = np.diff(ragged["ids"].offsets.to_numpy())
+        flat["offsets"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        plain = {f.name for f in fields(Contexts)} - set(flat)
+        columns = {name: contexts.column(name).to_numpy() for name in plain}
+        written = None
+        if "promoted" in latents.column_names:
+            written = Written(*(np.array(latents.column(f.name).to_pylist()) for f in fields(Written)))
+        return cls(
+            n_tokens=int(about["n_tokens"]),
+            count=latents.column("count").to_numpy(),
+            maximum=latents.column("maximum").to_numpy(),
+            mean_active=latents.column("mean_active").to_numpy(),
+            contexts=Contexts(**columns, **flat),
+            written=written,
+            token_texts={int(i): text for i, text in about["token_texts"].items()},
+            spec=RecordsSpec.from_dict(about["spec"]),
+        )
+
+
+def collect(
+    lm: LM,
+    sae: SAE,
+    source: Source,
+    store: TokenStore,
+    spec: RecordsSpec | None = None,
+    *,
+    max_tokens: int | None = None,
+) -> Records:
+    """Encodes the source's chunks, without another pass of the model where they are cached, and makes the records.
+
+    Only tokens that the SAE's policy keeps are counted. ``max_tokens`` ends after the chunk that reaches so many.
+    Memory: 12 bytes per non-zero latent (77 MB for 200,000 tokens at L0 32) and what ``sae/contexts.py`` says.
+    """
+    if sae.read is None:
+        raise UnweaveError("this SAE does not say which site it reads", remedy='name it: sae.at("resid_post.9")')
+    sae.verify(lm)
+    ids = np.asarray(store.ids)
+    parts, places, seen = [], [], 0
+    with task("encode", total=source.n_chunks, unit="chunks") as progress:
+        for i in range(source.n_chunks):
+            chunk = source.chunk(i)
+            x, where = chunk.x[sae.read], torch.as_tensor(chunk.where).cpu()
+            token_ids = torch.from_numpy(ids[where.numpy()].astype(np.int64)).to(x.device)
+            keep = sae.policy.keep(x, token_ids)
+            codes = sae.codes(x[keep].to(sae.W_enc.device))
+            parts.append(Codes(codes.offsets.cpu(), codes.indices.cpu(), codes.values.cpu(), codes.n_latents))
+            places.append(where[keep.cpu()])
+            seen += codes.n_rows
+            progress.advance()
+            if max_tokens is not None and seen >= max_tokens:
+                break
+    if not seen:
+        raise UnweaveError("there are no tokens to collect records from", remedy="give text with ordinary tokens")
+    return build(lm, sae, Codes.cat(parts), torch.cat(places), store, spec)
+
+
+def build(
+    lm: LM, sae: SAE, codes: Codes, where: Tensor | Array, store: TokenStore, spec: RecordsSpec | None = None
+) -> Records:
+    """The records of latents whose codes over N tokens are known; ``where`` int64 [N] are those tokens in the store.
+
+    Warns when special and template tokens crowd the top contexts (trap 4).
+    """
+    spec = spec or RecordsSpec()
+    places = np.asarray(where, dtype=np.int64)
+    contexts = find_contexts(codes, places, store, spec)
+    count = codes.counts().cpu().numpy()
+    fires = codes.values > 0
+    total = torch.zeros(codes.n_latents, dtype=torch.float64, device=codes.values.device)
+    total.index_add_(0, codes.indices[fires], codes.values[fires].double())
+    maximum = codes.maxima().clamp(min=0).float().cpu().numpy()
+    mean = (total.cpu().numpy() / np.maximum(count, 1)).astype(np.float32)
+    written = logit_effects(lm, sae, spec.logits) if _writes_into_stream(lm, sae.write, sae.d_out) else None
+    used = [np.unique(contexts.ids)]
+    if written is not None:
+        used += [np.unique(written.promoted), np.unique(written.suppressed)]
+    token_ids = np.unique(np.concatenate(used))
+    texts: dict[int, str] = {}
+    if lm.tokenizer is not None:
+        texts = dict(zip(token_ids.tolist(), lm.token_strings(token_ids.tolist()), strict=True))
+    records = Records(codes.n_rows, count, maximum, mean, contexts, written, texts, spec)
+    base = float((np.asarray(store.roles)[places] == Role.SPECIAL).mean())
+    if records.special_share > max(_SPECIAL_SHARE, 2 * base):
+        warnings.warn(
+            f"{records.special_share:.0%} of the latents' top contexts are special or template tokens, which are "
+            f"{base:.0%} of the tokens: exclude them by id when training, or read these latents with care",
+            UnweaveWarning,
+            stacklevel=2,
+        )
+    return records
+
+
+def logit_effects(lm: LM, sae: SAE, k: int = 8) -> Written:
+    """The k tokens that each latent's direction promotes and suppresses most, through final norm and unembedding.
+
+    Only some directions at a time, so that at most 16 million logits are held.
+    """
+    k = min(k, lm.vocab_size)
+    step = max(1, _LENS_ELEMENTS // lm.vocab_size)
+    found: list[list[Tensor]] = [[], [], [], []]
+    with task("logit lens", total=sae.d_sae, unit="latents") as progress:
+        for directions in sae.W_dec.split(step):
+            logits = lm.logit_lens(directions).float()
+            up, down = logits.topk(k), logits.topk(k, largest=False)
+            for column, values in zip(found, (up.indices, up.values, down.indices, down.values), strict=True):
+                column.append(values.cpu())
+            progress.advance(len(directions))
+    return Written(*(torch.cat(column).numpy() for column in found))
+
+
+def _writes_into_stream(lm: LM, site: Site | None, width: int) -> bool:
+    """Whether a site's directions are directions of the residual stream, which the final norm and unembedding read."""
+    if site is None or width != lm.d_model:
+        return False
+    if site.point in ("attn_out", "mlp_out"):  # unless a post-norm comes between
+        added = Site(site.point.replace("_out", "_add"), site.layer)
+        return lm.layout.tap(site).module is lm.layout.tap(added).module
+    return site.point == "embed" or site.point.startswith("resid") or site.point.endswith("_add")
