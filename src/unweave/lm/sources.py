@@ -7,6 +7,7 @@ GGUF files are converted once to a safetensors folder in the cache, which then l
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import re
@@ -132,7 +133,7 @@ def _convert_gguf(path: Path, name: str) -> Path:
 
             with _quiet(), _gguf_progress(name):
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-                model = AutoModelForCausalLM.from_pretrained(
+                model: Any = AutoModelForCausalLM.from_pretrained(
                     path.parent,
                     gguf_file=path.name,
                     dtype="float32",
@@ -214,7 +215,7 @@ def _load_model(folder: Path | str, dtype: torch.dtype, source: str) -> Any:
     with _refusals(str(folder), f"cannot load {source!r}", _remedy(folder)), _quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -224,6 +225,7 @@ def _load_model(folder: Path | str, dtype: torch.dtype, source: str) -> Any:
             output_loading_info=True,
             attn_implementation="eager" if capped else None,
         )
+    model, loading = loaded
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
@@ -269,11 +271,10 @@ def _refusals(where: str, what: str, remedy: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise UnweaveError(f"{what}: {_short(error)}", where=where, remedy="install the package it names") from error
-    except OSError as error:
-        if error.errno is not None and isinstance(error, (PermissionError, BlockingIOError)) or error.errno == 28:
-            raise  # a full disk or a refused write: whoever owns the folder explains it
-        raise UnweaveError(f"{what}: {_short(error)}", where=where, remedy=remedy) from error
     except Exception as error:
+        full = "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+        if full or isinstance(error, PermissionError):  # whoever owns the folder explains these
+            raise OSError(errno.ENOSPC if full else errno.EACCES, _short(error), where) from error
         raise UnweaveError(f"{what}: {_short(error)}", where=where, remedy=remedy) from error
 
 

@@ -1,0 +1,239 @@
+"""Readers of text files and tables: each yields rows (and where they stand) without holding the file in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unweave.core.errors import UnweaveError
+
+Messages = tuple[dict[str, str], ...]
+"""The messages of a conversation, each {"role": "system" | "user" | "assistant", "content": text}."""
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+}
+_LONGEST_PARAGRAPH = 1_000_000
+_READ_BYTES = 1 << 20
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        remedy = "convert it to UTF-8"
+        raise UnweaveError(f"the file is not UTF-8 text: {error.reason}", where=str(path), remedy=remedy) from error
+    except OSError as error:
+        raise UnweaveError(f"cannot read it: {error.strerror or error}", where=str(path), remedy="check it") from error
+
+
+def read_text(path: Path) -> str:
+    """A whole text file."""
+    with _readable(path):
+        return path.read_text(encoding="utf-8")
+
+
+def line_documents(path: Path) -> Iterator[str]:
+    """Every line is a document."""
+    with _readable(path), open(path, encoding="utf-8") as handle:
+        for line in handle:
+            yield line.rstrip("\n")
+
+
+def paragraphs(path: Path) -> Iterator[str]:
+    """Stretches of a text file between blank lines; one of more than a million characters is cut at a line's end."""
+    held: list[str] = []
+    size = 0
+    with _readable(path), open(path, encoding="utf-8") as handle:
+        for line in handle:
+            if line.strip():
+                held.append(line)
+                size += len(line)
+            if held and (not line.strip() or size > _LONGEST_PARAGRAPH):
+                yield "".join(held).rstrip("\n")
+                held, size = [], 0
+    if held:
+        yield "".join(held).rstrip("\n")
+
+
+def json_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    """Rows of a JSON array or of JSON lines, told apart by the first character; each with where it stands."""
+    with _readable(path), open(path, encoding="utf-8-sig") as handle:
+        first = ""
+        while not first and (line := handle.readline(_READ_BYTES)):
+            first = line.strip()[:1]
+    yield from _array_rows(path) if first == "[" else _line_rows(path)
+
+
+def _line_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    with _readable(path), open(path, encoding="utf-8-sig") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UnweaveError(f"not JSON: {error}", where=where, remedy="write one JSON object a line") from None
+            yield row, where
+
+
+def _array_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    """The elements of one large array, parsed as they are read."""
+    decoder = json.JSONDecoder()
+    with _readable(path), open(path, encoding="utf-8-sig") as handle:
+        text, at, number, ended = handle.read(_READ_BYTES), 0, 0, False
+        at = text.index("[") + 1
+        while True:
+            while at < len(text) and text[at] in " \t\r\n,":
+                at += 1
+            if text[at : at + 1] == "]":
+                return
+            row = None
+            try:
+                row, end = decoder.raw_decode(text, at)
+                # A number at the end of what was read may go on; anything else ends with its own bracket or quote.
+                complete = end < len(text) or ended
+            except ValueError as error:
+                complete = False
+                if ended:
+                    where = f"{path}, row {number + 1}"
+                    raise UnweaveError(f"not JSON: {error}", where=where, remedy="mend or cut the file") from None
+            if complete:
+                number, at = number + 1, end
+                yield row, f"{path}, row {number}"
+                continue
+            more = handle.read(
+                max(_READ_BYTES, len(text) - at)
+            )  # doubling keeps long rows from being read over and over
+            text, at, ended = text[at:] + more, 0, not more
+
+
+def parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, str]]:
+    """Rows of a Parquet file with those of the fields that it has, a few hundred at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as opened:
+            names = opened.schema_arrow.names
+            columns = [name for name in dict.fromkeys(fields) if name in names]
+            if not columns:
+                wanted = ", ".join(repr(name) for name in dict.fromkeys(fields) if name)
+                raise UnweaveError(
+                    f"the table has none of the columns {wanted}",
+                    where=str(path),
+                    remedy=f"name one of its columns as text_field or messages_field: {', '.join(names)}",
+                )
+            for batch in opened.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, f"{path}, row {number}"
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnweaveError(f"cannot read it as Parquet: {reason}", where=str(path), remedy="get it again") from error
+
+
+def hub_rows(name: str, split: str) -> Iterator[tuple[Any, str]]:
+    """Rows of a hub dataset "org/name" or "org/name:config", streamed."""
+    where = f"hub:{name}, split {split}"
+    path, _, config = name.partition(":")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UnweaveError(
+            "hub datasets need the package datasets", where=where, remedy="pip install datasets"
+        ) from None
+    try:
+        for number, row in enumerate(load_dataset(path, config or None, split=split, streaming=True), 1):
+            yield row, f"{where}, row {number}"
+    except UnweaveError:
+        raise
+    except Exception as error:  # network, hub and format errors of many libraries meet here
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        remedy = "check the name, its config and split, and the network; or give local files"
+        raise UnweaveError(f"cannot read the dataset: {lines[0][:300]}", where=where, remedy=remedy) from error
+
+
+def chitchat_conversations(path: Path) -> Iterator[Messages]:
+    """The conversations of the chitchat package: the first to speak is the user, the other the assistant.
+
+    What one person sends before the other answers is one message, its parts on lines of their own.
+    """
+    with _readable(path):
+        data = json.loads(path.read_text(encoding="utf-8"))
+    for conversation in data.values():
+        messages: list[dict[str, str]] = []
+        first = None
+        for part in (part for turn in conversation["messages"] for part in turn):
+            if not part["text"].strip():
+                continue
+            first = first or part["sender"]
+            role = "user" if part["sender"] == first else "assistant"
+            if messages and messages[-1]["role"] == role:
+                messages[-1]["content"] += "\n" + part["text"]
+            else:
+                messages.append({"role": role, "content": part["text"]})
+        if messages:
+            yield tuple(messages)
+
+
+def conversation_or_text(
+    row: Any, where: str, text_field: str, messages_field: str
+) -> tuple[str | None, Messages | None]:
+    """(text, None) or (None, messages) of a row; UnweaveError when it holds neither."""
+    if not isinstance(row, Mapping):
+        raise UnweaveError(f"a row is a {type(row).__name__}, not an object with fields", where=where, remedy="mend it")
+    if messages_field:
+        for field in (messages_field, "conversations"):
+            if row.get(field) is not None:
+                return None, _messages(row[field], field, where)
+        if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+            asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+            return None, ({"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]})
+    text = row.get(text_field)
+    if not isinstance(text, str):
+        raise UnweaveError(
+            f"the row has no text in {text_field!r}" + (f" and no {messages_field!r}" if messages_field else ""),
+            where=where,
+            remedy=f"name one of its fields as text_field or messages_field: {', '.join(map(str, row))}",
+        )
+    return text, None
+
+
+def _messages(value: Any, field: str, where: str) -> Messages:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise UnweaveError(f"{field!r} is not a list of messages", where=where, remedy="mend or drop the row")
+    found = []
+    for index, message in enumerate(value):
+        if not isinstance(message, Mapping):
+            raise UnweaveError(f"message {index} of {field!r} is not an object", where=where, remedy="mend the row")
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            content = _joined_parts(content)
+        if role not in _ROLES:
+            known = ", ".join(_ROLES)
+            raise UnweaveError(f"message {index} has the role {role!r}", where=where, remedy=f"known roles: {known}")
+        if not isinstance(content, str):
+            raise UnweaveError(f"message {index} ({role}) has no text", where=where, remedy="mend or drop the row")
+        found.append({"role": _ROLES[role], "content": content})
+    return tuple(found)
+
+
+def _joined_parts(parts: Sequence[Any]) -> str | None:
+    """The text of a content given in parts; None when some part is not text."""
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    return "".join(text for text in texts if text) if all(isinstance(text, str) for text in texts) else None
