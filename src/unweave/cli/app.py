@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shlex
@@ -21,7 +22,7 @@ from cyclopts import App, CycloptsError
 import unweave
 from unweave.cli.models import HELP as MODELS_HELP
 from unweave.cli.models import models
-from unweave.cli.output import machine_stdout
+from unweave.cli.output import nothing_on_stdout, print_json
 from unweave.cli.stages import STAGES
 from unweave.core.errors import UnweaveError, UnweaveWarning
 
@@ -55,11 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = "--json" in tokens
     quieten()
     try:
-        if machine:
-            with machine_stdout():
-                _dispatch(tokens)
-        else:
-            _dispatch(tokens)
+        with nothing_on_stdout() if machine else contextlib.nullcontext():
+            answer = _dispatch(tokens)
+        if answer is not None:
+            print_json(answer)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has had enough, as in `unweave models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -77,9 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _dispatch(tokens: list[str]) -> None:
+def _dispatch(tokens: list[str]) -> Any:
+    """Runs the command; what it returns is for machines."""
     command, bound, _ = build_app().parse_args(tokens, print_error=False, exit_on_error=False)
-    command(*bound.args, **bound.kwargs)
+    return command(*bound.args, **bound.kwargs)
 
 
 def as_user_error(error: Exception, tokens: Sequence[str]) -> UnweaveError | None:

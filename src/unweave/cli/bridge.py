@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter
 
 from unweave.cli.fields import MISSING, Leaf, leaves
-from unweave.cli.output import show_json, show_outcome
+from unweave.cli.output import for_machines, show_outcome
 from unweave.cli.progress import show_progress
 from unweave.cli.stages import Stage
 from unweave.core.errors import UnweaveError
@@ -25,7 +25,7 @@ _COMMAND_GROUP = Group("Where and how", sort_key=0)
 _FIELD_GROUP = Group("Fields", sort_key=1)
 
 
-def stage_command(stage: Stage) -> Callable[..., None]:
+def stage_command(stage: Stage) -> Callable[..., Any]:
     """The command of a stage, with a signature and help made from its Spec."""
     fields = list(leaves(stage.spec()))
     groups: dict[str, Group] = {"": _FIELD_GROUP}
@@ -34,11 +34,11 @@ def stage_command(stage: Stage) -> Callable[..., None]:
             groups[leaf.group] = Group(leaf.group, help=leaf.group_doc, sort_key=len(groups) + 1)
     names = {_identifier(leaf): leaf for leaf in fields}
 
-    def command(*args: Any, **given: Any) -> None:
+    def command(*args: Any, **given: Any) -> Any:
         config, *_ = [*args, given.pop("config", None)]
         runs, machine = given.pop("runs", None) or "runs", given.pop("json", None) or False
         overrides = {names[key].name: _value(names[key], value) for key, value in given.items()}
-        execute(stage, Path(config) if config else None, overrides, Path(runs), machine)
+        return execute(stage, Path(config) if config else None, overrides, Path(runs), machine)
 
     command.__doc__ = stage.help
     parameters = [*_common(), *(_parameter(leaf, groups[leaf.group]) for leaf in fields)]
@@ -46,13 +46,15 @@ def stage_command(stage: Stage) -> Callable[..., None]:
     return command
 
 
-def execute(stage: Stage, config: Path | None, overrides: dict[str, Any], runs: Path, machine: bool) -> None:
-    """Makes the Spec, runs the stage and shows the outcome."""
+def execute(stage: Stage, config: Path | None, overrides: dict[str, Any], runs: Path, machine: bool) -> Any:
+    """Makes the Spec, runs the stage, and shows the outcome to people or returns it for machines."""
     spec = stage.spec().from_file(config, overrides)
     with show_progress(machine):
         outcome = stage.run(spec, runs)
-    show = show_json if machine else show_outcome
-    show(stage.name, outcome)
+    if machine:
+        return for_machines(outcome)
+    show_outcome(stage.name, outcome)
+    return None
 
 
 def _common() -> list[inspect.Parameter]:
@@ -87,21 +89,29 @@ def _parameter(leaf: Leaf, group: Group) -> inspect.Parameter:
 
 
 def _value(leaf: Leaf, given: Any) -> Any:
-    """What was typed, as plain values; the Spec converts and checks them. ``[...]`` and ``{...}`` are read as YAML."""
-    if isinstance(given, list):
-        if not given:
-            raise UnweaveError(f"--{leaf.name} needs a value", where=f"--{leaf.name}", remedy=f"give {leaf.metavar}")
-        values = [_value(leaf, one) for one in given]
-        return values[0] if len(values) == 1 and isinstance(values[0], (list, dict)) else values
-    if isinstance(given, str) and leaf.is_list and given[:1] in ("[", "{"):
-        import yaml
+    """What was typed, as plain values; the Spec converts and checks them."""
+    if not leaf.is_list:
+        return given
+    if not given:
+        raise UnweaveError("an option without its value", where=f"--{leaf.name}", remedy=f"give {leaf.metavar}")
+    values = [_word(leaf, word) for word in given]
+    return values[0] if len(values) == 1 and isinstance(values[0], (list, dict)) else values
 
-        try:
-            return yaml.safe_load(given)
-        except yaml.YAMLError as error:
-            raise UnweaveError(
-                f"cannot read {given!r}: {' '.join(str(error).split())}",
-                where=f"--{leaf.name}",
-                remedy="write a YAML list or mapping, in quotes: '[{path: a.txt}, {path: b.txt}]'",
-            ) from None
-    return given
+
+def _word(leaf: Leaf, word: str) -> Any:
+    """One word of a list. Where the list holds groups of fields, ``[...]`` and ``{...}`` are read as YAML and any
+    other word stands for a group's first field; elsewhere words are taken as they are, brackets and all."""
+    if not leaf.holds_groups:
+        return word
+    if word[:1] not in ("[", "{"):
+        return {leaf.short_form: word} if leaf.short_form else word
+    import yaml
+
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError as error:
+        raise UnweaveError(
+            f"cannot read {word!r}: {' '.join(str(error).split())}",
+            where=f"--{leaf.name}",
+            remedy="write a YAML list or mapping, in quotes: '[{path: a.txt}, {path: b.txt}]'",
+        ) from None

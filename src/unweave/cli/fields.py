@@ -38,6 +38,19 @@ class Leaf:
         return typing.get_origin(_without_none(self.hint)) in (tuple, dict)
 
     @property
+    def holds_groups(self) -> bool:
+        """Whether it is a mapping or a list of Specs, which need more than bare words."""
+        return self.short_form is not None or typing.get_origin(_without_none(self.hint)) is dict
+
+    @property
+    def short_form(self) -> str | None:
+        """In a list of Specs, the field that a bare word stands for: the first, as ``path`` of a source."""
+        args = typing.get_args(_without_none(self.hint))
+        if self.is_list and isinstance(args[0], type) and issubclass(args[0], Spec):
+            return dataclasses.fields(args[0])[0].name
+        return None
+
+    @property
     def metavar(self) -> str:
         return _words(self.hint)
 
@@ -108,7 +121,7 @@ def _words(hint: Any) -> str:
     if origin is dict:
         return "{KEY: VALUE}"
     if isinstance(hint, type) and issubclass(hint, Spec):
-        return "{FIELD: VALUE}"
+        return dataclasses.fields(hint)[0].name.upper()
     return {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}.get(hint, "VALUE")
 
 

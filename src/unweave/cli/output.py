@@ -16,10 +16,9 @@ LONG_LIST = 6
 """Lists of more values than this are counted in the table, not shown; they are in result.json."""
 
 
-def show_json(stage: str, outcome: Outcome) -> None:
-    """One JSON object on standard output: where the run is, whether it was there already, what it found."""
-    del stage
-    print_json({"run": str(outcome.path), "reused": was_reused(outcome), "result": outcome.result})
+def for_machines(outcome: Outcome) -> dict[str, Any]:
+    """Where the run is, whether it was there already, and what it found."""
+    return {"run": str(outcome.path), "reused": was_reused(outcome), "result": outcome.result}
 
 
 def show_outcome(stage: str, outcome: Outcome) -> None:
@@ -78,28 +77,21 @@ def print_json(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def machine_stdout() -> Iterator[None]:
-    """Inside, only ``sys.stdout`` of this module's caller reaches standard output.
-
-    Libraries and child processes write to file descriptor 1 as they please; it points at standard error meanwhile,
-    and ``sys.stdout`` keeps the real one. Where there is no such descriptor (under a test runner), nothing changes.
-    """
-    try:
-        kept = os.dup(sys.stdout.fileno())
-    except (OSError, ValueError):
-        yield
-        return
-    real = sys.stdout
-    real.flush()
-    os.dup2(sys.stderr.fileno(), real.fileno())
-    sys.stdout = os.fdopen(kept, "w", encoding="utf-8")
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(sys.stdout.fileno(), real.fileno())
-        sys.stdout.close()
-        sys.stdout = real
+def nothing_on_stdout() -> Iterator[None]:
+    """Inside, whatever is printed goes to standard error, by libraries and by child processes alike."""
+    sys.stdout.flush()
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            kept = os.dup(1)
+        except OSError:  # standard output is closed: there is nothing to keep clean
+            yield
+            return
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def _flat(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -87,7 +87,7 @@ _ALL = (
         "Train a sparse autoencoder on a model's activations at a site.",
         "Reads text or dialogues, runs the model up to the site, and trains on what it finds there. The autoencoder "
         "is saved as a SAELens folder together with what it was trained on. Interrupted training resumes exactly.",
-        "unweave train --model smollm2-135m-instruct --site resid_post.9",
+        "unweave train --model smollm2-135m-instruct --sites resid_post.9",
         "unweave train my.yaml --sae.k 64 --data.context 256",
     ),
     _stage(
@@ -129,7 +129,7 @@ _ALL = (
         "Takes the same fields as train. Looks at the model, the site, the data and the machine, and tells tokens, "
         "memory, disk and time, and every problem it can find without doing the work.",
         "unweave doctor my.yaml",
-        "unweave doctor --model smollm2-135m-instruct --site resid_post.9 --json",
+        "unweave doctor --model smollm2-135m-instruct --sites resid_post.9 --json",
     ),
 )
 
