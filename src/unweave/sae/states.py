@@ -1,0 +1,161 @@
+"""A site's value taken apart: x = decode(f) + e, with latents f and error e, on the clean and on the patched input.
+
+Attribution, circuits and fine-tuning all begin here. Tokens that an SAE's policy excludes (padding, special tokens,
+norm outliers) belong wholly to the error: f = 0 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.lm.model import LM, Tokens
+from unweave.lm.taps import At
+from unweave.sae.module import SAE
+
+SAEs = SAE | Sequence[SAE] | Mapping[Site, SAE]
+"""One SAE, several that know their sites, or {site: SAE}."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A site's value taken apart: x [B, P, D] = decode(latents [B, P, F]) + error [B, P, D]."""
+
+    x: Tensor
+    latents: Tensor
+    error: Tensor
+
+
+class Splice:
+    """The edit that makes an SAE's latents and error leaves of the graph, and changes nothing else.
+
+    Use inside ``lm.taps(edit={site: splice}, grad=True)``. After a forward pass ``latents`` [B, P, F] and ``error``
+    [B, P, D] can be given to ``torch.autograd.grad``. The site keeps the model's own value bit for bit, and gradients
+    pass to earlier sites as if nothing were there.
+    """
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae = sae
+        self.latents: Tensor | None = None
+        self.error: Tensor | None = None
+
+    @property
+    def site(self) -> Site:
+        return site_of(self.sae)
+
+    @property
+    def needs(self) -> tuple[Site, ...]:
+        return () if self.sae.read == self.sae.write or self.sae.read is None else (self.sae.read,)
+
+    def verify(self, lm: LM) -> None:
+        self.sae.verify(lm)
+
+    def __call__(self, x: Tensor, at: At) -> Tensor:
+        state = _state(self.sae, at.read[self.needs[0]] if self.needs else x, x, at.ids, at.mask)
+        self.latents = state.latents.detach().requires_grad_()
+        self.error = state.error.detach().requires_grad_()
+        y = (self.sae.decode(self.latents) + self.error).to(x.dtype)
+        return x + (y - y.detach())
+
+
+def states(lm: LM, saes: SAEs, tokens: Tokens, *, max_tokens: int = 1024) -> dict[Site, State]:
+    """The state of every SAE's site on ``tokens``; at most ``max_tokens`` tokens in a forward pass."""
+    by_site = by_site_of(lm, saes)
+    tokens = tokens.to(lm.device)
+    sites = sorted({*by_site, *(reads_of(sae, site) for site, sae in by_site.items())})
+    # Where a module path lies is not known from its name, so such sites need the whole forward pass.
+    stop = None if any(site.point == "path" for site in sites) else sites[-1]
+    parts = []
+    for rows in chunks(len(tokens), tokens.ids.shape[1], max_tokens):
+        with lm.taps(read=sites, stop=stop) as seen:
+            lm(tokens.rows(rows))
+        parts.append({site: seen[site] for site in sites})
+    return take_apart(by_site, {site: torch.cat([part[site] for part in parts]) for site in sites}, tokens)
+
+
+def site_of(sae: SAE) -> Site:
+    """The site an SAE writes to. Raises UnweaveError when its file named none."""
+    if sae.write is None:
+        raise UnweaveError("this SAE's file named no site", remedy='name it: sae.at("resid_post.9")')
+    return sae.write
+
+
+def reads_of(sae: SAE, write: Site) -> Site:
+    """The site a transcoder encodes; an SAE's own site otherwise, whatever name the caller gave it."""
+    return write if sae.read is None or sae.read == sae.write else sae.read
+
+
+def by_site_of(lm: LM, saes: SAEs) -> dict[Site, SAE]:
+    """SAEs by the site they write to, in execution order, each verified against the model."""
+    if isinstance(saes, Mapping):
+        named = [(lm.site(site), sae) for site, sae in saes.items()]
+    else:
+        named = [(lm.site(site_of(sae)), sae) for sae in ([saes] if isinstance(saes, SAE) else saes)]
+    if not named:
+        raise UnweaveError("there are no SAEs", remedy="give at least one")
+    for site, sae in named:
+        if sae.write is not None and sae.write != site:
+            raise UnweaveError(f"this SAE writes to {sae.write}, not to {site}", remedy="use the SAE of that site")
+        sae.verify(lm)
+    if len({site for site, _ in named}) != len(named):
+        raise UnweaveError("two SAEs have the same site", remedy="give one SAE per site")
+    return dict(sorted(named, key=lambda item: item[0]))
+
+
+def _state(sae: SAE, source: Tensor, x: Tensor, ids: Tensor, mask: Tensor) -> State:
+    with torch.no_grad():
+        kept = sae.policy.keep(source, ids, mask)
+        latents = sae.encode(source) * kept.unsqueeze(-1)
+        return State(x, latents, x - sae.decode(latents))
+
+
+def take_apart(by_site: Mapping[Site, SAE], values: Mapping[Site, Tensor], tokens: Tokens) -> dict[Site, State]:
+    """The state of every SAE's site, from the values [B, P, D] of all sites that are read or written."""
+    return {
+        site: _state(sae, values[reads_of(sae, site)], values[site].to(sae.W_dec.dtype), tokens.ids, tokens.mask)
+        for site, sae in by_site.items()
+    }
+
+
+def change_of(sae: SAE, start: State, patch: State | None, moved: Tensor) -> State:
+    """Patch state minus clean state where positions are moved, 0 elsewhere."""
+    at = moved.unsqueeze(-1)
+    if patch is None:
+        return State((sae.b_dec - start.x) * at, -start.latents * at, -start.error * at)
+    return State((patch.x - start.x) * at, (patch.latents - start.latents) * at, (patch.error - start.error) * at)
+
+
+def line_up(lm: LM, clean: Tokens, patch: Tokens | None) -> tuple[Tokens, Tokens | None]:
+    """Both inputs on the model's device. Raises UnweaveError when their lengths or padding differ."""
+    if patch is None:
+        return clean.to(lm.device), None
+    if clean.ids.shape != patch.ids.shape or not torch.equal(clean.mask, patch.mask):
+        raise UnweaveError(
+            f"clean inputs {list(clean.ids.shape)} and patch inputs {list(patch.ids.shape)} do not line up",
+            remedy="pair texts with equally many tokens, padded alike",
+        )
+    return clean.to(lm.device), patch.to(lm.device)
+
+
+def moved_positions(tokens: Tokens, positions: Tensor | None) -> Tensor:
+    """Where patching may change something, bool [B, P]: the positions asked for (None: all) that are not padding."""
+    if positions is None:
+        return tokens.mask
+    if positions.shape != tokens.mask.shape or positions.dtype != torch.bool:
+        raise UnweaveError(
+            f"positions is {positions.dtype} {list(positions.shape)}, not bool {list(tokens.mask.shape)}",
+            remedy="give one truth value per token",
+        )
+    return positions.to(tokens.mask.device) & tokens.mask
+
+
+def chunks(n_rows: int, width: int, max_tokens: int) -> Iterator[slice]:
+    """Slices of rows of ``width`` tokens, each with at most ``max_tokens`` tokens (but at least one row)."""
+    step = max(1, max_tokens // width)
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))

@@ -1,0 +1,1 @@
+"""The data of the papers' tasks, made from our own word lists for any tokenizer."""
