@@ -1,0 +1,184 @@
+"""The sparse kernels against the dense computation that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from unweave.sae import kernels
+
+
+def _sorted(values: Tensor) -> Tensor:
+    return values.sort(dim=1).values
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "k"),
+    [
+        (5, 1, 1),
+        (7, 100, 1),
+        (3, 97, 97),
+        (4, 256, 255),
+        (6, 4608, 32),
+        (2, 4611, 31),
+        (9, 1000, 3),
+        (1, 12345, 7),
+        (4, 64, 8),
+    ],
+)
+def test_grouped_topk_finds_what_torch_finds(n: int, width: int, k: int) -> None:
+    z = torch.randn(n, width, generator=torch.Generator().manual_seed(width + k))
+    values, indices = kernels.topk_rows(z, k)
+    assert torch.equal(_sorted(values), _sorted(z.topk(k, dim=1).values))
+    assert torch.equal(z.gather(1, indices), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 40])
+def test_grouped_topk_with_ties_keeps_the_values(levels: int) -> None:
+    z = torch.randint(0, levels, (8, 3001), generator=torch.Generator().manual_seed(levels)).float()
+    values, indices = kernels.topk_rows(z, 19)
+    assert torch.equal(_sorted(values), _sorted(z.topk(19, dim=1).values))
+    assert torch.equal(z.gather(1, indices), values)
+    assert all(len(set(row)) == 19 for row in indices.tolist())
+
+
+def test_grouped_topk_with_all_winners_in_one_group_or_at_the_end() -> None:
+    z = torch.zeros(2, 4611)
+    z[0, ::256] = torch.arange(1.0, 20.0)  # strides that coincide with a group
+    z[1, -16:] = torch.arange(1.0, 17.0)  # the entries that fill no group
+    values, _ = kernels.topk_rows(z, 16)
+    assert torch.equal(_sorted(values), _sorted(z.topk(16, dim=1).values))
+
+
+def test_topk_of_more_than_there_are_takes_all() -> None:
+    z = torch.randn(3, 10)
+    assert torch.equal(_sorted(kernels.topk_rows(z, 99)[0]), _sorted(z))
+
+
+def _problem(seed: int = 0, n: int = 23, d: int = 12, f: int = 301) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(n, d, generator=g),
+        "W": torch.randn(f, d, generator=g) / d**0.5,
+        "b": torch.randn(f, generator=g) / 5,
+        "V": torch.randn(f, d, generator=g) / d**0.5,
+        "goal": torch.randn(n, d, generator=g),
+    }
+
+
+def _leaves(problem: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.to(dtype, copy=True).requires_grad_(name != "goal") for name, t in problem.items()}
+
+
+def _dense_loss(p: dict[str, Tensor], kept: Tensor) -> Tensor:
+    f = torch.relu(p["x"] @ p["W"].T + p["b"]) * kept
+    return (f @ p["V"] - p["goal"]).square().sum(1).mean()
+
+
+def _sparse_loss(p: dict[str, Tensor], values: Tensor, choice: kernels.Choice) -> Tensor:
+    f = torch.relu(kernels.attach(p["x"], p["W"], p["b"], values.to(p["x"].dtype), choice))
+    return (kernels.decode(f, choice, p["V"]) - p["goal"]).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_sparse_gradients_are_the_dense_ones(kind: str, chunk: int | None) -> None:
+    problem = _problem()
+    k = 6
+    choose = kernels.choose_topk if kind == "topk" else kernels.choose_batch_topk
+    values, choice = choose(problem["x"], problem["W"], problem["b"], k, chunk=chunk)
+    z = problem["x"] @ problem["W"].T + problem["b"]
+    limit = z.topk(k, dim=1).values[:, -1:] if kind == "topk" else z.flatten().topk(k * len(z)).values[-1]
+    oracle, ours = _leaves(problem, torch.float64), _leaves(problem, torch.float32)
+    dense, sparse = _dense_loss(oracle, (z >= limit).double()), _sparse_loss(ours, values, choice)
+    dense.backward()
+    sparse.backward()
+    torch.testing.assert_close(sparse.double(), dense, rtol=1e-5, atol=1e-6)
+    for name in ("x", "W", "b", "V"):
+        got, wanted = ours[name].grad, oracle[name].grad
+        assert got is not None and wanted is not None
+        assert (got.double() - wanted).norm() <= 1e-5 * wanted.norm(), name
+
+
+def test_plain_operations_agree_with_bags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices without weighted bags take gathers and sums; both ways agree."""
+    problem = _problem(1)
+    values, choice = kernels.choose_topk(problem["x"], problem["W"], problem["b"], 4)
+    found = []
+    for bags in (True, False):
+        monkeypatch.setattr(kernels, "_has_bags", lambda table, bags=bags: bags)
+        p = _leaves(problem, torch.float32)
+        _sparse_loss(p, values, choice).backward()
+        found.append([p[name].grad for name in ("x", "W", "b", "V")])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_check_in_double() -> None:
+    problem = _problem(2, n=4, d=3, f=40)
+    p = _leaves(problem, torch.float64)
+    values, choice = kernels.choose_topk(p["x"].detach(), p["W"].detach(), p["b"].detach(), 3)
+    names = ("x", "W", "b", "V")
+
+    def loss(*tensors: Tensor) -> Tensor:
+        q = dict(zip(names, tensors, strict=True))
+        current = (q["x"] @ q["W"].T + q["b"]).detach()[choice.rows.long(), choice.indices.long()]
+        return _sparse_loss({**q, "goal": p["goal"]}, current, choice)
+
+    del values
+    assert torch.autograd.gradcheck(loss, tuple(p[n] for n in names), fast_mode=False)
+
+
+@pytest.mark.parametrize("guess", [None, 0.0, 0.3, 1e9])
+@pytest.mark.parametrize("f", [301, 320])
+def test_batch_topk_keeps_exactly_the_largest_positives(guess: float | None, f: int) -> None:
+    p = _problem(3, f=f)
+    k = 9
+    values, choice = kernels.choose_batch_topk(p["x"], p["W"], p["b"], k, guess=guess, chunk=7)
+    z = p["x"] @ p["W"].T + p["b"]
+    wanted = z.flatten().topk(k * len(z)).values
+    assert len(values) == k * len(z) and bool((values > 0).all())
+    torch.testing.assert_close(values.sort(descending=True).values, wanted)
+    torch.testing.assert_close(choice.dense(values), z * (z >= wanted[-1]))
+
+
+def test_batch_topk_with_too_few_positives_takes_them_all() -> None:
+    p = _problem(4)
+    values, choice = kernels.choose_batch_topk(p["x"], p["W"], p["b"] - 2.0, 50)
+    z = p["x"] @ p["W"].T + p["b"] - 2.0
+    assert 0 < int((z > 0).sum()) < 50 * len(z)
+    torch.testing.assert_close(choice.dense(values), torch.relu(z))
+
+
+def test_rows_without_latents_and_latents_without_rows() -> None:
+    values = torch.tensor([1.0, 2.0, 3.0])
+    choice = kernels.Choice(torch.tensor([4, 0, 4]), torch.tensor([0, 0, 2, 2, 3]), 6)
+    table = torch.randn(6, 5)
+    dense = choice.dense(values)
+    assert dense.count_nonzero() == 3 and dense[1, 4] == 1 and dense[3, 4] == 3
+    torch.testing.assert_close(kernels.weighted_rows(values, choice, table), dense @ table)
+    other = torch.randn(4, 5)
+    torch.testing.assert_close(kernels.transposed_rows(values, choice, other), dense.T @ other)
+
+
+def test_only_one_chunk_of_dense_latents_lives() -> None:
+    """The largest tensor made while choosing is one chunk, not the batch."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, Tensor):
+                    largest = max(largest, t.numel())
+            return out
+
+    x, W = torch.randn(64, 8), torch.randn(512, 8)
+    with Watch():
+        kernels.choose_topk(x, W, None, 4, chunk=8)
+    assert largest <= 8 * 512
