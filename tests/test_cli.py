@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +64,8 @@ class PretendSpec(Spec):
     """Whether to normalise first."""
     prompts: tuple[str, ...] = ("hello",)
     """What to say."""
+    strengths: tuple[float, ...] = ()
+    """How strongly."""
     data: DataSpec = DataSpec()
     """The text that is trained on."""
     failure: str = operational("")
@@ -183,6 +185,12 @@ def test_lists_of_groups(
 ) -> None:
     _, out, _ = train("--model", "m", "--data.texts", *words, "--json")
     assert [(t["path"], t["weight"]) for t in asked(out)["data"]["texts"]] == texts
+
+
+def test_negative_numbers_are_values(train: Callable[..., tuple[int, str, str]]) -> None:
+    _, out, _ = train("--model", "m", "--data.max_norm", "-2.5", "--strengths", "1", "-2", "4e-1", "--json")
+    assert asked(out)["data"]["max_norm"] == -2.5
+    assert asked(out)["strengths"] == [1.0, -2.0, 0.4]
 
 
 def test_brackets_in_plain_words_are_not_read_as_yaml(train: Callable[..., tuple[int, str, str]]) -> None:
@@ -364,7 +372,7 @@ def test_help_teaches(train: Callable[..., tuple[int, str, str]]) -> None:
         "--kind topk|relu Which activation function. [default: topk]",
         "The text that is trained on.",
         "--data.context INT Tokens in a row at most. [default: 512]",
-        "are left out, see TokenPolicy. [default: none]",
+        "are left out, see TokenPolicy.",
         "--data.texts PATH... What to read. [default: {path: wiki}]",
     ):
         assert words in text
@@ -379,17 +387,27 @@ def test_field_docs_include_inherited_ones() -> None:
         """More."""
 
     assert field_docs(Child) == {"path": "Where it is.", "weight": "How much of it.", "extra": "More."}
+    assert {leaf.shown_default for leaf in leaves(DataSpec)} == {"512", "{path: wiki}", ""}
     extra = list(leaves(Child))[-1]
     assert (extra.metavar, extra.shown_default) == ("INT...", "1 2")
 
 
 @pytest.mark.parametrize("name", REAL_STAGES)
 def test_every_field_of_every_stage_can_be_set_and_is_explained(name: str) -> None:
-    fields = list(leaves(REAL_STAGES[name].spec()))
-    assert fields
-    assert [leaf.name for leaf in fields if not leaf.doc] == []
-    assert {leaf.name for leaf in fields} & {"config", "runs", "json", "help", "version"} == set()
-    assert [leaf.name for leaf in fields if not leaf.is_flag and leaf.metavar == "VALUE"] == []
+    found = list(leaves(REAL_STAGES[name].spec()))
+    assert found
+    assert [leaf.name for leaf in found if not leaf.doc] == []
+    assert {leaf.name for leaf in found} & {"config", "runs", "json", "help", "version"} == set()
+    assert [leaf.name for leaf in found if not leaf.is_flag and leaf.metavar == "VALUE"] == []
+
+
+@pytest.mark.parametrize("name", REAL_STAGES)
+def test_groups_default_to_their_own_defaults(name: str) -> None:
+    """Naming one field of a group leaves the others at the group's own defaults, so help must show those."""
+    spec = REAL_STAGES[name].spec()
+    for field_ in fields(spec):
+        if isinstance(field_.default, Spec):
+            assert field_.default == type(field_.default)()
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -174,6 +177,22 @@ def test_nothing_is_loaded_that_could_run_code() -> None:
 
 def test_libraries_stay_in_their_layers() -> None:
     assert check(foreign_imports) == []
+
+
+def third_party(tree: ast.AST) -> set[str]:
+    tops = {name.split(".")[0] for _, name in imported_modules(tree, "unweave.x.y")}
+    return tops - set(sys.stdlib_module_names) - {"unweave"}
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Every library that the code imports is a dependency or in an extra, never there by somebody else's courtesy."""
+    project = tomllib.loads((SOURCE.parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [asked for name, extra in project["optional-dependencies"].items() if name != "dev" for asked in extra]
+    declared = {re.split(r"[\[<>=~! ]", asked)[0] for asked in [*project["dependencies"], *extras]}
+    distribution = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
+    imported = {name for path in FILES for name in third_party(ast.parse(path.read_text(encoding="utf-8")))}
+    assert {"torch", "yaml", "cyclopts"} <= imported
+    assert sorted({distribution.get(name, name) for name in imported} - declared) == []
 
 
 # Each rule must be able to find what it looks for.

@@ -76,9 +76,11 @@ def _identifier(leaf: Leaf) -> str:
 
 def _parameter(leaf: Leaf, group: Group) -> inspect.Parameter:
     hint: Any = bool | None if leaf.is_flag else list[str] | None if leaf.is_list else str | None
+    notes = [f"[one of: {leaf.choices}]"] if leaf.choices else []
+    notes += ["[must be given]"] if leaf.default is MISSING else []
     about = Parameter(
         name=f"--{leaf.name}",
-        help=leaf.doc + (" [must be given]" if leaf.default is MISSING else ""),
+        help=" ".join([leaf.doc, *notes]),
         group=group,
         metavar=None if leaf.is_flag else leaf.metavar,
         negative=None if leaf.is_flag else (),

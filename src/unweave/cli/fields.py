@@ -52,11 +52,20 @@ class Leaf:
 
     @property
     def metavar(self) -> str:
-        return _words(self.hint)
+        """The type in a word; of long lists of choices only that it is one of ``choices``."""
+        return "CHOICE" if self.choices else _words(self.hint)
+
+    @property
+    def choices(self) -> str:
+        """Choices that are too many to stand behind the option."""
+        hint = _without_none(self.hint)
+        listed = ", ".join(map(str, typing.get_args(hint))) if typing.get_origin(hint) is typing.Literal else ""
+        return listed if len(listed) > 20 else ""
 
     @property
     def shown_default(self) -> str:
-        return "" if self.default is MISSING else _shown(self.default)
+        """Empty where there is none, or where the docstring says what happens without a value."""
+        return "" if self.default is MISSING or self.default is None else _shown(self.default)
 
 
 def leaves(spec: type[Spec], prefix: str = "", group_doc: str = "", default: Spec | None = None) -> Iterator[Leaf]:

@@ -42,7 +42,7 @@ class Stage:
         return (
             f"{self.summary}\n\n{self.about}\n\n"
             "Fields come from their defaults, then the YAML or TOML file, then the options. A dotted option is a field "
-            "inside a group: --data.context 256 stands for data: {context: 256} in the file. The run directory is "
+            "inside a group: --data.seed 1 stands for data: {seed: 1} in the file. The run directory is "
             "printed; asking the same again reuses it.\n\n"
             f"For example:\n\n{examples}"  # a heading "Examples:" would be read as a docstring section, and dropped
         )
@@ -88,7 +88,7 @@ _ALL = (
         "Reads text or dialogues, runs the model up to the site, and trains on what it finds there. The autoencoder "
         "is saved as a SAELens folder together with what it was trained on. Interrupted training resumes exactly.",
         "unweave train --model smollm2-135m-instruct --sites resid_post.9",
-        "unweave train my.yaml --sae.k 64 --data.context 256",
+        "unweave train my.yaml --sae.k 64 --data.sources wiki notes.txt",
     ),
     _stage(
         "eval",
