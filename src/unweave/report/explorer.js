@@ -28,7 +28,8 @@ function unweaveExplorer(root, data) {
   const number = (value) => value === null ? "n/a"
     : value === 0 ? "0" : Math.abs(value) < 1e-4 ? value.toExponential(1)
     : value.toLocaleString("en-GB", { maximumSignificantDigits: 3 }).replace("-", "\u2212");
-  const percent = (rate) => rate > 0 ? number(rate * 100) + "\u202f%" : "never";
+  const percent = (rate) => (rate >= 0.1 ? (rate * 100).toFixed(1).replace(/\.0$/, "")
+    : Number((rate * 100).toPrecision(2)).toString()) + "\u202f%";
   const thousands = (value) => value.toLocaleString("en-GB");
 
   /* ---- elements ---- */
@@ -121,7 +122,7 @@ function unweaveExplorer(root, data) {
     const line = make("p", "uw-context"), digits = context[2], peak = context[3];
     words(context).forEach((token, i) => {
       const step = Number(digits[i]);
-      const names = (step ? "uw-a" + step : "") + (i === peak ? " uw-peak" : "");
+      const names = (step ? "uw-a" + step : token.trim() ? "" : "uw-blank") + (i === peak ? " uw-peak" : "");
       const span = make("span", names.trim(), visible(blank(token) ? token.slice(1) : token), i === peak ? { tabindex: "0" } : {});
       if (i && blank(token)) line.append(" ");
       const value = i === peak ? context[4] : step / LEVELS * latent.max;
@@ -159,7 +160,7 @@ function unweaveExplorer(root, data) {
     const order = [...Object.keys(KINDS), ...new Set(data.kinds.map((kind) => kind[0]).filter((kind) => !KINDS[kind]))];
     detail.replaceChildren(...[
       make("header", "uw-detail-head", [
-        make("div", "", [make("h3", "", ["Latent " + latent.index, ...badges]), make("p", "uw-facts", facts)]),
+        make("div", "", [make("h3", "", ["Latent\u00a0" + latent.index, ...badges]), make("p", "uw-facts", facts)]),
         make("div", "uw-steps", [back, next])]),
       latent.note ? make("p", "uw-note", latent.note) : "",
       make("dl", "uw-logits", [...logits("Raises", latent.promoted), ...logits("Lowers", latent.suppressed)]),
@@ -229,8 +230,9 @@ function unweaveExplorer(root, data) {
     count.textContent = shown.length === latents.length ? thousands(latents.length) + " latents"
       : thousands(shown.length) + " of " + thousands(latents.length) + " latents";
     list.scrollTop = 0;
-    if (shown.length && shown.indexOf(current) < 0) choose(shown[0], false);
-    else { reveal(); draw(); }
+    // a search leads to its best match; another order or filter keeps the latent in view where it can
+    if (shown.length && (query || shown.indexOf(current) < 0)) choose(shown[0], false);
+    else draw();
   };
 
   /* ---- the activation at a token, by pointer or by keyboard ---- */

@@ -57,7 +57,7 @@ def payload(latents: Sequence[LatentEntry], tags: Mapping[str, Sequence[int]]) -
 
     def pack(context: ContextEntry, scale: float) -> list[object]:
         kind = kinds.setdefault((context.kind, context.label), len(kinds))
-        digits = "".join(str(level(a, scale)) for a in context.activations)
+        digits = "".join(str(level(a, scale)) if a > 0 else "0" for a in context.activations)
         peak = _significant(max(context.activations[context.peak], 0.0))
         return [kind, " ".join(codes[token] for token in context.tokens), digits, context.peak, peak]
 

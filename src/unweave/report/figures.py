@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from unweave.report.model import Attribution, AttributionRow, DensityHistogram, TrainingCurve
 from unweave.report.theme import LIGHT
@@ -29,7 +29,7 @@ _WIDTH, _HEIGHT = 4.7, 3.2  # inches; two figures side by side on a wide page, o
 _MAX_POINTS = 600
 
 
-def _settings() -> dict[str, object]:
+def _settings() -> dict[Any, Any]:
     c = _STAND_IN
     return {
         "svg.fonttype": "none", "svg.hashsalt": "unweave", "font.size": 8.5, "font.family": "DejaVu Sans",
@@ -73,6 +73,10 @@ def _thin(values: Sequence[float], most: int = _MAX_POINTS) -> list[int]:
     return sorted({round(i * (len(values) - 1) / (most - 1)) for i in range(most)})
 
 
+def _finite(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
 def _tokens_axis(axes: Axes, largest: float) -> None:
     units = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "), (0.0, ""))
     unit, name = next((unit or 1.0, name) for unit, name in units if largest >= unit)
@@ -96,7 +100,7 @@ def loss_curve(curve: TrainingCurve) -> str:
         top.plot(tokens, loss, color=_STAND_IN["accent"], linewidth=1.6)
         top.set_ylim(0, 1.08 * max(finite, default=1.0) or 1.0)
         top.set_ylabel(curve.loss_name[:1].upper() + curve.loss_name[1:])
-        if finite:
+        if _finite(loss[-1]):
             top.annotate(
                 f"{loss[-1]:.3g}", (tokens[-1], loss[-1]), xytext=(-3, 6), textcoords="offset points", ha="right",
                 color=_STAND_IN["accent"], fontweight="bold",
@@ -150,7 +154,7 @@ def cross_entropy_bars(clean: float | None, sae: float | None, mean: float | Non
 
     given = [("Untouched", clean, "mute"), ("SAE in place", sae, "accent")]
     given += [("Mean ablation", mean, "warm"), ("Zero ablation", zero, "warm")]
-    bars = [(name, value, colour) for name, value, colour in given if value is not None and math.isfinite(value)]
+    bars = [(name, value, colour) for name, value, colour in given if _finite(value)]
     values = [value for _, value, _ in bars]
     with matplotlib.rc_context(_settings()):
         figure = _figure(_HEIGHT)
@@ -176,8 +180,8 @@ def attribution_scatter(attribution: Attribution, estimate: str) -> str:
     import matplotlib
 
     names = {"ig": "Integrated gradients", "ap": "Attribution patching"}
-    rows = [row for row in attribution.rows if row.exact is not None and getattr(row, estimate) is not None]
-    both = [value for row in attribution.rows for value in (row.exact, row.ig, row.ap) if value is not None]
+    rows = [row for row in attribution.rows if _finite(row.exact) and _finite(getattr(row, estimate))]
+    both = [value for row in attribution.rows for value in (row.exact, row.ig, row.ap) if _finite(value)]
     low, high = min([0.0, *both]), max([0.0, *both])
     pad = 0.08 * ((high - low) or 1.0)
     with matplotlib.rc_context(_settings()):
@@ -209,8 +213,8 @@ def attribution_scatter(attribution: Attribution, estimate: str) -> str:
 
 
 def _points(axes: Axes, rows: Sequence[AttributionRow], estimate: str, colour: str, size: int, label: str) -> None:
-    dots = axes.scatter([row.exact for row in rows], [getattr(row, estimate) for row in rows], s=size, color=colour,
-                        alpha=0.8, linewidths=0, label=label)  # fmt: skip
+    measured, estimated = [row.exact or 0.0 for row in rows], [getattr(row, estimate) for row in rows]
+    dots = axes.scatter(measured, estimated, s=size, color=colour, alpha=0.8, linewidths=0, label=label)
     dots.set_urls([f"#latent-{row.latent}" for row in rows])
 
 
@@ -218,7 +222,7 @@ def _correlations(attribution: Attribution, estimate: str, chosen: bool) -> str:
     prefix = "" if chosen else "random_"
     kinds = (("r", "pearson"), ("ρ", "spearman"))
     given = [(sign, attribution.correlations.get(f"{prefix}{estimate}_{kind}")) for sign, kind in kinds]
-    text = ", ".join(f"{sign} = {value:.2f}" for sign, value in given if value is not None)
+    text = ", ".join(f"{sign} = {value:.2f}" for sign, value in given if _finite(value))
     return f":  {text}" if text else ""
 
 

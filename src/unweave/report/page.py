@@ -57,7 +57,8 @@ def _top(data: ReportData) -> str:
     ]
     parts = [part for part in told if part]
     shows = f" Here is {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}." if parts else ""
-    deck = f"A {what}, for the activations{site} of {esc(data.model)}{note}.{shows}"
+    comma = "," if data.sae is not None and data.sae.k is not None else ""
+    deck = f"A {what}{comma} for the activations{site} of {esc(data.model)}{note}.{shows}"
     # a name with hyphens is kept whole where the line is wide enough
     title = re.sub(r"\S+-\S+", r'<span class="uw-whole">\g<0></span>', esc(data.title))
     return f'<header class="uw-top">{threads()}<h1>{title}</h1><p class="uw-deck">{deck}</p>{_tiles(data)}</header>'

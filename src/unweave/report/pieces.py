@@ -99,7 +99,8 @@ def context_html(context: ContextEntry, scale: float) -> str:
     spans = []
     for position, (token, activation) in enumerate(zip(context.tokens, context.activations, strict=True)):
         step = level(activation, scale)
-        names = ([f"uw-a{step}"] if step else []) + (["uw-peak"] if position == context.peak else [])
+        names = [f"uw-a{step}"] if step else [] if token.strip() else ["uw-blank"]
+        names += ["uw-peak"] if position == context.peak else []
         classes = f' class="{" ".join(names)}"' if names else ""
         title = f' title="{esc(repr(clean(token)))}  {activation:.3g}"' if step else ""
         blank, text = split_blank(token)

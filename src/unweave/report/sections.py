@@ -46,14 +46,12 @@ def training(data: ReportData) -> Section:
         parts.append(missing("Nothing is known about the training of this SAE.", "unweave train"))
     else:
         site = f" at <code>{esc(data.site)}</code>" if data.site else ""
-        times = f"{sae.latents / sae.d_in:.3g}"
+        times, comma = f"{sae.latents / sae.d_in:.3g}", "," if sae.k is not None else ""
         words = (
             f"<p>The activations{site} of {esc(data.model)} are vectors of {sae.d_in:,} numbers in which many meanings "
+            f"overlap. A {sae_words(sae)}{comma} was trained to rebuild them: {times} times as many directions as "
+            "numbers, each meant to stand for one thing."
         )
-        words += (
-            f"overlap. A {sae_words(sae)}, was trained to rebuild them: {times} times as many directions as numbers, "
-        )
-        words += "each meant to stand for one thing."
         if sae.tokens_trained is not None:
             words += f" It took {sae.tokens_trained:,} tokens"
             if sae.distinct_tokens is not None:
@@ -101,8 +99,8 @@ def _density(data: ReportData) -> list[str]:
         return []
     never = f" {data.density.never:,} latents never fired." if data.density.never else " Every latent fired."
     caption = (
-        "How often latents fire, each bar a range of frequencies. A healthy SAE has one broad hill; a heap at the right "
-        f"end would be latents that are always on and mean little.{never}"
+        "How often latents fire, each bar a range of frequencies. A healthy SAE has one broad hill; a heap at the "
+        f"right end would be latents that are always on and mean little.{never}"
     )
     return [_figure(figures.density(data.density), caption)]
 
@@ -155,10 +153,10 @@ def latents(data: ReportData) -> Section:
         body = missing("No record of what the latents fire on was made.", "unweave latents")
         return Section("latents", "Latents", heading, body)
     words = (
-        "<p>Each latent is a direction that the SAE found useful. What it means shows in the text it fires on: the deeper "
-        "a token's colour, the stronger the latent there, and the underlined token is the one the passage was chosen "
-        "for. <i>Raises</i> and <i>lowers</i> name the next tokens that its direction makes more and less likely. Search "
-        "for a word, or follow a latent's number from anywhere on this page.</p>"
+        "<p>Each latent is a direction that the SAE found useful. What it means shows in the text it fires on: the "
+        "deeper a token's colour, the stronger the latent there, and the underlined token is the one the passage was "
+        "chosen for. <i>Raises</i> and <i>lowers</i> name the next tokens that its direction makes more and less "
+        "likely. Search for a word, or follow a latent's number from anywhere on this page.</p>"
     )
     explorer = explorer_html(payload(data.latents, _tags(data)))
     return Section("latents", "Latents", heading, f'{words}<div class="uw-wide">{explorer}</div>')
@@ -189,10 +187,10 @@ def attribution(data: ReportData) -> Section:
         body = missing("Which latents cause a behaviour has not been traced.", "unweave trace")
         return Section("attribution", "Causes", heading, body)
     parts = [
-        f"<p>Which latents does the model use for {esc(found.task)}? Over {found.pairs:,} pairs of sentences, each latent "
-        "was given the value that it has in the pair's other sentence. The change this makes is its effect. Measuring it "
-        "takes a run of the model for every latent, so estimates that need only a few gradients pick the candidates, and "
-        f"measurements test the estimates. {esc(found.metric)}</p>"
+        f"<p>Which latents does the model use for {esc(found.task)}? Over {found.pairs:,} pairs of sentences, each "
+        "latent was given the value that it has in the pair's other sentence. The change this makes is its effect. "
+        "Measuring it takes a run of the model for every latent, so estimates that need only a few gradients pick the "
+        f"candidates, and measurements test the estimates. {esc(found.metric)}</p>"
     ]
     if found.example:
         lines = "".join(f"<dt>{esc(label)}</dt><dd>{esc(text)}</dd>" for label, text in found.example)
@@ -252,7 +250,7 @@ def _agreement(found: Attribution) -> str:
     best = given.get("ig_pearson")
     words = (
         f"Integrated gradients correlate with the measured effect at {number(best)} (Pearson): at 1 the estimate could "
-        "replace the measurement, at 0 it would be useless. Spearman's correlation asks only whether the order is right."
+        "replace the measurement, at 0 it would be useless. Spearman's correlation asks only if the order is right."
     )
     return ("" if best is None else f"<p>{words}</p>") + table(
         ("Agreement with the measured effect", "Chosen latents", "Random latents"), rows, (1, 2)
@@ -274,8 +272,8 @@ def steering(data: ReportData) -> Section:
     samples = "".join(_sample(strength, text, steered) for strength, text in steered.samples)
     label = f" ({chips((token, 0.0) for token in steered.label)})" if steered.label else ""
     parts = [
-        f"<p>Latent {latent_link(steered.latent)}{label} was held at a fixed strength while the model wrote; whatever the "
-        f"SAE does not explain was kept as it was. {esc(steered.note)}</p>",
+        f"<p>Latent {latent_link(steered.latent)}{label} was held at a fixed strength while the model wrote; whatever "
+        f"the SAE does not explain was kept as it was. {esc(steered.note)}</p>",
         f'<p class="uw-prompt">{esc(steered.prompt)}</p>',
         f'<div class="uw-wide uw-samples">{samples}</div>',
     ]

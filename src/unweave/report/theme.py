@@ -14,15 +14,14 @@ LIGHT = {
     "sunk": "#f4f1ea",
     "ink": "#1e2124",
     "soft": "#53575c",
-    "faint": "#6b6f74",
+    "faint": "#666a6f",
     "line": "#dcd7cb",
     "grid": "#e9e5dc",
     "accent": "#0b6470",
     "warm": "#a8480c",
-    "mute": "#a09c93",
+    "mute": "#8c887f",
     "heat": "#f5a742",
     "heat-ink": "#1e1406",
-    "good": "#2c6e3f",
 }
 DARK = {
     "bg": "#15181b",
@@ -38,7 +37,6 @@ DARK = {
     "mute": "#74797d",
     "heat": "#a9540e",
     "heat-ink": "#fff6e9",
-    "good": "#86cf99",
 }
 HEAT_LEVELS = 9
 """Activations are shown in this many steps above zero."""
@@ -71,4 +69,4 @@ def palette_css() -> str:
 @lru_cache(maxsize=8)
 def asset(name: str) -> str:
     """Return the text of a style sheet or script that is shipped inside this package, e.g. "explorer.js"."""
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files("unweave.report").joinpath(name).read_text(encoding="utf-8")
