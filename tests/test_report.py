@@ -310,7 +310,7 @@ def test_explorer_data_hold_what_was_given() -> None:
 def test_explorer_data_name_the_latents_of_the_other_sections() -> None:
     data = json.loads(Page(full_page()).data["latents-data"])
     # the strongest effect first; the one that was not measured by its estimate, the random one not at all
-    assert data["tags"] == [["subject-verb agreement", [0, 1, 2, 3, 6]], ["steered below", [3]]]
+    assert data["tags"] == [["subject-verb agreement", [0, 1, 2, 3, 6]], ["steered", [3]]]
 
 
 def test_frequent_tokens_have_short_codes() -> None:

@@ -14,7 +14,6 @@ from unweave.report.numbers import duration
 from unweave.report.pieces import context_html, level, number, percent, token_chip, visible
 from unweave.report.theme import DARK, HEAT_LEVELS, LIGHT, heat_alpha
 
-
 # ---- numbers ----
 
 

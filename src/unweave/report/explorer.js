@@ -148,7 +148,7 @@ function unweaveExplorer(root, data) {
     if (shown.length) choose(shown[next], true);
   };
   const show = (latent) => {
-    const badges = data.tags.filter((tag) => tag[1].includes(latent.index)).map((tag) => make("span", "uw-badge", tag[0]));
+    const badges = data.tags.filter((tag) => tag[1].includes(latent.index)).flatMap((tag) => [" ", make("span", "uw-badge", tag[0])]);
     const back = make("button", "uw-button", "\u2190", { type: "button", "aria-label": "Previous latent in the list" });
     const next = make("button", "uw-button", "\u2192", { type: "button", "aria-label": "Next latent in the list" });
     back.addEventListener("click", () => step(-1));

@@ -167,7 +167,7 @@ def _tags(data: ReportData) -> dict[str, list[int]]:
     if data.attribution is not None:
         tags[data.attribution.task] = [row.latent for row in strongest(data.attribution)]
     if data.steering is not None:
-        tags["steered below"] = [data.steering.latent]
+        tags["steered"] = [data.steering.latent]
     return tags
 
 
@@ -219,7 +219,7 @@ def _strongest_text(entry: LatentEntry) -> LatentEntry:
 
 
 def _card_heading(row: AttributionRow) -> str:
-    effect = "" if row.exact is None else f'<span class="uw-badge">effect {number(row.exact)}</span>'
+    effect = "" if row.exact is None else f' <span class="uw-badge">effect {number(row.exact)}</span>'
     return f"Latent {latent_link(row.latent)}{effect}"
 
 
@@ -270,7 +270,7 @@ def steering(data: ReportData) -> Section:
     if steered is None:
         return Section("steering", "Steering", heading, missing("The model has not been steered.", "unweave steer"))
     samples = "".join(_sample(strength, text, steered) for strength, text in steered.samples)
-    label = f" ({chips((token, 0.0) for token in steered.label)})" if steered.label else ""
+    label = f" {chips((token, 0.0) for token in steered.label)}" if steered.label else ""
     parts = [
         f"<p>Latent {latent_link(steered.latent)}{label} was held at a fixed strength while the model wrote; whatever "
         f"the SAE does not explain was kept as it was. {esc(steered.note)}</p>",
