@@ -93,7 +93,9 @@ def _array_rows(path: Path) -> Iterator[tuple[Any, str]]:
     """The elements of one large array, parsed as they are read."""
     decoder = json.JSONDecoder()
     with _readable(path), open(path, encoding="utf-8-sig") as handle:
-        text, at, number, ended = handle.read(_READ_BYTES), 0, 0, False
+        text, at, number, ended = "", 0, 0, False
+        while "[" not in text:  # blanks at most: the first character decided that this is an array
+            text = handle.read(_READ_BYTES)
         at = text.index("[") + 1
         while True:
             while at < len(text) and text[at] in " \t\r\n,":
