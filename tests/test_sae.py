@@ -287,7 +287,7 @@ def test_trap_12_14_25_wrong_model_or_layer_is_refused_with_the_evidence(tiny) -
 
 def test_accepting_a_mismatch_is_recorded_and_saved(tiny, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     sae = trained_in(LM(tiny("llama"), None))
-    other = LM(tiny("mistral"), None)
+    other = LM(tiny("llama", seed=1), None)
     evidence = sae.accept(other, "to see what happens")
     assert evidence["distance"] > evidence["tolerance"]
     with other.taps(edit=sae.ablate([1])):

@@ -81,9 +81,15 @@ class ActivationSource:
             chunk = self._harvest(index)
             self._store(path, chunk)
             return chunk
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UnweaveError(
+                f"cached activations are damaged: {error}", where=str(path), remedy="delete this file and run again"
+            ) from error
         return Chunk({site: tensors[str(site)] for site in self.sites}, tensors["where"])
 
     def _store(self, path: Path, chunk: Chunk) -> None:

@@ -1,0 +1,141 @@
+"""What the stages share: the model they work in, token stores, activation sources, and the SAE under study."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from unweave.core.errors import UnweaveError
+from unweave.core.run import Run
+from unweave.core.site import Site
+from unweave.core.spec import Spec, digest
+from unweave.data.corpus import documents, is_heldout
+from unweave.data.pack import pack
+from unweave.data.stream import ActivationSource
+from unweave.data.tokens import TokenStore
+from unweave.jobs.specs import DataSpec, StreamSpec, UseSpec
+from unweave.lm.model import LM
+from unweave.sae.module import SAE
+
+HELDOUT_TOKENS = 25_000
+"""held-out tokens that a reference measurement looks at"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TokensQuestion(Spec):
+    """What identifies a token store."""
+
+    model: str
+    data: DataSpec
+    split: str
+    tokens: int
+
+
+@lru_cache(maxsize=1)
+def load_lm(model: str, dtype: str, device: str | None) -> LM:
+    """The model; stages that follow one another in a process share it."""
+    return LM.load(model, dtype=dtype, device=device)
+
+
+def stamp(source: str | Path) -> str:
+    """What a local file or folder is now (sizes and times of change); empty for names that are not local."""
+    path = Path(source)
+    if not path.exists():
+        return ""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return digest([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+
+
+def stamps(model: str, data: DataSpec) -> dict[str, str]:
+    """Stamps of everything local that a run reads, so that changed files are not mistaken for what they were."""
+    found = {"model": stamp(model)} | {source.path: stamp(source.path) for source in data.sources}
+    return {name: value for name, value in found.items() if value}
+
+
+def token_store(lm: LM, model: str, data: DataSpec, split: str, tokens: int, runs: Path) -> tuple[TokenStore, Run]:
+    """At least ``tokens`` tokens of the train or heldout split, written once and shared by every stage that asks."""
+    asked = _TokensQuestion(model=model, data=data, split=split, tokens=tokens)
+    fingerprint = lm.tokenizer_fingerprint() or ""
+    with Run.open(runs, "tokens", asked, inputs=stamps(model, data) | {"tokenizer": fingerprint}) as run:
+        if not run.done:
+            if lm.tokenizer is None:
+                raise UnweaveError("text needs a tokenizer", where=lm.name, remedy="use a model that comes with one")
+            wanted = (
+                document
+                for document in documents(data.sources, data.seed)
+                if is_heldout(document, data.heldout, data.seed) == (split == "heldout")
+            )
+            meta = {"tokenizer": fingerprint, "split": split, "context": data.pack.context}
+            rows = pack(wanted, lm.tokenizer, data.pack)
+            store = TokenStore.write(run.path / "store", rows, tokens, meta)
+            run.finish({"rows": store.n_rows, "tokens": store.n_tokens, **store.meta})
+    return TokenStore.open(run.path / "store"), run
+
+
+def activation_source(
+    lm: LM, store: TokenStore, store_run: Run, sites: list[Site], stream: StreamSpec, dtype: str, runs: Path
+) -> ActivationSource:
+    """Activations of a token store, cached under ``runs`` unless told otherwise."""
+    excluded = lm.special_ids if stream.special_tokens == "exclude" else ()
+    identity = digest([store_run.digest, [str(s) for s in sites], dtype, stream.chunk_tokens, list(excluded)])
+    cache = Path(runs).resolve() / f"activations-{identity}" if stream.cache else None
+    return ActivationSource(
+        lm,
+        store,
+        sites,
+        chunk_tokens=stream.chunk_tokens,
+        batch_tokens=stream.batch_tokens,
+        exclude_ids=excluded,
+        cache=cache,
+    )
+
+
+def sae_digest(folder: Path) -> str:
+    """Twelve digits over an SAE's files. UnweaveError when it is no SAE folder."""
+    hashed = hashlib.sha256()
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        path = Path(folder) / name
+        if not path.is_file():
+            raise UnweaveError(
+                "this is not an SAE folder", where=str(folder), remedy="give the folder that `unweave train` printed"
+            )
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()[:12]
+
+
+def open_sae(spec: UseSpec) -> tuple[LM, SAE, dict[str, Any]]:
+    """The SAE, the model to use it in, and what to record about that; refused where they do not belong together."""
+    sae = SAE.load(spec.sae)
+    asked = sae.provenance.get("train", {})
+    model = spec.model or asked.get("model")
+    if model is None:
+        raise UnweaveError(
+            "this SAE does not say which model it belongs to", where=str(spec.sae), remedy="name it with --model"
+        )
+    lm = load_lm(model, asked.get("dtype", "float32"), spec.device)
+    sae = sae.to(lm.device)
+    record: dict[str, Any] = {"model": lm.name, "model_note": lm.note}
+    if spec.accept_mismatch is not None:
+        record["accepted"] = sae.accept(lm, spec.accept_mismatch)
+    else:
+        sae.verify(lm)
+    return lm, sae, record
+
+
+def data_of(sae: SAE, data: DataSpec | None) -> DataSpec:
+    """The text asked for, or the SAE's own."""
+    if data is not None:
+        return data
+    asked: Mapping[str, Any] = sae.provenance.get("train", {})
+    if "data" not in asked:
+        raise UnweaveError("this SAE does not say which text it was trained on", remedy="name some with --data.sources")
+    return DataSpec.from_dict(asked["data"])
+
+
+def stream_of(sae: SAE) -> StreamSpec:
+    """How the SAE's activations were harvested."""
+    return StreamSpec.from_dict(sae.provenance.get("train", {}).get("stream", {}))

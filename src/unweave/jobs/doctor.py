@@ -1,0 +1,139 @@
+"""What a training run will cost, before it is started, and what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unweave.core.errors import UnweaveError
+from unweave.data.corpus import documents
+from unweave.jobs.common import load_lm
+from unweave.jobs.specs import DoctorSpec
+from unweave.lm.model import LM, Tokens
+from unweave.sae.train import SAETrainer
+
+_SAMPLE_DOCUMENTS = 200
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What was found; has the two fields that every stage's outcome has."""
+
+    path: Path
+    result: dict[str, Any]
+    reused: bool = False
+
+
+def run(spec: DoctorSpec, runs: Path) -> Checkup:
+    """Measures a little of everything and multiplies. Nothing is written."""
+    problems: list[str] = []
+    lm = _try(problems, lambda: load_lm(spec.model, spec.dtype, spec.device))
+    found: dict[str, Any] = {"model": repr(lm) if lm else spec.model}
+    if lm is not None:
+        sites = [s for s in (_try(problems, lambda site=site: lm.site(site)) for site in spec.sites) if s]
+        if sites:
+            found |= _cost(spec, lm, sites, problems)
+        _look_at_text(spec, lm, problems)
+    _look_at_folder(runs, problems)
+    found["disk_free_gb"] = round(shutil.disk_usage(_existing(runs)).free / 1e9, 1)
+    if found.get("disk_gb", 0) > found["disk_free_gb"]:
+        problems.append(f"needs {found['disk_gb']} GB of disk, {found['disk_free_gb']} GB are free: see stream.cache")
+    if found.get("memory_gb", 0) > _memory_gb():
+        problems.append(f"needs {found['memory_gb']} GB of memory, the machine has {_memory_gb()}: lower sae.expansion")
+    found["problems"] = problems or ["none found"]
+    return Checkup(runs, found)
+
+
+def _try(problems: list[str], work: Any) -> Any:
+    try:
+        return work()
+    except UnweaveError as error:
+        problems.append(str(error))
+        return None
+
+
+def _look_at_text(spec: DoctorSpec, lm: LM, problems: list[str]) -> None:
+    def first() -> None:
+        sample = []
+        for document in documents(spec.data.sources, spec.data.seed):
+            sample.append(document)
+            if len(sample) == _SAMPLE_DOCUMENTS:
+                break
+        if any(d.messages for d in sample) and not getattr(lm.tokenizer, "chat_template", None):
+            raise UnweaveError("the text holds conversations, and this tokenizer has no chat template")
+
+    _try(problems, first)
+
+
+def _look_at_folder(runs: Path, problems: list[str]) -> None:
+    folder = _existing(runs)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        problems.append(f"{folder} is not a writable folder: choose another with --runs")
+
+
+def _existing(path: Path) -> Path:
+    path = Path(path).resolve()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _memory_gb() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+
+
+def _cost(spec: DoctorSpec, lm: LM, sites: list[Any], problems: list[str]) -> dict[str, Any]:
+    """Times one harvest batch and a few training steps."""
+    context = spec.data.pack.context
+    limit = getattr(lm.model.config, "max_position_embeddings", context)
+    if context > limit:
+        problems.append(f"data.pack.context is {context}, the model takes {limit} positions: lower it")
+    rows = max(1, spec.stream.batch_tokens // context)
+    tokens = Tokens.of(torch.randint(0, lm.vocab_size, (rows, min(context, limit)), generator=torch.Generator().manual_seed(0)))
+    widths = {}
+    seconds = 0.0
+    for _ in range(2):  # the first is for warming up
+        started = time.perf_counter()
+        with lm.taps(read=sites, stop=max(sites)) as seen:
+            lm(tokens)
+        seconds = time.perf_counter() - started
+    harvest = tokens.n_tokens / seconds
+    training = 0.0
+    for site in sites:
+        x = seen[site].flatten(0, 1).float()
+        widths[site] = x.shape[1]
+        training += _step_seconds(spec, x)
+    train = spec.sae.batch / training
+    width, latents = sum(widths.values()), sum(w * spec.sae.expansion for w in widths.values())
+    parameters = sum(2 * w * w * spec.sae.expansion for w in widths.values())
+    cached = spec.data.tokens * width * _FP32 if spec.stream.cache else 0
+    harvested = spec.data.tokens if spec.stream.cache else spec.sae.tokens
+    model = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    memory = model + 4 * parameters * _FP32 + 3 * spec.stream.buffer_tokens * width * _FP32 + 1e9
+    return {
+        "latents": latents,
+        "distinct_tokens": spec.data.tokens,
+        "training_tokens": spec.sae.tokens,
+        "epochs": round(spec.sae.tokens / spec.data.tokens, 2),
+        "harvest_tokens_per_second": round(harvest),
+        "train_tokens_per_second": round(train),
+        "minutes": round((harvested / harvest + spec.sae.tokens / train) / 60, 1),
+        "memory_gb": round(memory / 1e9, 1),
+        "disk_gb": round((cached + 4 * parameters * _FP32) / 1e9, 1),
+    }
+
+
+def _step_seconds(spec: DoctorSpec, x: torch.Tensor) -> float:
+    trainer = SAETrainer(spec.sae, x.shape[1], init_x=x, seed=0)
+    batch = x[torch.randint(0, len(x), (spec.sae.batch,), generator=torch.Generator().manual_seed(0))]
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        trainer.step(batch)
+        times.append(time.perf_counter() - started)
+    return min(times)

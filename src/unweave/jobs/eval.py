@@ -1,0 +1,29 @@
+"""Measuring an SAE on held-out text."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from unweave.core.run import Run
+from unweave.evaluate.core import drift, evaluate, store_batches
+from unweave.jobs.common import data_of, open_sae, sae_digest, token_store
+from unweave.jobs.specs import EvalSpec
+
+VERSION = 1
+
+
+def run(spec: EvalSpec, runs: Path) -> Run:
+    """Every number of ``evaluate.core`` on held-out text; the result holds them by name."""
+    with Run.open(runs, "eval", spec, version=VERSION, inputs={"sae": sae_digest(spec.sae)}) as run:
+        if run.done:
+            return run
+        started = time.monotonic()
+        lm, sae, record = open_sae(spec)
+        data = data_of(sae, spec.data)
+        store, _ = token_store(lm, spec.model or sae.provenance["train"]["model"], data, "heldout", spec.tokens, runs)
+        metrics = evaluate(lm, sae, store_batches(lm, store, range(store.n_rows), spec.batch_tokens))
+        warnings = drift(metrics, sae.provenance.get("reference", {}))
+        result = metrics.to_dict() | record | {"drift": warnings}
+        run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
+    return run

@@ -1,0 +1,48 @@
+"""What each latent responds to and writes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from unweave.core.run import Run
+from unweave.jobs.common import activation_source, data_of, open_sae, sae_digest, stream_of, token_store
+from unweave.jobs.specs import LatentsSpec
+from unweave.sae.records import Records, RecordsSpec, collect
+
+VERSION = 1
+
+
+def run(spec: LatentsSpec, runs: Path) -> Run:
+    """Records of every latent, in the run's ``records/``."""
+    with Run.open(runs, "latents", spec, version=VERSION, inputs={"sae": sae_digest(spec.sae)}) as run:
+        if run.done:
+            return run
+        started = time.monotonic()
+        lm, sae, record = open_sae(spec)
+        assert sae.read is not None
+        asked, data = sae.provenance.get("train", {}), data_of(sae, spec.data)
+        tokens = data.tokens if spec.data is None else spec.tokens
+        model = spec.model or asked["model"]
+        store, store_run = token_store(lm, model, data, "train", tokens, runs)
+        sites = [lm.site(site) for site in asked.get("sites", [str(sae.read)])]
+        dtype = asked.get("dtype", "float32")
+        source = activation_source(lm, store, store_run, sorted(sites), stream_of(sae), dtype, runs)
+        records = collect(lm, sae, source, store, RecordsSpec(seed=spec.seed), max_tokens=spec.tokens)
+        records.save(run.path / "records")
+        fired = int((records.count > 0).sum())
+        result = record | {
+            "tokens": records.n_tokens,
+            "latents": len(records),
+            "alive": fired,
+            "alive_fraction": fired / len(records),
+            "special_share": records.special_share,
+            "records": "records",
+        }
+        run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
+    return run
+
+
+def load(run: Run) -> Records:
+    """The records of a finished run."""
+    return Records.load(run.path / "records")

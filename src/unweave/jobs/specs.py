@@ -1,0 +1,184 @@
+"""What each stage can be asked. Nothing here imports torch, so that help is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from unweave.core.spec import Spec, operational
+from unweave.data.corpus import Source
+from unweave.data.pack import PackSpec
+from unweave.sae.spec import SAESpec
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+def _default_sources() -> tuple[Source, ...]:
+    return (
+        Source(path="chitchat", weight=4.0),
+        Source(path="alpaca"),
+        Source(path="wiki"),
+        Source(path="c4"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec(Spec):
+    """Which text becomes tokens, and how."""
+
+    sources: tuple[Source, ...] = field(default_factory=_default_sources)
+    """Where the text comes from: catalogue names, files, folders, or `hub:org/name`; mixed by weight."""
+    pack: PackSpec = PackSpec()
+    """How documents become rows of tokens."""
+    tokens: int = 400_000
+    """How many distinct tokens to train on. Less text than that is refused."""
+    heldout: float = 0.1
+    """The share of documents that is never trained on, chosen by a hash of their content."""
+    seed: int = 0
+    """Order of the documents and choice of the held-out ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSpec(Spec):
+    """How activations are harvested and mixed."""
+
+    special_tokens: Literal["exclude", "include"] = "exclude"
+    """Whether the tokenizer's special tokens count. Padding never does."""
+    max_norm_ratio: float | None = 10.0
+    """Tokens whose activation is longer than this many medians are outliers (attention sinks) and do not count."""
+    chunk_tokens: int = 16_384
+    """Tokens per chunk of activations, about."""
+    buffer_tokens: int = 131_072
+    """Tokens that are mixed at a time."""
+    batch_tokens: int = operational(2048)
+    """Tokens that go through the model at once; changes speed and memory, not the result beyond rounding."""
+    cache: bool = operational(True)
+    """Keep activations on disk, so that later epochs and runs need not compute them again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec(Spec):
+    """Training one sparse autoencoder per site."""
+
+    model: str = DEFAULT_MODEL
+    """A catalogue name, a hub id, a folder or a GGUF file; see `unweave models`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the model computes in. The autoencoder is always trained in float32."""
+    device: str | None = operational(None)
+    """cpu, cuda, cuda:1...; by default a GPU where there is one."""
+    sites: tuple[str, ...] = ("resid_post.9",)
+    """Where to read activations; several sites share every forward pass."""
+    data: DataSpec = DataSpec()
+    """Which text, and how it becomes tokens."""
+    stream: StreamSpec = StreamSpec()
+    """Which tokens count, and how activations are mixed."""
+    sae: SAESpec = SAESpec()
+    """The autoencoder and its training."""
+    epochs: float = 4.0
+    """How often each distinct token may be trained on at most; a larger sae.tokens is refused."""
+    seed: int = 0
+    """Initial weights and order of activations."""
+    checkpoint_seconds: float = operational(30.0)
+    """How often to write a checkpoint, from which training goes on exactly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseSpec(Spec):
+    """What every stage that uses a trained autoencoder can be told."""
+
+    sae: Path = field(metadata={"result": False})
+    """The autoencoder's folder, as `train` printed it; its content, not its path, decides which run is reused."""
+    model: str | None = None
+    """The model to use it in; by default the one it was trained on."""
+    device: str | None = operational(None)
+    """cpu, cuda, cuda:1...; by default a GPU where there is one."""
+    accept_mismatch: str | None = None
+    """Use the autoencoder in a model that it was not trained on, for this reason; what was measured is recorded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec(UseSpec):
+    """Measuring an autoencoder on held-out text."""
+
+    data: DataSpec | None = None
+    """Other text to measure on; by default held-out documents of the training text."""
+    tokens: int = 25_000
+    """How many tokens to measure on, special tokens included."""
+    batch_tokens: int = operational(1024)
+    """Tokens that go through the model at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsSpec(UseSpec):
+    """Collecting what each latent responds to."""
+
+    data: DataSpec | None = None
+    """Other text to look at; by default the training text."""
+    tokens: int = 200_000
+    """How many tokens to look at."""
+    seed: int = 0
+    """Choice of the random and quantile contexts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceSpec(UseSpec):
+    """Finding the latents that cause a behaviour."""
+
+    task: Literal["simple", "within_rc", "across_rc", "across_pp"] = "across_pp"
+    """Subject-verb agreement: alone, within or across a relative clause, or across a prepositional phrase."""
+    pairs: int = 128
+    """How many pairs of a clean and a changed sentence."""
+    top: int = 20
+    """How many of the strongest latents to check by their exact effect."""
+    random: int = 20
+    """How many random latents to check beside them."""
+    steps: int = 10
+    """Steps of integrated gradients."""
+    rule: Literal["left", "midpoint", "right"] = "midpoint"
+    """Where in each step the gradient is taken: left is the feature-circuits code's convention, right the paper's."""
+    seed: int = 0
+    """Choice of pairs and of random latents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerSpec(UseSpec):
+    """Generating text with a latent turned up."""
+
+    latent: int | None = None
+    """Which latent; by default one whose theme shows in the next token, chosen by output score."""
+    prompts: tuple[str, ...] = ("Tell me about the sea.",)
+    """What to ask the model."""
+    strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
+    """Strengths, as multiples of the latent's largest activation in the records."""
+    mode: Literal["clamp", "add"] = "clamp"
+    """Set the latent to that value, or add that much of its direction."""
+    max_new_tokens: int = 60
+    """Length of the generated text."""
+    latents_tokens: int = 200_000
+    """How many tokens the latents' records are taken from (shared with `unweave latents`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSpec(UseSpec):
+    """One page from what was found about an autoencoder; stages that were not run yet are named in it."""
+
+    title: str = "What is inside this model?"
+    """The page's heading."""
+    latents: int | None = None
+    """How many latents to show; by default all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSpec(Spec):
+    """The main job on the default model and text."""
+
+    scale: Literal["smoke", "demo", "long"] = "demo"
+    """smoke: about two minutes, for a quick check; demo: about ten; long: about an hour, for a better autoencoder."""
+    device: str | None = operational(None)
+    """cpu, cuda, cuda:1...; by default a GPU where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorSpec(TrainSpec):
+    """What a training run will cost, before it is started, and what is wrong with it."""
