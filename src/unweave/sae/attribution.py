@@ -197,6 +197,25 @@ def alone_effects(
     return effects
 
 
+def endpoints(
+    lm: LM,
+    sae: SAE,
+    clean: Tokens,
+    patch: Tokens | None,
+    metric: Metric,
+    *,
+    positions: Tensor | None = None,
+    metric_at: Site | None = None,
+    max_tokens: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """The metric [B] of the clean run, and of the clean run with the SAE's whole site patched.
+
+    Their difference is what the effects of all latents and the error share out.
+    """
+    run, site, start, change = _one_site(lm, sae, clean, patch, metric, positions, metric_at, max_tokens)
+    return run.values_at(site, start.x, None), run.values_at(site, start.x + change.x, None)
+
+
 def fractions(steps: int, rule: Rule) -> list[float]:
     """The points alpha of a path at which gradients are taken: one in each of ``steps`` equal parts of [0, 1]."""
     if steps < 1 or rule not in ("left", "midpoint", "right"):
@@ -261,7 +280,7 @@ class Runner:
 
             rows = torch.arange(len(self.tokens), device=self.lm.device)[part]
             value = self.metric_of(rows, dict.fromkeys(reads, look) | dict.fromkeys(sites, probe), grad=True)
-            for site, g in zip(sites, self._grad(value, [found[s] for s in sites], sites), strict=True):
+            for site, g in zip(sites, self._grad(value, [found.get(s) for s in sites], sites), strict=True):
                 gradients[site].append(g)
             for site in values:
                 values[site].append(found[site].detach())
@@ -296,14 +315,18 @@ class Runner:
             )
         return torch.cat(found)
 
-    def _grad(self, value: Tensor, at: list[Tensor], sites: list[Site]) -> tuple[Tensor, ...]:
-        found = torch.autograd.grad(value.sum(), at, allow_unused=True) if value.requires_grad else (None,) * len(at)
-        for g, site in zip(found, sites, strict=True):
-            if g is None:
-                raise UnweaveError(
-                    f"the metric does not depend on site {site}", remedy="use sites that lie before what it reads"
-                )
-        return found  # type: ignore[return-value]
+    def _grad(self, value: Tensor, at: Sequence[Tensor | None], sites: Sequence[Site]) -> list[Tensor]:
+        reached = [x for x in at if x is not None]
+        found: Sequence[Tensor | None] = []
+        if len(reached) == len(at) and value.requires_grad:
+            found = torch.autograd.grad(value.sum(), reached, allow_unused=True)
+        gradients = [g for g in found if g is not None]
+        if len(gradients) < len(at):
+            missing = [str(s) for s, g in zip(sites, found or [None] * len(at), strict=True) if g is None]
+            raise UnweaveError(
+                f"the metric does not depend on {', '.join(missing)}", remedy="use sites that lie before what it reads"
+            )
+        return gradients
 
 
 def _one_site(
