@@ -14,9 +14,31 @@ from torch import Tensor
 from unweave.sae import kernels
 
 
+class _MeanSquare(torch.autograd.Function):
+    """Mean over rows of the squared norm, in two passes forward and one backward: large batches are memory-bound."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, target: Tensor) -> Tensor:
+        error = y - target
+        ctx.save_for_backward(error)
+        return torch.linalg.vector_norm(error).square() / len(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (error,) = ctx.saved_tensors
+        to_y = error * (grads[0] * (2 / len(error)))
+        return to_y, -to_y if ctx.needs_input_grad[1] else None
+
+
 def reconstruction(y: Tensor, target: Tensor) -> Tensor:
     """Squared error: the sum over dimensions, averaged over tokens. y, target [N, D]."""
-    return (y - target).square().sum(1).mean()
+    return _MeanSquare.apply(y, target)  # type: ignore[no-any-return]
+
+
+def variance(x: Tensor) -> Tensor:
+    """Squared distance to the batch's mean, averaged over tokens. x [N, D]."""
+    centred_at = x.mean(0)
+    return (torch.linalg.vector_norm(x).square() / len(x) - centred_at.square().sum()).clamp_min(0)
 
 
 def fvu(y: Tensor, target: Tensor) -> Tensor:

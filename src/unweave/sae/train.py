@@ -55,7 +55,7 @@ class _Affine:
         return cls(point, 1 / math.sqrt(mean_square) if normalise else 1.0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (x.to(self.centre) - self.centre).mul_(self.scale)
+        return torch.add(self.centre * -self.scale, x.to(self.centre), alpha=self.scale)
 
 
 class SAETrainer:
@@ -182,7 +182,7 @@ class SAETrainer:
         self._move(loss, lr)
         l0 = total_l0 / len(x)
         self._count(fired, len(x), l0)
-        variance = float((goal - goal.mean(0)).square().sum(1).mean())
+        variance = float(objectives.variance(goal))
         return {"loss": value, "fvu": float(mse.detach()) / max(variance, 1e-30), "l0": l0, "dead": len(dead), "lr": lr}
 
     def _reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, int, Tensor | None]:
