@@ -351,6 +351,17 @@ def test_trap_34_a_zero_activation_counts_and_padding_does_not(llama: Any) -> No
     assert a.mse == pytest.approx(float((x - sae(x)).double().square().mean()), rel=1e-6)
 
 
+def test_trap_34_what_padding_holds_does_not_matter(llama: Any) -> None:
+    """Not even NaN; at the last block, so that no later attention can carry it from the padding to the tokens."""
+    lm, rows = llama
+    batch = batch_of(rows)
+    sae = make_sae("topk").at("resid_post.2")
+    expected = evaluate(lm, sae, [batch])
+    spoilt = {"resid_post.2": lambda x, at: torch.where(at.mask[..., None], x, torch.full_like(x, float("nan")))}
+    with lm.taps(edit=spoilt):
+        assert evaluate(lm, sae, [batch]) == expected
+
+
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scale=st.floats(0.1, 50), seed=st.integers(0, 1000))
 def test_trap_07_excluded_tokens_do_not_enter_the_reconstruction(llama: Any, scale: float, seed: int) -> None:

@@ -20,8 +20,13 @@ from torch import Tensor
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.site import Site
+from unweave.data.pack import Row
 from unweave.data.policy import TokenPolicy
-from unweave.lm.chat import Role
+from unweave.data.stream import ActivationSource
+from unweave.data.tokens import TokenStore
+from unweave.evaluate.core import evaluate as evaluate_core
+from unweave.evaluate.core import store_batches
+from unweave.lm.chat import Role, encode_text
 from unweave.lm.model import LM
 from unweave.sae import contexts as finder
 from unweave.sae.activations import ReLU, TopK
@@ -426,6 +431,31 @@ def test_collect_counts_what_the_policy_keeps(lm: LM) -> None:
         assert a.count == b.count and [c.token for c in a.top] == [c.token for c in b.top]
         assert a.maximum == pytest.approx(b.maximum, rel=1e-5)
     assert part.n_tokens == int((where < bounds[1]).sum())
+
+
+def test_collect_from_stored_text_equals_each_row_on_its_own(lm: LM, tmp_path: Path) -> None:
+    """The whole path: a real token store and activation source, against rows run one by one."""
+    texts = [f"The keys to cabinet {i} are{' here' * (i % 4)}." for i in range(9)]
+    rows = [Row(*encode_text(lm.tokenizer, text), document=i) for i, text in enumerate(texts)]
+    store = TokenStore.write(tmp_path / "tokens", rows, sum(len(row.ids) for row in rows), {})
+    dot = int(rows[0].ids[-1])
+    sae = make_sae(24, policy=TokenPolicy((dot,)), k=5)
+    source = ActivationSource(lm, store, [Site("resid_post", 1)], chunk_tokens=70, batch_tokens=64)
+    assert source.n_chunks > 1
+    records = collect(lm, sae, source, store, SPEC)
+    counts = torch.zeros(24)
+    for row in rows:
+        with lm.taps(read=["resid_post.1"]) as seen:
+            lm(torch.tensor([row.ids]))
+        counts += (sae.encode(seen["resid_post.1"][0, [t != dot for t in row.ids]]) > 0).sum(0)
+    assert records.count.tolist() == counts.tolist()
+    j = int(counts.argmax())
+    for context in (*records.latent(j).top, *records.latent(j).random):
+        assert "".join(context.texts) in texts[context.document]
+        assert context.counted[context.focus] and context.counted == tuple(t != "." for t in context.texts)
+    measured = evaluate_core(lm, sae, store_batches(lm, store, range(9), 64))
+    assert measured.firing_counts.tolist() == counts.tolist()
+    assert measured.tokens == records.n_tokens and measured.excluded["special tokens"] == 9
 
 
 def test_collect_refuses_the_wrong_sae_and_empty_sources(lm: LM) -> None:

@@ -1,0 +1,1 @@
+"""Measures of SAEs and of the models they sit in."""
