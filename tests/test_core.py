@@ -30,15 +30,22 @@ def test_site_names_round_trip(name: str) -> None:
     assert Site.parse(Site.parse(name)) == Site.parse(name)
 
 
-@pytest.mark.parametrize("name", ["resid_post", "resid_post.-1", "resid.3", "embed.0", "", "path.", "path.a/b", "logits.x"])
+@pytest.mark.parametrize(
+    "name", ["resid_post", "resid_post.-1", "resid.3", "embed.0", "", "path.", "path.a/b", "logits.x"]
+)
 def test_bad_site_names_are_refused(name: str) -> None:
     with pytest.raises(UnweaveError, match="not a site"):
         Site.parse(name)
 
 
 def test_sites_sort_in_execution_order() -> None:
-    ordered = [Site("embed"), *(Site(p, i) for i in (0, 2, 10) for p in LAYER_POINTS), Site("final_norm"), Site("logits")]
-    assert sorted(reversed(ordered)) == ordered
+    ordered = [
+        Site("embed"),
+        *(Site(p, i) for i in (0, 2, 10) for p in LAYER_POINTS),
+        Site("final_norm"),
+        Site("logits"),
+    ]
+    assert sorted(ordered[::-1]) == ordered
 
 
 def test_transformer_lens_names_both_ways() -> None:
@@ -77,6 +84,16 @@ def test_spec_round_trip_and_coercion() -> None:
     )
     assert spec.count == 1000 and spec.inner.rate == 2.0 and spec.several == (Inner(kind="b"),) and spec.maybe is None
     assert Outer.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outmost(Spec):
+    outer: Outer = Outer(name="given", count=8, inner=Inner(rate=9.0))
+
+
+def test_a_part_of_a_group_leaves_the_rest_as_the_default_has_it() -> None:
+    spec = Outmost.from_dict({"outer": {"inner": {"kind": "b"}}})
+    assert spec.outer == Outer(name="given", count=8, inner=Inner(rate=9.0, kind="b"))
 
 
 def test_spec_digest_sees_results_only() -> None:
@@ -157,7 +174,9 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "says"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot write")])
-def test_full_disk_and_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str) -> None:
+def test_full_disk_and_unwritable_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 

@@ -139,7 +139,9 @@ def test_span_ablation_is_idempotent_and_survives_parallel_directions() -> None:
     once = x - x @ q.T @ q
     torch.testing.assert_close(once - once @ q.T @ q, once, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(once @ directions.T, torch.zeros(5, 5), rtol=0, atol=1e-4)
-    torch.testing.assert_close(orthonormal_basis(-directions.flip(0)).T @ orthonormal_basis(-directions.flip(0)), q.T @ q)
+    torch.testing.assert_close(
+        orthonormal_basis(-directions.flip(0)).T @ orthonormal_basis(-directions.flip(0)), q.T @ q
+    )
 
 
 def test_edits_leave_alone_what_the_policy_leaves_out(tiny) -> None:  # type: ignore[no-untyped-def]
@@ -257,7 +259,13 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
 def test_saved_names_are_the_field_s(tmp_path: Path) -> None:
     config = json.loads((random_sae("jumprelu").save(tmp_path / "s") / "cfg.json").read_text())
     assert config["architecture"] == "jumprelu" and config["metadata"]["hook_name"] == "blocks.1.hook_resid_post"
-    assert set(load_file(tmp_path / "s" / "sae_weights.safetensors")) == {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
+    assert set(load_file(tmp_path / "s" / "sae_weights.safetensors")) == {
+        "W_enc",
+        "b_enc",
+        "W_dec",
+        "b_dec",
+        "threshold",
+    }
 
 
 # -- provenance --------------------------------------------------------------------------------------------------------
@@ -278,7 +286,7 @@ def test_trap_12_14_25_wrong_model_or_layer_is_refused_with_the_evidence(tiny) -
     with torch.no_grad():
         changed.model.layers[0].mlp.down_proj.weight.mul_(1.1)
     other = LM(changed, None)
-    with pytest.raises(UnweaveError, match="differ by .*%"), other.taps(edit=sae.ablate([1])):
+    with pytest.raises(UnweaveError, match=r"differ by .*%"), other.taps(edit=sae.ablate([1])):
         other(IDS)
     sae.at("resid_post.0")
     with pytest.raises(UnweaveError, match="differ by"):

@@ -49,7 +49,9 @@ def one_by_one(lm: LM, store: TokenStore, site: Site) -> tuple[torch.Tensor, tor
 
 
 def make(lm: LM, store: TokenStore, **settings) -> ActivationSource:  # type: ignore[no-untyped-def]
-    return ActivationSource(lm, store, SITES, **{"chunk_tokens": 200, "batch_tokens": 128, "exclude_ids": EXCLUDED} | settings)
+    return ActivationSource(
+        lm, store, SITES, **{"chunk_tokens": 200, "batch_tokens": 128, "exclude_ids": EXCLUDED} | settings
+    )
 
 
 def test_trap_02_every_counted_token_once_and_no_padding(lm: LM, store: TokenStore) -> None:
@@ -117,7 +119,9 @@ def test_trap_07_norms_are_measured_and_outliers_left_out(lm: LM, store: TokenSt
     assert norms.max_norm == pytest.approx(limit)
     assert norms.outliers == int((x.norm(dim=1) > limit).sum()) > 0
     inside = x[x.norm(dim=1) <= limit]
-    assert norms.gamma == pytest.approx(float(inside.mean(0).norm() / (inside - inside.mean(0)).square().sum(1).mean().sqrt()), rel=1e-2)
+    assert norms.gamma == pytest.approx(
+        float(inside.mean(0).norm() / (inside - inside.mean(0)).square().sum(1).mean().sqrt()), rel=1e-2
+    )
     assert calibrate(source, None)[SITES[0]].max_norm is None
 
 
@@ -181,7 +185,9 @@ def test_seed_decides_the_order(lm: LM, store: TokenStore) -> None:
 def test_outliers_at_any_site_are_dropped_at_all_and_counted(lm: LM, store: TokenStore) -> None:
     values, _ = one_by_one(lm, store, SITES[0])
     limit = float(values.norm(dim=1).quantile(0.8))
-    stream = buffer(lm, store, policies={site: TokenPolicy(max_norm=limit if site == SITES[0] else None) for site in SITES})
+    stream = buffer(
+        lm, store, policies={site: TokenPolicy(max_norm=limit if site == SITES[0] else None) for site in SITES}
+    )
     for _ in range(20):
         assert float(stream.next()[SITES[0]].norm(dim=1).max()) <= limit
     assert stream.outliers > 0

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from conftest import FAMILIES
 
-from tests.conftest import FAMILIES
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens, fingerprint_distance
@@ -38,9 +38,7 @@ def test_residual_stream_adds_up_and_matches_hidden_states(lm: LM) -> None:
     with torch.no_grad():
         hidden = lm.model(IDS, output_hidden_states=True).hidden_states
     for layer in range(3):
-        pre, attention, mlp, post = (
-            seen[f"{p}.{layer}"] for p in ("resid_pre", "attn_add", "mlp_add", "resid_post")
-        )
+        pre, attention, mlp, post = (seen[f"{p}.{layer}"] for p in ("resid_pre", "attn_add", "mlp_add", "resid_post"))
         torch.testing.assert_close(pre + attention + mlp, post, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(hidden[layer], pre, rtol=0, atol=0)
         if "resid_mid" in points:
@@ -59,9 +57,13 @@ def test_identity_edit_leaves_logits_bit_equal_at_every_site(lm: LM) -> None:
 def test_trap_12_editing_a_site_is_what_a_later_read_of_the_stream_sees(lm: LM) -> None:
     """A shift at resid_mid must reach both the norm and the stream around it, not just the norm's input."""
     shift = torch.randn(32, generator=torch.Generator().manual_seed(2))
-    sites = [Site(p, 1) for p in ("resid_pre", "resid_mid", "attn_add", "mlp_add", "resid_post") if p in lm.layout.points()]
+    sites = [
+        Site(p, 1) for p in ("resid_pre", "resid_mid", "attn_add", "mlp_add", "resid_post") if p in lm.layout.points()
+    ]
     for site in sites:
-        with lm.taps(read=[site, "resid_mid.1" if "resid_mid" in lm.layout.points() else site, "mlp_add.1", "resid_post.1"]) as plain:
+        with lm.taps(
+            read=[site, "resid_mid.1" if "resid_mid" in lm.layout.points() else site, "mlp_add.1", "resid_post.1"]
+        ) as plain:
             lm(IDS)
         with lm.taps(read=[site, "mlp_add.1", "resid_post.1"], edit={site: lambda x, at: x + shift}) as moved:
             lm(IDS)
@@ -74,7 +76,9 @@ def test_trap_12_editing_a_site_is_what_a_later_read_of_the_stream_sees(lm: LM) 
 def test_edit_changes_logits_at_every_site(lm: LM) -> None:
     before = logits(lm)
     for site in lm.sites():
-        with lm.taps(edit={site: lambda x, at: x + torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(3))}):
+        with lm.taps(
+            edit={site: lambda x, at: x + torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(3))}
+        ):
             assert not torch.allclose(logits(lm), before, atol=1e-4), site
 
 
@@ -173,7 +177,10 @@ def test_sites_that_do_not_exist(lm: LM) -> None:
     with pytest.raises(UnweaveError, match="not asked for"), lm.taps(read=["embed"]) as seen:
         lm(IDS)
         seen["resid_post.1"]
-    with pytest.raises(UnweaveError, match="no forward pass"), lm.taps(read=["resid_post.2"], stop="resid_post.0") as seen:
+    with (
+        pytest.raises(UnweaveError, match="no forward pass"),
+        lm.taps(read=["resid_post.2"], stop="resid_post.0") as seen,
+    ):
         lm(IDS)
         seen["resid_post.2"]
 

@@ -96,7 +96,9 @@ class Codes:
                 tensors = {name: handle.get_tensor(name) for name in ("offsets", "indices", "values")}
                 n_latents = int(handle.metadata()["n_latents"])
         except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise UnweaveError(f"cannot read sparse codes: {error}", where=str(path), remedy="make them again") from error
+            raise UnweaveError(
+                f"cannot read sparse codes: {error}", where=str(path), remedy="make them again"
+            ) from error
         return cls(tensors["offsets"], tensors["indices"].long(), tensors["values"], n_latents)
 
 

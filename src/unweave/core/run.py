@@ -144,7 +144,7 @@ class Run:
 
     def __enter__(self) -> Self:
         with friendly_io(self.path):
-            handle = open(self.path / ".lock", "w")  # noqa: SIM115 - held open for as long as the lock
+            handle = open(self.path / ".lock", "w")  # stays open for as long as the lock is held
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

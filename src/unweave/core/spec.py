@@ -31,8 +31,11 @@ class Spec:
     """Base of every spec. Subclasses are frozen, keyword-only dataclasses with a docstring under each field."""
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, where: str = "") -> Self:
-        """A spec from plain values. Raises UnweaveError for unknown or missing keys and values of a wrong type."""
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "", base: Spec | None = None) -> Self:
+        """A spec from plain values. Raises UnweaveError for unknown or missing keys and values of a wrong type.
+
+        Fields that ``values`` does not name keep what they are in ``base``, or in the class where there is none.
+        """
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for key in values:
             if key not in fields:
@@ -44,8 +47,14 @@ class Spec:
         hints = typing.get_type_hints(cls)
         made: dict[str, Any] = {}
         for name, f in fields.items():
-            if name in values:
-                made[name] = _coerce(values[name], hints[name], f"{where}.{name}" if where else name)
+            inner = f"{where}.{name}" if where else name
+            default = getattr(base, name) if base is not None else f.default
+            if name in values and isinstance(default, Spec) and isinstance(values[name], Mapping):
+                made[name] = type(default).from_dict(values[name], where=inner, base=default)
+            elif name in values:
+                made[name] = _coerce(values[name], hints[name], inner)
+            elif base is not None:
+                made[name] = default
             elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise UnweaveError(f"{cls.__name__} needs {name!r}", where=where, remedy=f"give a value for {name!r}")
         return cls(**made)

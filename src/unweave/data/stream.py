@@ -1,11 +1,11 @@
 """From stored tokens to mixed batches of activations, at many sites from one forward pass.
 
-1. ``ActivationSource`` cuts the token store into chunks of whole rows and runs each through the model once, stopping at
-   the last site that is asked for. Padding and excluded ids never reach its output. With a cache folder a chunk that was
-   computed is kept on disk, so later epochs and interrupted runs do not compute it again.
+1. ``ActivationSource`` cuts the token store into chunks of whole rows and runs each through the model once, stopping
+   at the last site that is asked for. Padding and excluded ids never reach its output. With a cache folder a computed
+   chunk is kept on disk, so that later epochs and interrupted runs do not compute it again.
 2. ``calibrate`` looks at the norms of the first chunks and fixes, per site, above which norm a token is an outlier.
-3. ``MixingBuffer`` holds the tokens of many chunks, serves half of them in random order, and refills. Its state is a list
-   of indices, so that a checkpoint is small and the stream goes on exactly where it was.
+3. ``MixingBuffer`` holds the tokens of many chunks, serves half of them in random order, and refills. Its state is
+   a list of indices, so that a checkpoint is small and the stream goes on exactly where it was.
 """
 
 from __future__ import annotations
@@ -99,12 +99,12 @@ class ActivationSource:
         with atomic_write(path) as temporary:
             save_file(tensors | {"where": chunk.where}, temporary)
 
-    def _batches(self, rows: range) -> list[list[int]]:
-        """Rows of like length together, so that little padding is computed."""
+    def batches_of(self, index: int) -> list[list[int]]:
+        """The rows of a chunk, those of like length together, so that little padding is computed."""
         starts = self.store.starts
         batches: list[list[int]] = []
         longest = 0
-        for row in sorted(rows, key=lambda r: int(starts[r + 1] - starts[r]), reverse=True):
+        for row in sorted(self.rows_of(index), key=lambda r: int(starts[r + 1] - starts[r]), reverse=True):
             if not batches or (len(batches[-1]) + 1) * longest > self.batch_tokens:
                 batches.append([])
                 longest = int(starts[row + 1] - starts[row])
@@ -116,7 +116,7 @@ class ActivationSource:
         counted = TokenPolicy(self.exclude_ids)
         parts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
         places = []
-        for rows in self._batches(self.rows_of(index)):
+        for rows in self.batches_of(index):
             tokens, where = self.store.batch(rows, self.lm.pad_id)
             with self.lm.taps(read=self.sites, stop=self.sites[-1]) as seen:
                 self.lm(tokens)
@@ -190,7 +190,7 @@ def norms_to_dict(norms: Norms) -> dict[str, Any]:
 class MixingBuffer:
     """Endless random batches {site: [batch, D]} over the chunks of a source, many epochs long.
 
-    Holds about ``capacity`` tokens; when half are served it takes in the next chunks, whose order is drawn anew in every
+    Holds about ``capacity`` tokens; when half are served it takes in the next chunks, whose order is drawn anew every
     epoch. A token that is a norm outlier at any of the sites is left out at all of them. The same seed gives the same
     batches; ``state_dict`` holds indices and the generator, and loading it continues exactly.
     """

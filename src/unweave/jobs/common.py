@@ -21,9 +21,6 @@ from unweave.jobs.specs import DataSpec, StreamSpec, UseSpec
 from unweave.lm.model import LM
 from unweave.sae.module import SAE
 
-HELDOUT_TOKENS = 25_000
-"""held-out tokens that a reference measurement looks at"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class _TokensQuestion(Spec):

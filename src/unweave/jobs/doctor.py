@@ -94,7 +94,9 @@ def _cost(spec: DoctorSpec, lm: LM, sites: list[Any], problems: list[str]) -> di
     if context > limit:
         problems.append(f"data.pack.context is {context}, the model takes {limit} positions: lower it")
     rows = max(1, spec.stream.batch_tokens // context)
-    tokens = Tokens.of(torch.randint(0, lm.vocab_size, (rows, min(context, limit)), generator=torch.Generator().manual_seed(0)))
+    tokens = Tokens.of(
+        torch.randint(0, lm.vocab_size, (rows, min(context, limit)), generator=torch.Generator().manual_seed(0))
+    )
     widths = {}
     seconds = 0.0
     for _ in range(2):  # the first is for warming up

@@ -21,7 +21,8 @@ def run(spec: EvalSpec, runs: Path) -> Run:
         started = time.monotonic()
         lm, sae, record = open_sae(spec)
         data = data_of(sae, spec.data)
-        store, _ = token_store(lm, spec.model or sae.provenance["train"]["model"], data, "heldout", spec.tokens, runs)
+        model, tokens = spec.model or sae.provenance["train"]["model"], spec.tokens or data.heldout_tokens
+        store, _ = token_store(lm, model, data, "heldout", tokens, runs)
         metrics = evaluate(lm, sae, store_batches(lm, store, range(store.n_rows), spec.batch_tokens))
         warnings = drift(metrics, sae.provenance.get("reference", {}))
         result = metrics.to_dict() | record | {"drift": warnings}

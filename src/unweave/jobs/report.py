@@ -64,7 +64,10 @@ def gather(spec: ReportSpec, found: dict[str, Run | None]) -> page.ReportData:
     records_run = found["latents"]
     records = Records.load(records_run.path / "records") if records_run else None
     if evaluation is not None and records_run is not None:
-        evaluation |= {"alive_fraction": records_run.result["alive_fraction"], "alive_tokens": records_run.result["tokens"]}
+        evaluation |= {
+            "alive_fraction": records_run.result["alive_fraction"],
+            "alive_tokens": records_run.result["tokens"],
+        }
     density = evaluation.pop("density", None) if evaluation else None
     model = about.get("model", {})
     return page.ReportData(
@@ -188,7 +191,9 @@ def _provenance(
 def _notes(model: dict[str, Any], found: dict[str, Run | None]) -> list[str]:
     notes = []
     if model.get("note"):
-        notes.append(f"The model's weights are {model['note']}: results are of these weights, not of the original ones.")
+        notes.append(
+            f"The model's weights are {model['note']}: results are of these weights, not of the original ones."
+        )
     if found["eval"] is not None:
         notes += found["eval"].result.get("drift", [])
     for stage, one in found.items():

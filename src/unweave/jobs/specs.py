@@ -35,6 +35,8 @@ class DataSpec(Spec):
     """How many distinct tokens to train on. Less text than that is refused."""
     heldout: float = 0.1
     """The share of documents that is never trained on, chosen by a hash of their content."""
+    heldout_tokens: int = 25_000
+    """How many tokens of those documents to measure on."""
     seed: int = 0
     """Order of the documents and choice of the held-out ones."""
 
@@ -103,8 +105,8 @@ class EvalSpec(UseSpec):
 
     data: DataSpec | None = None
     """Other text to measure on; by default held-out documents of the training text."""
-    tokens: int = 25_000
-    """How many tokens to measure on, special tokens included."""
+    tokens: int | None = None
+    """How many tokens to measure on, special tokens included; by default as many as the text's heldout_tokens."""
     batch_tokens: int = operational(1024)
     """Tokens that go through the model at once."""
 

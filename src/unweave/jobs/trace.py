@@ -42,9 +42,7 @@ def run(spec: TraceSpec, runs: Path) -> Run:
     return run
 
 
-def _result(
-    spec: TraceSpec, example: agreement.Pair, right: agreement.Accuracy, found: Comparison
-) -> dict[str, Any]:
+def _result(spec: TraceSpec, example: agreement.Pair, right: agreement.Accuracy, found: Comparison) -> dict[str, Any]:
     correlations = {
         f"{prefix}{short}_{kind}": value
         for prefix, by_method in (("", found.top), ("random_", found.random))

@@ -23,7 +23,7 @@ from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.data.stream import ActivationSource, MixingBuffer, Norms, calibrate, norms_to_dict
 from unweave.data.tokens import TokenStore
-from unweave.jobs.common import HELDOUT_TOKENS, activation_source, load_lm, stamps, token_store
+from unweave.jobs.common import activation_source, load_lm, stamps, token_store
 from unweave.jobs.specs import TrainSpec
 from unweave.lm.model import LM
 from unweave.sae import provenance
@@ -48,9 +48,9 @@ def run(spec: TrainSpec, runs: Path) -> Run:
         store, store_run = token_store(lm, spec.model, spec.data, "train", spec.data.tokens, runs)
         source = activation_source(lm, store, store_run, sites, spec.stream, spec.dtype, runs)
         _refuse_too_little(spec, store, source)
+        heldout, _ = token_store(lm, spec.model, spec.data, "heldout", spec.data.heldout_tokens, runs)
         work = _Work(run, spec, lm, store, source)
         result = work.train()
-        heldout, _ = token_store(lm, spec.model, spec.data, "heldout", HELDOUT_TOKENS, runs)
         result["reference"] = work.save(heldout)
         run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
         (run.path / _CHECKPOINT).unlink(missing_ok=True)
@@ -84,7 +84,8 @@ def _refuse_too_little(spec: TrainSpec, store: TokenStore, source: ActivationSou
     counted = len(ids) - sum(int((ids == excluded).sum()) for excluded in source.exclude_ids)
     if spec.sae.tokens > spec.epochs * counted:
         raise UnweaveError(
-            f"{spec.sae.tokens} training tokens are {spec.sae.tokens / max(1, counted):.1f} epochs over {counted} distinct ones",
+            f"{spec.sae.tokens} training tokens are {spec.sae.tokens / max(1, counted):.1f} epochs over the {counted} "
+            "distinct tokens that count",
             where=f"epochs allows {spec.epochs:g}",
             remedy="give more text (data.tokens), train on fewer (sae.tokens), or allow more epochs",
         )
@@ -179,7 +180,7 @@ class _Work:
             self.lm,
             heldout,
             self.source.sites,
-            chunk_tokens=HELDOUT_TOKENS,
+            chunk_tokens=heldout.n_tokens,
             batch_tokens=self.source.batch_tokens,
             exclude_ids=self.source.exclude_ids,
         )
@@ -187,7 +188,8 @@ class _Work:
         references = {}
         for site, trainer in self.trainers.items():
             sae = trainer.to_sae(read=site, policy=self.policies[site])
-            x = sample.x[site][self.policies[site].keep(sample.x[site])].to(self.lm.device)
+            inside = TokenPolicy(max_norm=self.policies[site].max_norm)  # the source has left the excluded ids out
+            x = sample.x[site][inside.keep(sample.x[site])].to(self.lm.device)
             references[str(site)] = _reference(sae, x)
             sae.provenance = {
                 "model": provenance.describe_model(self.lm, sae),

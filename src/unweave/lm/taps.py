@@ -3,8 +3,8 @@
 1. ``taps`` registers plain PyTorch hooks at the sites that are read or edited, and removes them in ``finally``.
 2. At a site, edits run first, in the order given; a read sees the edited value, as the rest of the model does.
 3. ``stop`` ends the forward pass at a site, after its edits and reads, so later blocks cost nothing.
-4. Every value is checked against the shape [batch, position, width]; an edit that changes its input in place is refused,
-   since whatever was read before it would silently change too.
+4. Every value is checked against the shape [batch, position, width]; an edit that changes its input in place is
+   refused, since whatever was read before it would silently change too.
 """
 
 from __future__ import annotations
@@ -215,8 +215,9 @@ def _by_site(lm: LM, edits: Edits | None) -> list[tuple[Site, EditFn, Sequence[S
         return []
     if isinstance(edits, Mapping):
         return [(lm.site(site), fn, ()) for site, fn in edits.items()]
-    found = []
-    for edit in [edits] if isinstance(edits, SiteEdit) else edits:
+    found: list[tuple[Site, EditFn, Sequence[Site]]] = []
+    several: Iterable[object] = [edits] if isinstance(edits, SiteEdit) else edits
+    for edit in several:
         if not isinstance(edit, SiteEdit):
             raise UnweaveError(
                 f"{edit!r} does not say which site it edits", remedy="pass {site: function}, or an edit made by an SAE"

@@ -1,4 +1,4 @@
-"""The three activations that every published kind of SAE folds into: from pre-activations [..., F] to latents [..., F]."""
+"""The three activations that every published kind of SAE folds into: pre-activations [..., F] to latents [..., F]."""
 
 from __future__ import annotations
 
