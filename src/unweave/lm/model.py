@@ -172,7 +172,9 @@ class LM:
 
     def _needs_tokenizer(self) -> Any:
         if self.tokenizer is None:
-            raise UnweaveError("this LM has no tokenizer", remedy="pass token ids, or make it with LM(model, tokenizer)")
+            raise UnweaveError(
+                "this LM has no tokenizer", remedy="pass token ids, or make it with LM(model, tokenizer)"
+            )
         return self.tokenizer
 
     def tokenize(self, texts: str | Sequence[str], side: Side = "right") -> Tokens:
@@ -313,9 +315,7 @@ class LM:
         )
         with self._running(batch), self.taps(edit=edit), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
-            out = self.model.generate(
-                input_ids=batch.ids, attention_mask=batch.mask.long(), generation_config=settings
-            )
+            out = self.model.generate(input_ids=batch.ids, attention_mask=batch.mask.long(), generation_config=settings)
         return out[:, batch.ids.shape[1] :]
 
     def logit_lens(self, directions: Tensor) -> Tensor:

@@ -136,9 +136,7 @@ def add(sae: SAE, values: Mapping[int, float], where: Where = "policy") -> Edit:
     return Edit(f"add {dict(values)}", sae, change, where)
 
 
-def ablate(
-    sae: SAE, latents: Iterable[int], mode: Literal["zero", "span"] = "zero", where: Where = "policy"
-) -> Edit:
+def ablate(sae: SAE, latents: Iterable[int], mode: Literal["zero", "span"] = "zero", where: Where = "policy") -> Edit:
     """See ``SAE.ablate``."""
     chosen = list(latents)
     if not chosen:

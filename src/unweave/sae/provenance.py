@@ -69,7 +69,9 @@ def verify(sae: SAE, lm: LM) -> None:
     problems = []
     if evidence.get("distance", 0.0) > evidence.get("tolerance", 0.0):
         far, limit = evidence["distance"], evidence["tolerance"]
-        problems.append(f"activations of 16 fixed tokens differ by {far:.1%} (at most {limit:.1%} for the same weights)")
+        problems.append(
+            f"activations of 16 fixed tokens differ by {far:.1%} (at most {limit:.1%} for the same weights)"
+        )
     if not evidence.get("same_tokenizer", True):
         problems.append("the tokenizers differ")
     if problems:

@@ -23,7 +23,7 @@ class SAESpec(Spec):
     """tokens to train on, repeats counted; the learning rate's schedule spans them"""
     batch: int = 2048
     """tokens per optimiser step"""
-    lr: float = 2e-3
+    lr: float = 3e-3
     """learning rate at its highest"""
     warmup: float = 0.05
     """share of the tokens over which the learning rate rises from 0"""
@@ -31,7 +31,7 @@ class SAESpec(Spec):
     """share of the tokens, at the end, over which it falls to 0"""
     beta2: float = 0.999
     """Adam's memory of squared gradients"""
-    init: Literal["data", "random", "kaiming"] = "data"
+    init: Literal["data", "random", "kaiming"] = "random"
     """decoder rows at the start: directions of activations, uniform directions, or uniform entries"""
     centre: Literal["mean", "median", "none"] = "mean"
     """where activations are measured from: their mean, their geometric median, or the origin"""

@@ -39,7 +39,9 @@ def save(sae: SAE, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     if sae.W_skip is not None or sae.read != sae.write:
-        raise UnweaveError("a transcoder cannot be saved in this format", remedy="save SAEs that read and write one site")
+        raise UnweaveError(
+            "a transcoder cannot be saved in this format", remedy="save SAEs that read and write one site"
+        )
     tensors = {name: getattr(sae, name).contiguous().cpu() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     config: dict[str, Any] = {
         "architecture": _ARCHITECTURE[sae.kind],
@@ -147,7 +149,9 @@ def _read_tensors(path: Path, wanted: set[str]) -> dict[str, Tensor]:
             f"{word} {', '.join(sorted(names))}" for word, names in (("missing", missing), ("unused", unused)) if names
         )
         raise UnweaveError(
-            f"the tensors do not fit the architecture: {problem}", where=str(path), remedy="check cfg.json's architecture"
+            f"the tensors do not fit the architecture: {problem}",
+            where=str(path),
+            remedy="check cfg.json's architecture",
         )
     return tensors
 
