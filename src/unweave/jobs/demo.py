@@ -70,24 +70,39 @@ def run(spec: DemoSpec, runs: Path) -> Run:
         done = {"train": trained}
         for name, stage in stages.items():
             done[name] = stage()
-        run.finish(_table(done) | {"minutes": round((time.monotonic() - started) / 60, 1)})
+        run.finish(_found(done) | {"minutes": round((time.monotonic() - started) / 60, 1)})
     return run
 
 
-def _table(done: dict[str, Run]) -> dict[str, Any]:
-    """What the terminal shows at the end."""
-    measured, records, traced = done["eval"].result, done["latents"].result, done["trace"].result
+def _found(done: dict[str, Run]) -> dict[str, Any]:
+    """What the demo found, by name, and ``summary``: the rows that the terminal shows at the end."""
+    trained, measured, records, traced, steered, page = (
+        done[stage].result for stage in ("train", "eval", "latents", "trace", "steer", "report")
+    )
+    model = f"{measured['model']} ({measured['model_note']})" if measured["model_note"] else measured["model"]
+    rows = [
+        ("model", model, ""),
+        ("training tokens", trained["tokens"], f"{trained['distinct_tokens']:,} distinct ones"),
+        ("unexplained variance", measured["unexplained_variance"], "0 is perfect, 1 is guessing the mean"),
+        ("active latents per token (L0)", measured["l0"], f"of {records['latents']:,}"),
+        ("cross-entropy recovered", measured["recovered_vs_mean"], "against mean ablation; 1 is the unedited model"),
+        ("... against zero ablation", measured["recovered_vs_zero"], "an easier comparison"),
+        ("alive latents", records["alive_fraction"], f"fire somewhere in {records['tokens']:,} tokens"),
+        (
+            "attribution, Pearson",
+            traced["correlations"].get("ig_pearson"),
+            "integrated gradients with the exact effect of the strongest latents",
+        ),
+        ("steered latent", steered["latent"], " ".join(token.strip() for token in steered["label"][:6])),
+        ("SAE", str(done["train"].path / "sae"), ""),
+    ]
+    names = ("unexplained_variance", "l0", "recovered_vs_mean", "recovered_vs_zero")
     return {
-        "model": f"{measured['model']} ({measured['model_note']})",
-        "tokens trained": done["train"].result["tokens"],
-        "distinct tokens": done["train"].result["distinct_tokens"],
-        "unexplained variance": measured["unexplained_variance"],
-        "L0": measured["l0"],
-        "cross-entropy recovered (mean ablation)": measured["recovered_vs_mean"],
-        "cross-entropy recovered (zero ablation)": measured["recovered_vs_zero"],
-        "alive latents": records["alive_fraction"],
-        "attribution Pearson (integrated gradients)": traced["correlations"]["ig_pearson"],
-        "steered latent": done["steer"].result["latent"],
-        "SAE": str(done["train"].path / "sae"),
-        "report": done["report"].result["report"],
+        "summary": [list(row) for row in rows],
+        **{name: measured[name] for name in names},
+        "alive_fraction": records["alive_fraction"],
+        "correlations": traced["correlations"],
+        "tokens": trained["tokens"],
+        "runs": {stage: str(run.path) for stage, run in done.items()},
+        "report": page["report"],
     }

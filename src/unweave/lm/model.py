@@ -145,7 +145,7 @@ class LM:
     @property
     def special_ids(self) -> tuple[int, ...]:
         """The tokenizer's special tokens, e.g. those that begin and end a turn."""
-        return () if self.tokenizer is None else tuple(sorted(set(self.tokenizer.all_special_ids)))
+        return () if self.tokenizer is None else tuple(sorted(chat_roles.special_ids(self.tokenizer)))
 
     def sites(self) -> list[Site]:
         """Every named site in execution order."""

@@ -214,9 +214,10 @@ def _by_site(lm: LM, edits: Edits | None) -> list[tuple[Site, EditFn, Sequence[S
     if edits is None:
         return []
     if isinstance(edits, Mapping):
-        return [(lm.site(site), fn, ()) for site, fn in edits.items()]
+        by_site: Mapping[Any, Any] = edits
+        return [(lm.site(site), fn, ()) for site, fn in by_site.items()]
     found: list[tuple[Site, EditFn, Sequence[Site]]] = []
-    several: Iterable[object] = [edits] if isinstance(edits, SiteEdit) else edits
+    several: Iterable[Any] = [edits] if isinstance(edits, SiteEdit) else edits
     for edit in several:
         if not isinstance(edit, SiteEdit):
             raise UnweaveError(

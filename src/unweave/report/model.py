@@ -45,7 +45,7 @@ class LatentEntry:
     max_activation: float
     """The largest activation seen; 0 for a latent that never fired."""
     promoted: Sequence[tuple[str, float]] = ()
-    """Tokens whose logit its decoder direction raises most, with the change per unit of activation."""
+    """Tokens whose logit its decoder direction raises most, with its strength relative to the others."""
     suppressed: Sequence[tuple[str, float]] = ()
     """Tokens whose logit it lowers most."""
     contexts: Sequence[ContextEntry] = ()
