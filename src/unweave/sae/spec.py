@@ -39,7 +39,7 @@ class SAESpec(Spec):
     """scale activations to a mean squared norm of 1 while training (folded away in the result)"""
     aux_weight: float = 1 / 32
     """weight of AuxK, which revives dead latents; 0 switches it off"""
-    k_aux: int = 256
+    k_aux: int = 64
     """how many dead latents a token's residual is explained with"""
     dead_after: int = 100_000
     """tokens without firing after which a latent counts as dead"""

@@ -27,8 +27,8 @@ from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
 from unweave.sae.spec import SAESpec
 
-_EMA = 0.99
-"""how much of BatchTopK's threshold each batch keeps; it forgets within a few hundred steps, as short runs need"""
+_EMA = 0.95
+"""how much of BatchTopK's threshold each batch keeps; a slower mean lags behind and lets too many latents by"""
 _FIT_ROWS = 2048
 """rows of init_x on which the encoder's first scale is fitted"""
 _L1_START, _L1_RATE = 1e-2, 0.02
