@@ -45,7 +45,8 @@ def test_sites_sort_in_execution_order() -> None:
         Site("final_norm"),
         Site("logits"),
     ]
-    assert sorted(ordered[::-1]) == ordered
+    shuffled = ordered[::2] + ordered[1::2]
+    assert shuffled != ordered and sorted(shuffled) == ordered
 
 
 def test_transformer_lens_names_both_ways() -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_tiny, build_tiny_tokenizer
 
+from conftest import build_tiny, build_tiny_tokenizer
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.run import Run, read_json
 from unweave.data.corpus import Source
@@ -36,7 +36,28 @@ from unweave.sae.module import SAE
 from unweave.sae.spec import SAESpec
 from unweave.sae.train import SAETrainer
 
-WORDS = "the keys to cabinet are on a table near old door and she was reading about sea while it rained".split()
+WORDS = [
+    "the",
+    "keys",
+    "to",
+    "cabinet",
+    "are",
+    "on",
+    "a",
+    "table",
+    "near",
+    "old",
+    "door",
+    "and",
+    "she",
+    "was",
+    "reading",
+    "about",
+    "sea",
+    "while",
+    "it",
+    "rained",
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +71,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(4, 11)))}) for _ in range(400)]
     (folder / "text" / "a.jsonl").write_text("\n".join(lines))
     talk = [{"role": "user", "content": "where are the keys"}, {"role": "assistant", "content": "on the table"}]
-    (folder / "text" / "b.jsonl").write_text("\n".join(json.dumps({"messages": talk + talk[: i % 3]}) for i in range(60)))
+    (folder / "text" / "b.jsonl").write_text(
+        "\n".join(json.dumps({"messages": talk + talk[: i % 3]}) for i in range(60))
+    )
     return folder
 
 
@@ -58,7 +81,13 @@ def spec_of(home: Path, **changes) -> TrainSpec:  # type: ignore[no-untyped-def]
     base = TrainSpec(
         model=str(home / "model"),
         sites=("resid_post.1",),
-        data=DataSpec(sources=(Source(path=str(home / "text")),), pack=PackSpec(context=48), tokens=6000, heldout=0.3, heldout_tokens=2000),
+        data=DataSpec(
+            sources=(Source(path=str(home / "text")),),
+            pack=PackSpec(context=48),
+            tokens=6000,
+            heldout=0.3,
+            heldout_tokens=2000,
+        ),
         stream=StreamSpec(chunk_tokens=1000, buffer_tokens=2000, batch_tokens=512),
         sae=SAESpec(expansion=4, k=4, tokens=20_000, batch=64, k_aux=16, dead_after=3000),
         device="cpu",

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES
 
+from conftest import FAMILIES
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens, fingerprint_distance

@@ -31,11 +31,11 @@ class DataSpec(Spec):
     """Where the text comes from: catalogue names, files, folders, or `hub:org/name`; mixed by weight."""
     pack: PackSpec = PackSpec()
     """How documents become rows of tokens."""
-    tokens: int = 400_000
+    tokens: int = 320_000
     """How many distinct tokens to train on. Less text than that is refused."""
     heldout: float = 0.1
     """The share of documents that is never trained on, chosen by a hash of their content."""
-    heldout_tokens: int = 25_000
+    heldout_tokens: int = 22_000
     """How many tokens of those documents to measure on."""
     seed: int = 0
     """Order of the documents and choice of the held-out ones."""

@@ -115,7 +115,8 @@ class Attribution:
     rows: Sequence[AttributionRow]
     correlations: Mapping[str, float] = field(default_factory=dict)
     """``ig_pearson``, ``ig_spearman``, ``ap_pearson``, ``ap_spearman`` over the chosen latents and the same with
-    ``random_`` in front over the random ones; other keys are listed as they are."""
+    ``random_`` in front over the random ones, ``weaker_`` over the chosen ones but the strongest; other keys are
+    listed as they are."""
     example: Sequence[tuple[str, str]] = ()
     """One pair of the task as (label, text) lines, e.g. ("clean", "The keys to the cabinet")."""
     metric: str = ""

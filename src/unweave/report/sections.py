@@ -238,22 +238,25 @@ _CORRELATIONS = {
 }  # fmt: skip
 
 
+_GROUPS = {"": "Chosen latents", "weaker_": "Without the strongest", "random_": "Random latents"}
+
+
 def _agreement(found: Attribution) -> str:
     given = found.correlations
     rows = [
-        (name, number(given.get(key)), number(given.get(f"random_{key}")))
+        (name, *(number(given.get(f"{group}{key}")) for group in _GROUPS))
         for key, name in _CORRELATIONS.items()
-        if key in given or f"random_{key}" in given
+        if any(f"{group}{key}" in given for group in _GROUPS)
     ]
-    known = {*_CORRELATIONS, *(f"random_{key}" for key in _CORRELATIONS)}
-    rows += [(esc(key), number(value), "") for key, value in given.items() if key not in known]
+    known = {f"{group}{key}" for key in _CORRELATIONS for group in _GROUPS}
+    rows += [(esc(key), number(value), "", "") for key, value in given.items() if key not in known]
     best = given.get("ig_pearson")
     words = (
         f"Integrated gradients correlate with the measured effect at {number(best)} (Pearson): at 1 the estimate could "
         "replace the measurement, at 0 it would be useless. Spearman's correlation asks only if the order is right."
     )
     return ("" if best is None else f"<p>{words}</p>") + table(
-        ("Agreement with the measured effect", "Chosen latents", "Random latents"), rows, (1, 2)
+        ("Agreement with the measured effect", *_GROUPS.values()), rows, (1, 2, 3)
     )
 
 

@@ -3,10 +3,10 @@
 1. Attribution patching and integrated gradients (IG) give an effect for every latent, summed over positions and
    averaged over examples.
 2. The latents with the largest |IG|, and random ones among those that change at all, get their exact effect.
-3. Where IG and exact correlate less than they should, two causes are told apart. Too few steps: then more steps bring
-   IG closer. Interactions: IG moves all latents at once, exact moves one while the others stay clean; then more steps
-   change nothing, IG along the path of one latent alone agrees with exact, and IG lies nearer to the mean of the exact
-   effects at the two ends of the path.
+3. Where IG and exact correlate less than they should, or differ in size, two causes are told apart. Too few steps:
+   then more steps bring IG closer. Interactions: IG moves all latents at once, exact moves one while the others stay
+   clean; then more steps change nothing, IG along the path of one latent alone agrees with exact, and IG lies nearer to
+   the mean of the exact effects at the two ends of the path.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
-from unweave.core.progress import task
+from unweave.core.progress import Task, task
 from unweave.lm.model import LM, Tokens
-from unweave.sae.attribution import Metric, Rule, alone_effects, endpoints, exact_effects, node_effects
+from unweave.sae.attribution import Method, Metric, Rule, alone_effects, endpoints, exact_effects, node_effects
 from unweave.sae.module import SAE
 
 Batch = tuple[Tokens, "Tokens | None", Metric]
@@ -39,9 +39,12 @@ _MEANING: dict[Cause, str] = {
 }
 
 _FINE_STEPS = 32
-_ALONE_STEPS = 16
-_DIAGNOSED_EXAMPLES = 32
-_DIAGNOSED_LATENTS = 8
+_ALONE_STEPS = 8
+_DIAGNOSED_EXAMPLES = 24
+_DIAGNOSED_LATENTS = 5
+_SAME_SIZE = (0.8, 1.25)
+_PIECE = 32
+"""examples that are measured at a time, so that progress shows"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class Diagnosis:
     fine: float
     """the same with ``fine_steps`` midpoint steps"""
     fine_steps: int
+    coarse_scale: float
+    """how many times larger than exact IG is: the least-squares factor over the top latents"""
+    fine_scale: float
+    """the same with ``fine_steps`` midpoint steps"""
     alone_error: float
     """largest |IG along one latent's own path - exact| over the strongest latents, relative to the largest |exact|"""
     other_end: float
@@ -101,8 +108,10 @@ class Comparison:
     """{"ig" or "attribution": {"pearson", "spearman"}} with exact, over the top latents"""
     random: dict[str, dict[str, float]]
     """the same over the random latents; NaN where there are too few or their effects are all the same"""
+    scale: dict[str, float]
+    """{"ig" or "attribution": how many times larger than exact it is over the top latents, by least squares}"""
     diagnosis: Diagnosis | None
-    """where Pearson of IG over the top latents is below ``threshold``"""
+    """where Pearson of IG over the top latents is below ``threshold``, or its scale not between 0.8 and 1.25"""
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,34 +140,34 @@ def compare(
     began = time.perf_counter()
     if not batches:
         raise UnweaveError("there are no examples", remedy="give at least one batch")
-    with task("attribution", total=5 * len(batches), unit="passes") as shown:
-        ap = _Means(lm, sae, batches, "attribution", steps, rule, max_tokens)
-        shown.advance(len(batches))
-        ig = _Means(lm, sae, batches, "ig", steps, rule, max_tokens)
-        shown.advance(2 * len(batches))
+    pieces = _pieces(batches)
+    with task("attribution", total=len(pieces) * (steps + 4), unit="passes") as shown:
+        ap = _Means(lm, sae, pieces, "attribution", steps, rule, max_tokens, shown)
+        ig = _Means(lm, sae, pieces, "ig", steps, rule, max_tokens, shown)
         chosen, others = _choose(ig, top, n_random, seed)
         both = [*chosen, *others]
-        exact = torch.cat(
-            [exact_effects(lm, sae, *batch, both, max_tokens=max_tokens) for batch in batches], dim=1
-        ).double()
-        ends = [endpoints(lm, sae, *batch, max_tokens=max_tokens) for batch in batches]
-        shown.advance(2 * len(batches))
-        effects = exact.mean(1).tolist()
-        rows = tuple(
-            LatentEffect(
-                latent,
-                "top" if place < len(chosen) else "random",
-                float(ap.latents[latent]),
-                float(ig.latents[latent]),
-                effects[place],
-                int(ig.changed[latent]),
-            )
-            for place, latent in enumerate(both)
+        exact, ends = [], []
+        for piece in pieces:
+            exact.append(exact_effects(lm, sae, *piece, both, max_tokens=max_tokens).double().cpu())
+            ends.append(endpoints(lm, sae, *piece, max_tokens=max_tokens))
+            shown.advance(3)
+    means = torch.cat(exact, 1).mean(1).tolist()
+    rows = tuple(
+        LatentEffect(
+            latent,
+            "top" if place < len(chosen) else "random",
+            float(ap.latents[latent]),
+            float(ig.latents[latent]),
+            means[place],
+            int(ig.changed[latent]),
         )
-        correlated = {name: _correlate(rows, name) for name in ("top", "random")}
-        diagnosis = None
-        if not correlated["top"]["ig"]["pearson"] >= threshold:
-            diagnosis = diagnose(lm, sae, batches, chosen, steps=steps, rule=rule, max_tokens=max_tokens)
+        for place, latent in enumerate(both)
+    )
+    correlated = {name: _correlate(rows, name) for name in ("top", "random")}
+    scale = {name: _scale([getattr(row, name) for row in rows[:top]], means[:top]) for name in ("ig", "attribution")}
+    diagnosis = None
+    if not (correlated["top"]["ig"]["pearson"] >= threshold and _SAME_SIZE[0] <= scale["ig"] <= _SAME_SIZE[1]):
+        diagnosis = diagnose(lm, sae, batches, chosen, steps=steps, rule=rule, max_tokens=max_tokens)
     clean, patched = (torch.cat([end[side] for end in ends]) for side in (0, 1))
     return Comparison(
         site=str(sae.write),
@@ -174,6 +183,7 @@ def compare(
         latents=rows,
         top=correlated["top"],
         random=correlated["random"],
+        scale=scale,
         diagnosis=diagnosis,
         seconds=time.perf_counter() - began,
     )
@@ -193,39 +203,37 @@ def diagnose(
     few = _first(batches, _DIAGNOSED_EXAMPLES)
     n = sum(len(clean) for clean, _, _ in few)
     index = torch.as_tensor(latents)
-    coarse = _Means(lm, sae, few, "ig", steps, rule, max_tokens).latents[index]
     fine_steps = max(_FINE_STEPS, 2 * steps)
-    fine = _Means(lm, sae, few, "ig", fine_steps, "midpoint", max_tokens).latents[index]
-    here, there = (
-        torch.cat([exact_effects(lm, sae, *b, latents, origin=end, max_tokens=max_tokens) for b in few], 1)
-        for end in ("clean", "patch")
-    )
-    strong = list(latents[:_DIAGNOSED_LATENTS])
-    alone = torch.cat([alone_effects(lm, sae, *b, strong, steps=_ALONE_STEPS, max_tokens=max_tokens) for b in few], 1)
-    exact = here.mean(1).double().cpu()
-    gap = float((alone.mean(1) - here[: len(strong)].mean(1)).abs().max())
-    r = {
-        "coarse": correlations(coarse, exact)["pearson"],
-        "fine": correlations(fine, exact)["pearson"],
-        "other_end": correlations(fine, there.mean(1))["pearson"],
-        "both_ends": correlations(fine, (here + there).mean(1))["pearson"],
-    }
-    alone_error = gap / max(float(exact.abs().max()), 1e-30)
-    cause = _cause(r["coarse"], r["fine"], alone_error)
+    with task("why the estimates differ", total=len(few) * (steps + fine_steps + 20), unit="passes") as shown:
+        coarse = _Means(lm, sae, few, "ig", steps, rule, max_tokens, shown).latents[index]
+        fine = _Means(lm, sae, few, "ig", fine_steps, "midpoint", max_tokens, shown).latents[index]
+        strong = list(latents[:_DIAGNOSED_LATENTS])
+        found: list[list[Tensor]] = [[], [], []]
+        for piece in few:
+            found[0].append(exact_effects(lm, sae, *piece, latents, max_tokens=max_tokens))
+            found[1].append(exact_effects(lm, sae, *piece, latents, origin="patch", max_tokens=max_tokens))
+            found[2].append(alone_effects(lm, sae, *piece, strong, steps=_ALONE_STEPS, max_tokens=max_tokens))
+            shown.advance(20)
+    here, there, alone = (torch.cat(part, 1).double().mean(1).cpu() for part in found)
+    alone_error = float((alone - here[: len(strong)]).abs().max() / here.abs().max().clamp(min=1e-30))
+    r = [correlations(a, b)["pearson"] for a, b in ((coarse, here), (fine, here), (fine, there), (fine, here + there))]
+    sizes = _scale(coarse, here), _scale(fine, here)
+    cause = _cause(r[0], r[1], sizes, alone_error)
     text = (
-        f"On {n} examples IG correlates with exact at {r['coarse']:.3f}, with {fine_steps} midpoint steps at "
-        f"{r['fine']:.3f}. Along one latent's own path IG meets exact to {alone_error:.1%}. IG correlates with exact "
-        f"effects from the patched end at {r['other_end']:.3f}, with the mean of both ends at {r['both_ends']:.3f}. "
-        + _MEANING[cause]
+        f"On {n} examples IG correlates with exact at {r[0]:.3f} and is {sizes[0]:.2g} times as large; with "
+        f"{fine_steps} midpoint steps at {r[1]:.3f} and {sizes[1]:.2g} times. Along one latent's own path IG meets "
+        f"exact to {alone_error:.1%}. IG correlates with exact effects from the patched end at {r[2]:.3f}, with the "
+        f"mean of both ends at {r[3]:.3f}. {_MEANING[cause]}"
     )
-    return Diagnosis(examples=n, fine_steps=fine_steps, alone_error=alone_error, cause=cause, text=text, **r)
+    return Diagnosis(n, r[0], r[1], fine_steps, *sizes, alone_error, r[2], r[3], cause, text)
 
 
-def _cause(coarse: float, fine: float, alone_error: float) -> Cause:
+def _cause(coarse: float, fine: float, sizes: tuple[float, float], alone_error: float) -> Cause:
     # Steps: better ones gain a good part of what is missing to a perfect correlation. Interactions: something is still
     # missing then, although along one latent's own path nothing is.
-    steps = fine - coarse > 0.2 * (1 - coarse)
-    interactions = fine < 0.99 and alone_error < 0.05
+    steps = fine - coarse > 0.2 * (1 - coarse) or abs(sizes[1] - sizes[0]) > 0.2 * abs(1 - sizes[0])
+    same = fine >= 0.99 and _SAME_SIZE[0] <= sizes[1] <= _SAME_SIZE[1]
+    interactions = not same and alone_error < 0.05
     if steps and interactions:
         return "steps and interactions"
     return "steps" if steps else "interactions" if interactions else "neither"
@@ -254,6 +262,12 @@ def _ranks(x: np.ndarray) -> np.ndarray:
     return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
 
 
+def _scale(estimates: Sequence[float] | Tensor, exact: Sequence[float] | Tensor) -> float:
+    """The factor c for which c times ``exact`` is nearest to ``estimates``; NaN where all exact effects are 0."""
+    x, y = (np.asarray(torch.as_tensor(v, dtype=torch.float64).cpu()) for v in (exact, estimates))
+    return float(x @ y / (x @ x)) if bool(x.any()) else math.nan
+
+
 class _Means:
     """Effects summed over positions, mean over the examples of all batches: ``latents`` [F] and ``error``, on the CPU.
 
@@ -261,7 +275,15 @@ class _Means:
     """
 
     def __init__(
-        self, lm: LM, sae: SAE, batches: Sequence[Batch], method: Any, steps: int, rule: Rule, max_tokens: int
+        self,
+        lm: LM,
+        sae: SAE,
+        batches: Sequence[Batch],
+        method: Method,
+        steps: int,
+        rule: Rule,
+        max_tokens: int,
+        shown: Task,
     ) -> None:
         self.latents = torch.zeros(sae.d_sae, dtype=torch.float64)
         self.changed = torch.zeros(sae.d_sae, dtype=torch.int64)
@@ -274,6 +296,7 @@ class _Means:
             self.latents += latents.double().sum(0).cpu()
             self.changed += (found.latents != 0).any(1).sum(0).cpu()
             error, n = error + float(errors.double().sum()), n + len(clean)
+            shown.advance(steps if method == "ig" else 1)
         self.latents /= n
         self.error = error / n
 
@@ -298,15 +321,23 @@ def _correlate(rows: Sequence[LatentEffect], chosen: str) -> dict[str, dict[str,
     return {name: correlations([getattr(row, name) for row in mine], exact) for name in ("ig", "attribution")}
 
 
+def _part(batch: Batch, start: int, stop: int) -> Batch:
+    """Some of a batch's examples; their metric still gets the numbers they have in the whole batch."""
+    clean, patch, metric = batch
+    rows = slice(start, stop)
+    return clean.rows(rows), None if patch is None else patch.rows(rows), lambda out, rows: metric(out, rows + start)
+
+
+def _pieces(batches: Sequence[Batch]) -> list[Batch]:
+    return [_part(b, start, start + _PIECE) for b in batches for start in range(0, len(b[0]), _PIECE)]
+
+
 def _first(batches: Sequence[Batch], n: int) -> list[Batch]:
-    """The first ``n`` examples; their metric still gets the row numbers of the whole batch, which start at 0."""
     found: list[Batch] = []
-    for clean, patch, metric in batches:
-        if n <= 0:
-            break
-        rows = slice(0, min(n, len(clean)))
-        found.append((clean.rows(rows), None if patch is None else patch.rows(rows), metric))
-        n -= rows.stop
+    for batch in batches:
+        if n > 0:
+            found.append(_part(batch, 0, n))
+            n -= len(batch[0])
     return found
 
 

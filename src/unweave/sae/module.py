@@ -23,6 +23,7 @@ from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.sae import edits, provenance
 from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
+from unweave.sae.kernels import topk_rows
 
 if TYPE_CHECKING:
     from unweave.lm.model import LM
@@ -139,7 +140,7 @@ class SAE(nn.Module):
         with torch.no_grad():
             for chunk in x.split(rows):
                 if isinstance(self.activation, TopK):
-                    values, indices = self.pre(chunk).topk(min(self.activation.k, self.d_sae), dim=-1, sorted=False)
+                    values, indices = topk_rows(self.pre(chunk), self.activation.k)
                     parts.append(Codes.from_topk(values.relu_(), indices, self.d_sae))
                 else:
                     parts.append(Codes.from_dense(self.encode(chunk)))

@@ -19,7 +19,7 @@ class SAESpec(Spec):
     """latents per dimension of the input"""
     k: int = 32
     """active latents per token: exact for topk, a mean for batchtopk, aimed at by the penalties of relu and jumprelu"""
-    tokens: int = 1_200_000
+    tokens: int = 1_000_000
     """tokens to train on, repeats counted; the learning rate's schedule spans them"""
     batch: int = 2048
     """tokens per optimiser step"""

@@ -1,30 +1,36 @@
-"""Which latent to steer with: one whose direction names a theme, and that brings the theme out when it is turned up.
+"""Which latent to steer with: one that has a theme, and that brings the theme out when it is turned up.
 
-1. The logit lens of a latent's direction gives its 20 tokens. A theme is clear where they are words, not variants of
-   one word, and alike: their embeddings point in similar directions.
-2. The output score (Arad et al. 2025) asks whether the model then says them. At the last token of a neutral prompt the
-   latent is raised by 10 times the largest activation of any latent there; with p the next-token distribution,
-   S_out = (1 - r / |V|) p_max, p_max the largest probability among the 20 tokens and r that token's rank (0 is best).
-   All candidates are rows of a few batches.
+1. The output score (Arad et al. 2025) asks whether the model says what a latent's direction promotes. At the last token
+   of a neutral prompt the latent is raised by 10 times the largest activation of any latent there; with p the next-token
+   distribution, S_out = (1 - r / |V|) p_max, p_max the largest probability among the 20 tokens of the direction's logit
+   lens and r that token's rank (0 is best).
+2. In a small model's early layers that finds latents that promote function words. So ``choose_latents`` begins from
+   the latents with the clearest themes (``themes``) and asks for their expression: how much next-token probability
+   goes over to the theme's words, at neutral prompts, when the latent is turned up as far as it will be in use.
+
+All candidates are rows of a few batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.module import SAE
 from unweave.sae.records import Records
 from unweave.steer.sweep import lens_tokens
+from unweave.steer.themes import Theme, themes
 
 NEUTRAL = "From my experience,"
 """the paper's prompt"""
+PROMPTS = ("I would like to tell you about the", "My favourite thing is the", "It was all about")
+"""beginnings that a word of almost any theme may follow"""
 
 _SHOWN = 10
 
@@ -44,6 +50,21 @@ class OutputScore:
     """its first ten lens tokens, as text"""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A latent to steer with."""
+
+    latent: int
+    words: tuple[str, ...]
+    """its theme, strongest word first"""
+    expression: float
+    """next-token probability that it moves to these words; see ``expressions``"""
+    score: float
+    """its output score S_out"""
+    tokens: tuple[str, ...]
+    """its first ten lens tokens, as text"""
+
+
 def output_scores(
     lm: LM,
     sae: SAE,
@@ -57,11 +78,9 @@ def output_scores(
 
     Raises UnweaveError when no latent fires at the prompt's last token, since strengths are measured by that.
     """
-    if sae.write is None:
-        raise UnweaveError("this SAE's file named no site", remedy='name it: sae.at("resid_post.9")')
-    sae.verify(lm)
+    write = _written(lm, sae)
     row = lm.tokenize(prompt)
-    reads = [sae.read or sae.write]
+    reads = [sae.read or write]
     with lm.taps(read=reads, stop=reads[0]) as seen:
         lm(row)
     strongest = float(sae.encode(seen[reads[0]][0, -1]).max())
@@ -69,82 +88,79 @@ def output_scores(
         raise UnweaveError(
             "no latent fires at the prompt's last token", where=repr(prompt), remedy="use another prompt"
         )
-    themes = lens_tokens(lm, sae, latents)
-    shift = amount * strongest * sae.subset(latents).directions
-    step = max(1, max_tokens // row.ids.shape[1])
-    found = []
-    for start in range(0, len(themes), step):
-        part = slice(start, start + step)
-        n = len(themes[part])
+    lens = lens_tokens(lm, sae, latents)
+    shift = torch.zeros(len(lens), row.ids.shape[1], sae.d_out, dtype=sae.W_dec.dtype, device=lm.device)
+    shift[:, -1] = amount * strongest * sae.subset(latents).directions
+    found: list[OutputScore] = []
+    for part, p in _raised(lm, write, row, shift, max_tokens):
+        best = p.gather(1, lens[part]).max(1).values
+        ranks = (p > best.unsqueeze(1)).sum(1).tolist()
+        for latent, theme, high, rank in zip(latents[part], lens[part], best.tolist(), ranks, strict=True):
+            tokens = tuple(lm.token_strings(theme[:_SHOWN]))
+            found.append(OutputScore(int(latent), (1 - rank / lm.vocab_size) * high, high, rank, tokens))
+    return found
 
-        def raised(x: Tensor, _at: object, part: slice = part) -> Tensor:
-            return torch.cat([x[:, :-1], (x[:, -1] + shift[part].to(x.dtype)).unsqueeze(1)], 1)
 
-        rows = Tokens(row.ids.expand(n, -1), row.mask.expand(n, -1), row.roles.expand(n, -1))
-        with lm.taps(edit={sae.write: raised}):
-            logits = lm(rows, keep_logits=1)
+def expressions(
+    lm: LM, sae: SAE, found: Sequence[Theme], maxima: Sequence[float], *, strength: float = 2.0, max_tokens: int = 1024
+) -> list[float]:
+    """How much next-token probability, mean over neutral prompts, each latent moves to its theme's words when
+    ``strength`` times its largest activation is added on all tokens that the SAE was trained on."""
+    write = _written(lm, sae)
+    shift = strength * torch.as_tensor(maxima, dtype=sae.W_dec.dtype, device=sae.W_dec.device).unsqueeze(1)
+    shift = shift * sae.subset([theme.latent for theme in found]).directions
+    total = [0.0] * len(found)
+    for prompt in PROMPTS:
+        row = lm.tokenize(prompt)
+        reads = sae.read or write
+        with lm.taps(read=[reads]) as seen:
+            logits = lm(row, keep_logits=1)
         assert logits is not None
-        p = torch.softmax(logits[:, -1].float(), -1)
-        best = p.gather(1, themes[part]).max(1).values
-        ranks = (p > best.unsqueeze(1)).sum(1)
-        found += list(zip(best.tolist(), ranks.tolist(), strict=True))
-    return [
-        OutputScore(int(latent), (1 - rank / lm.vocab_size) * best, best, rank, tuple(lm.token_strings(theme[:_SHOWN])))
-        for latent, (best, rank), theme in zip(latents, found, themes, strict=True)
-    ]
+        before = torch.softmax(logits[0, -1].float(), -1)
+        kept = sae.policy.keep(seen[reads], row.ids.to(lm.device), row.mask.to(lm.device)).unsqueeze(-1)
+        for part, p in _raised(lm, write, row, shift.unsqueeze(1) * kept, max_tokens):
+            for place, after in zip(range(part.start, part.stop), p, strict=True):
+                ids = torch.tensor(found[place].token_ids, device=p.device)
+                total[place] += float((after[ids] - before[ids]).sum()) / len(PROMPTS)
+    return total
 
 
-def theme_clarity(lm: LM, sae: SAE, latents: Sequence[int], *, tokens: int = _SHOWN) -> Tensor:
-    """How clear each latent's theme is, [n]: the mean cosine between the centred embeddings of its first lens tokens.
+def choose_latents(lm: LM, sae: SAE, records: Records, *, n: int = 10, candidates: int = 128) -> list[Choice]:
+    """The ``n`` best latents to steer with: those of the ``candidates`` clearest themes that express theirs most.
 
-    0 where fewer than two thirds of these tokens are words of at least three letters that begin differently: a theme
-    whose tokens are endings, symbols, or variants of one word is no theme.
+    Raises UnweaveError where no latent has a theme, as in records of very little text.
     """
-    embedding = lm.model.get_input_embeddings().weight.detach()
-    centre = embedding.float().mean(0)
-    clarity = torch.zeros(len(latents))
-    lens = lens_tokens(lm, sae, latents, tokens)
-    words = [_words(lm.token_strings(row)) for row in lens]
-    good = torch.tensor([3 * n >= 2 * tokens for n in words], device=lens.device)
-    if bool(good.any()):
-        rows = F.normalize(embedding[lens[good]].float() - centre, dim=-1)
-        cosines = rows @ rows.transpose(1, 2)
-        mean = (cosines.sum((1, 2)) - tokens) / (tokens * (tokens - 1))
-        clarity[good.cpu()] = mean.cpu()
-    return clarity
-
-
-def _words(texts: Sequence[str]) -> int:
-    """How many different words of at least three letters; those that share their first four letters count once."""
-    bare = [text.strip().lower() for text in texts]
-    return len({text[:4] for text in bare if len(text) >= 3 and text.isascii() and text.isalpha()})
-
-
-def choose_latents(
-    lm: LM,
-    sae: SAE,
-    records: Records,
-    *,
-    n: int = 10,
-    min_count: int = 20,
-    max_rate: float = 0.02,
-    candidates: int = 128,
-) -> list[OutputScore]:
-    """The ``n`` best latents to steer with, best output score first, of the ``candidates`` with the clearest themes.
-
-    Only latents that fire on at least ``min_count`` tokens and at most on ``max_rate`` of them are looked at: rarer
-    ones are badly known, commoner ones are about form rather than theme.
-    """
-    count = torch.as_tensor(records.count)
-    usual = ((count >= min_count) & (count <= max_rate * records.n_tokens)).nonzero()[:, 0]
-    clarity = theme_clarity(lm, sae, usual.tolist()) if len(usual) else torch.zeros(0)
-    clear = usual[clarity > 0]
-    if len(clear) == 0:
+    found = themes(lm, records)[:candidates]
+    if not found:
         raise UnweaveError(
-            f"none of {len(usual)} latents that fire often enough has a theme in the logit lens",
+            "no latent has a theme: words that its contexts share and others lack",
             where=str(sae.write),
             remedy="name the latent to steer with, or collect records on more text",
         )
-    order = clarity[clarity > 0].argsort(descending=True)[:candidates]
-    scores = output_scores(lm, sae, clear[order].tolist())
-    return sorted(scores, key=lambda found: (-found.score, found.latent))[:n]
+    values = expressions(lm, sae, found, [float(records.maximum[theme.latent]) for theme in found])
+    order = sorted(range(len(found)), key=lambda i: (-values[i], found[i].latent))[:n]
+    scores = output_scores(lm, sae, [found[i].latent for i in order])
+    return [
+        Choice(found[i].latent, found[i].words, values[i], score.score, score.tokens)
+        for i, score in zip(order, scores, strict=True)
+    ]
+
+
+def _written(lm: LM, sae: SAE) -> Site:
+    if sae.write is None:
+        raise UnweaveError("this SAE's file named no site", remedy='name it: sae.at("resid_post.9")')
+    sae.verify(lm)
+    return sae.write
+
+
+def _raised(lm: LM, site: Site, row: Tokens, shifts: Tensor, max_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """Next-token probabilities [R, V] after one prompt with ``shifts`` [N, P, D] added at a site, some rows at a time."""
+    step = max(1, max_tokens // row.ids.shape[1])
+    for start in range(0, len(shifts), step):
+        part = slice(start, min(start + step, len(shifts)))
+        here = shifts[part]
+        rows = Tokens(*(column.expand(len(here), -1) for column in (row.ids, row.mask, row.roles)))
+        with lm.taps(edit={site: lambda x, _at, here=here: x + here.to(x.dtype)}):
+            logits = lm(rows, keep_logits=1)
+        assert logits is not None
+        yield part, torch.softmax(logits[:, -1].float(), -1)
