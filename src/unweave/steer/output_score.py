@@ -1,12 +1,12 @@
 """Which latent to steer with: one that has a theme, and that brings the theme out when it is turned up.
 
 1. The output score (Arad et al. 2025) asks whether the model says what a latent's direction promotes. At the last token
-   of a neutral prompt the latent is raised by 10 times the largest activation of any latent there; with p the next-token
-   distribution, S_out = (1 - r / |V|) p_max, p_max the largest probability among the 20 tokens of the direction's logit
-   lens and r that token's rank (0 is best).
+   of a neutral prompt the latent is raised by 10 times the largest activation of any latent there; with p the
+   next-token distribution, S_out = (1 - r / |V|) p_max, p_max the largest probability among the 20 tokens of the
+   direction's logit lens and r that token's rank (0 is best).
 2. In a small model's early layers that finds latents that promote function words. So ``choose_latents`` begins from
-   the latents with the clearest themes (``themes``) and asks for their expression: how much next-token probability
-   goes over to the theme's words, at neutral prompts, when the latent is turned up as far as it will be in use.
+   the latents with the clearest themes (``themes``) and asks for their expression: what the theme's words add to the
+   divergence of the next token's distribution, at neutral prompts, when the latent is turned up as it will be in use.
 
 All candidates are rows of a few batches.
 """
@@ -33,6 +33,7 @@ PROMPTS = ("I would like to tell you about the", "My favourite thing is the", "I
 """beginnings that a word of almost any theme may follow"""
 
 _SHOWN = 10
+_TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Choice:
     words: tuple[str, ...]
     """its theme, strongest word first"""
     expression: float
-    """next-token probability that it moves to these words; see ``expressions``"""
+    """how much turning it up brings these words out, in nats; see ``expressions``"""
     score: float
     """its output score S_out"""
     tokens: tuple[str, ...]
@@ -104,8 +105,9 @@ def output_scores(
 def expressions(
     lm: LM, sae: SAE, found: Sequence[Theme], maxima: Sequence[float], *, strength: float = 2.0, max_tokens: int = 1024
 ) -> list[float]:
-    """How much next-token probability, mean over neutral prompts, each latent moves to its theme's words when
-    ``strength`` times its largest activation is added on all tokens that the SAE was trained on."""
+    """How much turning each latent up brings out its theme, in nats: sum p' log(p' / p) over the theme's tokens, mean
+    over neutral prompts. p is the next-token distribution, p' the one with ``strength`` times the latent's largest
+    activation added on all tokens that the SAE was trained on; a rare word that becomes likely counts most."""
     write = _written(lm, sae)
     shift = strength * torch.as_tensor(maxima, dtype=sae.W_dec.dtype, device=sae.W_dec.device).unsqueeze(1)
     shift = shift * sae.subset([theme.latent for theme in found]).directions
@@ -116,16 +118,17 @@ def expressions(
         with lm.taps(read=[reads]) as seen:
             logits = lm(row, keep_logits=1)
         assert logits is not None
-        before = torch.softmax(logits[0, -1].float(), -1)
+        before = torch.softmax(logits[0, -1].float(), -1).clamp(min=_TINY)
         kept = sae.policy.keep(seen[reads], row.ids.to(lm.device), row.mask.to(lm.device)).unsqueeze(-1)
         for part, p in _raised(lm, write, row, shift.unsqueeze(1) * kept, max_tokens):
             for place, after in zip(range(part.start, part.stop), p, strict=True):
                 ids = torch.tensor(found[place].token_ids, device=p.device)
-                total[place] += float((after[ids] - before[ids]).sum()) / len(PROMPTS)
+                now = after[ids].clamp(min=_TINY)
+                total[place] += float((now * (now / before[ids]).log()).sum()) / len(PROMPTS)
     return total
 
 
-def choose_latents(lm: LM, sae: SAE, records: Records, *, n: int = 10, candidates: int = 128) -> list[Choice]:
+def choose_latents(lm: LM, sae: SAE, records: Records, *, n: int = 10, candidates: int = 192) -> list[Choice]:
     """The ``n`` best latents to steer with: those of the ``candidates`` clearest themes that express theirs most.
 
     Raises UnweaveError where no latent has a theme, as in records of very little text.
@@ -154,7 +157,7 @@ def _written(lm: LM, sae: SAE) -> Site:
 
 
 def _raised(lm: LM, site: Site, row: Tokens, shifts: Tensor, max_tokens: int) -> Iterator[tuple[slice, Tensor]]:
-    """Next-token probabilities [R, V] after one prompt with ``shifts`` [N, P, D] added at a site, some rows at a time."""
+    """Next-token probabilities [R, V] after one prompt, with ``shifts`` [N, P, D] added at a site, some at a time."""
     step = max(1, max_tokens // row.ids.shape[1])
     for start in range(0, len(shifts), step):
         part = slice(start, min(start + step, len(shifts)))
