@@ -1,7 +1,7 @@
 """What latents are about, from the text they fire on: the words that their contexts share and others' contexts lack.
 
 The logit lens of a direction says little about latents of early layers, whose effect goes through many more blocks; the
-contexts do. A latent's theme are the whole words of at least four letters that occur in its top and quantile contexts
+contexts do. A latent's theme are the whole words of at least three letters that occur in its top and quantile contexts
 from several documents, and in few of all latents' contexts; its clarity adds up, over these words, the number of
 documents times the log of how rare the word is.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from unweave.lm.model import LM
 from unweave.sae.records import Records
 
-_SHORTEST = 4
+_SHORTEST = 3
 _MIN_DOCUMENTS = 3
 _COMMON = 0.01
 """a word in a larger share of all contexts than this is no theme of any"""
