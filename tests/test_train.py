@@ -132,6 +132,24 @@ def test_auxk_turns_dead_latents_to_what_is_unexplained_and_costs_nothing_withou
     assert live.step(_data(50)) == plain.step(_data(50))
 
 
+def test_auxk_revives_latents_that_never_win() -> None:
+    """Half of the latents start too quiet to be chosen: with AuxK they come alive and the data are explained better."""
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(256, 48, generator=g)
+    x = ((torch.rand(8000, 256, generator=g) < 0.03) * torch.rand(8000, 256, generator=g)) @ features + 1
+    alive, unexplained = {}, {}
+    for weight in (0.0, 1 / 32):
+        t = _trainer(x=x, k=8, expansion=8, aux_weight=weight, k_aux=64, dead_after=2000, lr=3e-3, tokens=160_000)
+        t.W_enc.data[:192] *= 0.05
+        while not t.done:
+            t.step(x[torch.randint(0, len(x), (200,), generator=g)])
+        sae = t.to_sae()
+        alive[weight] = int((sae.encode(x)[:, :192] > 0).any(0).sum())
+        unexplained[weight] = float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum())
+    assert alive[0.0] < 64 and alive[1 / 32] > 160
+    assert unexplained[1 / 32] < 0.9 * unexplained[0.0]
+
+
 # -- terms on fixed tensors (trap 30) ---------------------------------------------------------------------------------
 
 

@@ -148,10 +148,10 @@ class SteerSpec(UseSpec):
     """Generating text with a latent turned up."""
 
     latent: int | None = None
-    """Which latent; by default one whose theme shows in the next token, chosen by output score."""
+    """Which latent; by default one with a clear theme that shows in what the model then writes."""
     prompts: tuple[str, ...] = ("Tell me about the sea.",)
     """What to ask the model."""
-    strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Strengths, as multiples of the latent's largest activation in the records."""
     mode: Literal["clamp", "add"] = "clamp"
     """Set the latent to that value, or add that much of its direction."""

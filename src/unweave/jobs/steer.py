@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,28 @@ VERSION = 1
 
 
 def run(spec: SteerSpec, runs: Path) -> Run:
-    """Chooses a latent where none is named, and steers every prompt with it at every strength."""
+    """Chooses a latent by what it does where none is named, and steers every prompt with it at every strength."""
     with Run.open(runs, "steer", spec, version=VERSION, inputs={"sae": sae_digest(spec.sae)}) as run:
         if run.done:
             return run
         started = time.monotonic()
         lm, sae, record = open_sae(spec)
         records = _records(spec, runs)
-        if spec.latent is None:
-            chosen = choose_latents(lm, sae, records, n=5)
+        candidates = choose_latents(lm, sae, records) if spec.latent is None else []
+        latent = records.latent(candidates[0].latent if spec.latent is None else spec.latent)
+        if candidates:
+            label, score = candidates[0].words, candidates[0].score
         else:
-            chosen = output_scores(lm, sae, [spec.latent])
-        latent = records.latent(chosen[0].latent)
+            (named,) = output_scores(lm, sae, [latent.latent])
+            label, score = named.tokens, named.score
         texts = _texts(spec, lm, sae, latent)
         run.finish(
             record
             | {
                 "latent": latent.latent,
-                "label": list(chosen[0].tokens),
-                "output_score": chosen[0].score,
-                "candidates": [{"latent": c.latent, "score": c.score, "tokens": list(c.tokens)} for c in chosen],
+                "label": list(label),
+                "output_score": score,
+                "candidates": [asdict(candidate) for candidate in candidates],
                 "largest_activation": latent.maximum,
                 "prompt": spec.prompts[0],
                 "samples": [[_strength(t), t.text] for t in texts if t.prompt == spec.prompts[0]],

@@ -303,12 +303,10 @@ class LM:
         batch = tokens.to(self.device)
         if not bool(batch.mask[:, -1].all()):
             raise UnweaveError("generation needs padding on the left", remedy='tokenize with side="left"')
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
         settings = GenerationConfig(
+            **sampling,
             max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature if temperature > 0 else 1.0,
-            top_k=0,
-            top_p=1.0,
             repetition_penalty=1.0,
             eos_token_id=self.model.generation_config.eos_token_id,
             pad_token_id=self.pad_id,
