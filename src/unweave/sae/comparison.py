@@ -38,10 +38,10 @@ _MEANING: dict[Cause, str] = {
     "neither": "Neither steps nor interactions explain it: the effects may be too small to tell apart.",
 }
 
-_FINE_STEPS = 32
-_ALONE_STEPS = 8
+_FINE_STEPS = 20
+_ALONE_STEPS = 4
 _DIAGNOSED_EXAMPLES = 24
-_DIAGNOSED_LATENTS = 5
+_DIAGNOSED_LATENTS = 4
 _SAME_SIZE = (0.8, 1.25)
 _PIECE = 32
 """examples that are measured at a time, so that progress shows"""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from unweave.lm.model import LM
+from unweave.sae.contexts import KINDS
 from unweave.sae.records import Records
 
 _SHORTEST = 3
@@ -44,16 +45,16 @@ def themes(lm: LM, records: Records, *, min_count: int = 20, max_rate: float = 0
     contexts = records.contexts
     word_of, words = _words(lm, contexts.ids)
     window = np.repeat(np.arange(len(contexts)), np.diff(contexts.offsets))
-    shown = np.asarray(contexts.kind)[window] != 2  # random contexts show what a latent is not about
+    telling = contexts.kind != KINDS.index("random")  # random contexts show what a latent is not about
     following = np.append(contexts.ids[1:], -1)
     same_window = np.append(window[1:] == window[:-1], False)
     goes_on = same_window & (word_of[following] == _CONTINUES)
-    at = (word_of[contexts.ids] >= 0) & shown & ~goes_on
+    at = (word_of[contexts.ids] >= 0) & telling[window] & ~goes_on
     if not at.any():
         return []
-    word, latent = word_of[contexts.ids[at]], np.asarray(contexts.latent)[window[at]].astype(np.int64)
-    document = np.asarray(contexts.document)[window[at]]
-    n_contexts = int((np.asarray(contexts.kind) != 2).sum())
+    word, latent = word_of[contexts.ids[at]], contexts.latent[window[at]].astype(np.int64)
+    document = contexts.document[window[at]]
+    n_contexts = int(telling.sum())
     in_contexts = np.bincount(_unique(window[at], word)[:, 1], minlength=len(words))
     own = _unique(latent, word, document)[:, :2]
     pairs, documents = np.unique(own, axis=0, return_counts=True)
