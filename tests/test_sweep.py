@@ -17,7 +17,7 @@ from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
-from unweave.steer.output_score import NEUTRAL, PROMPTS, choose_latents, expressions, output_scores
+from unweave.steer.output_score import NEUTRAL, PROMPTS, TRIAL, choose_latents, expressions, output_scores, trials
 from unweave.steer.sweep import distinct, lens_tokens, perplexity, sweep, until_end
 from unweave.steer.themes import Theme, themes
 
@@ -253,20 +253,51 @@ def test_themes_are_whole_words_that_a_latents_contexts_share() -> None:
     assert themes(SimpleNamespace(tokenizer=None, vocab_size=12), make_records(WINDOWS, COUNTS)) == []  # type: ignore[arg-type]
 
 
-def test_the_latents_that_express_their_theme_most_are_chosen(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_against_texts_written_one_at_a_time(lm: LM) -> None:
+    """The same as steering each latent alone with ``add``, and counting its theme, repetition and perplexity there."""
+    sae = make_sae(lm)
+    asked = [Theme(j, ("x",), tuple(range(20 + j, 60 + j)), 1.0) for j in (3, 8, 15)]
+    maxima = [1.0, 4.0, 0.2]
+    found = trials(lm, sae, asked, maxima, strengths=(0.5, 2.0), max_new_tokens=10)
+    talk = lm.chat([[{"role": "user", "content": TRIAL}]], side="left", add_generation_prompt=True)
+
+    def written(edit: Any) -> tuple[Tensor, float]:
+        ids = lm.generate_ids(talk, edit, max_new_tokens=10)
+        n = until_end(lm, ids)
+        (value,) = perplexity(lm, talk, ids, n)
+        assert value is not None
+        return ids[0, : int(n)], value
+
+    _, usual = written(None)
+    for value, theme, maximum in zip(found, asked, maxima, strict=True):
+        total = 0.0
+        for strength in (0.5, 2.0):
+            new, p = written(sae.add({theme.latent: strength * maximum}))
+            hits = sum(i in theme.token_ids for i in new.tolist())
+            total += min(1.0, hits / 2) * distinct(new) / max(1.0, math.log2(p / usual)) / 2
+        assert value == pytest.approx(total, rel=1e-3)
+    assert max(found) > 0
+    assert max(found) <= 1
+
+
+def test_the_best_in_trials_come_first(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     import unweave.steer.output_score as module
 
     sae = make_sae(lm)
     records = make_records(WINDOWS, COUNTS)
     offered = [Theme(j, (f"word{j}",), (10 + j, 40 + j), 9.0 - j) for j in range(6)]
     monkeypatch.setattr(module, "themes", lambda lm, records: offered)
-    values = expressions(lm, sae, offered, records.maximum.tolist())
-    found = choose_latents(lm, sae, records, n=3)
-    best = sorted(range(6), key=lambda j: -values[j])[:3]
-    assert [choice.latent for choice in found] == best
-    assert [choice.expression for choice in found] == pytest.approx([values[j] for j in best])
-    assert [choice.words for choice in found] == [(f"word{j}",) for j in best]
-    assert [choice.score for choice in found] == pytest.approx([s.score for s in output_scores(lm, sae, best)])
+    expressed = {j: float(10 - j) for j in range(6)}
+    monkeypatch.setattr(module, "expressions", lambda lm, sae, found, maxima: [expressed[t.latent] for t in found])
+    shown = {0: 0.1, 1: 0.7, 2: 0.3}  # three are tried: those that are expressed most
+    monkeypatch.setattr(module, "trials", lambda lm, sae, found, maxima: [shown[t.latent] for t in found])
+    found = choose_latents(lm, sae, records, n=5, tried=3)
+    assert [choice.latent for choice in found] == [1, 2, 0, 3, 4]
+    assert [choice.trial for choice in found] == [0.7, 0.3, 0.1, 0.0, 0.0]
+    assert [choice.expression for choice in found] == [9.0, 8.0, 10.0, 7.0, 6.0]
+    assert [choice.words for choice in found] == [(f"word{j}",) for j in (1, 2, 0, 3, 4)]
+    expected = output_scores(lm, sae, [1, 2, 0, 3, 4])
+    assert [choice.score for choice in found] == pytest.approx([score.score for score in expected])
     assert {choice.latent for choice in choose_latents(lm, sae, records, n=9, candidates=2)} == {0, 1}
     monkeypatch.setattr(module, "themes", lambda lm, records: [])
     with pytest.raises(UnweaveError, match="no latent has a theme"):

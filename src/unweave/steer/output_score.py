@@ -7,12 +7,16 @@
 2. In a small model's early layers that finds latents that promote function words. So ``choose_latents`` begins from
    the latents with the clearest themes (``themes``) and asks for their expression: what the theme's words add to the
    divergence of the next token's distribution, at neutral prompts, when the latent is turned up as it will be in use.
+3. The strongest of them often write nothing but their words. So those that express their theme most write a few words
+   each, and the ones that come to their theme in text that neither repeats itself nor falls apart are best
+   (``trials``).
 
 All candidates are rows of a few batches.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,15 +26,17 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
+from unweave.lm.taps import At
 from unweave.sae.module import SAE
 from unweave.sae.records import Records
-from unweave.steer.sweep import lens_tokens
+from unweave.steer.sweep import distinct, lens_tokens, perplexity, prompt_tokens, until_end
 from unweave.steer.themes import Theme, themes
 
 NEUTRAL = "From my experience,"
 """the paper's prompt"""
 PROMPTS = ("I would like to tell you about the", "My favourite thing is the", "It was all about")
 """beginnings that a word of almost any theme may follow"""
+TRIAL = "Tell me about something you like."
 
 _SHOWN = 10
 _TINY = 1e-12
@@ -60,6 +66,8 @@ class Choice:
     """its theme, strongest word first"""
     expression: float
     """how much turning it up brings these words out, in nats; see ``expressions``"""
+    trial: float
+    """in [0, 1]: how well a few words show it; see ``trials``"""
     score: float
     """its output score S_out"""
     tokens: tuple[str, ...]
@@ -128,10 +136,53 @@ def expressions(
     return total
 
 
-def choose_latents(lm: LM, sae: SAE, records: Records, *, n: int = 10, candidates: int = 192) -> list[Choice]:
-    """The ``n`` best latents to steer with: those of the ``candidates`` clearest themes that express theirs most.
+def trials(
+    lm: LM,
+    sae: SAE,
+    found: Sequence[Theme],
+    maxima: Sequence[float],
+    *,
+    strengths: Sequence[float] = (1.0, 2.0),
+    prompt: str = TRIAL,
+    max_new_tokens: int = 24,
+) -> list[float]:
+    """How well each latent shows its theme in text, [n] in [0, 1]: mean over strengths of theme x variety x sense.
 
-    Raises UnweaveError where no latent has a theme, as in records of very little text.
+    theme: 1 with two or more of the theme's tokens, 0.5 with one. variety: distinct 3-grams over all. sense: 1 while
+    the perplexity under the unedited model is at most twice that of unedited text, else 1 over the number of doublings.
+    """
+    write = _written(lm, sae)
+    cells = [(i, strength) for i in range(len(found)) for strength in strengths]
+    scale = torch.tensor([0.0, *(strength * maxima[i] for i, strength in cells)], dtype=sae.W_dec.dtype)
+    latents = torch.tensor([0, *(found[i].latent for i, _ in cells)])
+    shift = scale.unsqueeze(1).to(lm.device) * sae.W_dec[latents.to(lm.device)]
+
+    def raised(x: Tensor, at: At) -> Tensor:
+        kept = sae.policy.keep(x, at.ids, at.mask) if sae.read == write else at.mask
+        return x + (shift.unsqueeze(1) * kept.unsqueeze(-1)).to(x.dtype)
+
+    rows = prompt_tokens(lm, [prompt] * len(scale), None)
+    ids = lm.generate_ids(rows, {write: raised}, max_new_tokens=max_new_tokens)
+    written = until_end(lm, ids)
+    perplexities = perplexity(lm, rows, ids, written)
+    usual = perplexities[0] or 1.0
+    values = [0.0] * len(found)
+    for (i, _), row, n, p in zip(cells, ids[1:], written.tolist()[1:], perplexities[1:], strict=True):
+        if p is not None:
+            new = row[:n]
+            theme = min(1.0, sum(int(token) in found[i].token_ids for token in new) / 2)
+            values[i] += theme * distinct(new) / max(1.0, math.log2(p / usual)) / len(strengths)
+    return values
+
+
+def choose_latents(
+    lm: LM, sae: SAE, records: Records, *, n: int = 10, candidates: int = 192, tried: int = 12
+) -> list[Choice]:
+    """The ``n`` best latents to steer with, best first.
+
+    Of the ``candidates`` clearest themes the ``tried`` that are expressed most are tried in text, and come first in the
+    order of their trials; the others follow by expression. Raises UnweaveError where no latent has a theme, as in
+    records of very little text.
     """
     found = themes(lm, records)[:candidates]
     if not found:
@@ -140,11 +191,15 @@ def choose_latents(lm: LM, sae: SAE, records: Records, *, n: int = 10, candidate
             where=str(sae.write),
             remedy="name the latent to steer with, or collect records on more text",
         )
-    values = expressions(lm, sae, found, [float(records.maximum[theme.latent]) for theme in found])
-    order = sorted(range(len(found)), key=lambda i: (-values[i], found[i].latent))[:n]
+    maxima = [float(records.maximum[theme.latent]) for theme in found]
+    values = expressions(lm, sae, found, maxima)
+    order = sorted(range(len(found)), key=lambda i: (-values[i], found[i].latent))
+    best = order[:tried]
+    shown = dict(zip(best, trials(lm, sae, [found[i] for i in best], [maxima[i] for i in best]), strict=True))
+    order = sorted(order[: max(n, tried)], key=lambda i: (i not in shown, -shown.get(i, 0.0), -values[i]))[:n]
     scores = output_scores(lm, sae, [found[i].latent for i in order])
     return [
-        Choice(found[i].latent, found[i].words, values[i], score.score, score.tokens)
+        Choice(found[i].latent, found[i].words, values[i], shown.get(i, 0.0), score.score, score.tokens)
         for i, score in zip(order, scores, strict=True)
     ]
 

@@ -81,7 +81,7 @@ def sweep(
         raise UnweaveError(f"strengths must be numbers, not {list(strengths)}", remedy="for example 1 2 4")
     edits = [_edit(sae, latent, strength * maximum, mode, where) for strength in strengths]
     theme = lens_tokens(lm, sae, [latent])[0] if sae.d_out == lm.d_model else None
-    tokens = _prompt_tokens(lm, prompts, chat)
+    tokens = prompt_tokens(lm, prompts, chat)
     texts: list[list[SteeredText]] = [[] for _ in prompts]
     with task(f"steer latent {latent}", total=1 + len(strengths), unit="strengths") as shown:
         for strength, edit in zip([None, *strengths], [None, *edits], strict=True):
@@ -109,7 +109,8 @@ def _edit(sae: SAE, latent: int, value: float, mode: Mode, where: Where) -> Edit
     raise UnweaveError(f"unknown way to steer {mode!r}", remedy="use clamp or add")
 
 
-def _prompt_tokens(lm: LM, prompts: Sequence[str], chat: bool | None) -> Tokens:
+def prompt_tokens(lm: LM, prompts: Sequence[str], chat: bool | None) -> Tokens:
+    """Prompts padded on the left; in the model's chat template if ``chat``, or None and it has one."""
     if chat if chat is not None else getattr(lm.tokenizer, "chat_template", None) is not None:
         talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
         return lm.chat(talks, side="left", add_generation_prompt=True)
