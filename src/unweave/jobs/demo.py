@@ -46,7 +46,7 @@ def scale_of(spec: DemoSpec) -> Scale:
         case "demo":
             return Scale(base, latents_tokens=200_000, pairs=128, random=20)
         case "long":
-            more = replace(base, data=DataSpec(tokens=1_600_000), sae=replace(sae, tokens=6_000_000))
+            more = replace(base, data=DataSpec(tokens=1_000_000), sae=replace(sae, tokens=3_000_000))
             return Scale(more, latents_tokens=200_000, pairs=256, random=40)
 
 
