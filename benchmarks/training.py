@@ -151,9 +151,7 @@ def report(contestants: list[Contestant], arguments: argparse.Namespace) -> None
     def ratio(one: Contestant, other: Contestant) -> float:
         return statistics.median(b / a for a, b in zip(one.seconds, other.seconds, strict=True))
 
-    sizes = (
-        f"width x {arguments.latents} latents, batch {arguments.batch}, k {arguments.k}, {arguments.threads} threads"
-    )
+    sizes = f"{arguments.latents} latents, batch {arguments.batch}, k {arguments.k}, {arguments.threads} threads"
     table = Table(title=f"TopK training: {sizes}, {arguments.steps * arguments.batch:,} tokens")
     for column in ("", "tokens/s", "unweave is faster by", "of one dense product", "held-out unexplained variance"):
         table.add_column(column, justify="left" if not column else "right")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -186,6 +187,22 @@ def test_full_disk_and_unwritable_folder(
         write_json(tmp_path / "a.json", {})
     assert str(tmp_path / "a.json") in str(caught.value) and "remedy" in str(caught.value)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("writer", ["torch", "text"])
+def test_full_disk_by_whatever_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
+    """The temporary file leads to a device that is always full."""
+    target = tmp_path / "a.bin"
+    (tmp_path / f".a.bin.{os.getpid()}.tmp").symlink_to("/dev/full")
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda _: usage)
+    big = torch.ones(100_000)
+    with pytest.raises(UnweaveError, match="disk is full"), atomic_write(target) as temporary:
+        if writer == "torch":
+            torch.save({"x": big}, temporary)
+        else:
+            temporary.write_text("x" * 100_000)
+    assert not target.exists()
 
 
 def test_a_file_in_the_place_of_the_runs_folder(tmp_path: Path) -> None:

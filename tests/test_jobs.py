@@ -290,6 +290,13 @@ def test_changed_text_is_another_question(home: Path, tmp_path: Path) -> None:
     assert train.stamps(spec.model, spec.data) != first
 
 
+def test_more_tokens_than_there_are_for_the_records(trained: Run, runs: Path) -> None:
+    with pytest.raises(UnweaveError, match="6,000"):
+        latents.run(LatentsSpec(sae=trained.path / "sae", tokens=50_000, device="cpu"), runs)
+    found = latents.run(LatentsSpec(sae=trained.path / "sae", device="cpu"), runs)
+    assert 4000 < found.result["tokens"] <= 6000
+
+
 def test_doctor_counts_the_cost_and_names_every_problem(home: Path, tmp_path: Path) -> None:
     spec = DoctorSpec(**{f: getattr(spec_of(home), f) for f in TrainSpec.__dataclass_fields__})
     found = doctor.run(spec, tmp_path).result

@@ -185,6 +185,15 @@ def test_sites_that_do_not_exist(lm: LM) -> None:
         seen["resid_post.2"]
 
 
+def test_logits_of_the_last_position_can_be_read_and_edited(lm: LM) -> None:
+    last = logits(lm)[:, -1]
+    with lm.taps(read=["logits"], edit={"logits": lambda x, at: x * 2}) as seen:
+        out = lm(IDS, keep_logits=1)
+    assert seen["logits"].shape[:2] == (2, 1)
+    if lm.model.config.model_type != "gemma2":  # which caps its logits after the unembedding
+        torch.testing.assert_close(out[:, -1], 2 * last, rtol=1e-4, atol=1e-5)  # type: ignore[index]
+
+
 def test_module_paths_are_an_escape_hatch(lm: LM) -> None:
     blocks = lm.layout.family.blocks
     with lm.taps(read=[f"path.{blocks}.1", f"path.{blocks}.1@in", "resid_post.1", "resid_pre.1"]) as seen:

@@ -106,8 +106,8 @@ _ALL = (
     _stage(
         "trace",
         "Find the latents that cause a behaviour, and check the strongest exactly.",
-        "Attribution patching and integrated gradients over minimal pairs (subject-verb agreement unless told "
-        "otherwise), next to the exact effect of the strongest latents, with the correlation between them.",
+        "Attribution patching and integrated gradients over minimal pairs of subject-verb agreement, "
+        "next to the exact effect of the strongest latents, with the correlation between them.",
         "unweave trace --sae runs/train-0123456789ab/sae",
     ),
     _stage(

@@ -26,6 +26,8 @@ from typing import IO, Any, Self
 from unweave.core.errors import UnweaveError
 from unweave.core.spec import Spec, digest
 
+_NEARLY_NOTHING = 1 << 20
+
 
 @contextmanager
 def friendly_io(path: Path) -> Iterator[None]:
@@ -34,21 +36,28 @@ def friendly_io(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = _free_space(path)
-            remedy = f"free some space ({free} left) or choose another --runs folder; what is finished is kept"
-            raise UnweaveError("the disk is full", where=str(path), remedy=remedy) from error
+            raise _disk_full(path) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             reason = (error.strerror or str(error)).lower()
             remedy = "make the folder writable or choose another with --runs"
             raise UnweaveError(f"cannot write here: {reason}", where=str(path), remedy=remedy) from error
         raise
+    except UnweaveError:
+        raise
+    except Exception as error:  # torch and safetensors say in their own ways that a file could not be written
+        if "No space left" in str(error) or _free_bytes(path) < _NEARLY_NOTHING:
+            raise _disk_full(path) from error
+        raise
 
 
-def _free_space(path: Path) -> str:
-    for folder in (path, *path.parents):
-        if folder.exists():
-            return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB"
-    return "unknown"
+def _disk_full(path: Path) -> UnweaveError:
+    left = f"{_free_bytes(path) / 1e6:.0f} MB left"
+    remedy = f"free some space ({left}) or choose another --runs folder; what is finished is kept"
+    return UnweaveError("the disk is full", where=str(path), remedy=remedy)
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(next(folder for folder in (path, *path.resolve().parents) if folder.exists())).free
 
 
 @contextmanager

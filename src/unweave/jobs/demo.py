@@ -30,7 +30,6 @@ class Scale:
     """How much of everything a scale asks for."""
 
     train: TrainSpec
-    latents_tokens: int
     pairs: int
     random: int
 
@@ -42,29 +41,29 @@ def scale_of(spec: DemoSpec) -> Scale:
     match spec.scale:
         case "smoke":
             small = replace(base, data=DataSpec(tokens=40_000, heldout_tokens=5_000), sae=replace(sae, tokens=120_000))
-            return Scale(small, latents_tokens=30_000, pairs=32, random=8)
+            return Scale(small, pairs=32, random=8)
         case "demo":
-            return Scale(base, latents_tokens=200_000, pairs=128, random=20)
+            return Scale(base, pairs=128, random=20)
         case "long":
             more = replace(base, data=DataSpec(tokens=1_000_000), sae=replace(sae, tokens=3_000_000))
-            return Scale(more, latents_tokens=200_000, pairs=256, random=40)
+            return Scale(more, pairs=256, random=40)
 
 
 def run(spec: DemoSpec, runs: Path) -> Run:
     """Trains, measures, collects, traces, steers and writes the report; each stage is a run of its own."""
-    with Run.open(runs, "demo", spec, version=VERSION) as run:
+    scale = scale_of(spec)
+    with Run.open(runs, "demo", spec, version=VERSION, inputs={"train": scale.train.digest()}) as run:
         if run.done and Path(run.result["report"]).exists():
             return run
         run.reused = False
         started = time.monotonic()
-        scale = scale_of(spec)
         trained = train.run(scale.train, runs)
         sae, device = train.sae_folder(trained, scale.train, scale.train.sites[0]), spec.device
         stages: dict[str, Callable[[], Run]] = {
             "eval": lambda: evaluation.run(EvalSpec(sae=sae, device=device), runs),
-            "latents": lambda: latents.run(LatentsSpec(sae=sae, device=device, tokens=scale.latents_tokens), runs),
+            "latents": lambda: latents.run(LatentsSpec(sae=sae, device=device), runs),
             "trace": lambda: trace.run(TraceSpec(sae=sae, device=device, pairs=scale.pairs, random=scale.random), runs),
-            "steer": lambda: steer.run(SteerSpec(sae=sae, device=device, latents_tokens=scale.latents_tokens), runs),
+            "steer": lambda: steer.run(SteerSpec(sae=sae, device=device), runs),
             "report": lambda: report.run(ReportSpec(sae=sae), runs),
         }
         done = {"train": trained}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
 from unweave.jobs.common import activation_source, data_of, open_sae, sae_digest, stream_of, token_store
 from unweave.jobs.specs import LatentsSpec
 from unweave.sae.records import Records, RecordsSpec, collect
 
 VERSION = 1
+USUAL_TOKENS = 200_000
 
 
 def run(spec: LatentsSpec, runs: Path) -> Run:
@@ -22,13 +24,20 @@ def run(spec: LatentsSpec, runs: Path) -> Run:
         lm, sae, record = open_sae(spec)
         assert sae.read is not None
         asked, data = sae.provenance.get("train", {}), data_of(sae, spec.data)
-        tokens = data.tokens if spec.data is None else spec.tokens
+        wanted = min(USUAL_TOKENS, data.tokens) if spec.tokens is None else spec.tokens
+        if spec.data is None and wanted > data.tokens:
+            raise UnweaveError(
+                f"{wanted:,} tokens were asked for, the SAE's training text has {data.tokens:,}",
+                where="tokens",
+                remedy="ask for fewer, or name more text with --data.tokens and --data.sources",
+            )
+        tokens = data.tokens if spec.data is None else wanted
         model = spec.model or asked["model"]
         store, store_run = token_store(lm, model, data, "train", tokens, runs)
         sites = [lm.site(site) for site in asked.get("sites", [str(sae.read)])]
         dtype = asked.get("dtype", "float32")
         source = activation_source(lm, store, store_run, sorted(sites), stream_of(sae), dtype, runs)
-        records = collect(lm, sae, source, store, RecordsSpec(seed=spec.seed), max_tokens=spec.tokens)
+        records = collect(lm, sae, source, store, RecordsSpec(seed=spec.seed), max_tokens=wanted)
         records.save(run.path / "records")
         fired = int((records.count > 0).sum())
         result = record | {

@@ -117,8 +117,8 @@ class LatentsSpec(UseSpec):
 
     data: DataSpec | None = None
     """Other text to look at; by default the training text."""
-    tokens: int = 200_000
-    """How many tokens to look at."""
+    tokens: int | None = None
+    """How many tokens to look at; by default 200,000, or all there are."""
     seed: int = 0
     """Choice of the random and quantile contexts."""
 
@@ -157,8 +157,8 @@ class SteerSpec(UseSpec):
     """Set the latent to that value, or add that much of its direction."""
     max_new_tokens: int = 60
     """Length of the generated text."""
-    latents_tokens: int = 200_000
-    """How many tokens the latents' records are taken from (shared with `unweave latents`)."""
+    latents_tokens: int | None = None
+    """How many tokens the latents' records are taken from; as in `unweave latents`, whose run is shared."""
 
 
 @dataclass(frozen=True, kw_only=True)

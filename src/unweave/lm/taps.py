@@ -134,7 +134,8 @@ def _check(site: Site, x: Any, session: Session) -> Tensor:
     """Trap 13: a module may return a tuple or a bare tensor; only [batch, position, width] is accepted."""
     assert session.batch is not None
     wanted = tuple(session.batch[0].shape)
-    if not isinstance(x, Tensor) or x.ndim != 3 or tuple(x.shape[:2]) != wanted:
+    axes = 1 if site.point == "logits" else 2  # the unembedding may be asked for the last positions only
+    if not isinstance(x, Tensor) or x.ndim != 3 or tuple(x.shape[:axes]) != wanted[:axes]:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise UnweaveError(
             f"site {site} holds {shape}, not [batch {wanted[0]}, position {wanted[1]}, width]",
