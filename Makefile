@@ -60,7 +60,7 @@ format: $(VENV)/.ready-dev
 	@$(BIN)/ruff format .
 
 types: $(VENV)/.ready-dev
-	@$(BIN)/pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.ready-dev
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
