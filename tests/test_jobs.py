@@ -29,7 +29,9 @@ from unweave.jobs.specs import (
     EvalSpec,
     LatentsSpec,
     ReportSpec,
+    SteerSpec,
     StreamSpec,
+    TraceSpec,
     TrainSpec,
 )
 from unweave.sae.module import SAE
@@ -228,7 +230,7 @@ def test_trap_10_too_little_text(home: Path, tmp_path: Path) -> None:
     with pytest.raises(UnweaveError, match="tokens"):
         train.run(replace(spec, data=replace(spec.data, tokens=10_000_000)), tmp_path)
     (tmp_path / "empty").mkdir()
-    empty = DataSpec(sources=(Source(path=str(tmp_path / "empty")),))
+    empty = DataSpec(sources=(Source(path=str(tmp_path / "empty")),), pack=PackSpec(context=48))
     with pytest.raises(UnweaveError, match="empty"):
         train.run(replace(spec, data=empty), tmp_path)
 
@@ -239,7 +241,7 @@ def test_trap_10_too_little_text(home: Path, tmp_path: Path) -> None:
         ({"model": "no/such/folder/anywhere"}, "no/such/folder"),
         ({"sites": ("resid_post.7",)}, r"resid_post\.7"),
         ({"sites": ("resid_past.1",)}, "resid_past"),
-        ({"data": DataSpec(sources=(Source(path="no-such-file.jsonl"),))}, "no-such-file"),
+        ({"data": DataSpec(sources=(Source(path="no-such-file.jsonl"),), pack=PackSpec(context=48))}, "no-such-file"),
     ],
 )
 def test_what_does_not_exist_is_named(home: Path, tmp_path: Path, changes: dict, says: str) -> None:
@@ -295,6 +297,64 @@ def test_more_tokens_than_there_are_for_the_records(trained: Run, runs: Path) ->
         latents.run(LatentsSpec(sae=trained.path / "sae", tokens=50_000, device="cpu"), runs)
     found = latents.run(LatentsSpec(sae=trained.path / "sae", device="cpu"), runs)
     assert 4000 < found.result["tokens"] <= 6000
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StreamSpec(chunk_tokens=0),
+        lambda: DataSpec(sources=()),
+        lambda: DataSpec.from_dict({"tokens": 10}),  # other text that is not named
+        lambda: TraceSpec(sae=Path("x"), top=0),
+        lambda: SteerSpec(sae=Path("x"), max_new_tokens=0),
+        lambda: LatentsSpec(sae=Path("x"), tokens=0),
+        lambda: TrainSpec(sites=()),
+    ],
+)
+def test_numbers_that_make_no_sense(make) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UnweaveError, match=r"makes no sense|needs 'sources'"):
+        make()
+
+
+def test_rows_longer_than_the_model_s_positions(home: Path, tmp_path: Path) -> None:
+    spec = spec_of(home)
+    with pytest.raises(UnweaveError, match="64 positions"):
+        train.run(replace(spec, data=replace(spec.data, pack=PackSpec(context=100))), tmp_path)
+
+
+def test_trap_08_longer_rows_than_trained_on_warn(trained: Run, home: Path, runs: Path) -> None:
+    longer = replace(spec_of(home).data, pack=PackSpec(context=60))
+    with pytest.warns(UnweaveWarning, match="rows of up to 60"):
+        evaluation.run(EvalSpec(sae=trained.path / "sae", data=longer, tokens=900, device="cpu"), runs)
+
+
+def test_a_kill_while_tokenising_is_got_over(home: Path, tmp_path: Path) -> None:
+    """What a dead process left half-written is cleared away."""
+    child = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    spec = spec_of(home)
+    run = train.run(spec, tmp_path)
+    (store,) = (p for p in tmp_path.glob("tokens-*") if read_json(p / "spec.json")["spec"]["split"] == "train")
+    (store / "DONE").unlink()
+    (store / "store").rename(store / f".store.{child.stdout.strip()}.tmp")
+    (run.path / "DONE").unlink()
+    assert weights(train.run(spec, tmp_path)) == weights(run)
+
+
+def test_a_damaged_checkpoint_is_named(home: Path, tmp_path: Path) -> None:
+    spec = spec_of(home)
+    run = train.run(spec, tmp_path)
+    (run.path / "DONE").unlink()
+    (run.path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UnweaveError, match="checkpoint is damaged"):
+        train.run(spec, tmp_path)
+
+
+def test_doctor_says_that_there_is_too_little_text(home: Path, tmp_path: Path) -> None:
+    base = spec_of(home, data=replace(spec_of(home).data, tokens=10_000_000))
+    spec = DoctorSpec(**{f: getattr(base, f) for f in TrainSpec.__dataclass_fields__})
+    assert any("train text has only" in p for p in doctor.run(spec, tmp_path).result["problems"])
 
 
 def test_doctor_counts_the_cost_and_names_every_problem(home: Path, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_trap_22_every_tensor_survives_the_disk_bit_for_bit(sae: SAE, dtype: tor
 
 def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": F} | config))
+    (folder / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": F, "apply_b_dec_to_input": False} | config))
     save_file(tensors, folder / "sae_weights.safetensors")
     return folder
 
@@ -232,6 +232,12 @@ def test_trap_19_strict_tensors(tmp_path: Path) -> None:
         SAE.load(write(tmp_path / "c", {"architecture": "matching_pursuit"}, p))
     with pytest.raises(UnweaveError, match="scaled"):
         SAE.load(write(tmp_path / "d", {"architecture": "standard", "normalize_activations": "layer_norm"}, p))
+    for n, (bad, says) in enumerate([
+        ({"activation_fn_str": "topk"}, "activation 'topk'"), ({"reshape_activations": "odd"}, "odd"),
+        ({"architecture": "topk"}, "must say k"),
+    ]):  # fmt: skip
+        with pytest.raises(UnweaveError, match=says):  # traps 17 and 19
+            SAE.load(write(tmp_path / f"o{n}", {"architecture": "standard"} | bad, p))
     with pytest.raises(UnweaveError, match="shape"):
         SAE.load(write(tmp_path / "e", {"architecture": "standard", "d_sae": F + 1}, p))
     with pytest.raises(UnweaveError, match="NaN"):

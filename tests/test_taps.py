@@ -153,6 +153,32 @@ def test_edits_see_every_step_of_cached_generation(lm: LM) -> None:
                 break
 
 
+def test_greedy_is_greedy_whatever_the_model_ships(lm: LM) -> None:
+    plain = lm.generate_ids(Tokens.of(IDS), max_new_tokens=8)
+    own = lm.model.generation_config
+    own.do_sample, own.top_p, own.repetition_penalty, own.no_repeat_ngram_size = True, 0.9, 1.9, 2
+    for seed in (0, 1):
+        assert torch.equal(lm.generate_ids(Tokens.of(IDS), max_new_tokens=8, seed=seed), plain)
+    assert lm.model.generation_config is own
+    with pytest.raises(UnweaveError, match="0 tokens"):
+        lm.generate_ids(Tokens.of(IDS), max_new_tokens=0)
+
+
+def test_taps_nest(lm: LM) -> None:
+    with lm.taps(read=["resid_post.1"]) as outer:
+        with lm.taps(read=["resid_post.1"]) as inner:
+            lm(IDS)
+        assert torch.equal(outer["resid_post.1"], inner["resid_post.1"])
+        lm.generate_ids(Tokens.of(IDS), max_new_tokens=2)
+    assert not lm.sessions
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    for device in ("gpu", "cuda:77"):
+        with pytest.raises(UnweaveError, match="device"):
+            LM.load("smollm2-135m-instruct", device=device)
+
+
 def test_trap_38_in_place_edit_is_refused(lm: LM) -> None:
     with pytest.raises(UnweaveError, match="in place"), lm.taps(edit={"resid_post.1": lambda x, at: x.add_(1)}):
         lm(IDS)

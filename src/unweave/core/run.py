@@ -77,6 +77,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _remove_stale(temporary: Path) -> None:
+    """Deletes a temporary file or folder of a process that is gone; its name ends in that process's number."""
+    number = temporary.name.split(".")[-2]
+    if number.isdigit() and int(number) != os.getpid():
+        with contextlib.suppress(PermissionError):  # somebody else's process: it is alive
+            try:
+                os.kill(int(number), 0)
+            except ProcessLookupError:
+                if temporary.is_dir():
+                    shutil.rmtree(temporary, ignore_errors=True)
+                else:
+                    temporary.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames inside a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
@@ -165,8 +179,8 @@ class Run:
             ) from None
         self._lock = handle
         self.reused = self.done
-        for stale in self.path.glob(".*.tmp"):  # we hold the lock, so whoever wrote these is gone
-            stale.unlink()
+        for stale in self.path.glob(".*.tmp"):
+            _remove_stale(stale)
         return self
 
     def __exit__(

@@ -86,6 +86,15 @@ class Spec:
         return digest({type(self).__name__: self.to_dict(result_only=True)})
 
 
+def require(spec: Spec, conditions: Mapping[str, bool]) -> None:
+    """Raises UnweaveError for the first field whose condition does not hold."""
+    for name, fine in conditions.items():
+        if not fine:
+            raise UnweaveError(
+                f"{name} = {getattr(spec, name)!r} makes no sense", where=type(spec).__name__, remedy="see --help"
+            )
+
+
 def digest(value: Any) -> str:
     """Twelve hexadecimal digits of a JSON-able value."""
     text = json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.core.spec import Spec, digest
-from unweave.data.corpus import documents, is_heldout
+from unweave.data.corpus import Document, documents, is_heldout
 from unweave.data.pack import pack
 from unweave.data.stream import ActivationSource
 from unweave.data.tokens import TokenStore
@@ -40,7 +40,7 @@ def load_lm(model: str, dtype: str, device: str | None) -> LM:
 
 def stamp(source: str | Path) -> str:
     """What a local file or folder is now (sizes and times of change); empty for names that are not local."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.exists():
         return ""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
@@ -58,19 +58,28 @@ def token_store(lm: LM, model: str, data: DataSpec, split: str, tokens: int, run
     asked = _TokensQuestion(model=model, data=data, split=split, tokens=tokens)
     fingerprint = lm.tokenizer_fingerprint() or ""
     with Run.open(runs, "tokens", asked, inputs=stamps(model, data) | {"tokenizer": fingerprint}) as run:
-        if not run.done:
+        if not (run.done and (run.path / "store").exists()):
+            limit = getattr(lm.model.config, "max_position_embeddings", None)
+            if limit is not None and data.pack.context > limit:
+                raise UnweaveError(
+                    f"rows of {data.pack.context} tokens are longer than the {limit} positions of the model",
+                    where="data.pack.context",
+                    remedy=f"use at most {limit}",
+                )
             if lm.tokenizer is None:
                 raise UnweaveError("text needs a tokenizer", where=lm.name, remedy="use a model that comes with one")
-            wanted = (
-                document
-                for document in documents(data.sources, data.seed)
-                if is_heldout(document, data.heldout, data.seed) == (split == "heldout")
-            )
             meta = {"tokenizer": fingerprint, "split": split, "context": data.pack.context}
-            rows = pack(wanted, lm.tokenizer, data.pack)
+            rows = pack(documents_of(data, split), lm.tokenizer, data.pack)
             store = TokenStore.write(run.path / "store", rows, tokens, meta)
             run.finish({"rows": store.n_rows, "tokens": store.n_tokens, **store.meta})
     return TokenStore.open(run.path / "store"), run
+
+
+def documents_of(data: DataSpec, split: str) -> Iterator[Document]:
+    """The documents of one split, train or heldout."""
+    for document in documents(data.sources, data.seed):
+        if is_heldout(document, data.heldout, data.seed) == (split == "heldout"):
+            yield document
 
 
 def activation_source(

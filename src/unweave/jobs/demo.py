@@ -12,7 +12,6 @@ from unweave.core.run import Run
 from unweave.jobs import eval as evaluation
 from unweave.jobs import latents, report, steer, trace, train
 from unweave.jobs.specs import (
-    DataSpec,
     DemoSpec,
     EvalSpec,
     LatentsSpec,
@@ -40,12 +39,14 @@ def scale_of(spec: DemoSpec) -> Scale:
     sae = base.sae
     match spec.scale:
         case "smoke":
-            small = replace(base, data=DataSpec(tokens=40_000, heldout_tokens=5_000), sae=replace(sae, tokens=120_000))
+            small = replace(
+                base, data=replace(base.data, tokens=40_000, heldout_tokens=5_000), sae=replace(sae, tokens=120_000)
+            )
             return Scale(small, pairs=32, random=8)
         case "demo":
             return Scale(base, pairs=128, random=20)
         case "long":
-            more = replace(base, data=DataSpec(tokens=1_000_000), sae=replace(sae, tokens=3_000_000))
+            more = replace(base, data=replace(base.data, tokens=1_000_000), sae=replace(sae, tokens=3_000_000))
             return Scale(more, pairs=256, random=40)
 
 

@@ -13,7 +13,8 @@ import torch
 
 from unweave.core.errors import UnweaveError
 from unweave.data.corpus import documents
-from unweave.jobs.common import load_lm
+from unweave.data.pack import pack
+from unweave.jobs.common import documents_of, load_lm
 from unweave.jobs.specs import DoctorSpec
 from unweave.lm.model import LM, Tokens
 from unweave.sae.train import SAETrainer
@@ -70,6 +71,25 @@ def _look_at_text(spec: DoctorSpec, lm: LM, problems: list[str]) -> None:
             raise UnweaveError("the text holds conversations, and this tokenizer has no chat template")
 
     _try(problems, first)
+    if spec.sae.tokens > spec.epochs * spec.data.tokens:
+        problems.append(
+            f"sae.tokens {spec.sae.tokens} is more than {spec.epochs:g} epochs over data.tokens {spec.data.tokens}: "
+            "train on fewer, give more text, or allow more epochs"
+        )
+    for split, wanted in (("train", spec.data.tokens), ("heldout", spec.data.heldout_tokens)):
+        _try(problems, lambda split=split, wanted=wanted: _enough(spec, lm, split, wanted))
+
+
+def _enough(spec: DoctorSpec, lm: LM, split: str, wanted: int) -> None:
+    """Packs the text, without keeping it, until there is enough."""
+    found = 0
+    for row in pack(documents_of(spec.data, split), lm.tokenizer, spec.data.pack):
+        found += len(row.ids)
+        if found >= wanted:
+            return
+    raise UnweaveError(
+        f"the {split} text has only {found:,} tokens, {wanted:,} were asked for", remedy="give more text"
+    )
 
 
 def _look_at_folder(runs: Path, problems: list[str]) -> None:

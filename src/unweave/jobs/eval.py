@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 
+from unweave.core.errors import UnweaveWarning
 from unweave.core.run import Run
 from unweave.evaluate.core import drift, evaluate, store_batches
 from unweave.jobs.common import data_of, open_sae, sae_digest, token_store
@@ -23,8 +25,19 @@ def run(spec: EvalSpec, runs: Path) -> Run:
         data = data_of(sae, spec.data)
         model, tokens = spec.model or sae.provenance["train"]["model"], spec.tokens or data.heldout_tokens
         store, _ = token_store(lm, model, data, "heldout", tokens, runs)
+        _warn_of_context(data.pack.context, sae.provenance.get("data", {}).get("context"))
         metrics = evaluate(lm, sae, store_batches(lm, store, range(store.n_rows), spec.batch_tokens))
-        warnings = drift(metrics, sae.provenance.get("reference", {}))
-        result = metrics.to_dict() | record | {"drift": warnings}
+        findings = drift(metrics, sae.provenance.get("reference", {}))
+        result = metrics.to_dict() | record | {"drift": findings}
         run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
     return run
+
+
+def _warn_of_context(here: int, trained: int | None) -> None:
+    """Trap 8: positions beyond the ones trained on."""
+    if trained is not None and here > trained:
+        warnings.warn(
+            f"rows of up to {here} tokens, and the SAE was trained on rows of up to {trained}",
+            UnweaveWarning,
+            stacklevel=3,
+        )

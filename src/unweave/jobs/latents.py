@@ -18,8 +18,9 @@ USUAL_TOKENS = 200_000
 def run(spec: LatentsSpec, runs: Path) -> Run:
     """Records of every latent, in the run's ``records/``."""
     with Run.open(runs, "latents", spec, version=VERSION, inputs={"sae": sae_digest(spec.sae)}) as run:
-        if run.done:
+        if run.done and (run.path / "records").exists():
             return run
+        run.reused = False
         started = time.monotonic()
         lm, sae, record = open_sae(spec)
         assert sae.read is not None

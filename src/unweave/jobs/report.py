@@ -25,8 +25,9 @@ def run(spec: ReportSpec, runs: Path) -> Run:
     found = {stage: newest(Path(runs), stage, identity) for stage in _STAGES}
     inputs = {"sae": identity} | {stage: run.digest for stage, run in found.items() if run is not None}
     with Run.open(runs, "report", spec, version=VERSION, inputs=inputs) as run:
-        if run.done:
+        if run.done and (run.path / "report.html").exists():
             return run
+        run.reused = False
         started = time.monotonic()
         text = render(gather(spec, found))
         with atomic_write(run.path / "report.html") as temporary:
@@ -57,7 +58,7 @@ def training_run(sae: Path) -> Run | None:
 def gather(spec: ReportSpec, found: dict[str, Run | None]) -> page.ReportData:
     """Everything on the page, from files alone: no model is loaded."""
     config = read_json(Path(spec.sae) / "cfg.json")
-    own = config["metadata"].get("unweave", {})
+    own = (config.get("metadata") or {}).get("unweave", {})
     about: dict[str, Any] = own.get("provenance", {})
     trained = training_run(Path(spec.sae).resolve())
     evaluation = found["eval"].result if found["eval"] else None
@@ -72,9 +73,9 @@ def gather(spec: ReportSpec, found: dict[str, Run | None]) -> page.ReportData:
     model = about.get("model", {})
     return page.ReportData(
         title=spec.title,
-        model=model.get("name", config["metadata"].get("model_name", "unknown")),
+        model=model.get("name", "unknown"),
         model_note=model.get("note", ""),
-        site=own.get("read") or config["metadata"].get("hook_name", ""),
+        site=own.get("read") or "",
         sae=_summary(config, about, trained),
         evaluation=_measures(evaluation),
         density=page.DensityHistogram(**density) if density else None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from unweave.core.spec import Spec, operational
+from unweave.core.spec import Spec, operational, require
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 from unweave.sae.spec import SAESpec
@@ -14,20 +14,19 @@ from unweave.sae.spec import SAESpec
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
-def _default_sources() -> tuple[Source, ...]:
-    return (
-        Source(path="chitchat", weight=4.0),
-        Source(path="alpaca"),
-        Source(path="wiki"),
-        Source(path="c4"),
-    )
+DEFAULT_SOURCES = (
+    Source(path="chitchat", weight=4.0),
+    Source(path="alpaca"),
+    Source(path="wiki"),
+    Source(path="c4"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec(Spec):
     """Which text becomes tokens, and how."""
 
-    sources: tuple[Source, ...] = field(default_factory=_default_sources)
+    sources: tuple[Source, ...]
     """Where the text comes from: catalogue names, files, folders, or `hub:org/name`; mixed by weight."""
     pack: PackSpec = PackSpec()
     """How documents become rows of tokens."""
@@ -39,6 +38,17 @@ class DataSpec(Spec):
     """How many tokens of those documents to measure on."""
     seed: int = 0
     """Order of the documents and choice of the held-out ones."""
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            {
+                "sources": len(self.sources) > 0,
+                "tokens": self.tokens > 0,
+                "heldout": 0 < self.heldout < 1,
+                "heldout_tokens": self.heldout_tokens > 0,
+            },
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +68,13 @@ class StreamSpec(Spec):
     cache: bool = operational(True)
     """Keep activations on disk, so that later epochs and runs need not compute them again."""
 
+    def __post_init__(self) -> None:
+        sizes = ("chunk_tokens", "buffer_tokens", "batch_tokens")
+        ratio = self.max_norm_ratio
+        require(
+            self, {name: getattr(self, name) > 0 for name in sizes} | {"max_norm_ratio": ratio is None or ratio > 1}
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec(Spec):
@@ -71,7 +88,7 @@ class TrainSpec(Spec):
     """cpu, cuda, cuda:1...; by default a GPU where there is one."""
     sites: tuple[str, ...] = ("resid_post.9",)
     """Where to read activations; several sites share every forward pass."""
-    data: DataSpec = DataSpec()
+    data: DataSpec = DataSpec(sources=DEFAULT_SOURCES)
     """Which text, and how it becomes tokens."""
     stream: StreamSpec = StreamSpec()
     """Which tokens count, and how activations are mixed."""
@@ -84,13 +101,22 @@ class TrainSpec(Spec):
     checkpoint_seconds: float = operational(30.0)
     """How often to write a checkpoint, from which training goes on exactly."""
 
+    def __post_init__(self) -> None:
+        require(self, {"sites": len(self.sites) > 0, "epochs": self.epochs > 0})
+
 
 @dataclass(frozen=True, kw_only=True)
-class UseSpec(Spec):
-    """What every stage that uses a trained autoencoder can be told."""
+class OfSAESpec(Spec):
+    """A question about a trained autoencoder."""
 
     sae: Path = field(metadata={"result": False})
     """The autoencoder's folder, as `train` printed it; its content, not its path, decides which run is reused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseSpec(OfSAESpec):
+    """What every stage that uses a trained autoencoder in a model can be told."""
+
     model: str | None = None
     """The model to use it in; by default the one it was trained on."""
     device: str | None = operational(None)
@@ -110,6 +136,9 @@ class EvalSpec(UseSpec):
     batch_tokens: int = operational(1024)
     """Tokens that go through the model at once."""
 
+    def __post_init__(self) -> None:
+        require(self, {"tokens": self.tokens is None or self.tokens > 0, "batch_tokens": self.batch_tokens > 0})
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsSpec(UseSpec):
@@ -121,6 +150,9 @@ class LatentsSpec(UseSpec):
     """How many tokens to look at; by default 200,000, or all there are."""
     seed: int = 0
     """Choice of the random and quantile contexts."""
+
+    def __post_init__(self) -> None:
+        require(self, {"tokens": self.tokens is None or self.tokens > 0})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +174,10 @@ class TraceSpec(UseSpec):
     seed: int = 0
     """Choice of pairs and of random latents."""
 
+    def __post_init__(self) -> None:
+        fine = {"pairs": self.pairs > 0, "top": self.top > 1, "random": self.random >= 0, "steps": self.steps > 0}
+        require(self, fine)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SteerSpec(UseSpec):
@@ -160,9 +196,13 @@ class SteerSpec(UseSpec):
     latents_tokens: int | None = None
     """How many tokens the latents' records are taken from; as in `unweave latents`, whose run is shared."""
 
+    def __post_init__(self) -> None:
+        lists = {"prompts": len(self.prompts) > 0, "strengths": len(self.strengths) > 0}
+        require(self, lists | {"max_new_tokens": self.max_new_tokens > 0})
+
 
 @dataclass(frozen=True, kw_only=True)
-class ReportSpec(UseSpec):
+class ReportSpec(OfSAESpec):
     """One page from what was found about an autoencoder; stages that were not run yet are named in it."""
 
     title: str = "What is inside this model?"

@@ -6,6 +6,7 @@ from the last one and ends with the same bytes.
 
 from __future__ import annotations
 
+import pickle
 import time
 import warnings
 from collections.abc import Mapping
@@ -62,6 +63,17 @@ def sae_folder(run: Run, spec: TrainSpec, site: str | Site) -> Path:
     return run.path / "sae" if len(spec.sites) == 1 else run.path / "sae" / str(site)
 
 
+def _load_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        raise UnweaveError(
+            f"the checkpoint is damaged: {str(error).splitlines()[0]}",
+            where=str(path),
+            remedy="delete it: training begins again, from the activations that are kept",
+        ) from error
+
+
 def _reference(sae: SAE, x: Tensor) -> dict[str, float]:
     """Unexplained variance and L0 on activations [N, D]."""
     codes = sae.codes(x)
@@ -115,7 +127,7 @@ class _Work:
             policies=self.policies,
         )
         path = self.run.path / _CHECKPOINT
-        saved = torch.load(path, weights_only=True) if path.exists() else None
+        saved = _load_checkpoint(path) if path.exists() else None
         if saved is not None:
             self.buffer.load_state_dict(saved["stream"])
         device = self.lm.device
@@ -193,7 +205,12 @@ class _Work:
             references[str(site)] = _reference(sae, x)
             sae.provenance = {
                 "model": provenance.describe_model(self.lm, sae),
-                "data": {"context": self.spec.data.pack.context, **self.store.meta},
+                "data": {
+                    "context": self.spec.data.pack.context,
+                    "bos": self.spec.data.pack.bos,
+                    "begins_with_bos": self._begins_with_bos(),
+                    **self.store.meta,
+                },
                 "train": self.spec.to_dict(),
                 "tokens": trainer.tokens_seen,
                 "distinct_tokens": self.store.n_tokens,
@@ -201,6 +218,12 @@ class _Work:
             }
             sae.save(sae_folder(self.run, self.spec, site))
         return references
+
+    def _begins_with_bos(self) -> bool:
+        """Whether the rows that were trained on begin with the BOS token (traps 3 and 6)."""
+        bos = getattr(self.lm.tokenizer, "bos_token_id", None)
+        first = self.store.ids[self.store.starts[:-1]]
+        return bos is not None and float((first == bos).mean()) > 0.5
 
     def _result(self) -> dict[str, Any]:
         counted = {str(s): norms_to_dict(n) for s, n in self.norms.items()}

@@ -108,7 +108,14 @@ class LM:
 
         if dtype not in _DTYPES:
             raise UnweaveError(f"unknown dtype {dtype!r}", remedy=f"use one of {', '.join(_DTYPES)}")
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UnweaveError(
+                f"cannot use device {device!r}: {reason}", remedy="use cpu, or cuda where there is a GPU"
+            ) from error
         model, tokenizer, located = load_pretrained(source, _DTYPES[dtype], place)
         return cls(model, tokenizer, name=located.name, note=located.note)
 
@@ -303,17 +310,20 @@ class LM:
         batch = tokens.to(self.device)
         if not bool(batch.mask[:, -1].all()):
             raise UnweaveError("generation needs padding on the left", remedy='tokenize with side="left"')
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-        settings = GenerationConfig(
-            **sampling,
-            max_new_tokens=max_new_tokens,
-            repetition_penalty=1.0,
-            eos_token_id=self.model.generation_config.eos_token_id,
-            pad_token_id=self.pad_id,
+        if max_new_tokens < 1 or not temperature >= 0:
+            raise UnweaveError(f"cannot generate {max_new_tokens} tokens at temperature {temperature}")
+        own = self.model.generation_config
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
+        # Nothing else: many instruct models ship settings of their own (sampling, penalties) that fill every gap.
+        self.model.generation_config = GenerationConfig(
+            **sampling, max_new_tokens=max_new_tokens, eos_token_id=own.eos_token_id, pad_token_id=self.pad_id
         )
         with self._running(batch), self.taps(edit=edit), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
-            out = self.model.generate(input_ids=batch.ids, attention_mask=batch.mask.long(), generation_config=settings)
+            try:
+                out = self.model.generate(input_ids=batch.ids, attention_mask=batch.mask.long())
+            finally:
+                self.model.generation_config = own
         return out[:, batch.ids.shape[1] :]
 
     def logit_lens(self, directions: Tensor) -> Tensor:
@@ -355,6 +365,10 @@ class LM:
         """
         parsed = self.site(site)
         if parsed not in self._fingerprints:
+            if self.sessions:
+                raise UnweaveError(
+                    "a model cannot be recognised while taps are open on it", remedy="call sae.verify(lm) before"
+                )
             with self.taps(read=[parsed], stop=parsed) as seen:
                 self(self._probe())
             x = seen[parsed][0].double().cpu()

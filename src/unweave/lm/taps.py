@@ -95,7 +95,7 @@ class Seen(Mapping[Site, Tensor]):
         self._values[site] = (value, value._version)
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """The taps of one ``with`` block."""
 

@@ -9,6 +9,7 @@ that the rest of the package knows one kind. A transcoder reads one site and wri
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -69,7 +70,7 @@ class SAE(nn.Module):
         self.read, self.write = read, write if write is not None else read
         self.policy = policy or TokenPolicy()
         self.provenance: dict[str, Any] = dict(provenance or {})
-        self._trusted: set[int] = set()
+        self._trusted: weakref.WeakSet[LM] = weakref.WeakSet()
         self._check()
 
     def _check(self) -> None:
@@ -194,6 +195,7 @@ class SAE(nn.Module):
 
     def at(self, read: str | Site, write: str | Site | None = None) -> Self:
         """Names the site(s) of an SAE whose file named none."""
+        self._trusted.clear()
         self.read = Site.parse(read)
         self.write = Site.parse(write) if write is not None else self.read
         return self
@@ -205,14 +207,14 @@ class SAE(nn.Module):
 
         Called by every edit before it is hooked. Raises UnweaveError with the measured distance.
         """
-        if id(lm) not in self._trusted:
+        if lm not in self._trusted:
             provenance.verify(self, lm)
-            self._trusted.add(id(lm))
+            self._trusted.add(lm)
 
     def accept(self, lm: LM, reason: str) -> dict[str, Any]:
         """Uses this SAE in another model all the same; what was measured is recorded in its provenance and returned."""
         evidence = provenance.accept(self, lm, reason)
-        self._trusted.add(id(lm))
+        self._trusted.add(lm)
         return evidence
 
     def save(self, folder: str | Path) -> Path:

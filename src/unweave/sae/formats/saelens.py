@@ -96,6 +96,8 @@ def load(folder: Path) -> SAE:
     if not folder.is_dir():
         raise UnweaveError("no such SAE folder", where=str(folder), remedy=f"give a folder that holds {CONFIG}")
     config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise UnweaveError("the configuration does not hold named fields", where=str(folder / CONFIG))
     architecture = config.get("architecture", "standard")
     if architecture not in _TENSORS:
         raise UnweaveError(
@@ -129,6 +131,24 @@ def _refuse_options(config: dict[str, Any], folder: Path) -> None:
             where=str(folder),
             remedy="fold the scaling into the weights before saving (SAELens: fold_activation_norm_scaling_factor)",
         )
+    architecture = config.get("architecture", "standard")
+    function = config.get("activation_fn_str", config.get("activation_fn", "relu"))
+    if architecture == "standard" and function not in (None, "relu"):  # trap 19: older TopK files say it here
+        raise UnweaveError(
+            f"a standard SAE with the activation {function!r} is not understood", where=str(folder),
+            remedy="save it again with a SAELens of version 6, which names its architecture",
+        )  # fmt: skip
+    if config.get("reshape_activations", "none") not in (None, "none", "hook_z"):  # trap 17
+        raise UnweaveError(
+            f"activations reshaped by {config['reshape_activations']!r} are not understood", where=str(folder)
+        )
+    if architecture == "topk" and not isinstance(config.get("k"), int):
+        raise UnweaveError("a TopK SAE's configuration must say k", where=str(folder / CONFIG))
+    if "apply_b_dec_to_input" not in config:
+        raise UnweaveError(
+            "the configuration does not say whether b_dec is taken off the input (apply_b_dec_to_input)",
+            where=str(folder / CONFIG), remedy="add it: true or false",
+        )  # fmt: skip
 
 
 def _read_tensors(path: Path, wanted: set[str]) -> dict[str, Tensor]:
