@@ -264,6 +264,7 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
 
 def test_saved_names_are_the_field_s(tmp_path: Path) -> None:
     config = json.loads((random_sae("jumprelu").save(tmp_path / "s") / "cfg.json").read_text())
+    assert config["metadata"]["sae_lens_version"].startswith("6.")  # else SAELens drops the metadata
     assert config["architecture"] == "jumprelu" and config["metadata"]["hook_name"] == "blocks.1.hook_resid_post"
     assert set(load_file(tmp_path / "s" / "sae_weights.safetensors")) == {
         "W_enc",

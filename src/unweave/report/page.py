@@ -76,8 +76,12 @@ def _tiles(data: ReportData) -> str:
             tiles.append((shown(key, values), name, sentence(key, values, data.sae) or ""))
     found = data.attribution
     if found is not None and "ig_pearson" in found.correlations:
-        words = f"How well integrated gradients predict a latent's measured effect on {found.task}; 1 is perfect."
-        tiles.append((number(found.correlations["ig_pearson"]), "correlation with cause", words))
+        words = f"How well integrated gradients predict a latent's measured effect on {found.task}; 1 is perfect"
+        value = found.correlations["ig_pearson"]
+        if "weaker_ig_pearson" in found.correlations:  # one strong latent can make the whole correlation
+            rest = number(found.correlations["weaker_ig_pearson"])
+            words += f". Without the strongest latent it is {rest}"
+        tiles.append((number(value), "correlation with cause", f"{words}."))
     if not tiles:
         return ""
     cells = "".join(

@@ -25,6 +25,7 @@ from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_FORMAT_VERSION = "6.0.0"
 _ARCHITECTURE = {"relu": "standard", "jumprelu": "jumprelu", "topk": "topk"}
 _TENSORS = {
     "standard": {"W_enc", "b_enc", "W_dec", "b_dec"},
@@ -73,6 +74,7 @@ def _metadata(sae: SAE) -> dict[str, Any]:
         "provenance": sae.provenance,
     }
     return {
+        "sae_lens_version": _FORMAT_VERSION,  # without it SAELens takes the file for an older one and drops the rest
         "model_name": model.get("name", ""),
         "hook_name": _hook_name(sae.read),
         "hook_head_index": None,
