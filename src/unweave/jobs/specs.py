@@ -216,7 +216,7 @@ class DemoSpec(Spec):
     """The main job on the default model and text."""
 
     scale: Literal["smoke", "demo", "long"] = "demo"
-    """smoke: about two minutes, for a quick check; demo: about ten; long: more text and training, for a better autoencoder."""
+    """smoke: about two minutes, for a quick check; demo: about seven on two cores; long: more text and training."""
     device: str | None = operational(None)
     """cpu, cuda, cuda:1...; by default a GPU where there is one."""
 

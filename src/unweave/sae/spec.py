@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from unweave.core.errors import UnweaveError
-from unweave.core.spec import Spec
+from unweave.core.spec import Spec, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,4 @@ class SAESpec(Spec):
             "beta2": 0 < self.beta2 < 1, "aux_weight": self.aux_weight >= 0, "k_aux": self.k_aux >= 1,
             "dead_after": self.dead_after >= 1, "bandwidth": self.bandwidth > 0,
         }  # fmt: skip
-        for name, fine in limits.items():
-            if not fine:
-                raise UnweaveError(f"{name} = {getattr(self, name)} makes no sense", where="SAESpec")
+        require(self, limits)
