@@ -39,6 +39,10 @@ def run(spec: SteerSpec, runs: Path) -> Run:
         run.finish(
             record
             | {
+                "summary": [
+                    ["latent", latent.latent, " ".join(word.strip() for word in label[:6])],
+                    *([f"{_strength(t)}: {t.prompt}", t.text, ""] for t in texts),
+                ],
                 "latent": latent.latent,
                 "label": list(label),
                 "output_score": score,
