@@ -11,9 +11,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,11 +179,6 @@ def _norms(x: Tensor, ratio: float | None) -> Norms:
     quantiles = {str(q): float(norms.quantile(q)) for q in (0.01, 0.25, 0.75, 0.99)} | {"max": float(norms.max())}
     gamma = float(inside.mean(0).norm()) / spread if spread > 0 else 0.0
     return Norms(len(x), median, quantiles, gamma, limit, len(x) - len(inside))
-
-
-def norms_to_dict(norms: Norms) -> dict[str, Any]:
-    """Plain values for a log or a result."""
-    return asdict(norms)
 
 
 class MixingBuffer:

@@ -59,20 +59,27 @@ def token_store(lm: LM, model: str, data: DataSpec, split: str, tokens: int, run
     fingerprint = lm.tokenizer_fingerprint() or ""
     with Run.open(runs, "tokens", asked, inputs=stamps(model, data) | {"tokenizer": fingerprint}) as run:
         if not (run.done and (run.path / "store").exists()):
-            limit = getattr(lm.model.config, "max_position_embeddings", None)
-            if limit is not None and data.pack.context > limit:
-                raise UnweaveError(
-                    f"rows of {data.pack.context} tokens are longer than the {limit} positions of the model",
-                    where="data.pack.context",
-                    remedy=f"use at most {limit}",
-                )
+            refuse_long_rows(lm, data.pack.context)
             if lm.tokenizer is None:
                 raise UnweaveError("text needs a tokenizer", where=lm.name, remedy="use a model that comes with one")
             meta = {"tokenizer": fingerprint, "split": split, "context": data.pack.context}
             rows = pack(documents_of(data, split), lm.tokenizer, data.pack)
             store = TokenStore.write(run.path / "store", rows, tokens, meta)
             run.finish({"rows": store.n_rows, "tokens": store.n_tokens, **store.meta})
-    return TokenStore.open(run.path / "store"), run
+    store = TokenStore.open(run.path / "store")
+    store.require_tokenizer(fingerprint)
+    return store, run
+
+
+def refuse_long_rows(lm: LM, context: int) -> None:
+    """Raises UnweaveError for rows of more tokens than the model has positions."""
+    limit = getattr(lm.model.config, "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        raise UnweaveError(
+            f"rows of {context} tokens are longer than the {limit} positions of the model",
+            where="data.pack.context",
+            remedy=f"use at most {limit}",
+        )
 
 
 def documents_of(data: DataSpec, split: str) -> Iterator[Document]:

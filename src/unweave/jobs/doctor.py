@@ -12,14 +12,12 @@ from typing import Any
 import torch
 
 from unweave.core.errors import UnweaveError
-from unweave.data.corpus import documents
 from unweave.data.pack import pack
-from unweave.jobs.common import documents_of, load_lm
+from unweave.jobs.common import documents_of, load_lm, refuse_long_rows
 from unweave.jobs.specs import DoctorSpec
 from unweave.lm.model import LM, Tokens
 from unweave.sae.train import SAETrainer
 
-_SAMPLE_DOCUMENTS = 200
 _FP32 = 4
 
 
@@ -61,16 +59,6 @@ def _try(problems: list[str], work: Any) -> Any:
 
 
 def _look_at_text(spec: DoctorSpec, lm: LM, problems: list[str]) -> None:
-    def first() -> None:
-        sample = []
-        for document in documents(spec.data.sources, spec.data.seed):
-            sample.append(document)
-            if len(sample) == _SAMPLE_DOCUMENTS:
-                break
-        if any(d.messages for d in sample) and not getattr(lm.tokenizer, "chat_template", None):
-            raise UnweaveError("the text holds conversations, and this tokenizer has no chat template")
-
-    _try(problems, first)
     if spec.sae.tokens > spec.epochs * spec.data.tokens:
         problems.append(
             f"sae.tokens {spec.sae.tokens} is more than {spec.epochs:g} epochs over data.tokens {spec.data.tokens}: "
@@ -111,8 +99,7 @@ def _cost(spec: DoctorSpec, lm: LM, sites: list[Any], problems: list[str]) -> di
     """Times one harvest batch and a few training steps."""
     context = spec.data.pack.context
     limit = getattr(lm.model.config, "max_position_embeddings", context)
-    if context > limit:
-        problems.append(f"data.pack.context is {context}, the model takes {limit} positions: lower it")
+    _try(problems, lambda: refuse_long_rows(lm, context))
     rows = max(1, spec.stream.batch_tokens // context)
     tokens = Tokens.of(
         torch.randint(0, lm.vocab_size, (rows, min(context, limit)), generator=torch.Generator().manual_seed(0))

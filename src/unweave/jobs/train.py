@@ -10,7 +10,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from unweave.core.progress import task
 from unweave.core.run import Run, atomic_write
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
-from unweave.data.stream import ActivationSource, MixingBuffer, Norms, calibrate, norms_to_dict
+from unweave.data.stream import ActivationSource, MixingBuffer, Norms, calibrate
 from unweave.data.tokens import TokenStore
 from unweave.jobs.common import activation_source, load_lm, stamps, token_store
 from unweave.jobs.specs import TrainSpec
@@ -149,7 +149,7 @@ class _Work:
     def _warn_of_norms(self) -> None:
         """Trap 7: a mean far larger than the spread kills latents early unless it is taken off."""
         for site, norms in self.norms.items():
-            self.run.log("norms", {"site": str(site), **norms_to_dict(norms)})
+            self.run.log("norms", {"site": str(site), **asdict(norms)})
             if norms.gamma > _GAMMA_LIMIT and self.spec.sae.centre == "none":
                 warnings.warn(
                     f"{site}: the mean activation is {norms.gamma:.1f} times the spread; many latents will die. "
@@ -226,7 +226,7 @@ class _Work:
         return bos is not None and float((first == bos).mean()) > 0.5
 
     def _result(self) -> dict[str, Any]:
-        counted = {str(s): norms_to_dict(n) for s, n in self.norms.items()}
+        counted = {str(s): asdict(n) for s, n in self.norms.items()}
         return {
             "tokens": self.tokens_seen,
             "distinct_tokens": self.store.n_tokens,
