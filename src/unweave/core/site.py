@@ -9,7 +9,9 @@ Sites sort in the order in which a forward pass reaches them.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import total_ordering
 
@@ -129,6 +131,46 @@ class Site:
             known = ", ".join(["hook_embed", *(f"blocks.N.{tl}" for tl in _FROM_TL)])
             raise UnweaveError(f"TransformerLens hook {name!r} names no site", remedy=f"known hooks: {known}")
         return cls(_FROM_TL[match[2]], int(match[1]))
+
+
+def matching(pattern: str, sites: Sequence[Site]) -> list[tuple[Site, Site]]:
+    """The sites that a pattern names, as pairs (read, write) in the order of execution.
+
+    ``resid_post.*`` names a point in every layer that has it, ``mlp_add.{4,9,14}`` in these; ``mlp_in.*->mlp_add.*``
+    pairs sites that are read with sites that are written (a transcoder's), one by one. ``sites`` are those there are.
+    Raises UnweaveError for a pattern that fits nothing, and for sides of different length.
+    """
+    left, arrow, right = pattern.partition("->")
+    reads = _side(left.strip(), pattern, sites)
+    writes = _side(right.strip(), pattern, sites) if arrow else reads
+    if len(reads) != len(writes):
+        raise UnweaveError(
+            f"{len(reads)} sites to read and {len(writes)} to write",
+            where=pattern,
+            remedy="name as many on the left of -> as on the right",
+        )
+    return list(zip(reads, writes, strict=True))
+
+
+def _side(pattern: str, whole: str, sites: Sequence[Site]) -> list[Site]:
+    if not re.search(r"[*{}]", pattern):
+        return [Site.parse(pattern)]
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [[part] if i % 2 == 0 else [word.strip() for word in part.split(",")] for i, part in enumerate(parts)]
+    found: dict[Site, None] = {}
+    for words in itertools.product(*choices):
+        written = "".join(words)
+        if re.search(r"[{}]", written):
+            raise UnweaveError(f"unbalanced braces in {pattern!r}", where=whole, remedy="write mlp_add.{4,9,14}")
+        if "*" not in written:
+            found[Site.parse(written)] = None
+            continue
+        expression = re.compile(".*".join(map(re.escape, written.split("*"))))
+        some = [site for site in sites if expression.fullmatch(str(site))]
+        if not some:
+            raise UnweaveError(f"no site of this model fits {written!r}", where=whole, remedy="see `unweave doctor`")
+        found |= dict.fromkeys(some)
+    return sorted(found)
 
 
 def _unknown(text: str) -> UnweaveError:

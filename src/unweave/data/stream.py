@@ -2,7 +2,8 @@
 
 1. ``ActivationSource`` cuts the token store into chunks of whole rows and runs each through the model once, stopping
    at the last site that is asked for. Padding and excluded ids never reach its output. With a cache folder a computed
-   chunk is kept on disk, so that later epochs and interrupted runs do not compute it again.
+   chunk is kept on disk, so that later epochs and interrupted runs do not compute it again. Several processes divide
+   a chunk's forward passes among them, and all of them get the whole chunk.
 2. ``calibrate`` looks at the norms of the first chunks and fixes, per site, above which norm a token is an outlier.
 3. ``MixingBuffer`` holds the tokens of many chunks, serves half of them in random order, and refills. Its state is
    a list of indices, so that a checkpoint is small and the stream goes on exactly where it was.
@@ -13,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.run import atomic_write
@@ -28,17 +31,23 @@ from unweave.lm.model import LM
 
 @dataclass(frozen=True)
 class Chunk:
-    """Activations of counted tokens: x[site] float32 [n, D], and where each lies in the token store, int64 [n]."""
+    """Activations of counted tokens: x[site] float32 [n, D], and where each lies in the token store, int64 [n].
+
+    ``nonfinite`` tokens of the chunk had NaN or infinite activations and are not in it.
+    """
 
     x: dict[Site, Tensor]
     where: Tensor
+    nonfinite: int = 0
 
 
 class ActivationSource:
     """Chunks of activations of a token store, in a fixed order, from the model or from the cache.
 
     ``chunk_tokens`` is about how many tokens a chunk holds (whole rows), ``batch_tokens`` about how many go through the
-    model at once. The chunks do not depend on ``batch_tokens``.
+    model at once. The chunks do not depend on ``batch_tokens``, nor on the number of processes in ``group``, which must
+    all ask for the same chunks in the same order. Tokens with NaN or infinite activations stop the work, or are left
+    out and counted (``nonfinite="drop"``).
     """
 
     def __init__(
@@ -51,6 +60,8 @@ class ActivationSource:
         batch_tokens: int = 2048,
         exclude_ids: Sequence[int] = (),
         cache: Path | None = None,
+        nonfinite: Literal["stop", "drop"] = "stop",
+        group: Group = SOLO,
     ) -> None:
         if not sites:
             raise UnweaveError("no site was named", remedy="name at least one, e.g. resid_post.9")
@@ -60,6 +71,7 @@ class ActivationSource:
             raise UnweaveError("activations of module paths cannot be harvested", remedy="use a named site")
         self.exclude_ids = tuple(exclude_ids)
         self.batch_tokens, self.cache = batch_tokens, cache
+        self.nonfinite, self.group = nonfinite, group
         ends = torch.from_numpy(store.starts[1:].astype("int64"))
         self._bounds = torch.unique_consecutive((ends - 1) // chunk_tokens, return_counts=True)[1].cumsum(0).tolist()
 
@@ -76,9 +88,10 @@ class ActivationSource:
         if self.cache is None:
             return self._harvest(index)
         path = self.cache / f"{index:05d}.safetensors"
-        if not path.exists():
+        if not bool(self.group.broadcast(torch.tensor(int(path.exists())))):  # all do the same, whatever each one sees
             chunk = self._harvest(index)
-            self._store(path, chunk)
+            if self.group.rank == 0:
+                self._store(path, chunk)
             return chunk
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -89,14 +102,14 @@ class ActivationSource:
             raise UnweaveError(
                 f"cached activations are damaged: {error}", where=str(path), remedy="delete this file and run again"
             ) from error
-        return Chunk({site: tensors[str(site)] for site in self.sites}, tensors["where"])
+        return Chunk({site: tensors[str(site)] for site in self.sites}, tensors["where"], int(tensors["nonfinite"]))
 
     def _store(self, path: Path, chunk: Chunk) -> None:
         from safetensors.torch import save_file
 
         tensors = {str(site): x.contiguous() for site, x in chunk.x.items()}
         with atomic_write(path) as temporary:
-            save_file(tensors | {"where": chunk.where}, temporary)
+            save_file(tensors | {"where": chunk.where, "nonfinite": torch.tensor(chunk.nonfinite)}, temporary)
 
     def batches_of(self, index: int) -> list[list[int]]:
         """The rows of a chunk, those of like length together, so that little padding is computed."""
@@ -114,30 +127,39 @@ class ActivationSource:
         """Trap 1, 2: what counts is decided by mask and id, whatever the padding side; padding never counts."""
         counted = TokenPolicy(self.exclude_ids)
         parts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
-        places = []
-        for rows in self.batches_of(index):
+        places = [torch.zeros(0, dtype=torch.int64)]
+        nonfinite = torch.zeros(1, dtype=torch.int64)
+        for rows in self.batches_of(index)[self.group.rank :: self.group.size]:
             tokens, where = self.store.batch(rows, self.lm.pad_id)
             with self.lm.taps(read=self.sites, stop=self.sites[-1]) as seen:
                 self.lm(tokens)
             kept = counted.keep(seen[self.sites[0]], tokens.ids, tokens.mask)
-            places.append(where[kept])
+            finite = kept.clone()
             for site in self.sites:
-                x = seen[site][kept.to(seen[site].device)].float().cpu()
-                self._refuse_nan(x, site, where[kept])
-                parts[site].append(x)
-        where = torch.cat(places)
+                finite &= torch.isfinite(seen[site]).all(-1).to(kept.device)
+            if self.nonfinite == "stop":
+                self._refuse_nan(kept & ~finite, where)
+            nonfinite += int((kept & ~finite).sum())
+            places.append(where[finite])
+            for site in self.sites:
+                parts[site].append(seen[site][finite.to(seen[site].device)].float().cpu())
+        where = torch.cat(self.group.gather(torch.cat(places)))
         order = where.argsort()
-        return Chunk({site: torch.cat(xs)[order] for site, xs in parts.items()}, where[order])
+        x = {site: torch.cat(self.group.gather(self._joined(site, xs)))[order] for site, xs in parts.items()}
+        return Chunk(x, where[order], int(self.group.sum(nonfinite)))
 
-    def _refuse_nan(self, x: Tensor, site: Site, where: Tensor) -> None:
-        finite = torch.isfinite(x).all(-1)
-        if not bool(finite.all()):
-            token = int(where[~finite][0])
+    def _joined(self, site: Site, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts) if parts else torch.zeros(0, self.lm.width(site))  # fewer batches than processes
+
+    def _refuse_nan(self, bad: Tensor, where: Tensor) -> None:
+        if bool(bad.any()):
+            token = int(where[bad][0])
             row = int((torch.from_numpy(self.store.starts[1:].astype("int64")) <= token).sum())
             raise UnweaveError(
-                f"{int((~finite).sum())} activations are NaN or infinite",
-                where=f"{site}, row {row} of the token store (document {int(self.store.documents[row])})",
-                remedy="load the model in float32 or bfloat16, or leave that document out",
+                f"the activations of {int(bad.sum())} tokens are NaN or infinite",
+                where=f"row {row} of the token store (document {int(self.store.documents[row])})",
+                remedy="load the model in float32 or bfloat16, leave that document out, or have such tokens dropped "
+                "and counted (stream.nonfinite: drop)",
             )
 
 
@@ -201,20 +223,21 @@ class MixingBuffer:
         self.generator = torch.Generator().manual_seed(seed)
         self.seed = seed
         self.epoch, self.position = 0, 0  # the next chunk is the position-th of this epoch's order
-        self.outliers = 0
+        self.outliers, self.nonfinite = 0, 0
         self._rows = torch.zeros(0, 2, dtype=torch.int64)  # chunk and row of each token in the pool
         self._order = torch.zeros(0, dtype=torch.int64)
         self._cursor = 0
         self._pool: dict[Site, Tensor] = {}
 
-    def _filtered(self, index: int) -> tuple[dict[Site, Tensor], int]:
+    def _filtered(self, index: int) -> tuple[dict[Site, Tensor], int, int]:
+        """Activations of a chunk without outliers; how many those were, and how many tokens were not finite."""
         chunk = self.source.chunk(index)
         kept = torch.ones(len(chunk.where), dtype=torch.bool)
         for site, x in chunk.x.items():
             limit = self.policies[site].max_norm
             kept &= TokenPolicy(max_norm=limit).keep(x)
         dropped = len(kept) - int(kept.sum())
-        return ({site: x[kept] for site, x in chunk.x.items()} if dropped else chunk.x), dropped
+        return ({site: x[kept] for site, x in chunk.x.items()} if dropped else chunk.x), dropped, chunk.nonfinite
 
     def _next_chunk(self) -> int:
         if self.position == self.source.n_chunks:
@@ -232,9 +255,9 @@ class MixingBuffer:
         held, taken = len(unserved), 0
         while held < self.capacity and taken < self.source.n_chunks:
             index = self._next_chunk()
-            x, dropped = self._filtered(index)
+            x, dropped, nonfinite = self._filtered(index)
             count = len(next(iter(x.values())))
-            self.outliers += dropped
+            self.outliers, self.nonfinite = self.outliers + dropped, self.nonfinite + nonfinite
             rows.append(torch.stack([torch.full((count,), index), torch.arange(count)], 1))
             for site in self.source.sites:
                 pools[site].append(x[site])
@@ -266,14 +289,14 @@ class MixingBuffer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the stream is; a few integers per token in the pool."""
-        counters = torch.tensor([self.epoch, self.position, self._cursor, self.outliers])
+        counters = torch.tensor([self.epoch, self.position, self._cursor, self.outliers, self.nonfinite])
         rows = self._rows.int()
         state = {"counters": counters, "rows": rows, "order": self._order.int()}
         return state | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continues where ``state`` was taken; its tokens are read again from the source."""
-        self.epoch, self.position, self._cursor, self.outliers = (int(v) for v in state["counters"])
+        self.epoch, self.position, self._cursor, self.outliers, self.nonfinite = (int(v) for v in state["counters"])
         self._rows, self._order = state["rows"].long(), state["order"].long()
         self.generator.set_state(state["generator"])
         self._pool = {}
@@ -281,7 +304,7 @@ class MixingBuffer:
             return
         with task("restore the mixing buffer", total=len(self._rows), unit="tokens") as progress:
             for index in self._rows[:, 0].unique().tolist():
-                x, _ = self._filtered(index)
+                x, _, _ = self._filtered(index)
                 places = (self._rows[:, 0] == index).nonzero().squeeze(1)
                 for site in self.source.sites:
                     if site not in self._pool:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
 from unweave.core.site import Site
@@ -20,6 +21,10 @@ from unweave.data.tokens import TokenStore
 from unweave.jobs.specs import DataSpec, StreamSpec, UseSpec
 from unweave.lm.model import LM
 from unweave.sae.module import SAE
+
+
+_CACHE_VERSION = 2
+"""of the chunks of activations on disk"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +95,19 @@ def documents_of(data: DataSpec, split: str) -> Iterator[Document]:
 
 
 def activation_source(
-    lm: LM, store: TokenStore, store_run: Run, sites: list[Site], stream: StreamSpec, dtype: str, runs: Path
+    lm: LM,
+    store: TokenStore,
+    store_run: Run,
+    sites: list[Site],
+    stream: StreamSpec,
+    dtype: str,
+    runs: Path,
+    group: Group = SOLO,
 ) -> ActivationSource:
     """Activations of a token store, cached under ``runs`` unless told otherwise."""
     excluded = lm.special_ids if stream.special_tokens == "exclude" else ()
-    identity = digest([store_run.digest, [str(s) for s in sites], dtype, stream.chunk_tokens, list(excluded)])
+    asked = [[str(s) for s in sites], dtype, stream.chunk_tokens, list(excluded), stream.nonfinite]
+    identity = digest([_CACHE_VERSION, store_run.digest, *asked])
     cache = Path(runs).resolve() / f"activations-{identity}" if stream.cache else None
     return ActivationSource(
         lm,
@@ -104,6 +117,8 @@ def activation_source(
         batch_tokens=stream.batch_tokens,
         exclude_ids=excluded,
         cache=cache,
+        nonfinite=stream.nonfinite,
+        group=group,
     )
 
 

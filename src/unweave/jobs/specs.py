@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from unweave.core.spec import Spec, operational, require
 from unweave.data.corpus import Source
@@ -65,6 +65,8 @@ class StreamSpec(Spec):
     """Tokens that are mixed at a time."""
     batch_tokens: int = operational(2048)
     """Tokens that go through the model at once; changes speed and memory, not the result beyond rounding."""
+    nonfinite: Literal["stop", "drop"] = "stop"
+    """What to do about tokens whose activations are NaN or infinite: stop and name the document, or drop and count."""
     cache: bool = operational(True)
     """Keep activations on disk, so that later epochs and runs need not compute them again."""
 
@@ -78,7 +80,7 @@ class StreamSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec(Spec):
-    """Training one sparse autoencoder per site."""
+    """Training sparse autoencoders: every variant at every site, on one stream of activations."""
 
     model: str = DEFAULT_MODEL
     """A catalogue name, a hub id, a folder or a GGUF file; see `unweave models`."""
@@ -87,17 +89,25 @@ class TrainSpec(Spec):
     device: str | None = operational(None)
     """cpu, cuda, cuda:1...; by default a GPU where there is one."""
     sites: tuple[str, ...] = ("resid_post.9",)
-    """Where to read activations; several sites share every forward pass."""
+    """Where to read activations, also by pattern: resid_post.*, mlp_add.{4,9,14}; mlp_in.*->mlp_add.* for transcoders.
+    All sites share every forward pass."""
     data: DataSpec = DataSpec(sources=DEFAULT_SOURCES)
     """Which text, and how it becomes tokens."""
     stream: StreamSpec = StreamSpec()
     """Which tokens count, and how activations are mixed."""
     sae: SAESpec = SAESpec()
     """The autoencoder and its training."""
+    variants: tuple[dict[str, Any], ...] = ()
+    """Several autoencoders per site: fields of sae to change; a list of values stands for one variant each, as in
+    {kind: [relu, jumprelu], seed: [0, 1, 2]}."""
+    objective: Literal["reconstruction", "end-to-end"] = "reconstruction"
+    """Learn to reconstruct activations, or to leave the model's predictions as they are (KL divergence)."""
+    start: Path | None = None
+    """Go on training this autoencoder (a folder), or those of this training run's sae/ folder, site by site."""
     epochs: float = 4.0
     """How often each distinct token may be trained on at most; a larger sae.tokens is refused."""
     seed: int = 0
-    """Initial weights and order of activations."""
+    """Order of activations. Initial weights have a seed of their own, sae.seed."""
     checkpoint_seconds: float = operational(30.0)
     """How often to write a checkpoint, from which training goes on exactly."""
 

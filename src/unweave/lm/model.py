@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unweave.core.errors import UnweaveError
-from unweave.core.site import Site
+from unweave.core.site import Site, matching
 from unweave.core.spec import digest
 from unweave.lm import chat as chat_roles
 from unweave.lm import taps as _taps
@@ -163,6 +163,11 @@ class LM:
         parsed = Site.parse(site)
         self.layout.tap(parsed)
         return parsed
+
+    def matching(self, patterns: Sequence[str]) -> list[tuple[Site, Site]]:
+        """Pairs (read, write) of sites that patterns such as ``resid_post.*`` or ``mlp_in.*->mlp_add.*`` name."""
+        pairs = dict.fromkeys(pair for pattern in patterns for pair in matching(pattern, self.sites()))
+        return [(self.site(read), self.site(write)) for read, write in pairs]
 
     def width(self, site: str | Site) -> int:
         """The size of the last dimension at a site."""
