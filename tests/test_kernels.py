@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
 
+from unweave.core.dist import SOLO, Group
 from unweave.sae import kernels
 
 
@@ -182,3 +187,144 @@ def test_only_one_chunk_of_dense_latents_lives() -> None:
     with Watch():
         kernels.choose_topk(x, W, None, 4, chunk=8)
     assert largest <= 8 * 512
+
+
+# -- entries above a bound ------------------------------------------------------------------------------------------
+
+
+def _bounds(p: dict[str, Tensor]) -> Tensor:
+    """Of each latent its own: one that every row passes, one that no row passes."""
+    bound = torch.rand(len(p["W"]), generator=torch.Generator().manual_seed(9)) + 0.7
+    bound[3], bound[5] = -100.0, 100.0
+    return bound
+
+
+@pytest.mark.parametrize("f", [301, 320])
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("biased", [True, False])
+def test_choose_above_finds_all_entries_above_their_bound(f: int, chunk: int | None, biased: bool) -> None:
+    p = _problem(5, f=f)
+    p["x"][4] = 0.0
+    p["b"][torch.arange(f) != 3] -= 0.7  # a row of zeros has nothing but latent 3
+    b, bound = (p["b"] if biased else None), _bounds(p)
+    found = kernels.choose_above(p["x"], p["W"], b, bound, limit=1.0, chunk=chunk)
+    assert found is not None
+    values, choice = found
+    z = p["x"] @ p["W"].T + (p["b"] if biased else 0.0)
+    kept = z > bound
+    assert choice.offsets.tolist() == [0, *kept.sum(1).cumsum(0).tolist()]
+    assert torch.equal(choice.indices.long(), kept.nonzero()[:, 1]), "by row, ascending within it"
+    torch.testing.assert_close(values, z[kept])
+    assert choice.indices.dtype == choice.offsets.dtype == torch.int32 and choice.n_latents == f
+
+
+def test_choose_above_of_nothing_and_of_everything() -> None:
+    p = _problem(6, f=64)
+    nothing = kernels.choose_above(p["x"], p["W"], p["b"], torch.full((64,), 1e9), limit=0.0)
+    assert nothing is not None
+    assert len(nothing[0]) == 0 and nothing[1].offsets.tolist() == [0] * 24
+    everything = kernels.choose_above(p["x"], p["W"], p["b"], torch.full((64,), -1e9), limit=1.0)
+    assert everything is not None
+    torch.testing.assert_close(everything[1].dense(everything[0]), p["x"] @ p["W"].T + p["b"])
+    none = kernels.choose_above(p["x"][:0], p["W"], p["b"], torch.zeros(64), limit=0.1)
+    assert none is not None and len(none[0]) == 0 and none[1].offsets.tolist() == [0]
+
+
+def test_choose_above_gives_up_over_its_limit_and_early() -> None:
+    p = _problem(7, f=64)
+    bound = torch.zeros(64)
+    z = p["x"] @ p["W"].T + p["b"]
+    share = float((z > 0).double().mean())
+    assert kernels.choose_above(p["x"], p["W"], p["b"], bound, limit=share + 1e-6) is not None
+    assert kernels.choose_above(p["x"], p["W"], p["b"], bound, limit=share - 1e-6) is None
+    dense_first = p["x"].clone()
+    dense_first[7:] = float("nan")  # never looked at: the first chunk decides
+    calls = []
+    original = kernels._places
+
+    def places(mask: Tensor) -> Tensor:
+        calls.append(len(mask))
+        return original(mask)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_places", places)
+        assert kernels.choose_above(dense_first, p["W"], p["b"], bound, limit=0.1, chunk=7) is None
+    assert calls == [7]
+
+
+# -- a batch divided between processes --------------------------------------------------------------------------------
+
+
+class _Threads(Group):
+    """A group whose members are threads of this process."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: dict[int, Tensor]) -> None:
+        super().__init__(rank, size)
+        object.__setattr__(self, "meet", barrier)
+        object.__setattr__(self, "board", board)
+
+    def gather(self, t: Tensor) -> list[Tensor]:
+        self.board[self.rank] = t.clone()
+        self.meet.wait(10)
+        found = [self.board[rank] for rank in range(self.size)]
+        self.meet.wait(10)
+        return found
+
+    def sum(self, t: Tensor) -> Tensor:
+        return t.copy_(torch.stack(self.gather(t)).sum(0))
+
+    def max(self, t: Tensor) -> Tensor:
+        return t.copy_(torch.stack(self.gather(t)).amax(0))
+
+
+def _divided(x: Tensor, sizes: list[int], choose: Callable[[Tensor, Group], tuple[Tensor, kernels.Choice]]) -> Tensor:
+    """The dense choice of the whole batch, put together from what each member chose of its part."""
+    barrier, board = threading.Barrier(len(sizes)), {}
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        groups = [_Threads(rank, len(sizes), barrier, board) for rank in range(len(sizes))]
+        parts = list(pool.map(choose, x.split(sizes), groups))
+    return torch.cat([choice.dense(values) for values, choice in parts])
+
+
+@pytest.mark.parametrize("sizes", [[12, 11], [1, 3, 19], [0, 23]])
+@pytest.mark.parametrize("guess", [None, 1e9])
+def test_batch_topk_over_processes_is_that_of_the_whole_batch(sizes: list[int], guess: float | None) -> None:
+    p = _problem(8)
+    p["x"][15:] *= 3.0  # winners are far from equally many in each part
+
+    def choose(x: Tensor, group: Group) -> tuple[Tensor, kernels.Choice]:
+        return kernels.choose_batch_topk(x, p["W"], p["b"], 6, guess=guess, chunk=5, group=group)
+
+    values, whole = choose(p["x"], SOLO)
+    dense = _divided(p["x"], sizes, choose)
+    assert len(values) == 6 * 23 == int((dense > 0).sum())
+    torch.testing.assert_close(dense, whole.dense(values))
+
+
+@pytest.mark.parametrize("sizes", [[23], [12, 11], [4, 4, 15]])
+def test_ties_are_kept_up_to_the_exact_number_however_a_batch_is_divided(sizes: list[int]) -> None:
+    g = torch.Generator().manual_seed(3)
+    x = torch.randint(0, 4, (23, 4), generator=g).float()
+    W = torch.eye(4).repeat(8, 1)  # every value eight times in a row
+
+    def choose(part: Tensor, group: Group) -> tuple[Tensor, kernels.Choice]:
+        return kernels.choose_batch_topk(part, W, None, 3, guess=0.5, group=group)
+
+    dense = _divided(x, sizes, choose)
+    z = x @ W.T
+    assert int((dense > 0).sum()) == 3 * 23
+    lowest = z.flatten().topk(3 * 23).values[-1]
+    above, equal = z > lowest, z == lowest
+    first = equal & (equal.flatten().cumsum(0).view_as(equal) <= 3 * 23 - above.sum())
+    assert 0 < int(first.sum()) < int(equal.sum()), "there are ties to cut"
+    assert torch.equal(dense, z * (above | first))
+
+
+def test_batch_topk_over_processes_with_too_few_positives() -> None:
+    p = _problem(4)
+    z = p["x"] @ p["W"].T + p["b"] - 2.0
+
+    def choose(part: Tensor, group: Group) -> tuple[Tensor, kernels.Choice]:
+        return kernels.choose_batch_topk(part, p["W"], p["b"] - 2.0, 50, group=group)
+
+    torch.testing.assert_close(_divided(p["x"], [9, 14], choose), torch.relu(z))

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unweave.core.dist import SOLO, Group
+
 CHUNK_BYTES = 20 << 20
 """Dense latents alive at a time: large enough for an efficient product, small enough for the last-level cache."""
 
@@ -100,14 +102,15 @@ def chunk_rows(n_latents: int, itemsize: int = 4) -> int:
     return max(32, CHUNK_BYTES // (itemsize * max(1, n_latents)) // 32 * 32)
 
 
-def _chunks(x: Tensor, W: Tensor, b: Tensor | None, visit: Callable[[int, Tensor], None], rows: int | None) -> None:
-    """Calls ``visit(first row, pre-activations)`` on the chunks of x W^T + b, which share one buffer."""
+def _chunks(x: Tensor, W: Tensor, b: Tensor | None, visit: Callable[[int, Tensor], bool], rows: int | None) -> None:
+    """Calls ``visit(first row, pre-activations)`` on chunks of x W^T + b in one buffer, for as long as it says true."""
     rows = rows or chunk_rows(W.shape[0], x.element_size())
     buffer = x.new_empty(min(rows, len(x)), W.shape[0])
     for first in range(0, len(x), rows):
         part = x[first : first + rows]
         out = buffer[: len(part)]
-        visit(first, torch.mm(part, W.T, out=out) if b is None else torch.addmm(b, part, W.T, out=out))
+        if not visit(first, torch.mm(part, W.T, out=out) if b is None else torch.addmm(b, part, W.T, out=out)):
+            return
 
 
 @torch.no_grad()
@@ -121,68 +124,143 @@ def choose_topk(x: Tensor, W: Tensor, b: Tensor | None, k: int, *, chunk: int | 
     values = x.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.int32, device=x.device)
 
-    def visit(first: int, z: Tensor) -> None:
+    def visit(first: int, z: Tensor) -> bool:
         found, where = topk_rows(z, k)
         values[first : first + len(z)] = found
         indices[first : first + len(z)] = where
+        return True
 
     _chunks(x, W, b, visit, chunk)
     return values.view(-1), Choice.uniform(indices, W.shape[0])
 
 
-def _above(z: Tensor, bound: Tensor, size: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, indices and values of the entries of z [n, F] above a bound, looking only into groups that reach it."""
-    n, width = z.shape
-    groups = width // size
-    if groups * size < width or groups < 2:
-        rows, indices = (z > bound).nonzero(as_tuple=True)
-        return rows, indices, z[rows, indices]
-    blocks = z.view(n, size, groups)
-    rows, group = (blocks.amax(1) > bound).nonzero(as_tuple=True)
-    steps = torch.arange(0, width, groups, device=z.device)
-    entries = (rows * width + group)[:, None] + steps
-    values = z.view(-1)[entries]
-    kept = values > bound
-    flat = entries[kept]
-    return flat // width, flat % width, values[kept]
+class _Finds:
+    """Entries above a bound, collected chunk by chunk in the order of rows and, within a row, of latents."""
+
+    def __init__(self, n_latents: int) -> None:
+        self.n_latents, self.count = n_latents, 0
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, z: Tensor, bound: Tensor) -> None:
+        """Looks through further rows z [n, F]; bound is a scalar or [F]."""
+        flat = _places(z > bound)
+        ends = torch.arange(0, z.numel() + 1, self.n_latents, device=z.device)
+        offsets = torch.searchsorted(flat, ends)
+        indices = flat.remainder(self.n_latents).int()
+        self._parts.append((z.view(-1).index_select(0, flat), indices, offsets[1:] + self.count))
+        self.count += len(flat)
+
+    def finish(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, int32 indices and int64 offsets of all rows."""
+        if not self._parts:
+            zero = torch.zeros(1, dtype=torch.int64, device=x.device)
+            return x.new_empty(0), zero[:0].int(), zero
+        values, indices, ends = (torch.cat(part) for part in zip(*self._parts, strict=True))
+        return values, indices, torch.cat([ends.new_zeros(1), ends])
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Where a contiguous boolean tensor is true, as int64 places in its flattened form, ascending.
+
+    Eight flags are looked at as one integer first, so that only words that hold something are opened.
+    """
+    mask = mask.view(-1)
+    if len(mask) % 8:
+        return mask.nonzero().squeeze(1)
+    words = mask.view(torch.int64)
+    hit = words.nonzero().squeeze(1)
+    inner = words.index_select(0, hit).view(torch.bool).nonzero().squeeze(1)
+    return (hit * 8).index_select(0, inner >> 3).add_(inner.bitwise_and_(7))
+
+
+@torch.no_grad()
+def choose_above(
+    x: Tensor, W: Tensor, b: Tensor | None, bound: Tensor, *, limit: float, chunk: int | None = None
+) -> tuple[Tensor, Choice] | None:
+    """All pre-activations of x W^T + b above their latent's bound [F], or None where they are too many to be sparse.
+
+    ``limit`` is the largest share of entries, between 0 and 1, that is still worth a sparse step. It is looked at after
+    every chunk, so that a caller who has to go dense has lost little. Returns values [nnz] and the choice, latents
+    ascending within a row.
+    """
+    finds, sparse = _Finds(W.shape[0]), True
+
+    def visit(first: int, z: Tensor) -> bool:
+        nonlocal sparse
+        finds.add(z, bound)
+        sparse = finds.count <= limit * (first + len(z)) * W.shape[0]
+        return sparse
+
+    _chunks(x, W, b, visit, chunk)
+    if not sparse:
+        return None
+    values, indices, offsets = finds.finish(x)
+    return values, Choice(indices, offsets, W.shape[0])
 
 
 @torch.no_grad()
 def choose_batch_topk(
-    x: Tensor, W: Tensor, b: Tensor | None, k: int, *, guess: float | None = None, chunk: int | None = None
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    k: int,
+    *,
+    guess: float | None = None,
+    chunk: int | None = None,
+    group: Group = SOLO,
 ) -> tuple[Tensor, Choice]:
     """The k N largest positive pre-activations of a batch (BatchTopK): exactly k N wherever so many are positive.
 
     ``guess`` is a lower bound tried first (a fraction of the last batch's threshold, say): entries above it are
     collected and the largest kept; if it leaves too few, it is halved, and at last 0 is used. It changes the work, not
-    the result. Returns values [nnz] and the choice.
+    the result. Returns values [nnz] and the choice, latents ascending within a row.
+
+    With several processes x is one's own part of the batch, N counts the rows of all, and one gets one's own entries of
+    the choice for the whole. Among equal values the first in the order of processes and rows win, so that the choice
+    does not depend on how a batch is divided.
     """
-    wanted = k * len(x)
+    wanted = k * int(group.sum(torch.tensor([len(x)], device=x.device)))
     bound = guess if guess is not None and guess > 0 else _first_guess(x, W, b, k)
+    bound = -float(group.max(torch.tensor([-bound], dtype=torch.float64, device=x.device)))
     while True:
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        finds = _Finds(W.shape[0])
         limit = x.new_tensor(bound)
 
-        def visit(first: int, z: Tensor, found: list[Any] = found, limit: Tensor = limit) -> None:
-            rows, indices, values = _above(z, limit)
-            found.append((rows + first, indices, values))
+        def visit(first: int, z: Tensor, finds: _Finds = finds, limit: Tensor = limit) -> bool:
+            finds.add(z, limit)
+            return True
 
         _chunks(x, W, b, visit, chunk)
-        rows, indices, values = (torch.cat(part) for part in zip(*found, strict=True))
-        if len(values) >= wanted or bound <= 0:
+        found = int(group.sum(torch.tensor([finds.count], device=x.device)))
+        if found >= wanted or bound <= 0:
             break
         bound = bound / 2 if bound > 1e-3 else 0.0
-    if len(values) > wanted:
-        kept = values.topk(wanted, sorted=False).indices
-        rows, indices, values = rows[kept], indices[kept], values[kept]
-    order = torch.argsort(rows * W.shape[0] + indices)
-    counts = torch.bincount(rows, minlength=len(x))
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return values[order], Choice(indices[order], offsets, W.shape[0])
+    values, indices, offsets = finds.finish(x)
+    if found > wanted:
+        kept = _largest(values, wanted, group)
+        counts = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])
+        values, indices, offsets = values[kept], indices[kept], counts[offsets]
+    return values, Choice(indices, offsets, W.shape[0])
+
+
+def _largest(values: Tensor, wanted: int, group: Group) -> Tensor:
+    """Which of one's own values [n] are among the ``wanted`` largest of all processes' (of which there are more)."""
+    parts = group.gather(values)
+    lowest = torch.cat(parts).topk(wanted, sorted=False).values.min()
+    kept = values >= lowest
+    ties = [int((part == lowest).sum()) for part in parts]
+    above = sum(int((part > lowest).sum()) for part in parts)
+    room = wanted - above - sum(ties[: group.rank])
+    if ties[group.rank] > room:
+        equal = (values == lowest).nonzero().squeeze(1)
+        kept[equal[max(0, room) :]] = False
+    return kept
 
 
 def _first_guess(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> float:
     """A bound from a few rows spread over the batch: a little below what would keep k of each on average."""
+    if len(x) == 0:
+        return math.inf
     sample = x[:: max(1, len(x) // 64)]
     z = sample @ W.T if b is None else torch.addmm(b, sample, W.T)
     value = float(z.flatten().topk(min(z.numel(), 2 * k * len(z))).values[-1])
