@@ -1,0 +1,227 @@
+"""What a judge is: conversations in, replies out, each asked once.
+
+1. ``CachedJudge.ask`` looks up which conversations have a kept reply: same model, settings and messages.
+2. It hands the others to a backend (server, local model or script), which yields replies as they come.
+3. Every reply is kept at once, one file each, so that whatever stops the work loses nothing that was paid for.
+4. A budget stops it before the next request; failed requests are returned as failures, and never kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+from unweave.core.errors import UnweaveError
+from unweave.core.progress import task
+from unweave.core.run import write_json
+from unweave.judge.spec import JudgeSpec
+
+Conversation = Sequence[Mapping[str, str]]
+"""Messages, each ``{"role": "system" | "user" | "assistant", "content": text}``."""
+
+_GIVE_UP = 5
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back: a text, or the reason why there is none."""
+
+    text: str | None
+    failure: str = ""
+    """Why there is no text; empty where there is one."""
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    cut: bool = False
+    """Whether the reply ended because it reached the length allowed."""
+    kept: bool = False
+    """Whether it was there from an earlier time, so that it cost nothing now."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and the reply together."""
+        return self.prompt_tokens + self.new_tokens
+
+
+class Judge(Protocol):
+    """Anything that answers conversations."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        ...
+
+    @property
+    def note(self) -> str:
+        """What readers of its judgements must know of it, such as the precision of its weights; may be empty."""
+        ...
+
+    def ask(self, conversations: Sequence[Conversation]) -> list[Reply]:
+        """One reply per conversation, in order. UnweaveError when it cannot be asked at all or its budget is spent."""
+        ...
+
+
+class Budget:
+    """How much may still be asked. ``max_requests`` counts prompts, ``max_tokens`` prompts and replies together."""
+
+    def __init__(self, max_requests: int | None = None, max_tokens: int | None = None) -> None:
+        self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.requests = self.tokens = 0
+        self._lock = Lock()
+
+    def take(self) -> bool:
+        """Whether one more prompt may be asked; if so it is counted. Tokens are known only once a reply is there."""
+        with self._lock:
+            fine = self.max_requests is None or self.requests < self.max_requests
+            fine = fine and (self.max_tokens is None or self.tokens < self.max_tokens)
+            self.requests += fine
+            return fine
+
+    def spend(self, tokens: int) -> None:
+        """Counts what a reply took."""
+        with self._lock:
+            self.tokens += tokens
+
+
+class Backend(Protocol):
+    """Who really answers; ``CachedJudge`` makes a ``Judge`` of it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def note(self) -> str: ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Plain values, besides the messages, that decide what the reply is. They are written to files."""
+        ...
+
+    def answer(self, conversations: Sequence[Conversation], budget: Budget) -> Iterator[tuple[int, Reply]]:
+        """(index, reply) in any order, as they come; ends early where ``budget.take()`` refuses another one."""
+        ...
+
+
+class CachedJudge:
+    """A ``Judge`` that keeps every reply in ``folder`` (None: only for the call) and holds to a budget."""
+
+    def __init__(self, backend: Backend, folder: Path | None = None, budget: Budget | None = None) -> None:
+        self._backend = backend
+        self._folder = folder
+        self.budget = budget or Budget()
+
+    @property
+    def name(self) -> str:
+        return self._backend.name
+
+    @property
+    def note(self) -> str:
+        return self._backend.note
+
+    def ask(self, conversations: Sequence[Conversation]) -> list[Reply]:
+        """One reply per conversation, in order; the same conversation is asked once.
+
+        Raises UnweaveError when the budget is spent, when the backend cannot be used, and when it fails for one
+        conversation after the other. What was answered until then is kept, and asking again goes on from there.
+        """
+        keys = [self._key(conversation) for conversation in conversations]
+        found: dict[str, Reply] = {}
+        missing: dict[str, Conversation] = {}
+        for key, conversation in zip(keys, conversations, strict=True):
+            if key not in found and key not in missing:
+                kept = self._load(key)
+                if kept is None:
+                    missing[key] = conversation
+                else:
+                    found[key] = kept
+        with task("judge", total=len(found) + len(missing), unit="replies", done=len(found)) as progress:
+            for key, reply in self._answers(missing):
+                found[key] = reply
+                progress.advance()
+        if len(found) < len(set(keys)):
+            raise self._spent(len(found), len(set(keys)))
+        return [found[key] for key in keys]
+
+    def _answers(self, missing: Mapping[str, Conversation]) -> Iterator[tuple[str, Reply]]:
+        """New replies as they come, kept before they are passed on."""
+        keys, in_a_row = list(missing), 0
+        for i, reply in self._backend.answer(list(missing.values()), self.budget) if missing else ():
+            self.budget.spend(reply.tokens)
+            if reply.text is not None:
+                self._keep(keys[i], missing[keys[i]], reply)
+            in_a_row = 0 if reply.text is not None else in_a_row + 1
+            if in_a_row == _GIVE_UP:
+                raise UnweaveError(
+                    f"the judge failed {_GIVE_UP} times in a row: {reply.failure}",
+                    where=self.name,
+                    remedy="mend that and ask again; replies that came are kept",
+                )
+            yield keys[i], reply
+
+    def _spent(self, have: int, wanted: int) -> UnweaveError:
+        used = f"{self.budget.requests:,} prompts and {self.budget.tokens:,} tokens"
+        return UnweaveError(
+            f"the judge's budget is spent ({used}) with {have:,} of {wanted:,} replies there",
+            where=self.name,
+            remedy="ask again to go on with as much once more, or raise judge.budget_requests or judge.budget_tokens; "
+            "replies are kept",
+        )
+
+    # -- the kept replies -----------------------------------------------------------------------------------------
+
+    def _asked(self, conversation: Conversation) -> dict[str, Any]:
+        messages = [{"role": message["role"], "content": message["content"]} for message in conversation]
+        return {
+            "version": _VERSION,
+            "model": self.name,
+            "settings": dict(self._backend.settings),
+            "messages": messages,
+        }
+
+    def _key(self, conversation: Conversation) -> str:
+        text = json.dumps(self._asked(conversation), sort_keys=True, allow_nan=False)
+        return sha256(text.encode()).hexdigest()
+
+    def _path(self, key: str) -> Path | None:
+        return None if self._folder is None else Path(self._folder) / key[:2] / f"{key}.json"
+
+    def _load(self, key: str) -> Reply | None:
+        """A kept reply; a file that cannot be read counts as none, and is replaced by the new reply."""
+        path = self._path(key)
+        if path is None or not path.is_file():
+            return None
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))["reply"]
+            text, prompt_tokens, new_tokens, cut = (kept[n] for n in ("text", "prompt_tokens", "new_tokens", "cut"))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if not isinstance(text, str):
+            return None
+        return Reply(text, "", int(prompt_tokens), int(new_tokens), bool(cut), kept=True)
+
+    def _keep(self, key: str, conversation: Conversation, reply: Reply) -> None:
+        path = self._path(key)
+        if path is not None:
+            names = ("text", "prompt_tokens", "new_tokens", "cut")
+            write_json(path, self._asked(conversation) | {"reply": {name: getattr(reply, name) for name in names}})
+
+
+def open_judge(spec: JudgeSpec, folder: Path | None, device: str | None = None) -> CachedJudge:
+    """The judge of a spec, keeping its replies in ``folder``; a model that runs here is loaded on ``device``.
+
+    Raises UnweaveError when a package, the key's variable or the model is missing.
+    """
+    if spec.base_url is None:
+        from unweave.judge.local import LocalModel
+
+        backend: Backend = LocalModel.load(spec, device)
+    else:
+        from unweave.judge.client import ChatServer
+
+        backend = ChatServer.connect(spec)
+    return CachedJudge(backend, folder, Budget(spec.budget_requests, spec.budget_tokens))

@@ -1,0 +1,67 @@
+"""Which chat model judges, and how much it may be asked. Nothing here imports torch or a client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from unweave.core.errors import UnweaveError
+from unweave.core.spec import Spec, operational, require
+
+DEFAULT_JUDGE = "qwen2.5-coder-1.5b-instruct"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSpec(Spec):
+    """The chat model that judges: one that runs here, or one behind an OpenAI-compatible address."""
+
+    model: str = DEFAULT_JUDGE
+    """A catalogue name, hub id, folder or GGUF file; with base_url the name that the server knows it by."""
+    base_url: str | None = None
+    """Address of an OpenAI-compatible server, e.g. https://api.openai.com/v1; without it the model runs here."""
+    api_key_env: str | None = None
+    """The environment variable that holds the server's key. The key itself is never stored; without it none is sent."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What a model that runs here computes in; by default float32, the fastest on most CPUs."""
+    max_new_tokens: int = 160
+    """Length of a reply at most."""
+    budget_requests: int | None = operational(None)
+    """Prompts to ask at most before stopping; kept replies are free, and asking again goes on from there."""
+    budget_tokens: int | None = operational(None)
+    """Tokens to use at most, of prompts and replies together, before stopping; what is under way is still finished."""
+    at_once: int = operational(8)
+    """Requests in flight, or prompts in one batch of a model that runs here."""
+    timeout: float | None = operational(None)
+    """Seconds to wait for one reply of a server; by default 120."""
+
+    def __post_init__(self) -> None:
+        limits = ("budget_requests", "budget_tokens", "timeout")
+        fine = {name: getattr(self, name) is None or getattr(self, name) > 0 for name in limits}
+        require(self, fine | {name: getattr(self, name) > 0 for name in ("max_new_tokens", "at_once")})
+        given = ("dtype",) if self.base_url is not None else ("api_key_env", "timeout")
+        kind = "server" if self.base_url is not None else "model that runs here"
+        for name in given:
+            if getattr(self, name) is not None:
+                raise UnweaveError(
+                    f"{name} means nothing for a {kind}",
+                    where="judge",
+                    remedy=f"leave {name} out, or {'leave' if self.base_url else 'give'} base_url",
+                )
+        if self.base_url is not None:
+            _check_url(self.base_url)
+
+
+def _check_url(url: str) -> None:
+    """Refuses addresses that are none, or that could carry a secret into files and messages."""
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise UnweaveError(
+            "base_url must be a plain address, without user, password or query",
+            where="judge.base_url",
+            remedy="put the key into an environment variable and name it with judge.api_key_env",
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UnweaveError(
+            f"{url!r} is not an http or https address", where="judge.base_url", remedy="e.g. http://127.0.0.1:8000/v1"
+        )
