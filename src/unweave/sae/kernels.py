@@ -138,25 +138,24 @@ class _Finds:
     """Entries above a bound, collected chunk by chunk in the order of rows and, within a row, of latents."""
 
     def __init__(self, n_latents: int) -> None:
-        self.n_latents, self.count = n_latents, 0
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.n_latents, self.n_rows, self.count = n_latents, 0, 0
+        self._places: list[Tensor] = []
+        self._values: list[Tensor] = []
 
     def add(self, z: Tensor, bound: Tensor) -> None:
         """Looks through further rows z [n, F]; bound is a scalar or [F]."""
-        flat = _places(z > bound)
-        ends = torch.arange(0, z.numel() + 1, self.n_latents, device=z.device)
-        offsets = torch.searchsorted(flat, ends)
-        indices = flat.remainder(self.n_latents).int()
-        self._parts.append((z.view(-1).index_select(0, flat), indices, offsets[1:] + self.count))
-        self.count += len(flat)
+        found = _places(z > bound)
+        self._values.append(z.view(-1).index_select(0, found))
+        self._places.append(found.add_(self.n_rows * self.n_latents))
+        self.n_rows += len(z)
+        self.count += len(found)
 
     def finish(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, int32 indices and int64 offsets of all rows."""
-        if not self._parts:
-            zero = torch.zeros(1, dtype=torch.int64, device=x.device)
-            return x.new_empty(0), zero[:0].int(), zero
-        values, indices, ends = (torch.cat(part) for part in zip(*self._parts, strict=True))
-        return values, indices, torch.cat([ends.new_zeros(1), ends])
+        """Values, int32 indices and int64 offsets of all rows of x."""
+        places = torch.cat([*self._places, torch.empty(0, dtype=torch.int64, device=x.device)])
+        ends = torch.arange(0, len(x) * self.n_latents + 1, self.n_latents, device=x.device)
+        values = torch.cat([*self._values, x.new_empty(0)])
+        return values, places.remainder(self.n_latents).int(), torch.searchsorted(places, ends)
 
 
 def _places(mask: Tensor) -> Tensor:
