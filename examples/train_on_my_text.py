@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
     spec = spec_of(options)
     try:
         trained = train.run(spec, options.runs)
-        folder = train.sae_folder(trained, spec, options.site)
+        folder = train.sae_folder(trained)
         measured = evaluation.run(EvalSpec(sae=folder), options.runs).result
         recorded = latents.run(LatentsSpec(sae=folder, tokens=options.tokens), options.runs)
     except UnweaveError as error:

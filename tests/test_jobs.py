@@ -18,7 +18,7 @@ import torch
 
 from conftest import build_tiny, build_tiny_tokenizer
 from unweave.core.errors import UnweaveError, UnweaveWarning
-from unweave.core.run import Run, read_json
+from unweave.core.run import Run, read_json, write_json
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 from unweave.jobs import doctor, latents, report, train
@@ -122,7 +122,7 @@ def test_training_makes_an_sae_that_knows_where_it_comes_from(trained: Run, home
     assert set(sae.policy.exclude_ids) == {0, 1, 2, 3} and sae.policy.max_norm is not None
     curve = [e["fvu"] for e in trained.events("train")]
     assert curve[-1] < 0.6 * curve[0]
-    assert not (trained.path / "checkpoint.pt").exists()
+    assert not list(trained.path.glob("checkpoint*"))
     again = train.run(spec_of(home), runs)
     assert again.path == trained.path and again.reused
 
@@ -148,45 +148,169 @@ def test_several_sites_share_every_forward_pass(home: Path, tmp_path: Path) -> N
     run = train.run(spec, tmp_path)
     for site in spec.sites:
         assert str(SAE.load(run.path / "sae" / site).read) == site
+    assert set(run.result["reference"]) == set(spec.sites)
 
 
-CHILD = """
-import sys, torch
+def test_variants_by_pattern_share_a_stream_and_equal_runs_of_their_own(home: Path, tmp_path: Path) -> None:
+    """Two sites x (relu, topk with two seeds): each SAE has the bytes of the run that trains it alone."""
+    variants = ({"kind": "relu"}, {"kind": "topk", "seed": [0, 1], "k": 3})
+    spec = spec_of(home, sites=("resid_post.{0,1}",), variants=variants)
+    run = train.run(spec, tmp_path)
+    names = {row["name"] for row in run.result["saes"]}
+    settings = ("relu", "topk-seed0-k3", "topk-seed1-k3")
+    assert names == {f"resid_post.{i}/{setting}" for i in (0, 1) for setting in settings}
+    alone = spec_of(home, sites=("resid_post.{0,1}",), sae=replace(spec.sae, kind="topk", seed=1, k=3))
+    other = train.run(alone, tmp_path)
+    for site in ("resid_post.0", "resid_post.1"):
+        one = run.path / "sae" / site / "topk-seed1-k3" / "sae_weights.safetensors"
+        assert one.read_bytes() == (other.path / "sae" / site / "sae_weights.safetensors").read_bytes()
+        assert SAE.load(one.parent).provenance["train"]["sae"]["seed"] == 1
+    first, second = (run.path / "sae/resid_post.0" / f"topk-seed{i}-k3" / "sae_weights.safetensors" for i in (0, 1))
+    assert first.read_bytes() != second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("variants", "says"),
+    [
+        (({"kindd": "relu"},), "did you mean 'kind'"),
+        (({"seed": [0, 0]},), "two variants are the same"),
+        (({"tokens": 7},), "share one stream"),
+        (({},), "changes nothing"),
+    ],
+)
+def test_variants_that_make_no_sense(home: Path, tmp_path: Path, variants: tuple, says: str) -> None:
+    with pytest.raises(UnweaveError, match=says):
+        train.run(spec_of(home, variants=variants), tmp_path)
+
+
+def test_going_on_with_a_trained_sae(home: Path, trained: Run, tmp_path: Path) -> None:
+    """With hardly any learning the SAE stays what it was; another site's SAE is refused."""
+    base = spec_of(home)
+    still = replace(base, start=trained.path / "sae", sae=replace(base.sae, tokens=64, lr=1e-9))
+    again = SAE.load(train.run(still, tmp_path).path / "sae")
+    before = SAE.load(trained.path / "sae")
+    x = torch.randn(50, before.d_in, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again.encode(x), before.encode(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UnweaveError, match=r"is of resid_post\.1, not of resid_post\.0"):
+        train.run(replace(still, sites=("resid_post.0",)), tmp_path)
+    with pytest.raises(UnweaveError, match="no SAE to start from"):
+        train.run(replace(still, start=home), tmp_path)
+
+
+def test_a_transcoder_reads_one_site_and_writes_another(home: Path, tmp_path: Path) -> None:
+    run = train.run(spec_of(home, sites=("mlp_in.*->mlp_add.*",)), tmp_path)
+    assert len(run.result["saes"]) == 2
+    sae = SAE.load(run.path / "sae" / "mlp_in.1-mlp_add.1")
+    assert (str(sae.read), str(sae.write)) == ("mlp_in.1", "mlp_add.1")
+    assert 0 < run.result["reference"]["mlp_in.1-mlp_add.1"]["unexplained_variance"] < 1
+
+
+def test_training_end_to_end_keeps_the_predictions(home: Path, tmp_path: Path) -> None:
+    base = spec_of(home)
+    run = train.run(replace(base, objective="end-to-end", sae=replace(base.sae, tokens=10_000)), tmp_path)
+    kl = [event["kl"] for event in run.events("train")]
+    assert kl[-1] < kl[0]
+
+
+TWO_RANKS = """
+import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+import torch
 torch.set_num_threads(1)
 from test_jobs import spec_of
 from unweave.jobs import train
-train.run(spec_of(Path(sys.argv[2])), Path(sys.argv[3]))
+train.run(spec_of(Path(sys.argv[2]), sites=tuple(sys.argv[4:])), Path(sys.argv[3]))
 """
 
 
-def test_trap_26_killed_at_random_moments_it_ends_with_the_same_bytes(home: Path, trained: Run, tmp_path: Path) -> None:
-    """kill -9 again and again, from before the first checkpoint to after the last; then let it finish."""
-    command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(home), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    rng = random.Random(1)
-    kills = 0
-    while kills < 4:
-        child = subprocess.Popen(command, env=environment)
-        checkpoints = list(tmp_path.glob("train-*/checkpoint.pt"))
-        seen = checkpoints[0].stat().st_mtime_ns if checkpoints else 0
+def in_two_processes(home: Path, runs: Path, *sites: str, killed_after: float | None = None) -> None:
+    """torchrun's environment, without its launcher's second and more of start-up."""
+    port = str(random.SystemRandom().randint(20_000, 60_000))
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", TWO_RANKS, str(Path(__file__).parent), str(home), str(runs), *sites]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **common, "RANK": str(i)}, stderr=subprocess.PIPE) for i in (0, 1)
+    ]
+    if killed_after is not None:
         deadline = time.monotonic() + 60
-        while child.poll() is None and time.monotonic() < deadline:
-            now = list(tmp_path.glob("train-*/checkpoint.pt"))
-            if now and now[0].stat().st_mtime_ns != seen:
-                break
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.2)
-        if child.poll() is not None:
-            break
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        while not list(runs.glob("train-*/checkpoint.json")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(killed_after)
+        ranks[1].send_signal(signal.SIGKILL)
+        time.sleep(0.1)
+        ranks[0].send_signal(signal.SIGKILL)  # as torchrun does when one of its processes is gone
+    errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
+    assert killed_after is not None or [rank.returncode for rank in ranks] == [0, 0], errors
+
+
+def test_two_processes_divide_the_sites(home: Path, trained: Run, tmp_path: Path) -> None:
+    in_two_processes(home, tmp_path, "resid_post.{0,1}")
+    (path,) = tmp_path.glob("train-*")
+    two, one = Run.at(path), train.run(spec_of(home, sites=("resid_post.{0,1}",)), tmp_path / "one")
+    assert two.result["processes"] == 2
+    for site in ("resid_post.0", "resid_post.1"):  # whole batches, one owner each: the same arithmetic
+        a, b = (run.path / "sae" / site / "sae_weights.safetensors" for run in (two, one))
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_two_processes_share_one_sae_and_resume_after_a_kill(home: Path, trained: Run, tmp_path: Path) -> None:
+    """The same global batches: the loss trace of one process to float32 rounding, dead latents included (trap 29)."""
+    in_two_processes(home, tmp_path, "resid_post.1", killed_after=0.1)
+    in_two_processes(home, tmp_path, "resid_post.1")
+    (path,) = tmp_path.glob("train-*")
+    run = Run.at(path)
+    assert run.events("resumed") and run.result["processes"] == 2
+    ours = {event["tokens"]: event["loss"] for event in run.events("train")}
+    for event in trained.events("train"):
+        assert ours[event["tokens"]] == pytest.approx(event["loss"], rel=2e-3)
+    assert run.result["reference"]["resid_post.1"]["unexplained_variance"] == pytest.approx(
+        trained.result["reference"]["resid_post.1"]["unexplained_variance"], rel=1e-2
+    )
+
+
+KILLER = """
+import os, random, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from test_jobs import long_spec_of
+from unweave.jobs import train
+spec, rng, kills = long_spec_of(Path(sys.argv[2])), random.Random(1), 0
+while kills < 20:
+    child = os.fork()
+    if child == 0:
+        train.run(spec, Path(sys.argv[3]))
+        os._exit(0)
+    time.sleep(rng.random() * 0.6)
+    os.kill(child, signal.SIGKILL)
+    if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
         kills += 1
-    assert kills >= 1
-    resumed = train.run(spec_of(home), tmp_path)
-    assert resumed.events("resumed")
-    assert weights(resumed) == weights(trained)
+    else:
+        break
+print(kills)
+"""
+
+
+def long_spec_of(home: Path) -> TrainSpec:
+    """A few seconds of training of two SAEs, with a checkpoint every few steps."""
+    base = spec_of(home, sites=("resid_post.{0,1}",), epochs=20.0, checkpoint_seconds=0.02)
+    return replace(base, sae=replace(base.sae, tokens=80_000))
+
+
+def test_trap_26_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(home: Path, tmp_path: Path) -> None:
+    """kill -9 again and again, from before the first checkpoint on; then let it finish. Forks spare Python's start."""
+    command = [sys.executable, "-c", KILLER, str(Path(__file__).parent), str(home), str(tmp_path / "killed")]
+    child = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert child.stdout.strip() == "20", child.stderr
+    resumed = train.run(long_spec_of(home), tmp_path / "killed")
+    assert len(resumed.events("resumed")) >= 5
+    straight = train.run(long_spec_of(home), tmp_path / "straight")
+    for site in ("resid_post.0", "resid_post.1"):
+        one, other = (run.path / "sae" / site / "sae_weights.safetensors" for run in (resumed, straight))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_an_interrupted_run_loses_nothing_finished(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,11 +335,11 @@ def test_an_interrupted_run_loses_nothing_finished(home: Path, tmp_path: Path, m
 def test_nan_in_training_is_one_clear_error(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = SAETrainer.step
 
-    def poisoned(self: SAETrainer, x: torch.Tensor) -> dict[str, float]:
+    def poisoned(self: SAETrainer, x: torch.Tensor, target: None = None) -> dict[str, float]:
         if self.steps == 3:
             x = x.clone()
             x[0, 0] = float("nan")
-        return step(self, x)
+        return step(self, x, target)
 
     monkeypatch.setattr(SAETrainer, "step", poisoned)
     with pytest.raises(UnweaveError, match="NaN"):
@@ -346,7 +470,8 @@ def test_a_damaged_checkpoint_is_named(home: Path, tmp_path: Path) -> None:
     spec = spec_of(home)
     run = train.run(spec, tmp_path)
     (run.path / "DONE").unlink()
-    (run.path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    (run.path / "checkpoint-64-0.pt").write_bytes(b"not a checkpoint")
+    write_json(run.path / "checkpoint.json", {"tokens": 64, "files": ["checkpoint-64-0.pt"]})
     with pytest.raises(UnweaveError, match="checkpoint is damaged"):
         train.run(spec, tmp_path)
 

@@ -1,13 +1,14 @@
-"""Several processes as one: the few collective operations that training needs, which do nothing where there is one process.
+"""Several processes as one: the few collective operations that training needs. For a process alone they do nothing.
 
-``torchrun`` starts the processes and says through the environment which of them this is. Everything that is decided once
-(norms, initial weights, winners of a batch) is decided from the same numbers in every process, so that all of them take
-the same steps.
+``torchrun`` starts the processes and says through the environment which of them this is. Everything that is decided
+once (norms, initial weights, winners of a batch) is decided from the same numbers in every process, so that all of
+them take the same steps.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -71,6 +72,13 @@ class Group:
 
             dist.barrier()
 
+    def in_turn(self) -> Iterator[None]:
+        """``for _ in group.in_turn(): ...`` runs its body in every process, one after the other."""
+        for rank in range(self.size):
+            if rank == self.rank:
+                yield
+            self.barrier()
+
     def share(self, n: int) -> slice:
         """Which of n items are this process's own: a contiguous part, sizes as equal as they can be."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
@@ -84,7 +92,8 @@ SOLO = Group()
 def world() -> Group:
     """The processes that torchrun started (joined on the first call); ``SOLO`` where it did not.
 
-    Processes talk through gloo on CPUs and nccl on GPUs. Raises UnweaveError when the environment is half set.
+    Tensors on CPUs travel through gloo, those on GPUs through nccl. Raises UnweaveError when the environment is only
+    half set.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if os.environ.get(name)]
@@ -99,5 +108,5 @@ def world() -> Group:
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Group(dist.get_rank(), dist.get_world_size())

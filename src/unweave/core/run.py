@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import platform
+import resource
 import shutil
 import sys
 import time
@@ -124,6 +125,12 @@ def environment() -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()} | versions
+
+
+def peak_memory_gb() -> float:
+    """The most memory this process has held so far, in GB."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(kilobytes * (1024 if sys.platform != "darwin" else 1) / 1e9, 2)
 
 
 class Run:

@@ -26,7 +26,7 @@ from unweave.core.run import atomic_write
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.data.tokens import TokenStore
-from unweave.lm.model import LM
+from unweave.lm.model import LM, Tokens
 
 
 @dataclass(frozen=True)
@@ -311,3 +311,44 @@ class MixingBuffer:
                         self._pool[site] = x[site].new_empty(len(self._rows), x[site].shape[1])
                     self._pool[site][places] = x[site][self._rows[places, 1]]
                 progress.advance(len(places))
+
+
+class RowBatches:
+    """Endless batches of whole rows of a token store, in an order drawn anew every epoch: for training end to end.
+
+    A batch holds as many rows as fit into about ``batch_tokens`` real tokens. The same seed gives the same batches.
+    """
+
+    def __init__(self, store: TokenStore, pad_id: int, *, batch_tokens: int, seed: int) -> None:
+        self.store, self.pad_id, self.batch_tokens, self.seed = store, pad_id, batch_tokens, seed
+        self.epoch, self.position = 0, 0
+        self._drawn: tuple[int, Tensor] | None = None
+
+    def _order(self) -> Tensor:
+        if self._drawn is None or self._drawn[0] != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            self._drawn = self.epoch, torch.randperm(self.store.n_rows, generator=generator)
+        return self._drawn[1]
+
+    def next(self) -> tuple[Tokens, Tensor]:
+        """The next rows, padded on the right, and where each token lies in the store [B, P] (-1: padding)."""
+        rows: list[int] = []
+        count = 0
+        while True:
+            row = int(self._order()[self.position])
+            length = int(self.store.starts[row + 1] - self.store.starts[row])
+            if rows and count + length > self.batch_tokens:
+                return self.store.batch(rows, self.pad_id)
+            rows.append(row)
+            count += length
+            self.position += 1
+            if self.position == self.store.n_rows:
+                self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the batches are."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues where ``state`` was taken."""
+        self.epoch, self.position = state["epoch"], state["position"]

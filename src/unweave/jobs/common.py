@@ -22,7 +22,6 @@ from unweave.jobs.specs import DataSpec, StreamSpec, UseSpec
 from unweave.lm.model import LM
 from unweave.sae.module import SAE
 
-
 _CACHE_VERSION = 2
 """of the chunks of activations on disk"""
 

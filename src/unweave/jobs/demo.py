@@ -59,7 +59,7 @@ def run(spec: DemoSpec, runs: Path) -> Run:
         run.reused = False
         started = time.monotonic()
         trained = train.run(scale.train, runs)
-        sae, device = train.sae_folder(trained, scale.train, scale.train.sites[0]), spec.device
+        sae, device = train.sae_folder(trained), spec.device
         stages: dict[str, Callable[[], Run]] = {
             "eval": lambda: evaluation.run(EvalSpec(sae=sae, device=device), runs),
             "latents": lambda: latents.run(LatentsSpec(sae=sae, device=device), runs),

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
 from unweave.data.pack import pack
 from unweave.jobs.common import documents_of, load_lm, refuse_long_rows
 from unweave.jobs.specs import DoctorSpec
+from unweave.jobs.train import Member, members
 from unweave.lm.model import LM, Tokens
 from unweave.sae.train import SAETrainer
 
@@ -36,9 +38,9 @@ def run(spec: DoctorSpec, runs: Path) -> Checkup:
     lm = _try(problems, lambda: load_lm(spec.model, spec.dtype, spec.device))
     found: dict[str, Any] = {"model": repr(lm) if lm else spec.model}
     if lm is not None:
-        sites = [s for s in (_try(problems, lambda site=site: lm.site(site)) for site in spec.sites) if s]
-        if sites:
-            found |= _cost(spec, lm, sites, problems)
+        found_members = _try(problems, lambda: members(spec, lm))
+        if found_members:
+            found |= _cost(spec, lm, found_members, problems)
         _look_at_text(spec, lm, problems)
     _look_at_folder(runs, problems)
     found["disk_free_gb"] = round(shutil.disk_usage(_existing(runs)).free / 1e9, 1)
@@ -95,8 +97,9 @@ def _memory_gb() -> float:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
 
 
-def _cost(spec: DoctorSpec, lm: LM, sites: list[Any], problems: list[str]) -> dict[str, Any]:
-    """Times one harvest batch and a few training steps."""
+def _cost(spec: DoctorSpec, lm: LM, asked: list[Member], problems: list[str]) -> dict[str, Any]:
+    """Times one harvest batch and a few training steps of every SAE."""
+    sites = sorted({site for member in asked for site in (member.read, member.write)})
     context = spec.data.pack.context
     limit = getattr(lm.model.config, "max_position_embeddings", context)
     _try(problems, lambda: refuse_long_rows(lm, context))
@@ -104,7 +107,6 @@ def _cost(spec: DoctorSpec, lm: LM, sites: list[Any], problems: list[str]) -> di
     tokens = Tokens.of(
         torch.randint(0, lm.vocab_size, (rows, min(context, limit)), generator=torch.Generator().manual_seed(0))
     )
-    widths = {}
     seconds = 0.0
     for _ in range(2):  # the first is for warming up
         started = time.perf_counter()
@@ -112,19 +114,17 @@ def _cost(spec: DoctorSpec, lm: LM, sites: list[Any], problems: list[str]) -> di
             lm(tokens)
         seconds = time.perf_counter() - started
     harvest = tokens.n_tokens / seconds
-    training = 0.0
-    for site in sites:
-        x = seen[site].flatten(0, 1).float()
-        widths[site] = x.shape[1]
-        training += _step_seconds(spec, x)
-    train = spec.sae.batch / training
-    width, latents = sum(widths.values()), sum(w * spec.sae.expansion for w in widths.values())
-    parameters = sum(2 * w * w * spec.sae.expansion for w in widths.values())
+    x = {site: seen[site].flatten(0, 1).float() for site in sites}
+    train = spec.sae.batch / sum(_step_seconds(member, x) for member in asked)
+    width = sum(found.shape[1] for found in x.values())
+    latents = sum(x[member.read].shape[1] * member.spec.expansion for member in asked)
+    parameters = sum(x[m.read].shape[1] * m.spec.expansion * (x[m.read].shape[1] + x[m.write].shape[1]) for m in asked)
     cached = spec.data.tokens * width * _FP32 if spec.stream.cache else 0
     harvested = spec.data.tokens if spec.stream.cache else spec.sae.tokens
     model = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     memory = model + 4 * parameters * _FP32 + 3 * spec.stream.buffer_tokens * width * _FP32 + 1e9
     return {
+        "saes": len(asked),
         "latents": latents,
         "distinct_tokens": spec.data.tokens,
         "training_tokens": spec.sae.tokens,
@@ -137,12 +137,14 @@ def _cost(spec: DoctorSpec, lm: LM, sites: list[Any], problems: list[str]) -> di
     }
 
 
-def _step_seconds(spec: DoctorSpec, x: torch.Tensor) -> float:
-    trainer = SAETrainer(spec.sae, x.shape[1], init_x=x, seed=0)
-    batch = x[torch.randint(0, len(x), (spec.sae.batch,), generator=torch.Generator().manual_seed(0))]
+def _step_seconds(member: Member, x: dict[Site, torch.Tensor]) -> float:
+    goal = None if member.read == member.write else x[member.write]
+    trainer = SAETrainer(member.spec, x[member.read].shape[1], init_x=x[member.read], init_target=goal)
+    count = len(x[member.read])
+    chosen = torch.randint(0, count, (member.spec.batch,), generator=torch.Generator().manual_seed(0))
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        trainer.step(batch)
+        trainer.step(x[member.read][chosen], None if goal is None else goal[chosen])
         times.append(time.perf_counter() - started)
     return min(times)

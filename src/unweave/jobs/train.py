@@ -1,15 +1,19 @@
-"""Training: text -> tokens -> activations -> one SAE per site, saved with where it comes from.
+"""Training: text -> tokens -> activations -> SAEs, several at once, saved with where they come from.
 
-A checkpoint holds every trainer's state and the place in the stream; killed at any moment, the same command goes on
-from the last one and ends with the same bytes.
+1. Every variant of the spec at every site is a member. All of them train on the same batches, from one forward pass.
+2. A checkpoint holds every trainer's state and the place in the stream; killed at any moment, the same command goes on
+   from the last one and ends with the same bytes.
+3. Started by torchrun, several processes divide the forward passes. Where there are at least as many members as
+   processes, each trains its own members on whole batches; otherwise all train every member, each on its part of the
+   batch.
 """
 
 from __future__ import annotations
 
-import pickle
+import contextlib
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,68 +21,125 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unweave.core.dist import Group, world
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.progress import task
-from unweave.core.run import Run, atomic_write
+from unweave.core.run import Run, peak_memory_gb, read_json
 from unweave.core.site import Site
+from unweave.core.spec import digest
 from unweave.data.policy import TokenPolicy
-from unweave.data.stream import ActivationSource, MixingBuffer, Norms, calibrate
+from unweave.data.stream import ActivationSource, MixingBuffer, Norms, RowBatches, calibrate
 from unweave.data.tokens import TokenStore
-from unweave.jobs.common import activation_source, load_lm, stamps, token_store
+from unweave.jobs import checkpoint
+from unweave.jobs.common import activation_source, load_lm, sae_digest, stamps, token_store
 from unweave.jobs.specs import TrainSpec
+from unweave.jobs.variants import variants_of
 from unweave.lm.model import LM
 from unweave.sae import provenance
 from unweave.sae.module import SAE
+from unweave.sae.spec import SAESpec
 from unweave.sae.train import SAETrainer
 
-VERSION = 1
+VERSION = 2
 _INIT_TOKENS = 16_384
 _LOG_EVERY_TOKENS = 20_000
-_CHECKPOINT = "checkpoint.pt"
 _GAMMA_LIMIT = 3.0
 
 
+@dataclass(frozen=True)
+class Member:
+    """One SAE of a training run. ``name`` is its folder under ``sae/``: site, variant, both, or "" for only one."""
+
+    name: str
+    read: Site
+    write: Site
+    spec: SAESpec
+
+
 def run(spec: TrainSpec, runs: Path) -> Run:
-    """Trains one SAE per site. The run holds ``sae/`` (several sites: ``sae/<site>/``), a log and the result."""
-    with Run.open(runs, "train", spec, version=VERSION, inputs=stamps(spec.model, spec.data)) as run:
+    """Trains every variant at every site. The run holds ``sae/`` (several: ``sae/<site>/<variant>``) and the log."""
+    group = world()
+    inputs = stamps(spec.model, spec.data) | ({} if spec.start is None else {"start": _start_digest(spec.start)})
+    with _entered(Run.open(runs, "train", spec, version=VERSION, inputs=inputs), group) as run:
         if run.done:
             return run
         started = time.monotonic()
-        lm = load_lm(spec.model, spec.dtype, spec.device)
-        sites = sorted({lm.site(site) for site in spec.sites})
-        store, store_run = token_store(lm, spec.model, spec.data, "train", spec.data.tokens, runs)
-        source = activation_source(lm, store, store_run, sites, spec.stream, spec.dtype, runs)
+        for _ in group.in_turn():
+            lm = load_lm(spec.model, spec.dtype, spec.device)
+            store, store_run = token_store(lm, spec.model, spec.data, "train", spec.data.tokens, runs)
+            heldout, _ = token_store(lm, spec.model, spec.data, "heldout", spec.data.heldout_tokens, runs)
+        found = members(spec, lm)
+        sites = sorted({site for member in found for site in (member.read, member.write)})
+        source = activation_source(lm, store, store_run, sites, spec.stream, spec.dtype, runs, group)
         _refuse_too_little(spec, store, source)
-        heldout, _ = token_store(lm, spec.model, spec.data, "heldout", spec.data.heldout_tokens, runs)
-        work = _Work(run, spec, lm, store, source)
+        work = _Work(run, spec, lm, store, source, found, group)
         result = work.train()
-        result["reference"] = work.save(heldout)
-        run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
-        (run.path / _CHECKPOINT).unlink(missing_ok=True)
+        work.save(heldout)
+        if group.rank == 0:
+            result |= _saved(run, found)
+            result["peak_memory_gb"] = peak_memory_gb()
+            run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
+            checkpoint.remove(run)
+        group.barrier()
     return run
 
 
-def sae_folder(run: Run, spec: TrainSpec, site: str | Site) -> Path:
-    """Where a training run keeps the SAE of a site."""
-    return run.path / "sae" if len(spec.sites) == 1 else run.path / "sae" / str(site)
-
-
-def _load_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+def members(spec: TrainSpec, lm: LM) -> list[Member]:
+    """The SAEs that a spec asks for in a model, in the order of sites. UnweaveError for a pattern that fits no site."""
+    pairs = lm.matching(spec.sites)
+    variants = variants_of(spec.sae, spec.variants)
+    found = []
+    for read, write in sorted(pairs):
+        site = str(read) if read == write else f"{read}-{write}"
+        for variant, sae in variants.items():
+            parts = [site] if len(pairs) > 1 or variant else []
+            found.append(Member("/".join([*parts, variant] if variant else parts), read, write, sae))
+    if spec.objective == "end-to-end" and any(member.read != member.write for member in found):
         raise UnweaveError(
-            f"the checkpoint is damaged: {str(error).splitlines()[0]}",
-            where=str(path),
-            remedy="delete it: training begins again, from the activations that are kept",
-        ) from error
+            "transcoders are not trained end to end", where="objective", remedy="use objective: reconstruction"
+        )
+    return found
 
 
-def _reference(sae: SAE, x: Tensor) -> dict[str, float]:
-    """Unexplained variance and L0 on activations [N, D]."""
+def sae_folder(run: Run, name: str = "") -> Path:
+    """Where a training run keeps an SAE; ``name`` is "" for a run's only one, else as in the result's ``saes``."""
+    return run.path / "sae" / name if name else run.path / "sae"
+
+
+@contextlib.contextmanager
+def _entered(run: Run, group: Group) -> Iterator[Run]:
+    """The first process holds the run's lock; the others work beside it."""
+    with run if group.rank == 0 else contextlib.nullcontext(run) as entered:
+        group.barrier()
+        yield entered
+
+
+def _start_digest(start: Path) -> str:
+    folders = sorted(path.parent for path in Path(start).rglob("cfg.json"))
+    if not folders:
+        raise UnweaveError(
+            "there is no SAE to start from", where=str(start), remedy="give an SAE folder, or a run's sae/"
+        )
+    return digest([[str(folder.relative_to(start)), sae_digest(folder)] for folder in folders])
+
+
+def _saved(run: Run, found: list[Member]) -> dict[str, Any]:
+    """What the saved SAEs say of themselves."""
+    rows = []
+    for member in found:
+        folder = sae_folder(run, member.name)
+        reference = read_json(folder / "cfg.json")["metadata"]["unweave"]["provenance"]["reference"]
+        site = str(member.read) if member.read == member.write else f"{member.read}->{member.write}"
+        rows.append({"name": member.name, "site": site, "kind": member.spec.kind, "reference": reference})
+    return {"saes": rows, "reference": {row["name"] or row["site"]: row["reference"] for row in rows}}
+
+
+def _reference(sae: SAE, x: Tensor, goal: Tensor) -> dict[str, float]:
+    """Unexplained variance and L0 on activations x [N, d_in] and what they should become, [N, d_out]."""
     codes = sae.codes(x)
-    missed = (x - sae.decode(codes)).double().square().sum()
-    spread = (x.double() - x.double().mean(0)).square().sum()
+    y = sae.decode(codes) if sae.W_skip is None else sae.decode(codes) + x @ sae.W_skip
+    missed = (goal - y).double().square().sum()
+    spread = (goal.double() - goal.double().mean(0)).square().sum()
     return {
         "unexplained_variance": float(missed / spread),
         "l0": len(codes.values) / max(1, codes.n_rows),
@@ -105,42 +166,64 @@ def _refuse_too_little(spec: TrainSpec, store: TokenStore, source: ActivationSou
 
 @dataclass
 class _Work:
-    """A training run under way."""
+    """A training run under way, in one process of ``group``."""
 
     run: Run
     spec: TrainSpec
     lm: LM
     store: TokenStore
     source: ActivationSource
+    members: list[Member]
+    group: Group
+
+    def __post_init__(self) -> None:
+        self.divided = 1 < self.group.size <= len(self.members)
+        self.own = self.members[self.group.rank :: self.group.size] if self.divided else self.members
+        self.shared = Group() if self.divided else self.group  # who trains an SAE together
+        self.writes = self.divided or self.group.rank == 0
 
     def train(self) -> dict[str, Any]:
         self.norms: dict[Site, Norms] = calibrate(self.source, self.spec.stream.max_norm_ratio)
         self._warn_of_norms()
         limits = {site: norms.max_norm for site, norms in self.norms.items()}
         self.policies = {site: TokenPolicy(self.source.exclude_ids, limit) for site, limit in limits.items()}
-        smallest = 2 * self.spec.sae.batch
         self.buffer = MixingBuffer(
             self.source,
             batch=self.spec.sae.batch,
-            capacity=max(self.spec.stream.buffer_tokens, smallest),
+            capacity=max(self.spec.stream.buffer_tokens, 2 * self.spec.sae.batch),
             seed=self.spec.seed,
             policies=self.policies,
         )
-        path = self.run.path / _CHECKPOINT
-        saved = _load_checkpoint(path) if path.exists() else None
+        self.rows = RowBatches(self.store, self.lm.pad_id, batch_tokens=self.spec.sae.batch, seed=self.spec.seed)
+        saved = checkpoint.load(self.run)
         if saved is not None:
             self.buffer.load_state_dict(saved["stream"])
-        device = self.lm.device
-        self.trainers = {  # what a trainer measures on its first sample is part of its state
-            site: SAETrainer(self.spec.sae, x.shape[1], init_x=x.to(device), seed=self.spec.seed)
-            for site, x in self.buffer.peek(_INIT_TOKENS).items()
-        }
+            self.rows.load_state_dict(saved["rows"])
+        sample = self.buffer.peek(_INIT_TOKENS)  # what a trainer measures on its first sample is part of its state
+        self.trainers = {member.name: self._trainer(member, sample) for member in self.own}
         if saved is not None:
-            for site, trainer in self.trainers.items():
-                trainer.load_state_dict(saved["trainers"][str(site)])
-            self.run.log("resumed", {"tokens": self.tokens_seen})
+            for name, trainer in self.trainers.items():
+                trainer.load_state_dict(saved["trainers"][name])
+            if self.group.rank == 0:
+                self.run.log("resumed", {"tokens": self.tokens_seen})
         self._loop()
         return self._result()
+
+    def _trainer(self, member: Member, sample: dict[Site, Tensor]) -> SAETrainer:
+        x, device = sample[member.read].to(self.lm.device), self.lm.device
+        goal = None if member.read == member.write else sample[member.write].to(device)
+        start = None
+        if self.spec.start is not None:
+            folder = Path(self.spec.start)
+            start = SAE.load(folder if (folder / "cfg.json").exists() else folder / member.name).to(device)
+            if start.read != member.read:
+                raise UnweaveError(
+                    f"the SAE to start from is of {start.read or 'no named site'}, not of {member.read}",
+                    where=member.name,
+                    remedy="name its own site with --sites, or give the SAE of this one",
+                )
+            start.verify(self.lm)
+        return SAETrainer(member.spec, x.shape[1], init_x=x, init_target=goal, device=device)
 
     @property
     def tokens_seen(self) -> int:
@@ -148,9 +231,10 @@ class _Work:
 
     def _warn_of_norms(self) -> None:
         """Trap 7: a mean far larger than the spread kills latents early unless it is taken off."""
-        for site, norms in self.norms.items():
+        uncentred = any(member.spec.centre == "none" for member in self.members)
+        for site, norms in self.norms.items() if self.group.rank == 0 else ():
             self.run.log("norms", {"site": str(site), **asdict(norms)})
-            if norms.gamma > _GAMMA_LIMIT and self.spec.sae.centre == "none":
+            if norms.gamma > _GAMMA_LIMIT and uncentred:
                 warnings.warn(
                     f"{site}: the mean activation is {norms.gamma:.1f} times the spread; many latents will die. "
                     "Use sae.centre mean or median.",
@@ -158,36 +242,68 @@ class _Work:
                     stacklevel=2,
                 )
 
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
     def _loop(self) -> None:
         total = self.spec.sae.tokens
         last_saved, next_log = time.monotonic(), self.tokens_seen
-        name = "train " + ", ".join(map(str, self.source.sites))
+        name = f"train {len(self.members)} SAEs" if len(self.members) > 1 else f"train {self.members[0].read}"
         with task(name, total=total, unit="tokens", done=self.tokens_seen) as progress:
             while self.tokens_seen < total:
-                batch = self.buffer.next()
-                for site, trainer in self.trainers.items():
-                    found = trainer.step(batch[site].to(self.lm.device))
-                    if self.tokens_seen >= next_log or trainer.done:
-                        self.run.log("train", {"site": str(site), "tokens": trainer.tokens_seen, **_rounded(found)})
-                        progress.note(f"unexplained {found['fvu']:.3f}, dead {found['dead']:.0f}")
-                if self.tokens_seen >= next_log:
+                before = self.tokens_seen
+                found = self._step()
+                if before >= next_log or self.tokens_seen >= total:
+                    self._log(found)
                     next_log = self.tokens_seen + _LOG_EVERY_TOKENS
-                progress.advance(self.spec.sae.batch)
-                if time.monotonic() - last_saved > self.spec.checkpoint_seconds:
+                    first = next(iter(found.values()))
+                    progress.note(f"unexplained {first['fvu']:.3f}, dead {first['dead']:.0f}")
+                progress.advance(self.tokens_seen - before)
+                due = time.monotonic() - last_saved > self.spec.checkpoint_seconds
+                if bool(self.group.broadcast(torch.tensor(int(due)))):
                     self._checkpoint()
                     last_saved = time.monotonic()
         self._checkpoint()
 
+    def _step(self) -> dict[str, dict[str, float]]:
+        """One optimiser step of every trainer here."""
+        if self.spec.objective == "end-to-end":
+            from unweave.sae.end_to_end import end_to_end_step
+
+            tokens, _ = self.rows.next()
+            mine = tokens.rows(self.shared.share(len(tokens)))
+            return {
+                member.name: end_to_end_step(
+                    self.lm, self.trainers[member.name], mine, member.read, self.policies[member.read]
+                )
+                for member in self.own
+            }
+        batch = {site: x.to(self.lm.device) for site, x in self.buffer.next().items()}
+        mine = self.shared.share(self.spec.sae.batch)
+        return {
+            member.name: self.trainers[member.name].step(
+                batch[member.read][mine], None if member.read == member.write else batch[member.write][mine]
+            )
+            for member in self.own
+        }
+
+    def _log(self, found: dict[str, dict[str, float]]) -> None:
+        for member in self.own if self.writes else ():
+            place = {"site": str(member.write)} | ({"sae": member.name} if member.name else {})
+            tokens = self.trainers[member.name].tokens_seen
+            self.run.log("train", place | {"tokens": tokens, **_rounded(found[member.name])})
+
     def _checkpoint(self) -> None:
         state = {
             "stream": self.buffer.state_dict(),
-            "trainers": {str(site): trainer.state_dict() for site, trainer in self.trainers.items()},
+            "rows": self.rows.state_dict(),
+            "trainers": {name: trainer.state_dict() for name, trainer in self.trainers.items()},
         }
-        with atomic_write(self.run.path / _CHECKPOINT) as temporary:
-            torch.save(state, temporary)
+        checkpoint.save(self.run, state, self.tokens_seen, self.group, self.writes)
 
-    def save(self, heldout: TokenStore) -> dict[str, dict[str, float]]:
-        """Saves every SAE with its provenance; returns its unexplained variance and L0 on held-out text."""
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def save(self, heldout: TokenStore) -> None:
+        """Saves every SAE with its provenance, and its unexplained variance and L0 on held-out text in that."""
         source = ActivationSource(
             self.lm,
             heldout,
@@ -195,14 +311,16 @@ class _Work:
             chunk_tokens=heldout.n_tokens,
             batch_tokens=self.source.batch_tokens,
             exclude_ids=self.source.exclude_ids,
+            nonfinite=self.source.nonfinite,
+            group=self.group,
         )
         sample = source.chunk(0)
-        references = {}
-        for site, trainer in self.trainers.items():
-            sae = trainer.to_sae(read=site, policy=self.policies[site])
-            inside = TokenPolicy(max_norm=self.policies[site].max_norm)  # the source has left the excluded ids out
-            x = sample.x[site][inside.keep(sample.x[site])].to(self.lm.device)
-            references[str(site)] = _reference(sae, x)
+        for member in self.own if self.writes else ():
+            policy = self.policies[member.read]
+            trainer = self.trainers[member.name]
+            sae = trainer.to_sae(read=member.read, write=member.write, policy=policy)
+            inside = TokenPolicy(max_norm=policy.max_norm).keep(sample.x[member.read])  # excluded ids are out already
+            x, goal = (sample.x[site][inside].to(self.lm.device) for site in (member.read, member.write))
             sae.provenance = {
                 "model": provenance.describe_model(self.lm, sae),
                 "data": {
@@ -211,13 +329,13 @@ class _Work:
                     "begins_with_bos": self._begins_with_bos(),
                     **self.store.meta,
                 },
-                "train": self.spec.to_dict(),
+                "train": self.spec.to_dict() | {"sae": member.spec.to_dict()},
                 "tokens": trainer.tokens_seen,
                 "distinct_tokens": self.store.n_tokens,
-                "reference": references[str(site)],
+                "reference": _reference(sae, x, goal),
             }
-            sae.save(sae_folder(self.run, self.spec, site))
-        return references
+            sae.save(sae_folder(self.run, member.name))
+        self.group.barrier()
 
     def _begins_with_bos(self) -> bool:
         """Whether the rows that were trained on begin with the BOS token (traps 3 and 6)."""
@@ -232,6 +350,9 @@ class _Work:
             "distinct_tokens": self.store.n_tokens,
             "epochs": self.buffer.epoch + self.buffer.position / self.source.n_chunks,
             "outliers_dropped": self.buffer.outliers,
+            "nonfinite_dropped": self.buffer.nonfinite,
+            "text": {name: value for name, value in self.store.meta.items() if name != "tokenizer"},
             "norms": counted,
             "sites": [str(s) for s in self.source.sites],
+            "processes": self.group.size,
         }

@@ -1,0 +1,49 @@
+"""What ``unweave paper instruct-saes`` can be asked. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unweave.core.errors import UnweaveError
+from unweave.core.spec import Spec, operational
+from unweave.judge.spec import JudgeSpec
+
+LAYERS = {
+    "meta-llama/Llama-3.1-8B-Instruct": (4, 12, 18, 20, 25),
+    "meta-llama/Llama-3.2-3B-Instruct": (4, 12, 20),
+    "meta-llama/Llama-3.2-1B-Instruct": (4, 9, 14),
+    "Qwen/Qwen2.5-7B-Instruct": (4, 12, 18, 20, 25),
+    "Qwen/Qwen2.5-3B-Instruct": (4, 18, 32),
+    "Qwen/Qwen2.5-1.5B-Instruct": (4, 14, 24),
+    "Qwen/Qwen2.5-0.5B-Instruct": (4, 12, 20),
+}
+"""The paper's models and the layers whose residual stream it reads (its table 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructSaesSpec(Spec):
+    """The FAST paper: whole conversations against block training."""
+
+    scale: Literal["smoke", "paper"] = "smoke"
+    """smoke: SmolLM2-135M, 300,000 tokens per SAE, under an hour on two cores; paper: its models and 40.96 M tokens."""
+    model: str | None = None
+    """paper scale: one of its models, by default Qwen/Qwen2.5-0.5B-Instruct. The smoke scale has one model."""
+    device: str | None = operational(None)
+    """cpu, cuda, cuda:1...; by default a GPU where there is one."""
+    rubric: bool = True
+    """Have a chat model rate latents of one JumpReLU SAE per recipe: 8 of each at smoke scale, 128 at paper scale."""
+    judge: JudgeSpec = JudgeSpec()
+    """The chat model that rates."""
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.scale != "paper":
+            raise UnweaveError(
+                "the smoke scale has its own model", where="model", remedy="leave model out, or give scale: paper"
+            )
+        if self.model is not None and self.model not in LAYERS:
+            raise UnweaveError(
+                f"{self.model!r} is not one of the paper's models", where="model", remedy=f"models: {', '.join(LAYERS)}"
+            )
+        if not self.rubric and self.judge != JudgeSpec():
+            raise UnweaveError("a judge without a rubric has nothing to do", where="judge", remedy="leave one of them")
