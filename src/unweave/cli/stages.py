@@ -117,6 +117,17 @@ _ALL = (
         "unweave steer --sae runs/train-0123456789ab/sae --latent 1234",
     ),
     _stage(
+        "rubric",
+        "Have a chat model score how clear latents are, from 1 to 5.",
+        "The judge sees the five strongest contexts of random latents, and beside them sets of contexts of five "
+        "different latents, which should score low. By default a small judge runs here (a download of 1.1 GB, once, "
+        "and 7 GB of memory); with --judge.base-url any OpenAI-compatible server. Every reply is kept: after an "
+        "interruption, none is asked again.",
+        "unweave rubric --sae runs/train-0123456789ab/sae --latents 8",
+        "unweave rubric --sae runs/train-0123456789ab/sae --latents 128 --judge.model gpt-4o-2024-11-20 "
+        "--judge.base-url https://api.openai.com/v1 --judge.api-key-env OPENAI_API_KEY",
+    ),
+    _stage(
         "report",
         "Write one self-contained HTML page from finished runs.",
         "Numbers with their meaning, training curves, a browsable list of latents, attribution and steered text. "

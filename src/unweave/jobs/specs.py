@@ -9,6 +9,7 @@ from typing import Any, Literal
 from unweave.core.spec import Spec, operational, require
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
+from unweave.judge.spec import JudgeSpec
 from unweave.sae.spec import SAESpec
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -38,12 +39,18 @@ class DataSpec(Spec):
     """How many tokens of those documents to measure on."""
     seed: int = 0
     """Order of the documents and choice of the held-out ones."""
+    dedup: int = 0
+    """Drop documents in which so many words in a row are the same as in an earlier one, 20 in the FAST paper; 0: none."""
+    dedup_memory_mb: int = operational(512)
+    """Memory for what earlier documents said; the rest lies on disk meanwhile, 8 bytes a word."""
 
     def __post_init__(self) -> None:
         require(
             self,
             {
                 "sources": len(self.sources) > 0,
+                "dedup": self.dedup >= 0,
+                "dedup_memory_mb": self.dedup_memory_mb > 0,
                 "tokens": self.tokens > 0,
                 "heldout": 0 < self.heldout < 1,
                 "heldout_tokens": self.heldout_tokens > 0,
@@ -209,6 +216,29 @@ class SteerSpec(UseSpec):
     def __post_init__(self) -> None:
         lists = {"prompts": len(self.prompts) > 0, "strengths": len(self.strengths) > 0}
         require(self, lists | {"max_new_tokens": self.max_new_tokens > 0})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RubricSpec(UseSpec):
+    """Having a chat model score how clear latents are."""
+
+    judge: JudgeSpec = JudgeSpec()
+    """The chat model that scores."""
+    latents: int = 16
+    """How many latents to score, drawn at random; the FAST paper takes 128."""
+    shuffled: int | None = None
+    """How many sets of contexts of five different latents to score beside them; by default as many as latents."""
+    data: DataSpec | None = None
+    """Other text to take contexts from; by default the training text."""
+    latents_tokens: int | None = None
+    """How many tokens the latents' records are taken from; as in `unweave latents`, whose run is shared."""
+    seed: int = 0
+    """Choice of the latents and of the shuffled sets."""
+
+    def __post_init__(self) -> None:
+        tokens = self.latents_tokens is None or self.latents_tokens > 0
+        shuffled = self.shuffled is None or self.shuffled >= 0
+        require(self, {"latents": self.latents > 0, "shuffled": shuffled, "latents_tokens": tokens})
 
 
 @dataclass(frozen=True, kw_only=True)
