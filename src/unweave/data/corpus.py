@@ -6,7 +6,7 @@ A source is a catalogue text ("chitchat"), a file, a folder, or a hub dataset ("
     .txt        a file named by itself: blank lines separate documents
     .jsonl      one row a line;  .json: an array of rows, or one row a line;  .parquet: rows
 
-A row is a conversation if it has the messages field ({role, content}), "conversations" ({from, value}) or
+A row is a conversation if it has the messages field ({role, content}), "conversation(s)" ({from, value} too) or
 instruction/input/output; otherwise its text field is a plain document. Files larger than memory stream.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from unweave.core.errors import UnweaveError
 from unweave.core.spec import Spec
 from unweave.data.rows import (
+    CONVERSATION_FIELDS,
     Messages,
     chitchat_conversations,
     conversation_or_text,
@@ -75,19 +76,30 @@ class Document:
         return json.dumps([[m["role"], m["content"]] for m in self.messages], ensure_ascii=False)
 
 
-def documents(sources: Sequence[Source], seed: int) -> Iterator[Document]:
+@dataclass
+class TextCounts:
+    """What was left out of the sources so far."""
+
+    blank: int = 0
+    """documents, and conversations, without any text"""
+
+
+def documents(sources: Sequence[Source], seed: int, counts: TextCounts | None = None) -> Iterator[Document]:
     """All documents of all sources: shuffled nearby within each source, sources taking turns by weight.
 
+    A source of weight w gives w documents for every one of a source of weight 1, until it is exhausted and the others
+    share its turns.
+
     The same sources and seed give the same order. Reading goes on as documents are asked for; each source holds
-    at most 1,024 documents (or 16 million characters) to shuffle among. Raises UnweaveError for a source that is
-    missing, unreadable or empty, and for a row without the fields it needs.
+    at most 1,024 documents (or 16 million characters) to shuffle among. ``counts`` grows as sources are read. Raises
+    UnweaveError for a source that is missing, unreadable or empty, and for a row without the fields it needs.
     """
     if not sources:
         raise UnweaveError("no text was named", remedy="name at least one source, e.g. chitchat or a folder")
     for source in sources:
         if not source.weight > 0:
             raise UnweaveError(f"weight {source.weight} is not above 0", where=source.path, remedy="leave it out")
-    streams = {i: _shuffled(read(source), f"{seed}/{i}") for i, source in enumerate(sources)}
+    streams = {i: _shuffled(read(source, counts), f"{seed}/{i}") for i, source in enumerate(sources)}
     taken = dict.fromkeys(streams, 0)
     while streams:
         turn = min(streams, key=lambda i: ((taken[i] + 1) / sources[i].weight, i))
@@ -99,11 +111,14 @@ def documents(sources: Sequence[Source], seed: int) -> Iterator[Document]:
         yield document
 
 
-def read(source: Source) -> Iterator[Document]:
-    """The documents of one source as they stand there; documents without any text are left out."""
+def read(source: Source, counts: TextCounts | None = None) -> Iterator[Document]:
+    """The documents of one source as they stand there; those without any text are left out and counted."""
     empty = True
     for index, (text, messages) in enumerate(_rows(source)):
-        if text is not None and not text.strip():
+        contents = [text or ""] if messages is None else [message["content"] for message in messages]
+        if not any(content.strip() for content in contents):
+            if counts is not None:
+                counts.blank += 1
             continue
         empty = False
         yield Document(text, messages, source.path, index)
@@ -179,7 +194,7 @@ def _path_rows(path: Path, source: Source) -> Iterator[tuple[str | None, Message
     elif path.suffix in (".jsonl", ".ndjson", ".json"):
         yield from _fields(json_rows(path), source)
     elif path.suffix == ".parquet":
-        wanted = [source.messages_field, "conversations", "instruction", "input", "output", source.text_field]
+        wanted = [source.messages_field, *CONVERSATION_FIELDS, "instruction", "input", "output", source.text_field]
         yield from _fields(parquet_rows(path, wanted), source)
     else:
         raise UnweaveError(

@@ -102,13 +102,13 @@ class _FileRun:
     def write(cls, folder: Path, pieces: Sequence[np.ndarray] | Iterator[np.ndarray], tier: int) -> _FileRun:
         """A run of the sorted pieces, which follow one another in order."""
         folder.mkdir(parents=True, exist_ok=True)
-        handle = tempfile.TemporaryFile(dir=folder)
+        handle = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the run
         fences: list[np.ndarray] = []
         length = 0
         try:
             for piece in pieces:
                 fences.append(piece[-length % _BLOCK :: _BLOCK].copy())
-                handle.write(memoryview(piece).cast("B"))
+                handle.write(piece.data)
                 length += len(piece)
             handle.flush()
         except BaseException:

@@ -1,11 +1,13 @@
 """Documents as rows of token ids: each document a row, or all of them as one stream cut into blocks.
 
     documents   a row is one document, cut off at ``context`` tokens; shorter than ``min_tokens``: left out
-    blocks      documents follow each other, separated by EOS (BOS where there is no EOS), cut into rows of exactly
-                ``context`` tokens; what does not fill the last row is left out
+    blocks      documents follow each other, cut into rows of exactly ``context`` tokens; what does not fill the last
+                row is left out. EOS (BOS where there is no EOS) separates them, unless a document ends with a special
+                token already, as most chat templates see to
 
-BOS stands only where a row begins, never inside one, unless it is the only separator there is (trap 4). Everything that
-is left out is counted.
+Conversations go through the chat template either way and keep a role per token; a block may begin in mid-turn. BOS
+stands only where a row begins, never inside one, unless it is the only separator there is (trap 4). Everything that is
+left out is counted.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ from typing import Any, Literal, NamedTuple, Self
 from unweave.core.errors import UnweaveError
 from unweave.core.spec import Spec
 from unweave.data.corpus import Document
-from unweave.lm.chat import Role, encode_text, encode_texts, has_template, render, render_many
+from unweave.data.splits import SplitDocuments
+from unweave.lm.chat import Role, encode_text, encode_texts, has_template, render_each, special_ids
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 2_000_000
+_PATIENCE = 1000
+"""After so many conversations none of which can be used, the text is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,8 @@ class PackSpec(Spec):
     """Documents with fewer tokens are left out (not in blocks)."""
     bos: Literal["tokenizer", "always", "never"] = "tokenizer"
     """Whether rows begin with BOS: as the tokenizer (or the chat template) does by itself, always, or never."""
+    unanswered: Literal["skip", "keep", "refuse"] = "skip"
+    """Conversations in which the assistant says nothing: left out and counted, kept, or an error."""
 
     def __post_init__(self) -> None:
         if self.context < 2 or self.min_tokens < 1 or self.min_tokens > self.context:
@@ -62,10 +69,21 @@ class PackCounts:
     added_tokens: int = 0
     """separators, and BOS put in front of rows"""
     removed_bos: int = 0
+    truncated_documents: int = 0
     truncated_tokens: int = 0
     short_documents: int = 0
     short_tokens: int = 0
     remainder_tokens: int = 0
+    conversations: int = 0
+    """that were rendered"""
+    unanswered_conversations: int = 0
+    """left out because the assistant says nothing"""
+    rejected_conversations: int = 0
+    """left out because the chat template refuses or rewrites them"""
+    first_rejected: str = ""
+    """the first of them, and why"""
+    empty_messages: int = 0
+    """messages without text in conversations that were rendered; they stay"""
 
 
 class Packed(Iterator[Row]):
@@ -73,10 +91,10 @@ class Packed(Iterator[Row]):
 
     def __init__(self, docs: Iterable[Document], tokenizer: Any, spec: PackSpec) -> None:
         self.spec, self.counts = spec, PackCounts()
+        self._docs, self._tokenizer = docs, tokenizer
         self._bos = _begins_with_bos(tokenizer, spec)
-        encoded = self._counted(_encoded(docs, tokenizer))
         make = self._documents if spec.packing == "documents" else self._blocks
-        self._rows = make(encoded, tokenizer)
+        self._rows = make(self._encoded(docs), tokenizer)
 
     def __iter__(self) -> Self:
         return self
@@ -87,14 +105,39 @@ class Packed(Iterator[Row]):
         self.counts.row_tokens += len(row.ids)
         return row
 
-    def report(self) -> dict[str, int]:
-        """The counts as plain values."""
-        return asdict(self.counts)
+    def report(self) -> dict[str, dict[str, Any]]:
+        """The counts as plain values: {"packing": ...} and those of the documents, where they count themselves."""
+        return {"packing": asdict(self.counts)} | (
+            self._docs.report() if isinstance(self._docs, SplitDocuments) else {}
+        )
 
-    def _counted(self, encoded: Iterator[Row]) -> Iterator[Row]:
-        for row in encoded:
-            self.counts.documents += 1
-            yield row
+    def in_words(self) -> str:
+        """What became of the documents and conversations."""
+        counts = self.counts
+        parts = [
+            f"{counts.documents:,} documents were read",
+            f"{counts.short_documents:,} were shorter than {self.spec.min_tokens} tokens",
+            f"{counts.unanswered_conversations:,} conversations had no assistant turn",
+            f"the chat template refused {counts.rejected_conversations:,}",
+        ]
+        before = [self._docs.in_words()] if isinstance(self._docs, SplitDocuments) else []
+        return "; ".join([", ".join(parts), *before])
+
+    def require_conversations(self) -> None:
+        """Raises UnweaveError when there were conversations and none of them could be used."""
+        counts = self.counts
+        if counts.conversations or not (counts.unanswered_conversations or counts.rejected_conversations):
+            return
+        if counts.rejected_conversations:
+            raise UnweaveError(
+                f"the chat template refuses all conversations, {counts.rejected_conversations:,} so far, besides "
+                f"{counts.unanswered_conversations:,} without an assistant turn; the first: {counts.first_rejected}",
+                remedy="use a model whose template takes such roles, or change the conversations",
+            )
+        raise UnweaveError(
+            f"none of the {counts.unanswered_conversations:,} conversations so far has an assistant turn",
+            remedy="set data.pack.unanswered to keep, or give conversations with answers",
+        )
 
     def _documents(self, encoded: Iterator[Row], tokenizer: Any) -> Iterator[Row]:
         bos = tokenizer.bos_token_id
@@ -109,7 +152,9 @@ class Packed(Iterator[Row]):
                 self.counts.short_documents += 1
                 self.counts.short_tokens += len(ids)
                 continue
-            self.counts.truncated_tokens += max(0, len(ids) - self.spec.context)
+            over = max(0, len(ids) - self.spec.context)
+            self.counts.truncated_documents += over > 0
+            self.counts.truncated_tokens += over
             yield Row(ids[: self.spec.context], roles[: self.spec.context], document)
 
     def _blocks(self, encoded: Iterator[Row], tokenizer: Any) -> Iterator[Row]:
@@ -117,6 +162,7 @@ class Packed(Iterator[Row]):
         separator = eos if eos is not None else bos
         size = self.spec.context - (1 if self._bos else 0)
         head = ([bos], [Role.SPECIAL.value]) if self._bos else ([], [])
+        marks = special_ids(tokenizer) - {tokenizer.unk_token_id}
         ids: list[int] = []
         roles: list[int] = []
         origin: list[int] = []
@@ -124,7 +170,8 @@ class Packed(Iterator[Row]):
             if _opens(new_ids, bos):
                 new_ids, new_roles = new_ids[1:], new_roles[1:]
                 self.counts.removed_bos += 1
-            if separator is not None and new_ids and new_ids[-1] != separator:
+            # A template's end of turn is a separator, be it followed by a line break (ChatML's is).
+            if separator is not None and new_ids and marks.isdisjoint(new_ids[-2:]):
                 new_ids, new_roles = [*new_ids, separator], [*new_roles, Role.SPECIAL.value]
                 self.counts.added_tokens += 1
             ids += new_ids
@@ -138,12 +185,78 @@ class Packed(Iterator[Row]):
             ids, roles, origin = ids[at:], roles[at:], origin[at:]
         self.counts.remainder_tokens += len(ids)
 
+    def _encoded(self, docs: Iterable[Document]) -> Iterator[Row]:
+        """Ids and roles of each document that is used, tokenised in batches."""
+        batch: list[Document] = []
+        characters, first = 0, 0
+        for document in docs:
+            batch.append(document)
+            characters += len(document.content)
+            if len(batch) == _BATCH_DOCUMENTS or characters > _BATCH_CHARACTERS:
+                yield from self._encode_batch(batch, first)
+                first, batch, characters = first + len(batch), [], 0
+        yield from self._encode_batch(batch, first)
+        self.require_conversations()
+
+    def _encode_batch(self, batch: list[Document], first: int) -> Iterator[Row]:
+        tokenizer, bos = self._tokenizer, self._tokenizer.bos_token_id
+        asked = [d for d in batch if d.messages is not None]
+        if asked and not has_template(tokenizer):
+            raise UnweaveError(
+                "the text holds conversations, but this model's tokenizer has no chat template",
+                where=asked[0].source,
+                remedy="use an instruction-tuned model, or text that is not conversations (wiki, c4, sotu, .txt files)",
+            )
+        used = [d.messages or () for d in asked if self.spec.unanswered == "keep" or _answered(d)]
+        rendered = iter(render_each(tokenizer, used))
+        plain = iter(encode_texts(tokenizer, [d.text for d in batch if d.text is not None]))
+        for offset, document in enumerate(batch):
+            self.counts.documents += 1
+            if document.messages is None:
+                found = next(plain)
+            elif self.spec.unanswered == "keep" or _answered(document):
+                found = next(rendered)
+            else:
+                self._skip(document, None)
+                continue
+            if isinstance(found, UnweaveError):
+                self._skip(document, found)
+                continue
+            if document.messages is not None:
+                self.counts.conversations += 1
+                self.counts.empty_messages += sum(not m["content"].strip() for m in document.messages)
+            if bos is not None and found[0][:2] == [bos, bos]:
+                raise UnweaveError(
+                    "the chat template begins with two BOS tokens (trap: template and tokenizer both add one)",
+                    where=_place(document),
+                    remedy="mend the tokenizer's chat template",
+                )
+            yield Row(*found, first + offset)
+
+    def _skip(self, document: Document, refusal: UnweaveError | None) -> None:
+        """Counts a conversation that is left out, because it is refused or (None) because nobody answers in it."""
+        counts = self.counts
+        if refusal is not None:
+            counts.rejected_conversations += 1
+            counts.first_rejected = counts.first_rejected or f"{_place(document)}: {refusal.what}"
+        elif self.spec.unanswered == "refuse":
+            raise UnweaveError(
+                "the assistant says nothing in this conversation",
+                where=_place(document),
+                remedy="drop it, or set data.pack.unanswered to skip or keep",
+            )
+        else:
+            counts.unanswered_conversations += 1
+        if counts.rejected_conversations + counts.unanswered_conversations >= _PATIENCE:
+            self.require_conversations()
+
 
 def pack(docs: Iterable[Document], tokenizer: Any, spec: PackSpec) -> Packed:
     """Rows of the documents in their order, read as rows are taken; ``.counts`` says what was left out so far.
 
-    Raises UnweaveError, naming the document, for conversations that the tokenizer cannot render and for a doubled BOS,
-    and at once when BOS is asked for and the tokenizer has none.
+    Conversations that the chat template refuses, and by default those without an answer, are left out and counted; when
+    none is left (at the end, or after the first thousand), that is an error. Raises UnweaveError, naming the document,
+    for a doubled BOS, and at once when BOS is asked for and the tokenizer has none.
     """
     return Packed(docs, tokenizer, spec)
 
@@ -166,48 +279,10 @@ def _begins_with_bos(tokenizer: Any, spec: PackSpec) -> bool:
     return spec.bos == "always"
 
 
-def _encoded(docs: Iterable[Document], tokenizer: Any) -> Iterator[Row]:
-    """Ids and roles of each document, tokenised in batches."""
-    batch: list[Document] = []
-    characters, first = 0, 0
-    for document in docs:
-        batch.append(document)
-        characters += len(document.content)
-        if len(batch) == _BATCH_DOCUMENTS or characters > _BATCH_CHARACTERS:
-            yield from _encode_batch(batch, first, tokenizer)
-            first, batch, characters = first + len(batch), [], 0
-    yield from _encode_batch(batch, first, tokenizer)
+def _answered(document: Document) -> bool:
+    """Whether the assistant says something in a conversation."""
+    return any(m["role"] == "assistant" and m["content"].strip() for m in document.messages or ())
 
 
-def _encode_batch(batch: list[Document], first: int, tokenizer: Any) -> Iterator[Row]:
-    chats = [d.messages for d in batch if d.messages is not None]
-    texts = [d.text for d in batch if d.text is not None]
-    if chats and not has_template(tokenizer):
-        raise UnweaveError(
-            "the text holds conversations, but this model's tokenizer has no chat template",
-            where=next(d.source for d in batch if d.messages is not None),
-            remedy="use an instruction-tuned model, or text that is not conversations (wiki, c4, sotu, .txt files)",
-        )
-    try:
-        rendered = iter(render_many(tokenizer, chats))
-    except UnweaveError:
-        rendered = (_render_one(tokenizer, d) for d in batch if d.messages is not None)  # finds and names the culprit
-    plain = iter(encode_texts(tokenizer, texts))
-    bos = tokenizer.bos_token_id
-    for offset, document in enumerate(batch):
-        ids, roles = next(plain if document.messages is None else rendered)
-        if bos is not None and ids[:2] == [bos, bos]:
-            raise UnweaveError(
-                "the chat template begins with two BOS tokens (trap: template and tokenizer both add one)",
-                where=f"{document.source}, document {document.index}",
-                remedy="mend the tokenizer's chat template",
-            )
-        yield Row(ids, roles, first + offset)
-
-
-def _render_one(tokenizer: Any, document: Document) -> tuple[list[int], list[int]]:
-    try:
-        return render(tokenizer, document.messages or ())
-    except UnweaveError as error:
-        where = f"{document.source}, document {document.index}"
-        raise UnweaveError(error.what, where=where, remedy=error.remedy) from error
+def _place(document: Document) -> str:
+    return f"{document.source}, document {document.index}"

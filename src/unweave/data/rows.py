@@ -23,6 +23,8 @@ _ROLES = {
     "model": "assistant",
     "bot": "assistant",
 }
+CONVERSATION_FIELDS = ("conversations", "conversation")
+"""Where rows hold a conversation, besides the field that the source names."""
 _LONGEST_PARAGRAPH = 1_000_000
 _READ_BYTES = 1 << 20
 
@@ -199,12 +201,13 @@ def conversation_or_text(
     if not isinstance(row, Mapping):
         raise UnweaveError(f"a row is a {type(row).__name__}, not an object with fields", where=where, remedy="mend it")
     if messages_field:
-        for field in (messages_field, "conversations"):
+        for field in (messages_field, *CONVERSATION_FIELDS):
             if row.get(field) is not None:
                 return None, _messages(row[field], field, where)
         if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
             asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-            return None, ({"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]})
+            pair = {"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}
+            return None, tuple({**message, "content": _whole(message["content"])} for message in pair)
     text = row.get(text_field)
     if not isinstance(text, str):
         raise UnweaveError(
@@ -212,7 +215,7 @@ def conversation_or_text(
             where=where,
             remedy=f"name one of its fields as text_field or messages_field: {', '.join(map(str, row))}",
         )
-    return text, None
+    return _whole(text), None
 
 
 def _messages(value: Any, field: str, where: str) -> Messages:
@@ -231,8 +234,19 @@ def _messages(value: Any, field: str, where: str) -> Messages:
             raise UnweaveError(f"message {index} has the role {role!r}", where=where, remedy=f"known roles: {known}")
         if not isinstance(content, str):
             raise UnweaveError(f"message {index} ({role}) has no text", where=where, remedy="mend or drop the row")
-        found.append({"role": _ROLES[role], "content": content})
+        found.append({"role": _ROLES[role], "content": _whole(content)})
     return tuple(found)
+
+
+def _whole(text: str) -> str:
+    """The text with halves of surrogate pairs, which JSON can hold and no tokenizer takes, replaced."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _joined_parts(parts: Sequence[Any]) -> str | None:

@@ -63,7 +63,8 @@ class TokenStore:
     def write(cls, folder: Path, rows: Iterable[Row], budget_tokens: int, meta: Mapping[str, Any]) -> TokenStore:
         """Stores rows until they hold ``budget_tokens`` tokens; the row that reaches the budget is kept whole.
 
-        ``meta`` is kept beside the counts (tokens by role, and, for rows of ``pack``, what packing left out). Raises
+        ``meta`` is kept beside the counts: rows, tokens, documents, tokens by role and, for rows of ``pack``, what
+        became of the rest under "packing", "text" and "dedup" (see ``Packed.report``). Raises
         UnweaveError when there are no rows, when they hold fewer tokens than asked (trap 10), when padding is among
         them (trap 2), and when the folder cannot be written.
         """
@@ -75,7 +76,8 @@ class TokenStore:
             try:
                 counts = _write_rows(temporary, rows, budget_tokens)
                 if isinstance(rows, Packed):
-                    counts["packing"] = rows.report()
+                    rows.require_conversations()
+                    counts |= rows.report()
                 sizes = {name: (temporary / name).stat().st_size for name in _FILES}
                 sums = {name: _sha256(temporary / name) for name in _FILES}
                 full = {**meta, "format": 1, "counts": counts, "bytes": sizes, "sha256": sums}
@@ -174,8 +176,9 @@ def _write_rows(folder: Path, rows: Iterable[Row], budget_tokens: int) -> dict[s
             shown.advance(len(row.ids))
     if starts[-1] < max(1, budget_tokens):
         what = "the text has no tokens" if starts[-1] == 0 else f"the text has only {starts[-1]:,} tokens"
+        why = f" ({rows.in_words()})" if isinstance(rows, Packed) else ""
         raise UnweaveError(
-            f"{what}, {budget_tokens:,} were asked for",
+            f"{what}, {budget_tokens:,} were asked for{why}",
             remedy="add text, ask for fewer tokens, or lower min_tokens",
         )
     if by_role[Role.PAD]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +14,8 @@ from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.core.spec import Spec, digest
-from unweave.data.corpus import Document, documents, is_heldout
 from unweave.data.pack import pack
+from unweave.data.splits import SplitDocuments
 from unweave.data.stream import ActivationSource
 from unweave.data.tokens import TokenStore
 from unweave.jobs.specs import DataSpec, StreamSpec, UseSpec
@@ -67,7 +67,7 @@ def token_store(lm: LM, model: str, data: DataSpec, split: str, tokens: int, run
             if lm.tokenizer is None:
                 raise UnweaveError("text needs a tokenizer", where=lm.name, remedy="use a model that comes with one")
             meta = {"tokenizer": fingerprint, "split": split, "context": data.pack.context}
-            rows = pack(documents_of(data, split), lm.tokenizer, data.pack)
+            rows = pack(documents_of(data, split, run.path), lm.tokenizer, data.pack)
             store = TokenStore.write(run.path / "store", rows, tokens, meta)
             run.finish({"rows": store.n_rows, "tokens": store.n_tokens, **store.meta})
     store = TokenStore.open(run.path / "store")
@@ -86,11 +86,17 @@ def refuse_long_rows(lm: LM, context: int) -> None:
         )
 
 
-def documents_of(data: DataSpec, split: str) -> Iterator[Document]:
-    """The documents of one split, train or heldout."""
-    for document in documents(data.sources, data.seed):
-        if is_heldout(document, data.heldout, data.seed) == (split == "heldout"):
-            yield document
+def documents_of(data: DataSpec, split: str, folder: Path | None = None) -> SplitDocuments:
+    """The documents of one split, train or heldout; what deduplication must put on disk lies in ``folder``."""
+    return SplitDocuments(
+        data.sources,
+        split,
+        heldout=data.heldout,
+        seed=data.seed,
+        dedup=data.dedup,
+        memory_bytes=data.dedup_memory_mb << 20,
+        folder=folder,
+    )
 
 
 def activation_source(

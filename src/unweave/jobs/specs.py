@@ -40,7 +40,7 @@ class DataSpec(Spec):
     seed: int = 0
     """Order of the documents and choice of the held-out ones."""
     dedup: int = 0
-    """Drop documents in which so many words in a row are the same as in an earlier one, 20 in the FAST paper; 0: none."""
+    """Drop documents that share this many words in a row with an earlier one: 20 in the FAST paper, 0 to keep all."""
     dedup_memory_mb: int = operational(512)
     """Memory for what earlier documents said; the rest lies on disk meanwhile, 8 bytes a word."""
 

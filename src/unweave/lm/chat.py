@@ -71,17 +71,36 @@ def render_many(
     tokenizer: Any, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
 ) -> list[tuple[list[int], list[int]]]:
     """``render`` of several conversations, tokenised together, which is many times faster than one by one."""
+    found = render_each(tokenizer, conversations, add_generation_prompt=add_generation_prompt)
+    rendered = [one for one in found if not isinstance(one, UnweaveError)]
+    for refused in found:
+        if isinstance(refused, UnweaveError):
+            raise refused
+    return rendered
+
+
+def render_each(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
+) -> list[tuple[list[int], list[int]] | UnweaveError]:
+    """``render_many`` with the reason in the place of every conversation that cannot be rendered."""
     if not conversations:
         return []
     _require_offsets(tokenizer)
-    rendered = [_locate(tokenizer, messages, add_generation_prompt) for messages in conversations]
-    texts = [text for text, _ in rendered]
+    located = [_located(tokenizer, messages, add_generation_prompt) for messages in conversations]
+    texts = [one[0] for one in located if not isinstance(one, UnweaveError)]
+    if not texts:
+        return [one for one in located if isinstance(one, UnweaveError)]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     special = special_ids(tokenizer)
-    return [
-        (ids, _roles(ids, offsets, spans, special))
-        for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
-    ]
+    pairs = iter(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+    found: list[tuple[list[int], list[int]] | UnweaveError] = []
+    for one in located:
+        if isinstance(one, UnweaveError):
+            found.append(one)
+        else:
+            ids, offsets = next(pairs)
+            found.append((ids, _roles(ids, offsets, one[1], special)))
+    return found
 
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
@@ -193,6 +212,15 @@ def _check(messages: Sequence[Message]) -> None:
             raise UnweaveError(
                 f"message {index} ({role}) has no text", remedy='every message needs "content" that is a string'
             )
+
+
+def _located(
+    tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool
+) -> tuple[str, list[_Span]] | UnweaveError:
+    try:
+        return _locate(tokenizer, messages, add_generation_prompt)
+    except UnweaveError as error:
+        return error
 
 
 def _locate(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[_Span]]:
