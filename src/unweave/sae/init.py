@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-InitKind = Literal["data", "random", "kaiming"]
+InitKind = Literal["data", "random", "kaiming", "independent"]
 CentreKind = Literal["mean", "median", "none"]
 
 
@@ -20,11 +20,11 @@ def decoder_rows(kind: InitKind, n_latents: int, width: int, x: Tensor, generato
     """Unit decoder rows [F, D] to begin with, on x's device.
 
     data: directions of centred activations drawn from x [N, D], each with a little noise so that no two rows are equal
-    even when latents outnumber them. random: directions uniform on the sphere. kaiming: uniform entries as in
-    ``nn.Linear``, before normalisation.
+    even when latents outnumber them. random: directions uniform on the sphere. kaiming, independent: uniform entries as
+    in ``nn.Linear``, before normalisation.
     """
     device = generator.device
-    if kind == "kaiming":
+    if kind in ("kaiming", "independent"):
         rows = torch.rand(n_latents, width, generator=generator, device=device).mul_(2).sub_(1)
     else:
         rows = unit_rows(torch.randn(n_latents, width, generator=generator, device=device))
@@ -34,22 +34,47 @@ def decoder_rows(kind: InitKind, n_latents: int, width: int, x: Tensor, generato
         chosen = torch.cat([torch.randperm(len(x), generator=generator, device=device) for _ in range(rounds)])
         drawn = unit_rows(x[chosen[:n_latents].to(x.device)].float().clone())
         rows = drawn.add_(rows.to(x.device), alpha=0.1)
-    return unit_rows(rows.to(x.device))
+    return unit_rows(rows.to(x))
+
+
+def encoder_rows(n_latents: int, width: int, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Encoder rows [F, D] drawn apart from the decoder's, as SAELens 5 does: entries uniform in +-sqrt(6 / F).
+
+    That is PyTorch's Kaiming-uniform of the matrix [D, F], which takes its second dimension for the fan-in; a row's
+    norm is then about sqrt(2 D / F) whatever the width.
+    """
+    rows = torch.rand(n_latents, width, generator=generator, device=generator.device).mul_(2).sub_(1)
+    return rows.mul_((6 / n_latents) ** 0.5).to(x)
+
+
+def skip_weights(kind: Literal["zero", "fit"], x: Tensor, target: Tensor) -> Tensor:
+    """A linear map [D, D_out] from inputs x [N, D] to targets [N, D_out] to begin with: nothing, or least squares.
+
+    The fit is of inputs and targets measured from their means, with a ridge of a thousandth of the inputs' mean
+    variance so that fewer rows than dimensions give something tame.
+    """
+    if kind == "zero":
+        return x.new_zeros(x.shape[1], target.shape[1])
+    x0, t0 = (x - x.mean(0)).double(), (target - target.mean(0)).double()
+    gram = x0.T @ x0
+    ridge = 1e-3 * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    gram.diagonal().add_(ridge)
+    return torch.linalg.solve(gram, x0.T @ t0).to(x.dtype)
 
 
 def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-6, eps: float = 1e-4) -> Tensor:
-    """The point with the least summed distance to the rows of x [N, D], by Weiszfeld's iteration: [D].
+    """The point with the least summed distance to the rows of x [N, D], by Weiszfeld's iteration: [D], in x's dtype.
 
     Distances are clamped at eps of the data's spread, so that an estimate that lands on a data point neither divides by
     zero nor sticks there (a much smaller clamp would let that point outweigh all others), at the price of an error of
     that order; the iteration ends when the estimate moves by less than ``tolerance`` of the spread. Data that are all
     one point give that point.
     """
-    x = x.double()
+    dtype, x = x.dtype, x.double()
     estimate = x.mean(0)
     spread = float((x - estimate).norm(dim=1).mean())
     if spread == 0:
-        return estimate.float()
+        return estimate.to(dtype)
     for _ in range(iterations):
         weights = (x - estimate).norm(dim=1).clamp_min_(eps * spread).reciprocal_()
         moved = (weights @ x) / weights.sum()
@@ -57,11 +82,11 @@ def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-
         estimate = moved
         if step <= tolerance * spread:
             break
-    return estimate.float()
+    return estimate.to(dtype)
 
 
 def centre(kind: CentreKind, x: Tensor) -> Tensor:
     """The point [D] that activations x [N, D] are measured from."""
     if kind == "mean":
-        return x.double().mean(0).float()
-    return geometric_median(x) if kind == "median" else x.new_zeros(x.shape[1], dtype=torch.float32)
+        return x.double().mean(0).to(x.dtype)
+    return geometric_median(x) if kind == "median" else x.new_zeros(x.shape[1])

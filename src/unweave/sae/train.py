@@ -2,67 +2,44 @@
 
 1. Activations are centred and scaled to a mean squared norm of 1, both measured once on ``init_x``; the finished SAE
    has this folded into its weights, its decoder rows keep norm 1, and its latents are in units of the data.
-2. A batch is encoded; TopK and BatchTopK find their winners chunk by chunk and go on with those alone (``kernels``),
-   ReLU and JumpReLU keep the dense latents.
-3. The objective's terms are summed and differentiated; what the gradient of a decoder row has along the row itself is
-   removed (it would only change the norm that is set back), Adam moves, decoder rows return to norm 1.
-4. Latents that have not fired for ``dead_after`` tokens are dead: AuxK teaches them the residual until they fire again.
+2. A batch is encoded: the kind (``kinds``) selects entries of the pre-activations, and goes on with those alone.
+3. The terms are summed and differentiated; what the gradient of a decoder row has along the row itself is removed (it
+   would only change the norm that is set back), Adam moves, decoder rows return to norm 1.
+4. Latents that have not fired for ``dead_after`` tokens are dead: AuxK teaches them the residual until they fire again,
+   resampling starts them anew.
+
+Several processes (``group``) train one SAE together: each gives its part of every batch, gradients are summed in one
+exchange, and all that is decided is decided from numbers of the whole batch, so that they stay equal to the last bit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
-from unweave.sae import init, kernels, objectives
-from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
+from unweave.sae import kinds, objectives, resample, schedule, weights
+from unweave.sae.attempt import Attempt, Tally
 from unweave.sae.module import SAE
+from unweave.sae.scaling import Affine
 from unweave.sae.spec import SAESpec
 
-_EMA = 0.95
-"""how much of BatchTopK's threshold each batch keeps; a slower mean lags behind and lets too many latents by"""
 _FIT_ROWS = 2048
 """rows of init_x on which the encoder's first scale is fitted"""
-_L1_START, _L1_RATE = 1e-2, 0.02
-"""ReLU: the first L1 weight, and how fast it follows the ratio of L0 to k, per step"""
-
-
-@dataclass(frozen=True)
-class _Affine:
-    """(x - centre) * scale: how training sees activations."""
-
-    centre: Tensor
-    scale: float
-
-    @classmethod
-    def measure(cls, x: Tensor, kind: init.CentreKind, normalise: bool) -> _Affine:
-        if not bool(torch.isfinite(x).all()):
-            raise UnweaveError(
-                "the activations to start from hold NaN or infinity", remedy="look at the model and data"
-            )
-        point = init.centre(kind, x)
-        mean_square = float((x.float() - point).square().sum(1).double().mean())
-        if normalise and mean_square == 0:
-            raise UnweaveError("all activations to start from are the same", remedy="look at the site and the data")
-        return cls(point, 1 / math.sqrt(mean_square) if normalise else 1.0)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.add(self.centre * -self.scale, x.to(self.centre), alpha=self.scale)
 
 
 class SAETrainer:
     """One SAE in training. ``step`` takes a batch; ``to_sae`` gives the inference form at any moment.
 
-    W_enc, W_dec [F, D]; b_enc [F]; b_dec [D]; threshold [F] (jumprelu): fp32 parameters in the scaled space.
-    ``dead_for`` int64 [F]: tokens since each latent last fired. ``tokens_seen`` and ``steps`` count what it has seen.
+    ``weights`` are the parameters, in the scaled space and in ``dtype``. ``dead_for`` int64 [F]: tokens since each
+    latent last fired. ``tokens_seen`` and ``steps`` count what it has seen, in all processes.
     """
 
     def __init__(
@@ -72,50 +49,75 @@ class SAETrainer:
         *,
         init_x: Tensor,
         init_target: Tensor | None = None,
-        seed: int = 0,
         device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        start: SAE | None = None,
+        group: Group = SOLO,
     ) -> None:
         """``init_x`` [N, d_in]: a sample of activations (thousands) for the centre, the scale and the decoder's start.
 
-        With ``init_target`` [N, d_out] a transcoder is trained: targets are another site's activations.
+        With ``init_target`` [N, d_out] a transcoder is trained: targets are another site's activations. ``start`` is an
+        SAE to go on training; the spec must be of a kind, an expansion and a k that it has. ``dtype`` is float32 or
+        float64. In a ``group``, ``init_x`` may differ between processes: what the first measures counts.
         """
         _check_width(init_x, d_in, "init_x")
         if len(init_x) == 0:
             raise UnweaveError("no activations to start from", remedy="give init_x a few thousand rows")
+        if dtype not in (torch.float32, torch.float64):
+            raise UnweaveError(f"training is in float32 or float64, not {dtype}", remedy="activations may be of any")
         self.spec, self.d_in, self.d_sae = spec, d_in, spec.expansion * d_in
         if spec.k > self.d_sae:
             raise UnweaveError(f"k = {spec.k} of only {self.d_sae} latents", remedy="lower k or raise expansion")
+        if spec.skip != "none" and init_target is None:
+            raise UnweaveError("a skip without a target would be the identity", remedy="leave skip out")
         self.device = torch.device(device) if device is not None else init_x.device
-        x, target = init_x.to(self.device, torch.float32), init_target
-        self._input = _Affine.measure(x, spec.centre, spec.normalise)
+        self.group = group
+        x, target = init_x.to(self.device, dtype), init_target
+        self._input = self._measure(x)
         self._output = self._input
         if target is not None:
-            target = target.to(self.device, torch.float32)
-            self._output = _Affine.measure(target, spec.centre, spec.normalise)
+            target = target.to(self.device, dtype)
+            self._output = self._measure(target)
         self.d_out = d_in if target is None else target.shape[1]
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(spec.seed)
         self.tokens_seen, self.steps = 0, 0
-        self._batch_threshold, self._last_threshold, self._l1 = 0.0, 0.0, _L1_START
-        self._start(self._input(x), None if target is None else self._output(target))
+        self.state = kinds.State.first(spec)
+        self._begin(self._input(x), None if target is None else self._output(target), start)
         self.dead_for = torch.zeros(self.d_sae, dtype=torch.int64, device=self.device)
+        self._gathered: tuple[Tally, Attempt] | None = None
         self.optimiser = torch.optim.Adam(
-            list(self._parameters().values()), lr=spec.lr, betas=(0.9, spec.beta2), **_fastest_adam(self.device)
+            list(self.weights.named().values()), lr=spec.lr, betas=(spec.beta1, spec.beta2), **_fastest(self.device)
         )
 
-    def _start(self, x: Tensor, target: Tensor | None) -> None:
-        spec = self.spec
-        rows = init.decoder_rows(spec.init, self.d_sae, self.d_in, x, self.generator)
-        self.W_enc = nn.Parameter(rows.clone())
-        if target is None:
-            self.W_dec = nn.Parameter(rows)
+    def _measure(self, x: Tensor) -> Affine:
+        affine = Affine.measure(x, self.spec.centre, self.spec.normalise)
+        scale = self.group.broadcast(torch.tensor([affine.scale], dtype=torch.float64, device=x.device))
+        return Affine(self.group.broadcast(affine.centre), float(scale))
+
+    def _begin(self, x: Tensor, target: Tensor | None, start: SAE | None) -> None:
+        if start is not None:
+            self._refuse_unfit(start)
+            self.weights, threshold = weights.unfold(self.spec, start, self._input, self._output, x)
+            if self.spec.kind in ("batchtopk", "matryoshka"):
+                self.state.batch_threshold = threshold
         else:
-            self.W_dec = nn.Parameter(init.decoder_rows(spec.init, self.d_sae, self.d_out, target, self.generator))
-        self.b_enc = nn.Parameter(torch.zeros(self.d_sae, device=self.device))
-        self.b_dec = nn.Parameter(torch.zeros(self.d_out, device=self.device))
-        self.threshold: nn.Parameter | None = None
-        if spec.kind == "jumprelu":
-            self.threshold = nn.Parameter(torch.full((self.d_sae,), spec.bandwidth, device=self.device))
-        self._fit_encoder(x[:_FIT_ROWS], (x if target is None else target)[:_FIT_ROWS])
+            self.weights = weights.begin(self.spec, self.d_sae, x, target, self.generator)
+            if self.spec.init != "independent":
+                self._fit_encoder(x[:_FIT_ROWS], (x if target is None else target)[:_FIT_ROWS])
+        for parameter in self.weights.named().values():
+            self.group.broadcast(parameter.data)
+
+    def _refuse_unfit(self, start: SAE) -> None:
+        wanted = (self.d_in, self.d_sae, self.d_out)
+        if (start.d_in, start.d_sae, start.d_out) != wanted:
+            raise UnweaveError(
+                f"the SAE to start from is {start.d_in} -> {start.d_sae} latents -> {start.d_out}, not "
+                f"{' -> '.join(map(str, wanted))}",
+                remedy="set expansion to its latents per dimension, and use activations of its site",
+            )
+        if (start.W_skip is None) != (self.spec.skip == "none"):
+            has = "has no skip" if start.W_skip is None else "has a skip"
+            raise UnweaveError(f"the SAE to start from {has}", remedy="set skip accordingly")
 
     @torch.no_grad()
     def _fit_encoder(self, x: Tensor, goal: Tensor) -> None:
@@ -124,14 +126,13 @@ class SAETrainer:
         Rows that point the same way all answer the same input, and their sum overshoots many times over; the best
         single factor is <y, x> / <y, y>.
         """
-        y = self._reconstruct(x)[0]
-        factor = float((y * goal).sum() / y.square().sum().clamp_min(1e-30))
+        w = self.weights
+        base = w.base(x)
+        entries = kinds.choose(self.spec, w, x, kinds.State.first(self.spec), SOLO)
+        y = entries.decode(kinds.latents(self.spec, w, entries), w.W_dec)
+        factor = float((y * (goal - base)).sum() / y.square().sum().clamp_min(1e-30))
         if math.isfinite(factor) and factor > 0:
-            self.W_enc.mul_(factor)
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        named = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
-        return named if self.threshold is None else {**named, "threshold": self.threshold}
+            w.W_enc.mul_(factor)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -146,103 +147,119 @@ class SAETrainer:
         return (self.dead_for >= self.spec.dead_after).nonzero().squeeze(1)
 
     def learning_rate(self) -> float:
-        """What the next step uses: a linear rise, a plateau and a linear fall over the spec's tokens."""
-        spec = self.spec
-        part = self.tokens_seen / spec.tokens
-        rise = 1.0 if spec.warmup == 0 else min(1.0, (part + spec.batch / spec.tokens) / spec.warmup)
-        fall = 1.0 if spec.decay == 0 else min(1.0, (1 - part) / spec.decay)
-        return spec.lr * min(rise, fall)
+        """What the next step uses."""
+        return schedule.learning_rate(self.spec, self.tokens_seen)
 
     def step(self, x: Tensor, target: Tensor | None = None) -> dict[str, float]:
         """One optimiser step on activations x [N, d_in] (and targets [N, d_out] of a transcoder).
 
         Returns loss, fvu (of the batch, before the step), l0, dead (latents) and lr. Raises UnweaveError, with the
-        weights as the step found them, when the loss is not finite or the spec's tokens have all been seen.
+        weights as the step found them, when the loss is not finite or the spec's tokens have all been seen. In a group,
+        x is this process's part of the batch, and what is returned is of the whole.
         """
+        attempt = self.attempt(x, target)
+        return self.update(attempt, attempt.loss)
+
+    def attempt(self, x: Tensor, target: Tensor | None = None) -> Attempt:
+        """What the SAE makes of activations x [N, d_in], with a graph to the parameters, and to x if it has one."""
         _check_width(x, self.d_in, "a batch")
         if self.done:
             raise UnweaveError(f"training is over: {self.tokens_seen} tokens", remedy="raise tokens, or stop here")
         if (target is None) != (self._output is self._input):
             raise UnweaveError("targets belong to transcoders", remedy="give init_target and target both, or neither")
+        if len(x) == 0:
+            raise UnweaveError("a batch is empty", remedy="give at least one row to every process")
+        spec, w, group = self.spec, self.weights, self.group
         x = self._input(x.to(self.device))
         goal = x if target is None else self._output(target.to(self.device))
-        y, fired, total_l0, penalty = self._reconstruct(x)
-        mse = objectives.reconstruction(y, goal)
-        loss = mse if penalty is None else mse + penalty
-        dead = self.dead
-        if self.spec.aux_weight > 0 and len(dead) > 0:
-            residual = goal - y.detach()
-            loss = loss + self.spec.aux_weight * objectives.auxk(
-                x, residual, self.W_enc, self.b_enc, self.W_dec, dead, self.spec.k_aux
-            )
+        rows = int(group.sum(torch.tensor([len(x)], device=self.device))) if group.size > 1 else len(x)
+        wide = kinds.choose(spec, w, x, self.state, group)
+        entries = wide.largest(spec.k) if spec.multi_topk > 0 else wide
+        f = kinds.latents(spec, w, entries)
+        said = kinds.reconstructions(spec, w, x, wide, entries, f)
+        share = len(x) / rows
+        terms = [weight * share * objectives.reconstruction(y, goal) for weight, y in said]
+        reconstruction = objectives.total(torch.stack(terms).sum(), group)
+        y, dead = said[-1][1], self.dead
+        other, found = kinds.penalty(
+            kinds.Step(spec, w, x, goal, entries, f, dead, rows, group), self.state, self.tokens_seen
+        )
+        penalty = reconstruction.new_zeros(()) if other is None else other
+        if spec.aux_weight > 0 and len(dead) > 0:
+            residual = goal.detach() - y.detach()
+            aux = objectives.auxk(x, residual, w.W_enc, w.b_enc, w.W_dec, dead, spec.k_aux, group)
+            penalty = penalty + spec.aux_weight * aux
+        return Attempt(
+            loss=reconstruction + penalty, reconstruction=reconstruction, penalty=penalty, scaled=y, x=x.detach(),
+            goal=goal.detach(), fired=entries.fired(f.detach()), active=(f.detach() > 0).sum(), found=found,
+            dead=len(dead), output=self._output,
+        )  # fmt: skip
+
+    def update(self, attempt: Attempt, loss: Tensor) -> dict[str, float]:
+        """One optimiser step down ``loss``, a scalar made of the attempt's parts. Returns what ``step`` returns.
+
+        In a group its value must be equal in all processes (they stop together where it is not finite), and its
+        gradient one's own share of that of the whole batch: ``objectives.total`` makes both of one's own share.
+        """
+        self.accumulate(attempt, loss)
+        return self.apply()
+
+    def accumulate(self, attempt: Attempt, loss: Tensor) -> None:
+        """The first half of ``update``: adds the loss's gradient. Several attempts at parts of a batch can share one
+        step, each with its part of the loss, so that only one part's graph is alive at a time.
+        """
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise self._diverged(x, value)
-        lr = self.learning_rate()
-        self._move(loss, lr)
-        l0 = total_l0 / len(x)
-        self._count(fired, len(x), l0)
-        variance = float(objectives.variance(goal))
-        return {"loss": value, "fvu": float(mse.detach()) / max(variance, 1e-30), "l0": l0, "dead": len(dead), "lr": lr}
-
-    def _reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, int, Tensor | None]:
-        return self._sparse(x) if self.spec.kind in ("topk", "batchtopk") else self._dense(x)
-
-    def _sparse(self, x: Tensor) -> tuple[Tensor, Tensor, int, Tensor | None]:
-        """Reconstruction, which latents fired, how many active latents there were, penalty (none)."""
-        weights, biases = self.W_enc.detach(), self.b_enc.detach()
-        if self.spec.kind == "topk":
-            values, choice = kernels.choose_topk(x, weights, biases, self.spec.k)
-        else:
-            values, choice = kernels.choose_batch_topk(
-                x, weights, biases, self.spec.k, guess=0.8 * self._batch_threshold
-            )
-            lowest = float(values.min()) if len(values) else 0.0
-            self._last_threshold = max(lowest, 0.0)
-        f = torch.relu(kernels.attach(x, self.W_enc, self.b_enc, values, choice))
-        positive = values > 0
-        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=self.device)
-        fired[choice.indices[positive].long()] = True
-        return kernels.decode(f, choice, self.W_dec) + self.b_dec, fired, int(positive.sum()), None
-
-    def _dense(self, x: Tensor) -> tuple[Tensor, Tensor, int, Tensor | None]:
-        z = torch.addmm(self.b_enc, x, self.W_enc.T)
-        if self.threshold is None:
-            f = torch.relu(z)
-            penalty = self._l1 * objectives.l1(f, self.W_dec)
-        else:
-            f = objectives.jump_relu(z, self.threshold, self.spec.bandwidth)
-            penalty = objectives.l0_target(z, self.threshold, self.spec.bandwidth, self.spec.k)
-        active = f.detach() > 0
-        return f @ self.W_dec + self.b_dec, active.any(0), int(active.sum()), penalty
-
-    def _move(self, loss: Tensor, lr: float) -> None:
-        self.optimiser.zero_grad(set_to_none=True)
+            self._gathered = None
+            raise self._diverged(attempt.x, value)
+        if self._gathered is None:
+            self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        tally = Tally.of(attempt, value)
+        self._gathered = (tally if self._gathered is None else self._gathered[0] + tally, attempt)
+
+    def apply(self) -> dict[str, float]:
+        """The second half of ``update``: one optimiser step on the gradients gathered since the last."""
+        if self._gathered is None:
+            raise UnweaveError("there is no gradient to follow", remedy="call accumulate, or update, first")
+        (tally, last), lr, dead = self._gathered, self.learning_rate(), len(self.dead)
+        tally = tally.over(self.group)
+        self._move(lr)
+        l0 = float(tally.active) / tally.rows
+        self.dead_for = (self.dead_for + tally.rows).masked_fill_(tally.fired, 0)  # trap 29: clocks in tokens
+        self.state.follow(self.spec, tally.found, l0, self.d_sae, self.tokens_seen)
+        before = self.tokens_seen
+        self.tokens_seen += tally.rows
+        self.steps += 1
+        self._gathered = None
+        if schedule.resampling_due(self.spec, before, self.tokens_seen):
+            silent = self.dead_for > self.spec.resample_every / 2
+            resample.begin_anew(
+                self.spec, self.weights, self.optimiser, silent, last.x, last.goal, last.scaled.detach(),
+                self.generator, self.group,
+            )  # fmt: skip
+            self.dead_for = self.dead_for.masked_fill(silent, 0)
+        return {"loss": tally.loss, "fvu": tally.fvu, "l0": l0, "dead": dead, "lr": lr}
+
+    def _move(self, lr: float) -> None:
+        named = self.weights.named()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in named.values()]
+        if self.group.size > 1:
+            flat = self.group.sum(torch.cat([g.reshape(-1) for g in gradients]))
+            parts = flat.split([g.numel() for g in gradients])
+            gradients = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
+        for parameter, gradient in zip(named.values(), gradients, strict=True):
+            parameter.grad = gradient
         with torch.no_grad():
-            rows, slope = self.W_dec, self.W_dec.grad
+            rows, slope = self.weights.W_dec, self.weights.W_dec.grad
             assert slope is not None
             slope.addcmul_(rows, torch.linalg.vecdot(slope, rows)[:, None], value=-1)
-            for group in self.optimiser.param_groups:
-                group["lr"] = lr
+            if self.spec.clip is not None:
+                torch.nn.utils.clip_grad_norm_(list(named.values()), self.spec.clip)
+            for options in self.optimiser.param_groups:
+                options["lr"] = lr
             self.optimiser.step()
-            init.unit_rows(self.W_dec.data)
-            if self.threshold is not None:
-                self.threshold.data.clamp_(min=0)
-
-    def _count(self, fired: Tensor, n: int, l0: float) -> None:
-        """Clocks in tokens (trap 29), one step per batch (trap 28)."""
-        self.dead_for = (self.dead_for + n).masked_fill_(fired, 0)
-        if self.spec.kind == "batchtopk":
-            first = self.steps == 0
-            self._batch_threshold = (
-                self._last_threshold if first else _EMA * self._batch_threshold + (1 - _EMA) * self._last_threshold
-            )
-        elif self.spec.kind == "relu":
-            error = math.log(max(l0, 1e-3) / self.spec.k)
-            self._l1 *= math.exp(_L1_RATE * max(-1.0, min(1.0, error)))
-        self.tokens_seen += n
-        self.steps += 1
+            self.weights.constrain()
 
     def _diverged(self, x: Tensor, value: float) -> UnweaveError:
         where = f"training step {self.steps} ({self.tokens_seen} tokens)"
@@ -261,20 +278,19 @@ class SAETrainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything from which ``load_state_dict`` continues bit for bit: tensors and plain values, no code."""
         return {
-            "parameters": {name: p.detach().clone() for name, p in self._parameters().items()},
+            "parameters": {name: p.detach().clone() for name, p in self.weights.named().items()},
             "optimiser": _copied(self.optimiser.state_dict()),
             "scaling": [(a.centre.clone(), a.scale) for a in (self._input, self._output)],
             "dead_for": self.dead_for.clone(),
             "tokens_seen": self.tokens_seen,
             "steps": self.steps,
-            "batch_threshold": self._batch_threshold,
-            "l1": self._l1,
+            "kind": self.state.to_dict(),
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from ``state_dict``. Raises UnweaveError when it belongs to another spec's shapes."""
-        named = self._parameters()
+        named = self.weights.named()
         saved = state["parameters"]
         if {n: tuple(p.shape) for n, p in named.items()} != {n: tuple(p.shape) for n, p in saved.items()}:
             raise UnweaveError(
@@ -286,14 +302,14 @@ class SAETrainer:
         self.optimiser.load_state_dict(_copied(state["optimiser"]))
         (centre_in, scale_in), (centre_out, scale_out) = state["scaling"]
         tied = self._output is self._input
-        self._input = _Affine(centre_in.to(self.device), scale_in)
-        self._output = self._input if tied else _Affine(centre_out.to(self.device), scale_out)
+        self._input = Affine(centre_in.to(self.device), scale_in)
+        self._output = self._input if tied else Affine(centre_out.to(self.device), scale_out)
         self.dead_for = state["dead_for"].to(self.device).clone()
         self.tokens_seen, self.steps = state["tokens_seen"], state["steps"]
-        self._batch_threshold, self._l1 = state["batch_threshold"], state["l1"]
+        self.state = kinds.State.from_dict(state["kind"])
         self.generator.set_state(state["generator"])
+        self._gathered = None
 
-    @torch.no_grad()
     def to_sae(
         self,
         *,
@@ -302,31 +318,15 @@ class SAETrainer:
         policy: TokenPolicy | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> SAE:
-        """The SAE as it stands, with centring and scaling folded in; BatchTopK becomes JumpReLU with one threshold.
-
-        Training computes y = relu((x - c) s W + b) V + v with y = (x_hat - c') s'. As ReLU, JumpReLU and TopK commute
-        with positive factors, dividing pre-activations (and thresholds) by s' leaves decoder rows at norm 1.
-        """
-        s_in, s_out = self._input.scale, self._output.scale
-        W_enc = self.W_enc.detach().double() * (s_in / s_out)
-        b_enc = self.b_enc.detach().double() / s_out - W_enc @ self._input.centre.double()
-        b_dec = self.b_dec.detach().double() / s_out + self._output.centre.double()
-        activation: Activation
-        if self.spec.kind == "topk":
-            activation = TopK(self.spec.k)
-        elif self.spec.kind == "relu":
-            activation = ReLU()
-        elif self.threshold is not None:
-            activation = JumpReLU(self.threshold.detach() / s_out)
-        else:
-            activation = JumpReLU(torch.full_like(self.b_enc.detach(), self._batch_threshold / s_out))
-        return SAE(
-            W_enc.T.float().contiguous(), b_enc.float(), self.W_dec.detach().clone(), b_dec.float(), activation,
+        """The SAE as it stands, with centring and scaling folded in: ReLU, JumpReLU or TopK (see ``weights.fold``)."""
+        threshold = self.state.batch_threshold or 0.0
+        return weights.fold(
+            self.spec, self.weights, threshold, self._input, self._output,
             read=read, write=write, policy=policy, provenance=provenance,
         )  # fmt: skip
 
 
-def _fastest_adam(device: torch.device) -> dict[str, bool]:
+def _fastest(device: torch.device) -> dict[str, bool]:
     return {"fused": True} if device.type in ("cpu", "cuda") else {"foreach": True}
 
 
@@ -343,4 +343,4 @@ def _check_width(x: Tensor, width: int, name: str) -> None:
         raise UnweaveError(f"{name} has shape {list(x.shape)}, not [tokens, {width}]", where="SAETrainer")
 
 
-__all__ = ["SAESpec", "SAETrainer"]
+__all__ = ["Attempt", "SAESpec", "SAETrainer"]
