@@ -175,7 +175,7 @@ def test_command_lines_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             check_target(line)
     for code in inline(page):
         if code.startswith("unweave "):
-            assert code.split()[1] in (*STAGES, "models", "COMMAND", "--help"), code
+            assert code.split()[1] in (*STAGES, "models", "dedup", "COMMAND", "--help"), code
         elif re.match(r"make \w", code):
             check_target(code)
 

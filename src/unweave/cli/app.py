@@ -20,6 +20,8 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 import unweave
+from unweave.cli.dedup import HELP as DEDUP_HELP
+from unweave.cli.dedup import dedup
 from unweave.cli.models import HELP as MODELS_HELP
 from unweave.cli.models import models
 from unweave.cli.output import nothing_on_stdout, print_json
@@ -47,6 +49,7 @@ def build_app() -> App:
         home, usage = f"unweave.cli.stages:command_{stage.name}", f"Usage: unweave {stage.name} [CONFIG] [OPTIONS]"
         app.command(home, name=stage.name, help=stage.help, usage=usage, sort_key=i)
     app.command(models, name="models", help=MODELS_HELP, sort_key=len(STAGES))
+    app.command(dedup, name="dedup", help=DEDUP_HELP, sort_key=len(STAGES) + 1)
     return app
 
 
@@ -88,7 +91,7 @@ def as_user_error(error: Exception, tokens: Sequence[str]) -> UnweaveError | Non
     if isinstance(error, UnweaveError):
         return error
     if isinstance(error, CycloptsError):
-        asked = f"unweave {tokens[0]}" if tokens and tokens[0] in (*STAGES, "models") else "unweave"
+        asked = f"unweave {tokens[0]}" if tokens and tokens[0] in (*STAGES, "models", "dedup") else "unweave"
         return UnweaveError(str(error), where=asked, remedy=f"'{asked} --help' lists what there is")
     if isinstance(error, OSError) and error.errno in _SYSTEM_REMEDIES:
         what, remedy = _SYSTEM_REMEDIES[error.errno]
