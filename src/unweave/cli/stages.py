@@ -66,8 +66,8 @@ def _stage(name: str, summary: str, about: str, *examples: str) -> Stage:
         summary,
         about,
         examples,
-        spec_home=f"unweave.jobs.specs:{name.capitalize()}Spec",
-        run_home=f"unweave.jobs.{name}:run",
+        spec_home=f"unweave.jobs.specs:{name.title().replace('-', '')}Spec",
+        run_home=f"unweave.jobs.{name.replace('-', '_')}:run",
     )
 
 
@@ -126,6 +126,15 @@ _ALL = (
         "unweave rubric --sae runs/train-0123456789ab/sae --latents 8",
         "unweave rubric --sae runs/train-0123456789ab/sae --latents 128 --judge.model gpt-4o-2024-11-20 "
         "--judge.base-url https://api.openai.com/v1 --judge.api-key-env OPENAI_API_KEY",
+    ),
+    _stage(
+        "special-tokens",
+        "Measure a sparse autoencoder on special tokens and by role, and steer with a special token's latent.",
+        "Reconstruction errors as the FAST paper defines them, over whole held-out conversations: on special tokens, "
+        "by role, with and without norm outliers. Then the latents that answer to each special token, and the model's "
+        "answers with the strongest one added at every position, beside latents drawn at random.",
+        "unweave special-tokens --sae runs/train-0123456789ab/sae",
+        "unweave special-tokens --sae runs/train-0123456789ab/sae --unit median --alphas 0.1 0.2 0.5 1",
     ),
     _stage(
         "report",

@@ -108,6 +108,7 @@ def _by_sites(lm: LM, saes: Mapping[str, SAE]) -> dict[tuple[Site, Site], dict[s
     """The SAEs by where they read and write."""
     groups: dict[tuple[Site, Site], dict[str, SAE]] = {}
     for name, sae in saes.items():
+        sae.require_decoder()
         if sae.read is None or sae.write is None:
             raise UnweaveError(
                 "this SAE does not say which site it belongs to", where=name, remedy='name it: sae.at("resid_post.9")'
@@ -246,7 +247,7 @@ class _Tally:
     def _measure(self, name: str, sae: SAE, words: _Words, x: Tensor, y: Tensor, cells: Tensor, held: Tensor) -> None:
         rows = x.to(sae.W_enc.dtype)
         codes = sae.codes(rows)
-        xhat = sae.decode(codes)
+        xhat = sae.decode(codes, rows)
         if sae.W_skip is not None:
             xhat = xhat + rows @ sae.W_skip
         _require_finite(xhat, words.rows, f"reconstructions of {name} at {self.write}")
