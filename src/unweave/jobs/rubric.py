@@ -14,7 +14,7 @@ from unweave.core.run import Run, atomic_write
 from unweave.jobs import latents as latents_job
 from unweave.jobs.common import load_lm, sae_digest, stamp
 from unweave.jobs.specs import LatentsSpec, RubricSpec
-from unweave.judge.base import Judge, open_judge
+from unweave.judge.base import Judge, check_judge, open_judge
 from unweave.judge.spec import DEFAULT_JUDGE
 from unweave.label.rubric import (
     Interval,
@@ -46,6 +46,7 @@ def run(spec: RubricSpec, runs: Path) -> Run:
             return run
         run.reused = False
         started = time.monotonic()
+        check_judge(spec.judge)
         latents_run = latents_job.run(_latents_spec(spec), runs)
         records = latents_job.load(latents_run)
         load_lm.cache_clear()  # the records are all that is needed; the judge may want the memory
@@ -101,9 +102,7 @@ def _line(rating: Rating, sae: str) -> dict[str, Any]:
     item, reply = rating.item, rating.reply
     return {
         "kind": item.kind,
-        "latents": [f"{sae}/{j}" for j in sorted(set(item.latents))]
-        if item.kind == "real"
-        else [f"{sae}/{j}" for j in item.latents],
+        "latents": [f"{sae}/{j}" for j in dict.fromkeys(item.latents)],
         "score": rating.score,
         "name": rating.name,
         "failure": rating.failure,

@@ -211,6 +211,19 @@ class CachedJudge:
             write_json(path, self._asked(conversation) | {"reply": {name: getattr(reply, name) for name in names}})
 
 
+def check_judge(spec: JudgeSpec) -> None:
+    """Finds what ``open_judge`` would miss, before other work is done: the package and key of a server, or the files
+    of a model that runs here, which are fetched if need be. Raises UnweaveError."""
+    if spec.base_url is None:
+        from unweave.lm.sources import locate
+
+        locate(spec.model)
+    else:
+        from unweave.judge.client import ChatServer
+
+        ChatServer.connect(spec)
+
+
 def open_judge(spec: JudgeSpec, folder: Path | None, device: str | None = None) -> CachedJudge:
     """The judge of a spec, keeping its replies in ``folder``; a model that runs here is loaded on ``device``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
@@ -50,6 +51,12 @@ class JudgeSpec(Spec):
                 )
         if self.base_url is not None:
             _check_url(self.base_url)
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.api_key_env):
+            raise UnweaveError(  # what was given is not repeated: it may be the key
+                "api_key_env must be the name of an environment variable, in capitals",
+                where="judge.api_key_env",
+                remedy="e.g. OPENAI_API_KEY; the key itself belongs into that variable, nowhere else",
+            )
 
 
 def _check_url(url: str) -> None:
