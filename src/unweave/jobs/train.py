@@ -223,7 +223,9 @@ class _Work:
                     remedy="name its own site with --sites, or give the SAE of this one",
                 )
             start.verify(self.lm)
-        return SAETrainer(member.spec, x.shape[1], init_x=x, init_target=goal, device=device)
+        return SAETrainer(
+            member.spec, x.shape[1], init_x=x, init_target=goal, device=device, start=start, group=self.shared
+        )
 
     @property
     def tokens_seen(self) -> int:

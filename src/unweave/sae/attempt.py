@@ -32,6 +32,8 @@ class Attempt:
     x: Tensor
     goal: Tensor
     """inputs [N, D] and what they should become [N, D_out], scaled, without a graph"""
+    rows: int
+    """how many rows the batch has in all processes"""
     fired: Tensor
     """which latents are active anywhere, bool [F]"""
     active: Tensor

@@ -191,7 +191,7 @@ class SAETrainer:
             penalty = penalty + spec.aux_weight * aux
         return Attempt(
             loss=reconstruction + penalty, reconstruction=reconstruction, penalty=penalty, scaled=y, x=x.detach(),
-            goal=goal.detach(), fired=entries.fired(f.detach()), active=(f.detach() > 0).sum(), found=found,
+            goal=goal.detach(), rows=rows, fired=entries.fired(f.detach()), active=(f.detach() > 0).sum(), found=found,
             dead=len(dead), output=self._output,
         )  # fmt: skip
 
@@ -218,13 +218,16 @@ class SAETrainer:
         tally = Tally.of(attempt, value)
         self._gathered = (tally if self._gathered is None else self._gathered[0] + tally, attempt)
 
-    def apply(self) -> dict[str, float]:
-        """The second half of ``update``: one optimiser step on the gradients gathered since the last."""
+    def apply(self, *, over: float = 1.0) -> dict[str, float]:
+        """The second half of ``update``: one optimiser step on the gradients gathered since the last.
+
+        ``over`` divides them and the loss: a number of rows that is known only after the last part of a batch, say.
+        """
         if self._gathered is None:
             raise UnweaveError("there is no gradient to follow", remedy="call accumulate, or update, first")
         (tally, last), lr, dead = self._gathered, self.learning_rate(), len(self.dead)
         tally = tally.over(self.group)
-        self._move(lr)
+        self._move(lr, over)
         l0 = float(tally.active) / tally.rows
         self.dead_for = (self.dead_for + tally.rows).masked_fill_(tally.fired, 0)  # trap 29: clocks in tokens
         self.state.follow(self.spec, tally.found, l0, self.d_sae, self.tokens_seen)
@@ -239,9 +242,9 @@ class SAETrainer:
                 self.generator, self.group,
             )  # fmt: skip
             self.dead_for = self.dead_for.masked_fill(silent, 0)
-        return {"loss": tally.loss, "fvu": tally.fvu, "l0": l0, "dead": dead, "lr": lr}
+        return {"loss": tally.loss / over, "fvu": tally.fvu, "l0": l0, "dead": dead, "lr": lr}
 
-    def _move(self, lr: float) -> None:
+    def _move(self, lr: float, over: float) -> None:
         named = self.weights.named()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in named.values()]
         if self.group.size > 1:
@@ -249,7 +252,7 @@ class SAETrainer:
             parts = flat.split([g.numel() for g in gradients])
             gradients = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
         for parameter, gradient in zip(named.values(), gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient if over == 1 else gradient.div_(over)
         with torch.no_grad():
             rows, slope = self.weights.W_dec, self.weights.W_dec.grad
             assert slope is not None
