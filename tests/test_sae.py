@@ -231,7 +231,7 @@ def test_trap_19_strict_tensors(tmp_path: Path) -> None:
     with pytest.raises(UnweaveError, match="matching_pursuit"):
         SAE.load(write(tmp_path / "c", {"architecture": "matching_pursuit"}, p))
     with pytest.raises(UnweaveError, match="scaled"):
-        SAE.load(write(tmp_path / "d", {"architecture": "standard", "normalize_activations": "layer_norm"}, p))
+        SAE.load(write(tmp_path / "d", {"architecture": "standard", "normalize_activations": True}, p))
     for n, (bad, says) in enumerate([
         ({"activation_fn_str": "topk"}, "activation 'topk'"), ({"reshape_activations": "odd"}, "odd"),
         ({"architecture": "topk"}, "must say k"),

@@ -8,6 +8,7 @@
 
 The part that the SAE does not explain stays in all but the last, because only differences are added (trap 37). An edit
 of S latents needs S encoder rows and S decoder rows; a TopK SAE must also find which latents win, and does that once.
+Where inputs are normalised token by token, a latent's part is scaled by the token's own factor (``input_norm``).
 By default an edit leaves alone the tokens that the SAE was not trained on: padding, special tokens, attention sinks.
 """
 
@@ -39,7 +40,12 @@ _COUNT_UP_TO = 4
 class Subset:
     """A few latents of an SAE: ``latents`` [S], ``W_enc`` [d_in, S], ``b_enc`` [S], ``directions`` [S, d_out]."""
 
+    latents: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+
     def __init__(self, sae: SAE, latents: Sequence[int]) -> None:
+        """Raises UnweaveError for latents that do not exist or are named twice."""
         chosen = [int(j) for j in latents]
         for j in chosen:
             if not 0 <= j < sae.d_sae:
@@ -50,13 +56,42 @@ class Subset:
         self.latents = torch.tensor(chosen, dtype=torch.int64, device=sae.W_enc.device)
         self.W_enc = sae.W_enc[:, self.latents].contiguous()
         self.b_enc = sae.b_enc[self.latents]
-        self.directions = sae.W_dec[self.latents]
+        self._rows = sae.W_dec[self.latents]
+
+    @property
+    def directions(self) -> Tensor:
+        """What value 1 of each latent adds to the activation, [S, d_out].
+
+        Raises UnweaveError where that differs from token to token (``writes`` knows), and for an SAE that only encodes.
+        """
+        self.sae.require_decoder()
+        if self.sae.input_norm is not None:
+            raise UnweaveError(
+                f"this SAE normalises every token's input ({self.sae.input_norm}), so its latents' directions have "
+                "another length at every token",
+                where=repr(self.sae),
+                remedy="edit with clamp, add or ablate, which scale them; other uses need an SAE without it",
+            )
+        return self._rows
+
+    def span(self) -> Tensor:
+        """Orthonormal rows that span the latents' directions, whatever their length."""
+        self.sae.require_decoder()
+        return orthonormal_basis(self._rows)
+
+    def writes(self, values: Tensor, source: Tensor) -> Tensor:
+        """What ``values`` [..., S] of the latents add to the activation [..., d_out] of tokens that read ``source``."""
+        self.sae.require_decoder()
+        normal = self.sae.normalised(source)
+        written = values @ self._rows
+        return written if normal is None else written * normal.scale
 
     def encode(self, x: Tensor) -> Tensor:
         """These latents' values [..., S]: equal to ``sae.encode(x)[..., latents]``."""
         activation = self.sae.activation
-        x = x.to(self.W_enc.dtype)
         if not isinstance(activation, TopK):
+            normal = self.sae.normalised(x)
+            x = x.to(self.W_enc.dtype) if normal is None else normal.x
             pre = x @ self.W_enc + self.b_enc
             if isinstance(activation, JumpReLU):
                 return torch.relu(pre) * (pre > activation.threshold[self.latents])
@@ -117,21 +152,22 @@ def _vector(sae: SAE, values: Mapping[int, float]) -> Tensor:
 
 def clamp(sae: SAE, values: Mapping[int, float], where: Where = "policy") -> Edit:
     """See ``SAE.clamp``."""
+    sae.require_decoder()
     target, subset = _vector(sae, values), Subset(sae, list(values))
 
     def change(source: Tensor, x: Tensor) -> Tensor:
-        return x + ((target - subset.encode(source)) @ subset.directions).to(x.dtype)
+        return x + subset.writes(target - subset.encode(source), source).to(x.dtype)
 
     return Edit(f"clamp {dict(values)}", sae, change, where)
 
 
 def add(sae: SAE, values: Mapping[int, float], where: Where = "policy") -> Edit:
     """See ``SAE.add``."""
-    shift = _vector(sae, values) @ Subset(sae, list(values)).directions
+    sae.require_decoder()
+    amounts, subset = _vector(sae, values), Subset(sae, list(values))
 
     def change(source: Tensor, x: Tensor) -> Tensor:
-        del source
-        return x + shift.to(x.dtype)
+        return x + subset.writes(amounts, source).to(x.dtype)
 
     return Edit(f"add {dict(values)}", sae, change, where)
 
@@ -142,10 +178,10 @@ def ablate(sae: SAE, latents: Iterable[int], mode: Literal["zero", "span"] = "ze
     if not chosen:
         raise UnweaveError("no latents were named", remedy="pass the numbers of latents")
     subset = Subset(sae, chosen)
-    basis = orthonormal_basis(subset.directions)
+    basis = subset.span()
 
     def zero(source: Tensor, x: Tensor) -> Tensor:
-        return x - (subset.encode(source) @ subset.directions).to(x.dtype)
+        return x - subset.writes(subset.encode(source), source).to(x.dtype)
 
     def span(source: Tensor, x: Tensor) -> Tensor:
         del source
@@ -157,6 +193,7 @@ def ablate(sae: SAE, latents: Iterable[int], mode: Literal["zero", "span"] = "ze
 
 def reconstruct(sae: SAE, where: Where = "policy") -> Edit:
     """See ``SAE.reconstruct``."""
+    sae.require_decoder()
 
     def change(source: Tensor, x: Tensor) -> Tensor:
         return sae.reconstruct_sparsely(source).to(x.dtype)

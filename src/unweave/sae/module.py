@@ -4,11 +4,14 @@
     x_hat = f W_dec + b_dec (+ x W_skip)     x_hat [..., d_out]
 
 Every published variant (tied input bias, input scaling, decoder norms, Gated, BatchTopK) folds into this on load, so
-that the rest of the package knows one kind. A transcoder reads one site and writes another.
+that the rest of the package knows one kind. A transcoder reads one site and writes another. Two things do not fold and
+are fields: inputs normalised token by token (``input_norm``), and latents without a decoder of their own, as in one
+layer of a cross-layer transcoder (``encode_only``). What cannot honour them refuses.
 """
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +27,7 @@ from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.sae import edits, provenance
 from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
+from unweave.sae.input_norm import InputNorm, Normalised, normalise
 from unweave.sae.kernels import topk_rows
 
 if TYPE_CHECKING:
@@ -39,7 +43,8 @@ class SAE(nn.Module):
     W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out] (rows are the latents' directions), b_dec [d_out],
     W_skip [d_in, d_out] or None. ``read`` and ``write`` are None when the file named no site: such an SAE encodes and
     decodes, and asks for a site before it can be used in a model. ``policy`` says which tokens it was trained on,
-    ``provenance`` where it comes from.
+    ``provenance`` where it comes from. ``input_norm`` normalises every token's input and undoes it after decoding.
+    ``encode_only`` says why an SAE has no decoder; W_dec is then [d_sae, 0].
     """
 
     W_enc: Tensor
@@ -57,6 +62,8 @@ class SAE(nn.Module):
         activation: Activation,
         *,
         W_skip: Tensor | None = None,
+        input_norm: InputNorm | None = None,
+        encode_only: str = "",
         read: Site | None = None,
         write: Site | None = None,
         policy: TokenPolicy | None = None,
@@ -67,13 +74,20 @@ class SAE(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, None if tensor is None else tensor.detach())
         self.activation = activation
-        self.read, self.write = read, write if write is not None else read
+        self.input_norm: InputNorm | None = input_norm
+        self.encode_only = encode_only
+        self.read: Site | None = read
+        self.write: Site | None = None if encode_only else (write if write is not None else read)
         self.policy = policy or TokenPolicy()
         self.provenance: dict[str, Any] = dict(provenance or {})
         self._trusted: weakref.WeakSet[LM] = weakref.WeakSet()
         self._check()
 
     def _check(self) -> None:
+        for name in ("W_enc", "W_dec"):
+            if getattr(self, name).ndim != 2:
+                raise UnweaveError(f"{name} has shape {list(getattr(self, name).shape)}, which is no matrix")
+        self._check_norm()
         d_in, d_sae = self.W_enc.shape
         wanted = {
             "b_enc": (d_sae,),
@@ -90,6 +104,16 @@ class SAE(nn.Module):
         for name, tensor in self.state_dict().items():
             if not bool(torch.isfinite(tensor).all()):
                 raise UnweaveError(f"{name} holds NaN or infinity", remedy="the SAE is damaged: load or train another")
+
+    def _check_norm(self) -> None:
+        if self.input_norm is None:
+            return
+        normalise(torch.ones(1, 2), self.input_norm)
+        if self.is_transcoder and not self.encode_only:
+            raise UnweaveError(
+                f"a transcoder's inputs cannot be normalised token by token ({self.input_norm})",
+                remedy="what it writes has another scale than what it reads, and no file says how to undo that",
+            )
 
     # -- what it is -----------------------------------------------------------------------------------------------
 
@@ -112,8 +136,34 @@ class SAE(nn.Module):
 
     def __repr__(self) -> str:
         k = f", k {self.activation.k}" if isinstance(self.activation, TopK) else ""
-        sites = f"{self.read}" if self.read == self.write else f"{self.read} -> {self.write}"
-        return f"SAE({self.kind}{k}, {self.d_in} -> {self.d_sae} latents, {sites})"
+        sites = f"{self.read}" if self.read == self.write or self.encode_only else f"{self.read} -> {self.write}"
+        extra = f", {self.input_norm}" if self.input_norm else ""
+        extra += ", encodes only" if self.encode_only else ""
+        return f"SAE({self.kind}{k}, {self.d_in} -> {self.d_sae} latents, {sites}{extra})"
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it writes something else than what it reads."""
+        return self.W_skip is not None or self.read != self.write or self.d_in != self.d_out
+
+    def digest(self) -> str:
+        """Twelve digits over every number it holds: with a latent's index, a name that no other tool's numbering shares
+        (trap 41). The same SAE in another dtype or after folding is another."""
+        about = [self.kind, getattr(self.activation, "k", None), self.input_norm]
+        hashed = hashlib.sha256(repr(about).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return hashed.hexdigest()[:12]
+
+    def require_decoder(self) -> None:
+        """Raises UnweaveError for an SAE that only encodes (trap 24)."""
+        if self.encode_only:
+            raise UnweaveError(
+                f"this SAE encodes and has no decoder: {self.encode_only}",
+                where=repr(self),
+                remedy="use it for latents' values; reconstruction and edits need an SAE with a decoder",
+            )
 
     # -- encoding and decoding ------------------------------------------------------------------------------------
 
@@ -126,9 +176,14 @@ class SAE(nn.Module):
             )
         return x.to(self.W_enc.dtype)
 
+    def normalised(self, x: Tensor) -> Normalised | None:
+        """Inputs x [..., d_in] in the SAE's units and the way back; None where nothing is normalised."""
+        return None if self.input_norm is None else normalise(self._matches(x), self.input_norm)
+
     def pre(self, x: Tensor) -> Tensor:
-        """Pre-activations x W_enc + b_enc, [..., d_sae]."""
-        return self._matches(x) @ self.W_enc + self.b_enc
+        """Pre-activations x W_enc + b_enc, [..., d_sae]; x is first normalised where ``input_norm`` says so."""
+        normal = self.normalised(x)
+        return (self._matches(x) if normal is None else normal.x) @ self.W_enc + self.b_enc
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents [..., d_sae] of activations x [..., d_in]."""
@@ -147,24 +202,39 @@ class SAE(nn.Module):
                     parts.append(Codes.from_dense(self.encode(chunk)))
         return Codes.cat(parts)
 
-    def decode(self, f: Tensor | Codes) -> Tensor:
-        """The activation [..., d_out] that latents [..., d_sae] or sparse latents stand for (without any skip)."""
+    def decode(self, f: Tensor | Codes, x: Tensor | None = None) -> Tensor:
+        """The activation [..., d_out] that latents [..., d_sae] or sparse latents stand for (without any skip).
+
+        ``x`` [..., d_in] is what the latents were encoded from. Only an SAE with ``input_norm`` needs it, to undo the
+        normalisation: without it UnweaveError is raised, as for an SAE that only encodes.
+        """
+        self.require_decoder()
+        if self.input_norm is not None and x is None:
+            raise UnweaveError(
+                f"this SAE normalises every token's input ({self.input_norm}), so latents alone do not say what they "
+                "stand for",
+                where=repr(self),
+                remedy="decode(latents, x) with the activations they came from; not every use of an SAE has them",
+            )
         if isinstance(f, Codes):
             total = F.embedding_bag(
                 f.indices, self.W_dec, f.offsets, per_sample_weights=f.values, mode="sum", include_last_offset=True
             )
-            return total + self.b_dec
-        return f @ self.W_dec + self.b_dec
+        else:
+            total = f @ self.W_dec
+        out = total + self.b_dec
+        normal = None if x is None else self.normalised(x)
+        return out if normal is None else out * normal.scale + normal.shift
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction decode(encode(x)) (+ x W_skip), [..., d_out]."""
-        out = self.decode(self.encode(x))
+        out = self.decode(self.encode(x), x)
         return out if self.W_skip is None else out + self._matches(x) @ self.W_skip
 
     def reconstruct_sparsely(self, x: Tensor) -> Tensor:
         """``forward`` without gradients and without holding dense latents: for measuring, [..., d_out]."""
         flat = x.reshape(-1, x.shape[-1])
-        out = self.decode(self.codes(flat))
+        out = self.decode(self.codes(flat), flat)
         if self.W_skip is not None:
             out = out + self._matches(flat) @ self.W_skip
         return out.view(*x.shape[:-1], self.d_out).to(x.dtype)
@@ -197,7 +267,9 @@ class SAE(nn.Module):
         """Names the site(s) of an SAE whose file named none."""
         self._trusted.clear()
         self.read = Site.parse(read)
-        self.write = Site.parse(write) if write is not None else self.read
+        if not self.encode_only:
+            self.write = Site.parse(write) if write is not None else self.read
+        self._check_norm()
         return self
 
     # -- trust and storage ----------------------------------------------------------------------------------------
@@ -217,18 +289,27 @@ class SAE(nn.Module):
         self._trusted.add(lm)
         return evidence
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes a SAELens folder: ``cfg.json`` and ``sae_weights.safetensors``."""
-        from unweave.sae.formats import saelens
+    def save(self, folder: str | Path, format: str = "unweave") -> Path:
+        """Writes a folder: ``cfg.json`` and ``sae_weights.safetensors`` as SAELens has them, or another tool's files.
 
-        return saelens.save(self, Path(folder))
+        ``format`` is unweave, saelens, dictionary_learning or sparsify. The first is SAELens's, with names of our own
+        for what SAELens has no word for. Raises UnweaveError for what a format cannot say.
+        """
+        from unweave.sae.formats import registry
+
+        return registry.save(self, Path(folder), format)
 
     @classmethod
-    def load(cls, folder: str | Path) -> SAE:
-        """Reads a SAELens folder. Raises UnweaveError for missing, unknown, mis-shaped or damaged content."""
-        from unweave.sae.formats import saelens
+    def load(cls, name: str | Path) -> SAE:
+        """Reads a trained SAE in any known format: a folder, a file, ``hub:org/name[@revision][/sub/folder]``, or
+        ``saelens:RELEASE/ID``.
 
-        return saelens.load(Path(folder))
+        The format is found from the content. Raises UnweaveError for whatever is missing, unused, mis-shaped, damaged
+        or not understood.
+        """
+        from unweave.sae.formats import registry
+
+        return registry.load(name)
 
 
 __all__ = ["SAE", "JumpReLU", "ReLU", "TopK"]

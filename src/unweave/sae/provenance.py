@@ -38,13 +38,15 @@ def measure(sae: SAE, lm: LM) -> dict[str, Any]:
 
     Raises UnweaveError where the SAE has no site, the model no such site, or the widths differ.
     """
-    if sae.read is None or sae.write is None:
+    if sae.read is None or (sae.write is None and not sae.encode_only):
         raise UnweaveError("this SAE's file named no site", remedy='name it: sae.at("resid_post.9")')
     if sae.W_enc.device != lm.device:
         raise UnweaveError(
             f"the SAE is on {sae.W_enc.device}, the model on {lm.device}", remedy=f'move it: sae.to("{lm.device}")'
         )
     for site, width in ((sae.read, sae.d_in), (sae.write, sae.d_out)):
+        if site is None:  # an SAE that only encodes writes nowhere
+            continue
         found = lm.width(site)
         if found != width:
             raise UnweaveError(

@@ -1,63 +1,86 @@
-"""SAELens folders: ``cfg.json`` and ``sae_weights.safetensors``. What we save, and what SAELens 6 saves.
+"""SAELens folders: ``cfg.json`` and ``sae_weights.safetensors``. What we save, and what SAELens 3 to 6 saves.
 
-Saving writes the simplest inference form (architecture standard, jumprelu or topk). Loading is strict: a tensor that is
-missing or unused, a shape that does not fit, or an option that is not understood is an error (trap 19), and everything
-that can be folded is:
-
-    input bias      relu((x - b_dec) W_enc + b_enc)         -> b_enc - b_dec W_enc
-    gated           1[g > 0] relu(e^r g' ...)               -> JumpReLU with threshold max(0, b_mag - e^r b_gate)
-    rescaled TopK   ranks f |d|, decodes f |d| / |d|        -> W_enc |d|, b_enc |d|, W_dec / |d|; zero rows left alone
+Saving writes the simplest inference form. Loading is strict: a tensor that is missing or unused, a shape that does not
+fit, or an option that is not understood is an error (trap 19), and everything that can be folded is (``parts.py``).
+Input bias, input scale, Gated, BatchTopK, vectors of finetuning scales and rescaled TopK fold; inputs normalised token
+by token stay a field.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from unweave.core.errors import UnweaveError
+from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.run import atomic_write, read_json, write_json
 from unweave.core.site import Site
-from unweave.data.policy import TokenPolicy
-from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
+from unweave.sae.activations import JumpReLU, TopK
+from unweave.sae.formats.about import build_foreign, build_own, own_block
+from unweave.sae.formats.parts import Parts, agree, assemble, vector
+from unweave.sae.formats.saelens_config import Config, modern
+from unweave.sae.formats.source import Source
+from unweave.sae.formats.tensors import Tensors, oriented, read_safetensors
 from unweave.sae.module import SAE
 
+NAME = "saelens"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _FORMAT_VERSION = "6.0.0"
-_ARCHITECTURE = {"relu": "standard", "jumprelu": "jumprelu", "topk": "topk"}
-_TENSORS = {
-    "standard": {"W_enc", "b_enc", "W_dec", "b_dec"},
-    "jumprelu": {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"},
-    "topk": {"W_enc", "b_enc", "W_dec", "b_dec"},
-    "gated": {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"},
-}
+_NAMES = {name: (name,) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+_STATED = {"W_enc": "as is", "W_dec": "as is"}
+
+
+def recognise(source: Source) -> bool:
+    """A folder with ``cfg.json`` (and no sparsify weights), or its weights file."""
+    if source.path.is_file() and source.path.name != WEIGHTS:
+        return False
+    folder = source.folder
+    return (folder / CONFIG).is_file() and not (folder / "sae.safetensors").is_file()
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def save(sae: SAE, folder: Path) -> Path:
-    """Writes ``folder``; the configuration last, so that a folder with one is whole. Returns the folder."""
+    """Writes a folder that SAELens reads. Raises UnweaveError for what it has no architecture for."""
+    if sae.kind == "topk" and sae.is_transcoder:
+        raise UnweaveError(
+            "SAELens has no TopK transcoders",
+            where=repr(sae),
+            remedy='save it with format="unweave": the same files, which only Unweave reads; or as sparsify',
+        )
+    return save_own(sae, folder)
+
+
+def save_own(sae: SAE, folder: Path) -> Path:
+    """Writes ``folder``; the configuration last, so that a folder with one is whole. Returns the folder.
+
+    The same as ``save``, and TopK transcoders as architecture topk_transcoder or topk_skip_transcoder.
+    """
     from safetensors.torch import save_file
 
-    if sae.W_skip is not None or sae.read != sae.write:
-        raise UnweaveError(
-            "a transcoder cannot be saved in this format", remedy="save SAEs that read and write one site"
-        )
+    sae.require_decoder()
     tensors = {name: getattr(sae, name).contiguous().cpu() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     config: dict[str, Any] = {
-        "architecture": _ARCHITECTURE[sae.kind],
+        "architecture": _architecture(sae),
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": False,
-        "normalize_activations": "none",
+        "normalize_activations": _SCALINGS[sae.input_norm],
         "reshape_activations": "none",
     }
+    if sae.is_transcoder:
+        config["d_out"] = sae.d_out
     if isinstance(sae.activation, TopK):
         config |= {"k": sae.activation.k, "rescale_acts_by_decoder_norm": False}
     if isinstance(sae.activation, JumpReLU):
         tensors["threshold"] = sae.activation.threshold.contiguous().cpu()
+    if sae.W_skip is not None:  # SAELens adds x W_skip^T
+        tensors["W_skip"] = sae.W_skip.T.contiguous().cpu()
     config["metadata"] = _metadata(sae)
     with atomic_write(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary)
@@ -65,23 +88,31 @@ def save(sae: SAE, folder: Path) -> Path:
     return folder
 
 
+_SCALINGS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}
+
+
+def _architecture(sae: SAE) -> str:
+    if not sae.is_transcoder:
+        return {"relu": "standard", "jumprelu": "jumprelu", "topk": "topk"}[sae.kind]
+    kind = {"relu": "", "jumprelu": "jumprelu_", "topk": "topk_"}[sae.kind]
+    return f"{kind}{'skip_' if sae.W_skip is not None else ''}transcoder"
+
+
 def _metadata(sae: SAE) -> dict[str, Any]:
     model = sae.provenance.get("model", {})
     data = sae.provenance.get("data", {})
-    own = {
-        "read": str(sae.read) if sae.read else None,
-        "policy": sae.policy.to_dict(),
-        "provenance": sae.provenance,
-    }
-    return {
+    said = sae.provenance.get("source", {})
+    metadata = {
         "sae_lens_version": _FORMAT_VERSION,  # without it SAELens takes the file for an older one and drops the rest
         "model_name": model.get("name", ""),
-        "hook_name": _hook_name(sae.read),
+        "hook_name": _hook_name(sae.read) or said.get("hook_name", ""),
         "hook_head_index": None,
         "prepend_bos": data.get("begins_with_bos", False),
         "context_size": data.get("context"),
-        "unweave": own,
     }
+    if sae.is_transcoder:
+        metadata["hook_name_out"] = _hook_name(sae.write) or said.get("hook_name_out", "")
+    return metadata | {"unweave": own_block(sae)}
 
 
 def _hook_name(site: Site | None) -> str:
@@ -93,137 +124,120 @@ def _hook_name(site: Site | None) -> str:
         return str(site)
 
 
-def load(folder: Path) -> SAE:
-    """Reads ``folder``. Raises UnweaveError for whatever is missing, unused, mis-shaped, damaged or not understood."""
-    if not folder.is_dir():
-        raise UnweaveError("no such SAE folder", where=str(folder), remedy=f"give a folder that holds {CONFIG}")
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict):
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def load(source: Source) -> SAE:
+    """Reads a folder. Raises UnweaveError for whatever is missing, unused, mis-shaped, damaged or not understood."""
+    folder = source.folder
+    raw = read_json(folder / CONFIG)
+    if not isinstance(raw, dict):
         raise UnweaveError("the configuration does not hold named fields", where=str(folder / CONFIG))
-    architecture = config.get("architecture", "standard")
-    if architecture not in _TENSORS:
-        raise UnweaveError(
-            f"SAEs of architecture {architecture!r} cannot be loaded",
-            where=str(folder),
-            remedy=f"known: {', '.join(_TENSORS)}",
-        )
-    _refuse_options(config, folder)
-    tensors = _read_tensors(folder / WEIGHTS, _TENSORS[architecture])
-    _check_sizes(config, tensors, folder)
-    activation = _fold(architecture, config, tensors)
-    metadata = config.get("metadata") or {}
-    own = metadata.get("unweave") or {}
-    return SAE(
-        tensors["W_enc"],
-        tensors["b_enc"],
-        tensors["W_dec"],
-        tensors["b_dec"],
-        activation,
-        read=_site(own.get("read"), metadata.get("hook_name")),
-        policy=TokenPolicy.from_dict(own.get("policy", {})),
-        provenance=own.get("provenance", {}),
+    config = modern(raw, str(folder / CONFIG))
+    tensors = read_safetensors(folder / WEIGHTS)
+    parts = _parts(config, tensors)
+    tensors.finish()
+    own = config.metadata.get("unweave")
+    if own:
+        return build_own(parts, own)
+    _warn_of_processed_models(config, str(folder))
+    said = config.metadata
+    head = said.get("hook_head_index")
+    return build_foreign(
+        parts,
+        source,
+        NAME,
+        hook=said.get("hook_name") or None,
+        hook_out=said.get("hook_name_out") or None,
+        sites=(None, None) if head is not None else None,  # one head alone is no site of ours
+        model=said.get("model_name") or None,
+        hook_head_index=head,
+        prepend_bos=said.get("prepend_bos"),
+        context=said.get("context_size"),
     )
 
 
-def _refuse_options(config: dict[str, Any], folder: Path) -> None:
-    scaling = config.get("normalize_activations", "none")
-    if scaling not in (None, "none"):
+def _parts(config: Config, tensors: Tensors) -> Parts:
+    where = tensors.where
+    _finetuning, scale = _known_extras(config, tensors)
+    gated = config.architecture == "gated"
+    tensors.require(config.tensors, f"check the architecture in {CONFIG}")
+    names = _NAMES | ({"b_enc": ("b_mag",)} if gated else {})
+    parts = assemble(tensors, names, _STATED)
+    agree("d_in", config.d_in, parts.d_in, where)
+    agree("d_sae", config.d_sae, parts.d_sae, where)
+    agree("d_out", config.d_in if config.d_out is None else config.d_out, len(parts.b_dec), where)
+    if gated:
+        gate, gain = (vector(tensors.take(name), name, where, parts.d_sae) for name in ("b_gate", "r_mag"))
+        parts.fold_gate(gate, parts.b_enc, gain)
+    elif "threshold" in config.tensors:
+        parts.threshold = vector(tensors.take("threshold"), "threshold", where, parts.d_sae)
+    elif "topk_threshold" in config.tensors:
+        _batch_threshold(config, tensors, parts)
+    elif config.k is not None:
+        parts.k = config.k
+        if config.rescale:
+            parts.fold_rank_by_norm()
+    if "W_skip" in config.tensors:
+        skip = tensors.take("W_skip")
+        parts.W_skip = oriented(skip, "W_skip", parts.d_in, len(parts.b_dec), stated="transposed", where=where)
+    if _finetuning is not None:
+        parts.fold_decoder_scale(vector(_finetuning, "finetuning_scaling_factor", where, parts.d_sae))
+    if config.input_bias:
+        parts.fold_input_bias()
+    if scale is not None:
+        parts.fold_input_scale(scale)
+    parts.input_norm = config.input_norm
+    return parts
+
+
+def _batch_threshold(config: Config, tensors: Tensors, parts: Parts) -> None:
+    """A BatchTopK checkpoint of training: its running threshold makes it a JumpReLU, as SAELens itself saves it."""
+    threshold = tensors.number("topk_threshold")
+    if threshold is None or not threshold > 0:
         raise UnweaveError(
-            f"this SAE wants its inputs scaled ({scaling!r}), and the file does not hold the factor",
-            where=str(folder),
-            remedy="fold the scaling into the weights before saving (SAELens: fold_activation_norm_scaling_factor)",
+            "this BatchTopK checkpoint has no threshold yet",
+            where=tensors.where,
+            remedy="save the inference model (SAELens: save_inference_model) after some training",
         )
-    architecture = config.get("architecture", "standard")
-    function = config.get("activation_fn_str", config.get("activation_fn", "relu"))
-    if architecture == "standard" and function not in (None, "relu"):  # trap 19: older TopK files say it here
+    if config.rescale:
+        parts.fold_rank_by_norm()
+    parts.threshold = torch.full_like(parts.b_enc, threshold)
+
+
+def _known_extras(config: Config, tensors: Tensors) -> tuple[torch.Tensor | None, float | None]:
+    """What older files carry besides their architecture's tensors: finetuning scales, and logarithms of thresholds."""
+    if "log_threshold" in tensors and "threshold" in config.tensors:
+        tensors.values["threshold"] = tensors.take("log_threshold").exp()
+    scaling = tensors.maybe("finetuning_scaling_factor", "scaling_factor")
+    if scaling is not None and bool((scaling == 1).all()):
+        scaling = None
+    if scaling is not None and not config.finetuned:
         raise UnweaveError(
-            f"a standard SAE with the activation {function!r} is not understood", where=str(folder),
-            remedy="save it again with a SAELens of version 6, which names its architecture",
-        )  # fmt: skip
-    if config.get("reshape_activations", "none") not in (None, "none", "hook_z"):  # trap 17
-        raise UnweaveError(
-            f"activations reshaped by {config['reshape_activations']!r} are not understood", where=str(folder)
+            "the file holds scaling factors for its latents, but its configuration says they are not in use",
+            where=tensors.where,
+            remedy=f"set finetuning_scaling_factor in {CONFIG} to true if decoding multiplies by them",
         )
-    if architecture == "topk" and not isinstance(config.get("k"), int):
-        raise UnweaveError("a TopK SAE's configuration must say k", where=str(folder / CONFIG))
-    if "apply_b_dec_to_input" not in config:
-        raise UnweaveError(
-            "the configuration does not say whether b_dec is taken off the input (apply_b_dec_to_input)",
-            where=str(folder / CONFIG), remedy="add it: true or false",
-        )  # fmt: skip
+    return scaling, config.input_scale
 
 
-def _read_tensors(path: Path, wanted: set[str]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise UnweaveError("the SAE's weights are missing", where=str(path), remedy="restore the file")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UnweaveError(
-            f"the weights are damaged: {error}", where=str(path), remedy="restore the file or train the SAE again"
-        ) from error
-    missing, unused = wanted - set(tensors), set(tensors) - wanted
-    if missing or unused:
-        problem = "; ".join(
-            f"{word} {', '.join(sorted(names))}" for word, names in (("missing", missing), ("unused", unused)) if names
+def _warn_of_processed_models(config: Config, where: str) -> None:
+    asked = config.metadata.get("model_from_pretrained_kwargs") or {}
+    changes = [
+        name
+        for name in (
+            "center_writing_weights",
+            "fold_ln",
+            "center_unembed",
+            "fold_value_biases",
+            "refactor_factored_attn_matrices",
         )
-        raise UnweaveError(
-            f"the tensors do not fit the architecture: {problem}",
-            where=str(path),
-            remedy="check cfg.json's architecture",
+        if asked.get(name)
+    ]
+    if changes:  # trap 12
+        warnings.warn(
+            f"{where}: this SAE was trained on a model whose weights TransformerLens had changed "
+            f"({', '.join(changes)}); the model as published gives other activations: measure before you trust it",
+            UnweaveWarning,
+            stacklevel=2,
         )
-    return tensors
-
-
-def _check_sizes(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-    d_in, d_sae = config.get("d_in"), config.get("d_sae")
-    expected = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    for name, tensor in tensors.items():
-        shape = expected.get(name, (d_sae,))
-        if tuple(tensor.shape) != shape:
-            raise UnweaveError(
-                f"{name} has shape {list(tensor.shape)}, not {list(shape)}", where=str(folder), remedy="check cfg.json"
-            )
-
-
-def _fold(architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Activation:
-    """Changes ``tensors`` to the plain parametrisation and returns its activation."""
-    activation: Activation
-    if architecture == "gated":
-        gain = tensors.pop("r_mag").exp()
-        gate, magnitude = tensors.pop("b_gate"), tensors.pop("b_mag")
-        tensors["W_enc"] = tensors["W_enc"] * gain
-        tensors["b_enc"] = magnitude
-        activation = JumpReLU((magnitude - gain * gate).clamp(min=0))
-    elif architecture == "jumprelu":
-        activation = JumpReLU(tensors.pop("threshold"))
-    elif architecture == "topk":
-        activation = TopK(int(config["k"]))
-        if config.get("rescale_acts_by_decoder_norm", False):
-            norms = tensors["W_dec"].norm(dim=1)
-            norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-            tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norms, tensors["b_enc"] * norms
-            tensors["W_dec"] = tensors["W_dec"] / norms.unsqueeze(1)
-    else:
-        activation = ReLU()
-    if config.get("apply_b_dec_to_input", False):
-        shift = tensors["b_dec"] @ tensors["W_enc"]
-        tensors["b_enc"] = tensors["b_enc"] - shift
-    return activation
-
-
-def _site(own: str | None, hook_name: str | None) -> Site | None:
-    """The site; None where the hook is none of ours, so that using the SAE in a model asks for one."""
-    if own:
-        return Site.parse(own)
-    if not hook_name:
-        return None
-    for read in (Site.from_transformer_lens, Site.parse):
-        try:
-            return read(hook_name)
-        except UnweaveError:
-            continue
-    return None

@@ -1,0 +1,134 @@
+"""What a file says of an SAE besides its numbers: where it belongs, its token policy, and where it comes from.
+
+Our own block (``metadata.unweave`` or ``unweave`` in the configuration) is kept in every format we write, since readers
+of those formats skip fields they do not know. Other people's files say less; what they say goes into the provenance.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.data.policy import TokenPolicy
+from unweave.sae.formats.parts import Parts
+from unweave.sae.formats.source import Source
+from unweave.sae.module import SAE
+
+
+def own_block(sae: SAE) -> dict[str, Any]:
+    """What we keep of an SAE beside its weights, for JSON."""
+    block: dict[str, Any] = {"read": _text(sae.read)}
+    if sae.write != sae.read:
+        block["write"] = _text(sae.write)
+    return block | {"policy": sae.policy.to_dict(), "provenance": sae.provenance}
+
+
+def build_own(parts: Parts, own: Mapping[str, Any]) -> SAE:
+    """The SAE of a file that holds our block."""
+    read, write = own.get("read"), own.get("write")
+    return parts.build(
+        read=Site.parse(read) if read else None,
+        write=Site.parse(write) if write else None,
+        policy=TokenPolicy.from_dict(own.get("policy", {})),
+        provenance=own.get("provenance", {}),
+    )
+
+
+def build_foreign(
+    parts: Parts,
+    source: Source,
+    format: str,
+    *,
+    hook: str | None = None,
+    hook_out: str | None = None,
+    sites: tuple[Site | None, Site | None] | None = None,
+    model: str | None = None,
+    **about: Any,
+) -> SAE:
+    """The SAE of somebody else's file. Its sites are ``sites``, or those of the hooks where our sites can name both.
+
+    What the file says of itself (format, origin, hooks, and ``about``) is in ``provenance["source"]``.
+    """
+    said = {"hook_name": hook, "hook_name_out": hook_out, "model": model, **about}
+    origin = {"format": format, "path": source.origin, **source.facts}
+    provenance: dict[str, Any] = {"source": origin | {k: v for k, v in said.items() if v is not None}}
+    if model:
+        provenance["model"] = {"name": model}
+    context = about.get("context")
+    if context is not None:
+        provenance["data"] = {"begins_with_bos": bool(about.get("prepend_bos", False)), "context": context}
+    if sites is None:
+        read, write = site_of(hook), site_of(hook_out)
+        if hook_out is None or parts.encode_only:
+            write = read
+        sites = (read, write) if read is not None and write is not None else (None, None)
+    return parts.build(read=sites[0], write=sites[1], provenance=provenance)
+
+
+def site_of(hook: str | None) -> Site | None:
+    """The site of a TransformerLens hook or of our own name; None where it is none that we can name."""
+    if not hook:
+        return None
+    for read in (Site.from_transformer_lens, Site.parse):
+        try:
+            return read(hook)
+        except UnweaveError:
+            continue
+    return None
+
+
+_HF_SIDES = {
+    "output": "resid_post",
+    "self_attn.o_proj.input": "attn_heads",
+    "self_attn.output": "attn_out",
+    "mlp.output": "mlp_out",
+    "pre_feedforward_layernorm.output": "mlp_in",
+    "post_feedforward_layernorm.output": "mlp_add",
+}
+
+
+def site_of_hf_hook(hook: str | None) -> Site | None:
+    """The site of a name such as ``model.layers.3.post_feedforward_layernorm.output``; None for any other."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", hook or "")
+    point = _HF_SIDES.get(match[2]) if match else None
+    return Site(point, int(match[1])) if match and point else None
+
+
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.(.+))?$")
+_ATTENTIONS = ("attn", "self_attn", "attention")
+
+
+def sites_of_module(path: str, transcodes: bool) -> tuple[Site | None, Site | None]:
+    """Sites of an SAE on a module's output, or of a transcoder from its input to its output; None for unknown modules.
+
+    ``path`` is a Hugging Face module path, with or without the model's own prefix, e.g. ``layers.10.mlp``.
+    """
+    if path.rsplit(".", 1)[-1] in ("embed_tokens", "wte", "embed_in"):
+        return (None, None) if transcodes else (Site("embed"), Site("embed"))
+    match = _BLOCK.search(path)
+    if match is None:
+        return None, None
+    layer, part = int(match[1]), match[2] or ""
+    before_after = {"": ("resid_pre", "resid_post"), "mlp": ("mlp_in", "mlp_out")}
+    before_after |= dict.fromkeys(_ATTENTIONS, ("attn_in", "attn_out"))
+    if part not in before_after:
+        return None, None
+    before, after = before_after[part]
+    return Site(before if transcodes else after, layer), Site(after, layer)
+
+
+def module_of_site(site: Site | None) -> str | None:
+    """The module path, relative to the model, whose output is at ``site``; None where there is no such module."""
+    if site is None:
+        return None
+    if site.point == "embed":
+        return "embed_tokens"
+    part = {"resid_post": "", "mlp_out": ".mlp", "attn_out": ".self_attn"}.get(site.point)
+    return None if part is None else f"layers.{site.layer}{part}"
+
+
+def _text(site: Site | None) -> str | None:
+    return None if site is None else str(site)

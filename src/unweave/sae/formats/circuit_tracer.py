@@ -1,0 +1,106 @@
+"""circuit-tracer: one safetensors file per layer's transcoder, and cross-layer transcoders, of which a layer encodes.
+
+    f = relu(x W_enc^T + b_enc), or JumpReLU, or TopK        y = f W_dec + b_dec (+ x W_skip^T)
+
+Published files disagree on how W_dec lies, so shapes decide; where it is square, W_dec is [F, d]. Hooks come from
+``config.yaml`` beside the files, the layer from the file's name. A cross-layer transcoder's layer writes to many
+layers: its ``W_enc_N.safetensors`` gives an SAE that encodes and refuses to decode (trap 24).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from unweave.core.errors import UnweaveError
+from unweave.sae.formats.about import build_foreign
+from unweave.sae.formats.parts import Parts, assemble, vector
+from unweave.sae.formats.source import Source
+from unweave.sae.formats.tensors import Tensors, oriented, read_safetensors
+from unweave.sae.module import SAE
+
+NAME = "circuit_tracer"
+_NAMES = {name: (name,) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+_STATED = {"W_enc": "transposed", "W_dec": "as is"}
+_THRESHOLD = "activation_function.threshold"
+_CONFIGS = ("config.yaml", "config.yml")
+
+
+def recognise(source: Source) -> bool:
+    """A safetensors file with W_enc, W_dec, b_enc and b_dec, or with a cross-layer transcoder's W_enc_N."""
+    return set(_NAMES) <= source.names or any(re.fullmatch(r"W_enc_\d+", name) for name in source.names)
+
+
+def load(source: Source) -> SAE:
+    """Reads one layer's transcoder. Raises UnweaveError for what does not fit."""
+    config = source.config(*_CONFIGS)
+    tensors = read_safetensors(source.path)
+    cross_layer = next((name for name in tensors.values if re.fullmatch(r"W_enc_\d+", name)), None)
+    if cross_layer is not None:
+        return _cross_layer(source, config, tensors, int(cross_layer.rsplit("_", 1)[-1]))
+    where = tensors.where
+    parts = assemble(tensors, _NAMES, _STATED)
+    skip = tensors.maybe("W_skip")
+    if skip is not None:
+        parts.W_skip = oriented(skip, "W_skip", parts.d_in, len(parts.b_dec), stated="transposed", where=where)
+    _activation(config, tensors, parts)
+    tensors.finish()
+    match = re.search(r"(\d+)", source.path.stem)
+    return _build(source, config, parts, None if match is None else int(match[1]))
+
+
+def _activation(config: dict[str, Any], tensors: Tensors, parts: Parts) -> None:
+    where = tensors.where
+    said = config.get("activation")
+    k = tensors.number("k")
+    threshold = tensors.maybe(_THRESHOLD)
+    if threshold is not None:
+        parts.threshold = vector(threshold.flatten(), _THRESHOLD, where, parts.d_sae)
+        if bool((parts.threshold < 0).any()):
+            raise UnweaveError("thresholds below 0 let negative latents through, which is not understood", where=where)
+    if k is not None or said == "topk":
+        k = config.get("k") if k is None else k
+        if k is None or threshold is not None:
+            raise UnweaveError("a TopK transcoder needs k, and no threshold", where=where, remedy="restore config.yaml")
+        parts.k = int(k)
+    elif said not in (None, "relu", "jump_relu", "jumprelu"):
+        raise UnweaveError(
+            f"the activation {said!r} is not understood", where=where, remedy="known: relu, jump_relu, topk"
+        )
+    elif said in ("jump_relu", "jumprelu") and threshold is None:
+        raise UnweaveError(f"missing {_THRESHOLD}", where=where, remedy="the file is incomplete: restore it")
+
+
+def _cross_layer(source: Source, config: dict[str, Any], tensors: Tensors, layer: int) -> SAE:
+    where = tensors.where
+    b_enc = vector(tensors.take(f"b_enc_{layer}"), f"b_enc_{layer}", where)
+    b_dec = vector(tensors.take(f"b_dec_{layer}"), f"b_dec_{layer}", where)
+    name = f"W_enc_{layer}"
+    W_enc = oriented(tensors.take(name), name, len(b_dec), len(b_enc), stated="transposed", where=where)
+    threshold = tensors.maybe(f"threshold_{layer}")
+    if threshold is not None:
+        threshold = vector(threshold.flatten(), f"threshold_{layer}", where, len(b_enc))
+    tensors.drop(f"W_skip_{layer}")
+    tensors.finish()
+    parts = Parts(
+        W_enc, b_enc, b_enc.new_zeros(len(b_enc), 0), b_enc.new_zeros(0), threshold=threshold,
+        encode_only=f"it is layer {layer} of a cross-layer transcoder, which writes to many layers",
+    )  # fmt: skip
+    return _build(source, config, parts, layer)
+
+
+def _build(source: Source, config: dict[str, Any], parts: Parts, layer: int | None) -> SAE:
+    hooks = [
+        f"blocks.{layer}.{config[name]}" if layer is not None and config.get(name) else None
+        for name in ("feature_input_hook", "feature_output_hook")
+    ]
+    known = hooks[0] is not None and hooks[1] is not None
+    return build_foreign(
+        parts,
+        source,
+        NAME,
+        hook=hooks[0],
+        hook_out=hooks[1],
+        sites=None if known else (None, None),
+        model=config.get("model_name"),
+    )

@@ -1,0 +1,236 @@
+"""dictionary_learning: ``ae.pt`` (a state dictionary, read with ``weights_only``) and ``config.json``.
+
+    AutoEncoder       relu((x - b) E + b_e) D + b
+    AutoEncoderNew    relu(x E + b_e) D + b
+    Gated             1[(x - b) E + b_gate > 0] relu(e^r (x - b) E + b_mag) D + b
+    TopK              the k largest of relu((x - b) E + b_e)
+    BatchTopK, Matryoshka BatchTopK    relu((x - b) E + b_e) where it is above one stored threshold
+    JumpReLU          relu(x E + b_e) where x E + b_e > threshold
+
+Which one a file is, its tensors' names say; TopK and BatchTopK share theirs, so the configuration must. Files of plain
+linear layers by others (Goodfire, qresearch, Qwen Scope) are read here too.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unweave.core.errors import UnweaveError
+from unweave.core.run import atomic_write, write_json
+from unweave.core.site import Site
+from unweave.sae.activations import JumpReLU, TopK
+from unweave.sae.formats.about import build_foreign, build_own, own_block
+from unweave.sae.formats.parts import Parts, agree, assemble, vector
+from unweave.sae.formats.source import Source
+from unweave.sae.formats.tensors import Tensors, read_torch
+from unweave.sae.module import SAE
+
+NAME = "dictionary_learning"
+WEIGHTS, CONFIG = "ae.pt", "config.json"
+
+_NAMES: dict[str, tuple[str, ...]] = {
+    "W_enc": ("encoder.weight", "encoder_linear.weight", "W_enc"),
+    "b_enc": ("encoder.bias", "encoder_linear.bias", "b_enc", "mag_bias"),
+    "W_dec": ("decoder.weight", "decoder_linear.weight", "W_dec"),
+    "b_dec": ("bias", "decoder.bias", "decoder_linear.bias", "b_dec", "decoder_bias"),
+}
+_LINEAR, _DIRECT = {"W_enc": "transposed", "W_dec": "transposed"}, {"W_enc": "as is", "W_dec": "as is"}
+_PAIRS = {"AutoEncoderTopK", "BatchTopKSAE"}
+
+
+def recognise(source: Source) -> bool:
+    """A folder with ``ae.pt``, or any PyTorch file."""
+    return source.file(WEIGHTS) is not None or bool(source.the_file(".pt") or source.the_file(".pth"))
+
+
+def load(source: Source) -> SAE:
+    """Reads a dictionary. Raises UnweaveError for kinds that are not known and whatever does not fit."""
+    path = source.file(WEIGHTS) or source.path
+    config = source.config(CONFIG, f"../{CONFIG}")  # checkpoints/ae_N.pt lie one folder deeper
+    trainer = config.get("trainer") or {}
+    tensors = read_torch(path)
+    where = str(path)
+    kind = _kind(tensors, trainer.get("dict_class"), where)
+    parts = _parts(kind, tensors, trainer, source)
+    tensors.finish()
+    agree("activation_dim", trainer.get("activation_dim"), parts.d_in, where)
+    agree("dict_size", trainer.get("dict_size"), parts.d_sae, where)
+    if config.get("unweave"):
+        return build_own(parts, config["unweave"])
+    site = _site(config, source)
+    return build_foreign(
+        parts,
+        source,
+        NAME,
+        hook=trainer.get("submodule_name"),
+        sites=(site, site),
+        model=trainer.get("lm_name"),
+        dict_class=kind,
+        context=(config.get("buffer") or {}).get("ctx_len"),
+    )
+
+
+def _kind(tensors: Tensors, said: str | None, where: str) -> str:
+    """The class whose tensors these are; UnweaveError when the configuration says another, or must say and does not."""
+    if "r_mag" in tensors:
+        found = {"GatedAutoEncoder"}
+    elif "group_sizes" in tensors:
+        found = {"MatryoshkaBatchTopKSAE"}
+    elif "threshold" in tensors and "W_enc" in tensors:
+        found = {"JumpReluAutoEncoder"}
+    elif "encoder.weight" in tensors and "b_dec" in tensors:
+        found = _PAIRS
+    elif "encoder.weight" in tensors and "bias" in tensors:
+        found = {"AutoEncoder"}
+    elif "decoder.bias" in tensors or "decoder_linear.bias" in tensors:
+        found = {"AutoEncoderNew"}
+    elif "W_enc" in tensors and "b_dec" in tensors:
+        found = {"Qwen Scope"}
+    else:
+        raise UnweaveError(
+            f"tensors {', '.join(sorted(tensors.values)[:8])} are of no kind of SAE that is known",
+            where=where,
+            remedy="known: AutoEncoder, AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, "
+            "MatryoshkaBatchTopKSAE, JumpReluAutoEncoder",
+        )
+    if said is None and len(found) > 1:
+        raise UnweaveError(
+            "TopK and BatchTopK dictionaries hold the same tensors, and no configuration says which this is",
+            where=where, remedy=f"put {CONFIG} with trainer.dict_class beside it",
+        )  # fmt: skip
+    if said is not None and said not in found:
+        raise UnweaveError(
+            f"the configuration says {said}, but the tensors are those of {' or '.join(sorted(found))}",
+            where=where, remedy="configuration and weights do not belong together: restore them",
+        )  # fmt: skip
+    return said or found.pop()
+
+
+def _parts(kind: str, tensors: Tensors, trainer: dict[str, Any], source: Source) -> Parts:
+    where = tensors.where
+    names = _NAMES
+    if kind == "AutoEncoder":  # a decoder.bias beside bias would be another class: it stays, and is refused
+        names = names | {"b_dec": ("bias",)}
+    linear = kind not in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE")
+    parts = assemble(tensors, names, _LINEAR if linear else _DIRECT)
+    if kind == "GatedAutoEncoder":
+        gate, gain = (vector(tensors.take(name), name, where, parts.d_sae) for name in ("gate_bias", "r_mag"))
+        parts.fold_gate(gate, parts.b_enc, gain)
+    elif kind == "JumpReluAutoEncoder":
+        parts.threshold = vector(tensors.take("threshold"), "threshold", where, parts.d_sae)
+    elif kind == "AutoEncoderTopK":
+        parts.k = _k(tensors, trainer, where)
+        tensors.drop("threshold")  # an estimate for another way of encoding, which is not the class's own
+    elif kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+        _k(tensors, trainer, where)
+        groups = tensors.values.pop("group_sizes", None)
+        if groups is not None:
+            agree("group_sizes that sum to", int(groups.sum()), parts.d_sae, where)
+        threshold = tensors.number("threshold")
+        if threshold is None or threshold < 0:
+            raise UnweaveError(
+                "this BatchTopK dictionary has no threshold, so a single token cannot be encoded",
+                where=where,
+                remedy="train it past threshold_start_step, where the threshold is first estimated",
+            )
+        parts.threshold = torch.full_like(parts.b_enc, threshold)
+    elif kind == "Qwen Scope":
+        match = re.search(r"L0_(\d+)", source.hint)
+        if match is None:
+            raise UnweaveError(
+                "this file holds no k, and its repository's name, which says it (L0_50), is not in the path",
+                where=where, remedy="keep the repository's name as a folder, e.g. SAE-Res-Qwen3-8B-Base-W64K-L0_50/",
+            )  # fmt: skip
+        parts.k = int(match[1])
+    if kind not in ("AutoEncoderNew", "JumpReluAutoEncoder", "Qwen Scope"):
+        parts.fold_input_bias()
+    return parts
+
+
+def _k(tensors: Tensors, trainer: dict[str, Any], where: str) -> int:
+    stored, said = tensors.number("k"), trainer.get("k")
+    if stored is not None:
+        agree("k", said, int(stored), where)
+        return int(stored)
+    if said is None:
+        raise UnweaveError("neither the file nor its configuration says k", where=where, remedy=f"restore {CONFIG}")
+    return int(said)
+
+
+_SITES = re.compile(r"(resid_post|resid_out|resid|attn_out|mlp_out)_?layer_?(\d+)")
+
+
+def _site(config: dict[str, Any], source: Source) -> Site | None:
+    """Where it reads, by the trainer's submodule name or the folder's: outputs of the model's own modules."""
+    if (config.get("buffer") or {}).get("io", "out") != "out":
+        return None
+    trainer = config.get("trainer") or {}
+    name = str(trainer.get("submodule_name") or source.hint)
+    match = _SITES.search(name)
+    layer = re.search(r"layer(\d+)\.sae\.pt$|[-_]l(\d+)(?:\.pth?)?$", source.path.name)
+    if match is None and layer is not None:
+        return Site("resid_post", int(layer[1] or layer[2]))
+    if match is None:
+        return None
+    return Site({"attn_out": "attn_out", "mlp_out": "mlp_out"}.get(match[1], "resid_post"), int(match[2]))
+
+
+def save(sae: SAE, folder: Path) -> Path:
+    """Writes a folder that dictionary_learning reads: AutoEncoderNew, AutoEncoderTopK or JumpReluAutoEncoder.
+
+    Raises UnweaveError for transcoders and for inputs normalised token by token.
+    """
+    sae.require_decoder()
+    if sae.is_transcoder:
+        raise UnweaveError("dictionary_learning has no transcoders", where=repr(sae), remedy="convert it to saelens")
+    if sae.input_norm is not None:
+        raise UnweaveError(
+            f"dictionary_learning knows no inputs normalised token by token ({sae.input_norm})",
+            where=repr(sae), remedy="convert it to saelens",
+        )  # fmt: skip
+    linear = {"encoder.weight": sae.W_enc.T, "decoder.weight": sae.W_dec.T}
+    if isinstance(sae.activation, TopK):
+        kind, trainer = "AutoEncoderTopK", "TopKTrainer"
+        tensors = linear | {
+            "encoder.bias": sae.b_enc + sae.b_dec @ sae.W_enc,
+            "b_dec": sae.b_dec,
+            "k": torch.tensor(sae.activation.k, dtype=torch.int),
+            "threshold": torch.tensor(-1.0),  # its word for "not estimated"
+        }
+    elif isinstance(sae.activation, JumpReLU):
+        kind, trainer = "JumpReluAutoEncoder", "JumpReluTrainer"
+        tensors = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        tensors["threshold"] = sae.activation.threshold
+    else:
+        kind, trainer = "AutoEncoderNew", "StandardTrainer"
+        tensors = linear | {"encoder.bias": sae.b_enc, "decoder.bias": sae.b_dec}
+    with atomic_write(folder / WEIGHTS) as temporary:
+        torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+    write_json(folder / CONFIG, _config(sae, kind, trainer))
+    return folder
+
+
+def _config(sae: SAE, kind: str, trainer: str) -> dict[str, Any]:
+    site = sae.read
+    point = (
+        None
+        if site is None
+        else {"resid_post": "resid_post", "mlp_out": "mlp_out", "attn_out": "attn_out"}.get(site.point)
+    )
+    about: dict[str, Any] = {
+        "dict_class": kind,
+        "trainer_class": trainer,
+        "activation_dim": sae.d_in,
+        "dict_size": sae.d_sae,
+        "layer": None if site is None else site.layer,
+        "lm_name": sae.provenance.get("model", {}).get("name", ""),
+        "submodule_name": None if site is None or point is None else f"{point}_layer_{site.layer}",
+    }
+    if isinstance(sae.activation, TopK):
+        about["k"] = sae.activation.k
+    context = sae.provenance.get("data", {}).get("context")
+    return {"trainer": about, "buffer": {"ctx_len": context, "io": "out"}, "unweave": own_block(sae)}

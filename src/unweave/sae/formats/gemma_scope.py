@@ -1,0 +1,124 @@
+"""Gemma Scope (``params.npz``) and Gemma Scope 2 (``params.safetensors`` with ``config.json``): JumpReLU.
+
+    f = relu(z) 1[z > threshold],  z = x W_enc + b_enc        x_hat = f W_dec + b_dec (+ x affine_skip_connection)
+
+W_enc is [d_in, F]. The site is only in the folder's name, which a copy must keep: ``gemma-scope-2b-pt-res/layer_20/``.
+Embedding SAEs were trained on embeddings before Gemma multiplies them by sqrt(d). Here they read what the model goes on
+with, resid_pre.0: W_enc / sqrt(d), W_dec sqrt(d), b_dec sqrt(d).
+Transcoders of the first series read the MLP's norm before its weight, which is no site of ours; they encode and decode.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.sae.formats.about import build_foreign, site_of_hf_hook
+from unweave.sae.formats.parts import Parts, assemble, vector
+from unweave.sae.formats.source import Source
+from unweave.sae.formats.tensors import oriented, read_npz, read_safetensors
+from unweave.sae.module import SAE
+
+NAME = "gemma_scope"
+ARRAYS, WEIGHTS = "params.npz", "params.safetensors"
+_NAMES = {
+    "W_enc": ("W_enc", "w_enc"),
+    "b_enc": ("b_enc",),
+    "W_dec": ("W_dec", "w_dec"),
+    "b_dec": ("b_dec",),
+}
+_STATED = {"W_enc": "as is", "W_dec": "as is"}
+
+
+def recognise(source: Source) -> bool:
+    """A folder with ``params.npz`` or ``params.safetensors``, an npz file, or a safetensors file that holds w_enc."""
+    path = source.file(ARRAYS) or source.the_file(".npz") or source.file(WEIGHTS)
+    return path is not None or ("w_enc" in source.names and "threshold" in source.names)
+
+
+def load(source: Source) -> SAE:
+    """Reads an SAE, transcoder, or (encoding only) one layer of a cross-layer transcoder."""
+    path = source.file(ARRAYS) or source.the_file(".npz")
+    if path is not None:
+        return _first(source, path)
+    return _second(source, source.file(WEIGHTS) or source.path)
+
+
+def _first(source: Source, path: Path) -> SAE:
+    tensors = read_npz(path)
+    parts = assemble(tensors, _NAMES, _STATED)
+    parts.threshold = vector(tensors.take("threshold"), "threshold", tensors.where, parts.d_sae)
+    tensors.finish()
+    hook, hook_out, site = _place(source.hint)
+    if _is_embedding(source.hint):
+        root = parts.d_in**0.5
+        parts.fold_input_scale(1 / root)
+        site = Site("resid_pre", 0)
+    match = re.search(r"gemma-scope-(\d+b)-(pt|it)", source.hint)
+    model = None if match is None else f"google/gemma-2-{match[1]}{'-it' if match[2] == 'it' else ''}"
+    return build_foreign(parts, source, NAME, hook=hook, hook_out=hook_out, sites=(site, site), model=model)
+
+
+def _is_embedding(hint: str) -> bool:
+    return re.search(r"(?:^|/)embedding/", hint) is not None
+
+
+def _place(hint: str) -> tuple[str | None, str | None, Site | None]:
+    """(hook, hook written to, site) by the folder's name."""
+    match = re.search(r"layer_(\d+)", hint)
+    if match is None:
+        return ("hook_embed" if _is_embedding(hint) else None), None, None
+    layer = int(match[1])
+    if "transcoder" in hint:
+        return f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out", None
+    kind = re.search(r"gemma-scope-\w+-(?:pt|it)-(res|mlp|att)\b", hint)
+    point = {"res": "resid_post", "mlp": "mlp_add", "att": "attn_heads"}.get(kind[1]) if kind else None
+    if point is None:
+        return None, None, None
+    site = Site(point, layer)
+    return site.to_transformer_lens(), None, site
+
+
+def _second(source: Source, path: Path) -> SAE:
+    config: dict[str, Any] = source.config("config.json")
+    if config.get("architecture", "jump_relu") != "jump_relu":
+        raise UnweaveError(f"the architecture {config['architecture']!r} is not understood", where=str(path.parent))
+    tensors = read_safetensors(path)
+    cross_layer = "w_dec" in tensors and tensors.values["w_dec"].ndim == 3
+    if cross_layer:
+        parts = _encoder_of_many(tensors.take("w_enc"), tensors.take("b_enc"), str(path))
+        tensors.drop("w_dec", "b_dec", "affine_skip_connection")
+    else:
+        parts = assemble(tensors, _NAMES, _STATED)
+        skip = tensors.maybe("affine_skip_connection")
+        if skip is not None:
+            parts.W_skip = oriented(
+                skip, "affine_skip_connection", parts.d_in, len(parts.b_dec), stated="as is", where=str(path)
+            )
+    parts.threshold = vector(tensors.take("threshold"), "threshold", str(path), parts.d_sae)
+    tensors.finish()
+    hook, hook_out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
+    read, write = site_of_hf_hook(hook), site_of_hf_hook(hook_out or hook)
+    if cross_layer:
+        write = read
+    return build_foreign(
+        parts,
+        source,
+        "gemma_scope_2",
+        hook=hook,
+        hook_out=hook_out,
+        sites=(read, write) if read and write else (None, None),
+        model=config.get("model_name"),
+    )
+
+
+def _encoder_of_many(W_enc: Any, b_enc: Any, where: str) -> Parts:
+    b_enc = vector(b_enc, "b_enc", where)
+    turned = oriented(W_enc, "w_enc", None, len(b_enc), stated="as is", where=where)
+    return Parts(
+        turned, b_enc, b_enc.new_zeros(len(b_enc), 0), b_enc.new_zeros(0),
+        encode_only="it is one layer of a cross-layer transcoder, which writes to many layers",
+    )  # fmt: skip

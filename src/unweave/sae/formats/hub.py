@@ -1,0 +1,121 @@
+"""SAEs on the Hugging Face hub: ``hub:org/name[@revision][/sub/folder or file]``, and SAELens's names for some of them.
+
+Only the files that a format can use are fetched, so that one SAE of a repository of hundreds costs only itself.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from unweave.core.errors import UnweaveError
+from unweave.sae.formats.source import Source
+
+HUB, SAELENS = "hub:", "saelens:"
+
+_FILES = (
+    "cfg.json",
+    "sae_weights.safetensors",
+    "sae.safetensors",
+    "config.json",
+    "ae.pt",
+    "params.npz",
+    "params.safetensors",
+    "hyperparams.json",
+    "checkpoints/final.safetensors",
+)
+"""What an SAE's folder may hold, in any format."""
+_BESIDE = ("config.yaml", "config.json", "hyperparams.json")
+"""What may lie beside a single file, or at the repository's top."""
+
+# (release, id) -> (repository, path). {0}, {1}, ... are the groups of both patterns in turn.
+_RELEASES: tuple[tuple[str, str, str, str], ...] = (
+    (r"(gemma-scope-(?:2b|9b)-(?:pt|it)-(?:res|mlp|att|transcoders))",
+     r"((?:layer_\d+|embedding)/width_\w+/average_l0_\d+)",
+     "google/{0}", "{1}"),
+    (r"llama_scope_lx([rma])_(8x|32x)", r"l(\d+)[rma]_(?:8x|32x)",
+     "fnlp/Llama3_1-8B-Base-LX{0}-{1}", "Llama3_1-8B-Base-L{2}{0}-{1}"),
+    (r"gpt2-small-resid-post-v5-32k", r"blocks\.(\d+)\.hook_resid_post",
+     "jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs", "v5_32k_layer_{0}.pt"),
+    (r"gpt2-small-(resid-post|resid-mid|attn-out|mlp-out)-v5-(32k|128k)", r"blocks\.(\d+)\.hook_\w+",
+     "jbloom/GPT2-Small-OAI-v5-{1}-{0}-SAEs", "v5_{1}_layer_{2}"),
+    (r"gpt2-small-res-jb", r"(blocks\.\d+\.hook_resid_(?:pre|post))",
+     "jbloom/GPT2-Small-SAEs-Reformatted", "{0}"),
+    (r"pythia-70m-deduped-res-sm", r"blocks\.0\.hook_resid_pre",
+     "ctigges/pythia-70m-deduped__res-sm_processed", "e-res-sm"),
+    (r"pythia-70m-deduped-(att|mlp|res)-sm", r"blocks\.(\d+)\.hook_(?:attn_out|mlp_out|resid_post)",
+     "ctigges/pythia-70m-deduped__{0}-sm_processed", "{1}-{0}-sm"),
+    (r"gemma-2-2b-res-matryoshka-dc", r"(blocks\.\d+\.hook_resid_post)",
+     "chanind/gemma-2-2b-batch-topk-matryoshka-saes-w-32k-l0-40", "standard/{0}"),
+    (r"gemma-2-9b-res-matryoshka-dc", r"(blocks\.\d+\.hook_resid_post)",
+     "chanind/gemma-2-9b-batch-topk-matryoshka-saes-w-32k-l0-60", "{0}"),
+)  # fmt: skip
+
+
+def fetch(name: str) -> Source:
+    """Downloads what ``hub:`` or ``saelens:`` names into the hub's own cache. Raises UnweaveError when it cannot."""
+    if name.startswith(SAELENS):
+        repository, path = released(name)
+        revision = None
+    else:
+        repository, revision, path = parse(name)
+    return _download(name, repository, revision, path)
+
+
+def parse(name: str) -> tuple[str, str | None, str]:
+    """``hub:org/name[@revision][/path]`` as (org/name, revision, path)."""
+    match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+?))?/?", name)
+    if match is None:
+        raise UnweaveError(
+            f"{name!r} names nothing on the hub", remedy="write hub:org/name, with @revision and /sub/folder if needed"
+        )
+    return match[1], match[2], match[3] or ""
+
+
+def released(name: str) -> tuple[str, str]:
+    """The repository and path of ``saelens:RELEASE/ID``. Raises UnweaveError for releases that are not known here."""
+    release, _, identity = name.removeprefix(SAELENS).partition("/")
+    for release_pattern, id_pattern, repository, path in _RELEASES:
+        of_release, of_id = re.fullmatch(release_pattern, release), re.fullmatch(id_pattern, identity)
+        if of_release is None or of_id is None:
+            continue
+        groups = [*of_release.groups(), *of_id.groups()]
+        if release.startswith("llama_scope"):
+            groups[0] = groups[0].upper()
+        return repository.format(*groups), path.format(*groups)
+    raise UnweaveError(
+        f"the SAELens name {name.removeprefix(SAELENS)!r} is not known here",
+        remedy="give the repository and path that SAELens lists for it: hub:org/name/path (docs/formats.md)",
+    )
+
+
+def _download(name: str, repository: str, revision: str | None, path: str) -> Source:
+    import huggingface_hub
+
+    is_file = path.endswith((".safetensors", ".npz", ".pth")) or path.endswith("ae.pt") or path.endswith(".sae.pt")
+    patterns = [path, *_beside(path)] if is_file else [f"{path}/{file}" if path else file for file in _FILES]
+    try:
+        top = Path(
+            huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=[*patterns, *_BESIDE])
+        )
+    except Exception as error:  # network, hub and authorisation errors of several libraries meet here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnweaveError(
+            f"it cannot be fetched from the hub: {reason}",
+            where=name,
+            remedy="check the name and the network (a gated repository needs `hf auth login`), or download it "
+            "yourself and give the folder",
+        ) from error
+    place = top / path if path else top
+    if not place.exists():
+        raise UnweaveError(
+            f"the repository {repository} has no SAE at {path or 'its top'!r}",
+            where=name,
+            remedy="name the folder that holds its files, as the hub's page shows it",
+        )
+    return Source(place, name, {"repository": repository, "revision": top.name})
+
+
+def _beside(path: str) -> list[str]:
+    folders = [folder.as_posix() for folder in Path(path).parents if folder.as_posix() != "."][:2]
+    return [f"{folder}/{file}" for folder in folders for file in _BESIDE]

@@ -1,0 +1,183 @@
+"""An SAE on its way from a file's parametrisation to ours, and the foldings that get it there.
+
+    input bias         relu((x - b) W_enc + b_enc)            -> b_enc - b W_enc
+    input scale        decode(encode(s x)) / s'               -> W_enc s, W_dec / s', b_dec / s', W_skip s / s'
+    gated              1[g > 0] relu(e^r (g - b_gate) + b_mag) -> JumpReLU, threshold max(0, b_mag - e^r b_gate)
+    decoder scale      decode(c f)                            -> W_dec c
+    rank by norm       TopK of z |d|                          -> W_enc |d|, b_enc |d|, W_dec / |d|; zero rows left alone
+    jump by norm       JumpReLU of z |d|                      -> threshold / |d|; latents keep their units
+
+Folded weights are kept in at least float32: rounding a folded bias or threshold to half precision would move which
+latents fire (trap 22). Weights that need no folding keep the file's dtype bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.data.policy import TokenPolicy
+from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
+from unweave.sae.formats.tensors import Tensors, oriented
+from unweave.sae.input_norm import InputNorm
+from unweave.sae.module import SAE
+
+_NEVER = 1e30
+"""A threshold that no pre-activation passes, finite so that it can be saved and checked."""
+
+
+@dataclass
+class Parts:
+    """W_enc [d_in, F], b_enc [F], W_dec [F, d_out], b_dec [d_out], W_skip [d_in, d_out]; threshold [F] or k."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    W_skip: Tensor | None = None
+    threshold: Tensor | None = None
+    k: int | None = None
+    input_norm: InputNorm | None = None
+    encode_only: str = ""
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_enc.shape[1]
+
+    def widen(self) -> None:
+        """At least float32, before folding."""
+        for name, tensor in self._tensors().items():
+            setattr(self, name, tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "threshold")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def fold_input_bias(self, bias: Tensor | None = None) -> None:
+        """Takes ``bias`` [d_in] (b_dec by default) off the input."""
+        self.widen()
+        self.b_enc = self.b_enc - (self.b_dec if bias is None else bias).to(self.b_enc.dtype) @ self.W_enc
+
+    def fold_input_scale(self, s_in: float, s_out: float | None = None) -> None:
+        """The file wants inputs times ``s_in`` and gives outputs times ``s_out`` (the same by default).
+
+        Pre-activations and thresholds stay as they are.
+        """
+        if not s_in > 0 or (s_out is not None and not s_out > 0):
+            raise UnweaveError(
+                f"an input scale of {s_in if s_in <= 0 else s_out} makes no sense", remedy="check the file"
+            )
+        self.widen()
+        s_out = s_in if s_out is None else s_out
+        self.W_enc, self.W_dec, self.b_dec = self.W_enc * s_in, self.W_dec / s_out, self.b_dec / s_out
+        if self.W_skip is not None:
+            self.W_skip = self.W_skip * (s_in / s_out)
+
+    def fold_gate(self, gate: Tensor, magnitude: Tensor, log_gain: Tensor) -> None:
+        """Gated: both paths share W_enc; b_enc is replaced."""
+        self.widen()
+        gate, magnitude, gain = (t.to(self.W_enc.dtype) for t in (gate, magnitude, log_gain.to(self.W_enc.dtype).exp()))
+        self.W_enc, self.b_enc = self.W_enc * gain, magnitude
+        self.threshold = (magnitude - gain * gate).clamp(min=0)
+
+    def fold_decoder_scale(self, factor: Tensor) -> None:
+        """Latents times ``factor`` [F] before they are decoded."""
+        self.widen()
+        self.W_dec = self.W_dec * factor.to(self.W_dec.dtype).unsqueeze(1)
+
+    def fold_rank_by_norm(self) -> None:
+        """Latents are ranked by z |d|: their values become that."""
+        self.widen()
+        norms = self.norms()
+        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        self.W_enc, self.b_enc, self.W_dec = self.W_enc * norms, self.b_enc * norms, self.W_dec / norms.unsqueeze(1)
+
+    def fold_jump_by_norm(self) -> None:
+        """The threshold is one of z |d|. A latent that writes nothing never fires."""
+        assert self.threshold is not None
+        self.widen()
+        norms = self.norms()
+        self.threshold = torch.where(norms > 0, self.threshold / norms, torch.full_like(norms, _NEVER))
+
+    def norms(self) -> Tensor:
+        """Lengths of the decoder's rows [F]."""
+        return self.W_dec.norm(dim=1)
+
+    def activation(self) -> Activation:
+        if self.k is not None:
+            return TopK(self.k)
+        return ReLU() if self.threshold is None else JumpReLU(self.threshold)
+
+    def build(
+        self,
+        *,
+        read: Site | None,
+        write: Site | None = None,
+        policy: TokenPolicy | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> SAE:
+        """The SAE, in the widest dtype that any of its tensors has."""
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in self._tensors().values()))
+        for name, tensor in self._tensors().items():
+            setattr(self, name, tensor.to(dtype).contiguous())
+        return SAE(
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            self.b_dec,
+            self.activation(),
+            W_skip=self.W_skip,
+            input_norm=self.input_norm,
+            encode_only=self.encode_only,
+            read=read,
+            write=write,
+            policy=policy,
+            provenance=provenance,
+        )
+
+
+def assemble(tensors: Tensors, names: Mapping[str, tuple[str, ...]], stated: Mapping[str, str]) -> Parts:
+    """W_enc, b_enc, W_dec and b_dec by their names in the file, turned by their shapes and the biases' lengths.
+
+    ``names`` gives each one's possible names, ``stated`` how the format writes the matrices ("as is" or "transposed"),
+    which decides for square ones. Raises UnweaveError for what is missing or does not fit.
+    """
+    b_enc, b_dec = (vector(tensors.take(*names[name]), names[name][0], tensors.where) for name in ("b_enc", "b_dec"))
+    found = {"W_enc": tensors.take(*names["W_enc"]), "W_dec": tensors.take(*names["W_dec"])}
+    W_enc = oriented(found["W_enc"], names["W_enc"][0], None, len(b_enc), stated=stated["W_enc"], where=tensors.where)
+    W_dec = oriented(
+        found["W_dec"], names["W_dec"][0], len(b_enc), len(b_dec), stated=stated["W_dec"], where=tensors.where
+    )
+    return Parts(W_enc, b_enc, W_dec, b_dec)
+
+
+def vector(tensor: Tensor, name: str, where: str, length: int | None = None) -> Tensor:
+    """A bias or threshold, checked to be a vector (of ``length``)."""
+    if tensor.ndim != 1 or (length is not None and len(tensor) != length):
+        raise UnweaveError(
+            f"{name} has shape {list(tensor.shape)}, not [{'?' if length is None else length}]",
+            where=where,
+            remedy="restore the file",
+        )
+    return tensor
+
+
+def agree(what: str, said: Any, found: int, where: str) -> None:
+    """UnweaveError unless the configuration, if it says anything, says what the tensors' shapes show."""
+    if said is not None and int(said) != found:
+        raise UnweaveError(
+            f"the configuration says {what} {said}, but the tensors' shapes say {found}",
+            where=where,
+            remedy="configuration and weights do not belong together: restore them",
+        )

@@ -1,0 +1,82 @@
+"""Where an SAE's files are, and what can be known of them without reading the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from unweave.core.errors import UnweaveError
+from unweave.core.run import read_json
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder or a file on this machine, and the name it was asked for by."""
+
+    path: Path
+    origin: str
+    """what the user wrote; names inside a hub repository are kept, for some formats say their site only there"""
+    facts: dict[str, str] = field(default_factory=dict)
+    """e.g. the hub repository's revision"""
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def file(self, name: str) -> Path | None:
+        """The weights file ``name``: in the folder, or the file itself if it is called that. None without one."""
+        if self.path.is_file():
+            return self.path if self.path.name == name.rsplit("/", 1)[-1] else None
+        return self.folder / name if (self.folder / name).is_file() else None
+
+    def the_file(self, suffix: str) -> Path | None:
+        """The file itself if it ends so; None for folders and other files."""
+        return self.path if self.path.is_file() and self.path.name.endswith(suffix) else None
+
+    def config(self, *names: str) -> dict[str, Any]:
+        """The first of these JSON or YAML files beside the weights, or {}. UnweaveError for damaged ones."""
+        for name in names:
+            path = self.folder / name
+            if path.is_file():
+                found = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
+                if not isinstance(found, dict):
+                    raise UnweaveError("the configuration does not hold named fields", where=str(path))
+                return found
+        return {}
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of the tensors in the file, when a safetensors or npz file itself was named; else none."""
+        if self.path.is_dir():
+            return frozenset()
+        return tensor_names(self.path)
+
+    @property
+    def hint(self) -> str:
+        """Every name on the way to the file, for formats that say layer and kind only there."""
+        return f"{self.origin}/{self.path.as_posix()}"
+
+
+def tensor_names(path: Path) -> frozenset[str]:
+    """The names of a safetensors file's tensors, from its header alone; none for other or damaged files."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors" or not path.is_file():
+        return frozenset()
+    try:
+        with safe_open(path, "pt") as handle:
+            return frozenset(handle.keys())
+    except (SafetensorError, OSError, ValueError):
+        return frozenset()
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file's content as plain values. Raises UnweaveError when it is damaged or wants objects made."""
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UnweaveError(f"cannot read it as YAML: {error}", where=str(path), remedy="restore the file") from error

@@ -1,0 +1,125 @@
+"""sparsify (eai-sparsify): ``cfg.json`` and ``sae.safetensors`` in a folder named after the module that is read.
+
+    z = (x - b_dec) encoder.weight^T + encoder.bias      (a transcoder leaves b_dec alone)
+    x_hat = topk(relu z) W_dec + b_dec (+ x W_skip^T)
+
+encoder.weight and W_dec are both [F, d]. An SAE reads the module's output; a transcoder goes from its input to that.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from unweave.core.errors import UnweaveError
+from unweave.core.run import atomic_write, write_json
+from unweave.sae.activations import TopK
+from unweave.sae.formats.about import build_foreign, build_own, own_block, sites_of_module
+from unweave.sae.formats.parts import agree, assemble
+from unweave.sae.formats.source import Source
+from unweave.sae.formats.tensors import oriented, read_safetensors
+from unweave.sae.module import SAE
+
+NAME = "sparsify"
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+_NAMES = {"W_enc": ("encoder.weight",), "b_enc": ("encoder.bias",), "W_dec": ("W_dec",), "b_dec": ("b_dec",)}
+_STATED = {"W_enc": "transposed", "W_dec": "as is"}
+
+
+def recognise(source: Source) -> bool:
+    """A folder with ``sae.safetensors``, or that file."""
+    return source.file(WEIGHTS) is not None
+
+
+def load(source: Source) -> SAE:
+    """Reads a folder. Raises UnweaveError for signed or grouped latents and whatever does not fit."""
+    path = source.file(WEIGHTS)
+    assert path is not None
+    config = source.config(CONFIG)
+    where = str(path.parent / CONFIG)
+    if not config:
+        raise UnweaveError("the configuration is missing, and with it k", where=where, remedy="restore the file")
+    _refuse(config, where)
+    tensors = read_safetensors(path)
+    parts = assemble(tensors, _NAMES, _STATED)
+    skip = tensors.maybe("W_skip")
+    if bool(config.get("skip_connection", False)) != (skip is not None):
+        said = "no W_skip" if skip is None else "a W_skip"
+        raise UnweaveError(f"the tensors hold {said}, against skip_connection in the configuration", where=where)
+    if skip is not None:
+        parts.W_skip = oriented(skip, "W_skip", parts.d_in, len(parts.b_dec), stated="transposed", where=str(path))
+    tensors.finish()
+    agree("d_in", config.get("d_in"), parts.d_in, where)
+    agree("num_latents", config.get("num_latents") or _product(config), parts.d_sae, where)
+    parts.k = int(config["k"])
+    transcodes = bool(config.get("transcode", False))
+    if not transcodes:
+        parts.fold_input_bias()
+    if config.get("unweave"):
+        return build_own(parts, config["unweave"])
+    return build_foreign(
+        parts,
+        source,
+        NAME,
+        hook=path.parent.name,
+        sites=sites_of_module(path.parent.name, transcodes),
+        model=source.config("../config.json").get("model"),
+    )
+
+
+def _product(config: dict[str, Any]) -> int | None:
+    if "expansion_factor" not in config or "d_in" not in config:
+        return None
+    return int(config["d_in"]) * int(config["expansion_factor"])
+
+
+def _refuse(config: dict[str, Any], where: str) -> None:
+    if not isinstance(config.get("k"), int) or config["k"] < 1:
+        raise UnweaveError("the configuration must say k", where=where, remedy="restore the file")
+    activation = config.get("activation", "topk")
+    if activation != "topk":
+        raise UnweaveError(f"the activation {activation!r} is not understood", where=where, remedy="only topk is")
+    if config.get("signed", False):
+        raise UnweaveError("signed latents are not understood: a latent here is never below 0", where=where)
+
+
+def save(sae: SAE, folder: Path) -> Path:
+    """Writes a folder that sparsify reads. Raises UnweaveError for anything but TopK without per-token scaling."""
+    from safetensors.torch import save_file
+
+    sae.require_decoder()
+    if not isinstance(sae.activation, TopK):
+        raise UnweaveError(
+            f"sparsify has TopK only, and this SAE's activation is {sae.kind}",
+            where=repr(sae),
+            remedy="convert it to saelens or dictionary_learning",
+        )
+    if sae.d_in != sae.d_out:
+        raise UnweaveError(f"sparsify has one width, and this SAE has {sae.d_in} and {sae.d_out}", where=repr(sae))
+    if sae.input_norm is not None:
+        raise UnweaveError(
+            f"sparsify knows no inputs normalised token by token ({sae.input_norm})", where=repr(sae),
+            remedy="convert it to saelens",
+        )  # fmt: skip
+    transcodes = sae.read != sae.write
+    bias = sae.b_enc if transcodes else sae.b_enc + sae.b_dec @ sae.W_enc
+    tensors = {"encoder.weight": sae.W_enc.T, "encoder.bias": bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip.T
+    config = {
+        "activation": "topk",
+        "expansion_factor": math.ceil(sae.d_sae / sae.d_in),
+        "normalize_decoder": False,
+        "num_latents": sae.d_sae,
+        "k": sae.activation.k,
+        "multi_topk": False,
+        "skip_connection": sae.W_skip is not None,
+        "transcode": transcodes,
+        "d_in": sae.d_in,
+        "unweave": own_block(sae),
+    }
+    with atomic_write(folder / WEIGHTS) as temporary:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+    write_json(folder / CONFIG, config)
+    return folder

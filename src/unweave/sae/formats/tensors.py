@@ -1,0 +1,173 @@
+"""The numbers in SAE files, read without running anything that a file carries, and accounted for to the last tensor."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unweave.core.errors import UnweaveError
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Tensors:
+    """A file's tensors by name. Each is taken once; what nobody took is an error in the end (trap 19)."""
+
+    def __init__(self, values: Mapping[str, Tensor], where: str) -> None:
+        self.values, self.where = dict(values), where
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def take(self, *names: str) -> Tensor:
+        """The first of these names that is there, in floating point. UnweaveError when none is."""
+        for name in names:
+            if name in self.values:
+                tensor = self.values.pop(name)
+                if tensor.dtype not in _FLOATS:
+                    raise UnweaveError(
+                        f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating point numbers",
+                        where=self.where, remedy="quantised weights are not read: get the original ones",
+                    )  # fmt: skip
+                return tensor
+        raise UnweaveError(f"missing {names[0]}", where=self.where, remedy="the file is incomplete: restore it")
+
+    def maybe(self, *names: str) -> Tensor | None:
+        """As ``take``, but None when none is there."""
+        return self.take(*names) if any(name in self.values for name in names) else None
+
+    def number(self, name: str) -> float | None:
+        """A tensor that holds one number; None when it is not there."""
+        tensor = self.values.pop(name, None)
+        if tensor is None:
+            return None
+        if tensor.numel() != 1:
+            raise UnweaveError(f"{name} has shape {list(tensor.shape)}, not a single number", where=self.where)
+        return float(tensor)
+
+    def drop(self, *names: str) -> None:
+        """Tensors that are known and have no part in encoding or decoding."""
+        for name in names:
+            self.values.pop(name, None)
+
+    def require(self, wanted: Iterable[str], remedy: str) -> None:
+        """UnweaveError unless exactly these are there, naming all that are missing and unused."""
+        missing, unused = set(wanted) - set(self.values), set(self.values) - set(wanted)
+        if missing or unused:
+            problem = "; ".join(
+                f"{word} {', '.join(sorted(names))}"
+                for word, names in (("missing", missing), ("unused", unused))
+                if names
+            )
+            raise UnweaveError(f"the tensors do not fit the architecture: {problem}", where=self.where, remedy=remedy)
+
+    def finish(self) -> None:
+        """UnweaveError when a tensor was not taken."""
+        if self.values:
+            raise UnweaveError(
+                f"unused {', '.join(sorted(self.values))}: this kind of SAE is not understood",
+                where=self.where,
+                remedy="an SAE that is read in part gives wrong numbers; please report the file's origin",
+            )
+
+
+def oriented(tensor: Tensor, name: str, rows: int | None, columns: int | None, *, stated: str, where: str) -> Tensor:
+    """``tensor`` as [rows, columns], turned when its shape says so.
+
+    One of rows and columns may be None: unknown. ``stated`` ("as is" or "transposed") is how the format writes it; that
+    decides for square matrices, and nothing else. Raises UnweaveError when neither way fits.
+    """
+    if tensor.ndim == 2:
+        fits = [
+            turned
+            for turned in (tensor, tensor.T)
+            if (rows is None or turned.shape[0] == rows) and (columns is None or turned.shape[1] == columns)
+        ]
+        if len(fits) == 2:
+            return tensor.T if stated == "transposed" else tensor
+        if fits:
+            return fits[0]
+    wanted = f"[{'?' if rows is None else rows}, {'?' if columns is None else columns}]"
+    raise UnweaveError(
+        f"{name} has shape {list(tensor.shape)}, which is neither {wanted} nor its transpose",
+        where=where,
+        remedy="the biases and this matrix do not belong together: restore the file",
+    )
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """All tensors of a safetensors file. Raises UnweaveError when it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UnweaveError("the SAE's weights are missing", where=str(path), remedy="restore the file")
+    try:
+        return Tensors(load_file(path), str(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_npz(path: Path) -> Tensors:
+    """All arrays of a NumPy archive. Raises UnweaveError when one carries Python objects, or the file is damaged."""
+    import numpy as np
+
+    found: dict[str, Tensor] = {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for name in archive.files:
+                found[name] = torch.from_numpy(np.array(archive[name]))
+    except (OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        raise _damaged(path, error) from error
+    except (ValueError, TypeError) as error:
+        if "pickle" in str(error) or "object" in str(error):
+            raise _carries_code(path) from error
+        raise _damaged(path, error) from error
+    return Tensors(found, str(path))
+
+
+def read_torch(path: Path) -> Tensors:
+    """A PyTorch state dictionary. Raises UnweaveError when it carries anything but tensors, or is damaged."""
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise (
+            _carries_code(path) if "GLOBAL" in str(error) or "lobal" in str(error) else _damaged(path, error)
+        ) from error
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UnweaveError(
+            "the file is no dictionary of tensors", where=str(path), remedy="save the SAE's state_dict() alone"
+        )
+    return Tensors({str(name): value.detach() for name, value in found.items()}, str(path))
+
+
+def _damaged(path: Path, error: Exception) -> UnweaveError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UnweaveError(
+        f"the weights are damaged: {reason}", where=str(path), remedy="restore the file or train the SAE again"
+    )
+
+
+def _carries_code(path: Path) -> UnweaveError:
+    return UnweaveError(
+        "the file carries Python objects, which loading would have to run as code",
+        where=str(path),
+        remedy="it is not opened; ask for a file that holds tensors alone",
+    )
