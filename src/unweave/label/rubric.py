@@ -44,8 +44,8 @@ _TASK = (
     "with nothing behind it has strength 0, and {?} means not measured. What do the tokens with high strengths, in "
     "their surroundings, have in common? Score how clear that is:\n"
     + "\n".join(f"{score}: {meaning}" for score, meaning in SCALE.items())
-    + "\nAnswer with the strongest token of each text, one short sentence on what they share, and one line of this form: "
-    "score: [[number]], name: [[a few words]]"
+    + "\nAnswer with the strongest token of each text and what they share, in one short sentence, and then one line of "
+    "this form: score: [[number]], name: [[a few words]]"
 )
 _EXAMPLES = (
     (
