@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,21 +18,31 @@ from torch import Tensor
 from conftest import build_tiny, build_tiny_tokenizer
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
-from unweave.data.pack import Row
+from unweave.data.corpus import Source
+from unweave.data.pack import PackSpec, Row
 from unweave.data.policy import TokenPolicy
 from unweave.data.tokens import TokenStore
 from unweave.evaluate import special_tokens as evaluated
 from unweave.evaluate.special_metrics import GROUPS, GroupErrors
 from unweave.evaluate.special_tokens import batch_errors, token_errors
+from unweave.jobs import special_tokens as stage
+from unweave.jobs import train
+from unweave.jobs.specs import DataSpec, SpecialTokensSpec, StreamSpec, TrainSpec
 from unweave.lm.chat import Role, render
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
+from unweave.sae.spec import SAESpec
+from unweave.steer.degradation import Answer, Interval, Level, interval, levels_of, sweet_spot, words_changed
+from unweave.steer.special_tokens import alpha_sweep, average_maxima, random_latents
+from unweave.steer.sweep import sweep
 from unweave.tasks.special_tokens import PAPER_IDS, QUESTIONS, SpecialTokens, special_ids
 
 D = 32
 START, END = 0, 1
-WORDS = "the keys to cabinet are on a table near old door and she was reading about sea while it rained".split()
+WORDS = re.findall(
+    r"\w+", "the keys to cabinet are on a table near old door and she was reading about sea while it rained"
+)
 
 
 def make_sae(kind: str = "relu", site: str = "resid_post.1", seed: int = 0, **options: Any) -> SAE:
@@ -93,7 +103,7 @@ def token_table(lm: LM, sae: SAE, special: SpecialTokens) -> list[SimpleNamespac
             group = "special" if is_special else "template" if role == Role.SPECIAL else Role(role).name.lower()
             table.append(
                 SimpleNamespace(
-                    row=r, group=group, id=i, first=t == 0, norm=float(x.norm()), out=float(y.norm()), y=y.double(), f=f,
+                    row=r, group=group, id=i, norm=float(x.norm()), out=float(y.norm()), y=y.double(), f=f,
                     error=float((y - sae(x[None])[0]).double().square().sum()), l0=int((f > 0).sum()),
                 )
             )  # fmt: skip
@@ -338,3 +348,255 @@ def test_activations_that_are_not_finite_are_refused_with_their_row(lm: LM) -> N
     with pytest.raises(UnweaveError, match="not finite") as caught:
         batch_errors(lm, {"a": make_sae()}, batches_of(lm, [1] * 11))
     assert f"row {bad} " in str(caught.value)
+
+
+# -- the special tokens' latents --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_average_maxima_against_a_loop_over_conversations(
+    tiny_lm: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one piece and in many; a conversation counts for a token only where it holds it."""
+    lm = with_sink(tiny_lm("llama"), 300.0)
+    sae = make_sae(kind)
+    special = SpecialTokens.of(lm)
+    table = [t for t in token_table(lm, sae, special) if t.group == "special"]
+    limit = 10 * sorted(t.norm for t in table)[len(table) // 2]
+    everything = average_maxima(lm, sae, batches_of(lm, [4, 7], "left"), special=special, top=3, max_norm=limit)
+    monkeypatch.setattr("unweave.steer.special_tokens._DENSE_ELEMENTS", 60)
+    pieces = average_maxima(lm, sae, batches_of(lm, [1] * 11), special=special, top=3, max_norm=limit)
+    assert [m.id for m in everything] == [m.id for m in pieces] == sorted({t.id for t in table})
+    for found in (*everything, *pieces):
+        tokens = [t for t in table if t.id == found.id]
+        inside = [t for t in tokens if t.norm <= limit]
+        assert (found.tokens, found.outliers) == (len(tokens), len(tokens) - len(inside))
+        for some, n, top in (
+            (tokens, found.conversations, found.top),
+            (inside, found.conversations_without_outliers, found.top_without_outliers),
+        ):
+            rows = {t.row for t in some}
+            assert n == len(rows)
+            maxima = [torch.stack([t.f for t in some if t.row == r]).max(0).values for r in sorted(rows)]
+            means = torch.stack(maxima).double().mean(0) if maxima else torch.zeros(sae.d_sae).double()
+            values, latents = means.topk(3)
+            assert [j for j, _ in top] == latents[values > 0].tolist()
+            assert [v for _, v in top] == pytest.approx(values[values > 0].tolist(), rel=1e-3)
+    (start,) = [m for m in everything if m.id == START]
+    assert start.outliers > 0 and start.text == "<|im_start|>"
+    with pytest.raises(UnweaveError, match="no token is special"):
+        average_maxima(lm, sae, batches_of(lm, [11]), special=SpecialTokens((2,)))
+
+
+# -- answers along alpha ----------------------------------------------------------------------------------------------
+
+
+def test_alpha_moves_every_position_by_its_length(lm: LM) -> None:
+    """z' = z + alpha d with d of length 1, at special tokens and outliers too, and nowhere at padding."""
+    sae = make_sae("topk", policy=TokenPolicy((START, END), max_norm=1e-3))  # leaves no token to an ordinary edit
+    d = sae.W_dec[5] / sae.W_dec[5].norm()
+    found = alpha_sweep(lm, sae, 5, [0, 3.0], unit=2.0, questions=["Hi", "a sea?"], max_new_tokens=12)
+    asked = [[{"role": "user", "content": text}] for text in ("Hi", "a sea?")]
+    tokens = lm.chat(asked, side="left", add_generation_prompt=True)
+    answers = lm.generate_ids(tokens, {Site("resid_post", 1): lambda x, at: x + 6.0 * d}, max_new_tokens=12)
+    assert [a.text for a in found.answers if a.alpha == 3.0] == [lm.decode(row) for row in answers]
+    plain = lm.generate_ids(tokens, max_new_tokens=12)
+    assert [a.text for a in found.answers if a.alpha == 0.0] == [lm.decode(row) for row in plain]
+    assert plain.tolist() != answers.tolist()
+    assert [(level.alpha, level.length) for level in found.levels] == [(0.0, 0.0), (3.0, 6.0)]
+    edit = sae.add({5: 6.0 / float(sae.W_dec[5].norm())}, where="all")
+    with lm.taps(read=["resid_post.1"]) as before:
+        lm(tokens)
+    with lm.taps(read=["resid_post.1"], edit=edit) as after:
+        lm(tokens)
+    moved = after["resid_post.1"] - before["resid_post.1"]
+    assert torch.allclose(moved, tokens.mask[..., None] * 6.0 * d, atol=1e-4)
+
+
+def test_controls_move_as_far_and_levels_say_what_the_answers_say(lm: LM) -> None:
+    sae = make_sae("topk")
+    questions = ["Hi", "a sea?", "why"]
+    found = alpha_sweep(lm, sae, 5, [4.0, 0.0, 2.0], questions=questions, controls=[1, 7], max_new_tokens=10)
+    assert {a.latent for a in found.control_answers} == set(found.controls) == {1, 7}
+    for control in (1, 7):
+        length = float(sae.W_dec[control].norm())
+        texts = sweep(
+            lm, sae, control, questions, [2.0, 4.0], maximum=1 / length, mode="add", where="all", max_new_tokens=10
+        )
+        own = [a for a in found.control_answers if a.latent == control]
+        assert [(a.question, a.text, a.perplexity) for a in own] == [(t.prompt, t.text, t.perplexity) for t in texts]
+    for level in found.control_levels:
+        here = [a for a in found.control_answers if a.alpha == level.alpha]
+        first = {a.question: a for a in found.answers if a.alpha == 0}
+        assert level.distinct.mean == pytest.approx(sum(a.distinct for a in here) / 6)
+        rise = sum(math.log((a.perplexity or 0) / (first[a.question].perplexity or 0)) for a in here) / 6
+        assert level.perplexity_ratio is not None
+        assert level.perplexity_ratio.mean == pytest.approx(math.exp(rise), rel=1e-4)
+        assert level.answers_changed.mean == pytest.approx(sum(a.text != first[a.question].text for a in here) / 6)
+        assert level.distinct.low <= level.distinct.mean <= level.distinct.high
+    again = alpha_sweep(lm, sae, 5, [4.0, 2.0], questions=questions, controls=[1, 7], max_new_tokens=10)
+    assert again == found
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"alphas": [0.0]}, "cannot move"),
+        ({"alphas": [-1.0, 2.0]}, "cannot move"),
+        ({"unit": 0.0}, "cannot move"),
+        ({"questions": ["Hi", "Hi"]}, "asked twice"),
+        ({"latent": 99}, "does not exist"),
+    ],
+)
+def test_sweeps_that_make_no_sense_are_refused(lm: LM, wrong: dict[str, Any], message: str) -> None:
+    asked: dict[str, Any] = {"latent": 5, "alphas": [1.0], "questions": ["Hi"], "max_new_tokens": 2} | wrong
+    with pytest.raises(UnweaveError, match=message):
+        alpha_sweep(lm, make_sae(), **asked)
+
+
+def test_random_latents_fire_and_are_others() -> None:
+    counts = torch.tensor([5, 0, 3, 1, 0, 9, 2])
+    for seed in range(20):
+        drawn = random_latents(3, counts, 2, seed)
+        assert len(set(drawn)) == 2 and set(drawn) <= {0, 2, 5, 6}
+    assert random_latents(3, counts, 10) == (0, 2, 5, 6)
+    assert len({random_latents(3, counts, 2, seed) for seed in range(20)}) > 3
+
+
+def level_of(
+    alpha: float, loss: float, ratio: float | None, changed: float, *, spread: float = 0.0, empty: float = 0
+) -> Level:
+    def about(value: float) -> Interval:
+        return Interval(value, value - spread, value + spread)
+
+    found = None if ratio is None else about(ratio)
+    return Level(alpha, alpha, about(0.9 - loss), about(loss), found, found, about(changed), about(changed), empty)
+
+
+def test_the_sweet_spot_by_hand() -> None:
+    levels = [
+        level_of(0, 0.0, 1.0, 0.0),
+        level_of(1, 0.0, 1.0, 0.2),  # too few answers change
+        level_of(2, 0.05, 1.1, 0.8),
+        level_of(3, 0.20, 0.9, 1.0),  # repeats itself
+        level_of(4, 0.10, 1.25, 0.5),  # just within
+        level_of(5, -0.1, 0.6, 1.0),  # better by both numbers is within
+        level_of(6, 0.0, 1.5, 1.0),  # improbable
+        level_of(7, 0.0, None, 1.0),  # nothing is said
+        level_of(8, 0.0, 1.0, 1.0, empty=0.1),  # sometimes nothing is said
+    ]
+    found = sweet_spot(levels)
+    assert found.alphas == (4, 5) and found.certain
+    assert sweet_spot(levels, max_distinct_loss=0.2).alphas == (2, 3, 4, 5)
+    assert sweet_spot(levels, max_perplexity_ratio=1.0, min_answers_changed=0.1).alphas == (1,)
+    assert sweet_spot(levels, max_distinct_loss=0.0, max_perplexity_ratio=0.5).alphas == ()
+    assert not sweet_spot(levels, max_distinct_loss=0.0, max_perplexity_ratio=0.5).certain
+    doubtful = [levels[0], level_of(1, 0.05, 1.1, 1.0, spread=0.06), level_of(2, 0.5, 1.1, 1.0)]
+    assert sweet_spot(doubtful).alphas == (1,) and not sweet_spot(doubtful).certain
+
+
+def test_levels_and_intervals_by_hand() -> None:
+    def said(question: str, alpha: float, text: str, distinct: float, perplexity: float | None) -> Answer:
+        return Answer(question, alpha, 3, text, len(text.split()), distinct, perplexity, words_changed("a b c d", text))
+
+    answers = [
+        said("p", 0, "a b c d", 1.0, 4.0), said("p", 2, "a b x d", 0.5, 16.0),
+        said("q", 0, "a b c d", 0.8, 2.0), said("q", 2, "", 1.0, None),
+    ]  # fmt: skip
+    draws = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    first, second = levels_of([answers], ["p", "q"], [0.0, 2.0], 1.5, draws)
+    assert (first.distinct.mean, first.words_changed.mean, first.empty) == (0.9, 0.0, 0.0)
+    assert (second.length, second.empty) == (3.0, 0.5)
+    assert second.distinct_loss.mean == pytest.approx((0.5 - 0.2) / 2)
+    assert second.words_changed.mean == pytest.approx((0.25 + 1.0) / 2)
+    assert second.answers_changed == Interval(1.0, 1.0, 1.0)
+    assert second.perplexity_ratio == Interval(4.0, pytest.approx(4.0), pytest.approx(4.0))  # the empty one has none
+    assert second.distinct_loss.low == pytest.approx(np.quantile([0.5, 0.15, 0.15, -0.2], 0.025))
+    assert interval(np.array([np.nan, np.nan]), draws) is None
+    assert words_changed("a b", "a b") == words_changed("", "") == 0.0
+    assert words_changed("a b", "c d") == words_changed("a", "") == 1.0
+
+
+# -- the stage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, conversations and other text, and an SAE trained on blocks of them."""
+    folder = tmp_path_factory.mktemp("special")
+    build_tiny("llama").save_pretrained(folder / "model")
+    build_tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "text").mkdir()
+    questions = [next(m for m in talk if m["role"] == "user") for talk in talks(240)]
+    answered = [[question, {"role": "assistant", "content": f"so {i}"}] for i, question in enumerate(questions)]
+    lines = [json.dumps({"messages": talk}) for talk in answered]
+    (folder / "text" / "talk.jsonl").write_text("\n".join(lines))
+    (folder / "text" / "plain.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"{i} keys on the old table"}) for i in range(60))
+    )
+    asked = TrainSpec(
+        model=str(folder / "model"),
+        sites=("resid_post.1",),
+        data=DataSpec(
+            sources=(Source(path=str(folder / "text")),),
+            pack=PackSpec(context=48, packing="blocks"),
+            tokens=3000,
+            heldout=0.3,
+            heldout_tokens=1500,
+        ),
+        stream=StreamSpec(chunk_tokens=1000, buffer_tokens=2000, batch_tokens=512, special_tokens="include"),
+        sae=SAESpec(expansion=2, k=4, tokens=6000, batch=64, k_aux=16, dead_after=3000),
+        device="cpu",
+    )
+    run = train.run(asked, folder / "runs")
+    (folder / "sae").symlink_to(run.path / "sae")
+    return folder
+
+
+def test_the_stage_end_to_end(home: Path) -> None:
+    asked = SpecialTokensSpec(
+        sae=home / "sae", device="cpu", alphas=(0.5, 1.0), unit="median", questions=("Hi", "a sea?"), controls=2,
+        max_new_tokens=6, samples=20,
+    )  # fmt: skip
+    run = stage.run(asked, home / "runs")
+    result = run.result
+    groups = result["errors"]["everything"]
+    assert groups["text"]["tokens"] == 0 and groups["user"]["tokens"] > 50 and groups["special"]["mse"] > 0
+    assert result["errors"]["sequences"] == groups["special"]["sequences"] > 20
+    assert {m["text"] for m in result["maxima"]} >= {"<|im_start|>", "<|im_end|>"}
+    assert max(m["conversations"] for m in result["maxima"]) == 20
+    opening = next(m for m in result["maxima"] if m["text"] == "<|im_start|>")
+    steering = result["steering"]
+    assert steering["latent"] == opening["top"][0][0] and steering["latent"] not in steering["controls"]
+    assert [level["length"] for level in steering["levels"]] == pytest.approx(
+        [0, 0.5 * result["errors"]["median_norm"], result["errors"]["median_norm"]]
+    )
+    assert len(result["answers"]) == 6 and len(result["control_answers"]) == 12
+    assert "was not measured" in result["finding"]
+    for name in (*result["tables"], *result["figures"]):
+        assert (run.path / name).stat().st_size > 100, name
+    assert (run.path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    table = (run.path / "errors.csv").read_text().splitlines()
+    assert len(table) == 1 + 2 * len(GROUPS) and table[0].startswith("tokens_of,group,tokens,sequences,mse")
+    again = stage.run(asked, home / "runs")
+    assert again.reused and again.path == run.path
+
+
+def test_the_stage_refuses_what_it_cannot_do(home: Path, tmp_path: Path) -> None:
+    def asked(**changes: Any) -> SpecialTokensSpec:
+        return SpecialTokensSpec(sae=home / "sae", device="cpu", **changes)
+
+    with pytest.raises(UnweaveError, match="not among the special tokens"):
+        stage.run(asked(token="<|nobody|>"), home / "runs")
+    (tmp_path / "plain.jsonl").write_text((home / "text" / "plain.jsonl").read_text())
+    plain = DataSpec(
+        sources=(Source(path=str(tmp_path / "plain.jsonl")),),
+        pack=PackSpec(context=48),
+        heldout=0.9,
+        heldout_tokens=300,
+    )
+    with pytest.raises(UnweaveError, match="no conversations"):
+        stage.run(asked(data=plain), home / "runs")
+    for wrong in ({"alphas": (0.0,)}, {"alphas": (-1.0, 2.0)}, {"max_perplexity_ratio": 0.5}, {"samples": 0}):
+        with pytest.raises(UnweaveError, match="makes no sense"):
+            asked(**wrong)

@@ -99,7 +99,7 @@ def _latent(spec: SpecialTokensSpec, lm: LM, maxima: Sequence[TokenMaxima]) -> t
     latent, value = found.top[0]
     return (
         latent,
-        f"the largest average maximum on {found.text!r}: {value:.3g} in {found.conversations:,} conversations",
+        f"largest average maximum on {found.text!r}: {value:.3g} over {found.conversations:,} conversations",
     )
 
 
@@ -180,7 +180,8 @@ def _result(
     unit: str,
 ) -> dict[str, Any]:
     finding = _finding(errors, swept, spots[0], spots[1], unit)
-    steering = {name: asdict(value) for name, value in zip(("sweet_spot", "control_sweet_spot"), spots) if value}
+    names = ("sweet_spot", "control_sweet_spot")
+    steering = {name: asdict(value) for name, value in zip(names, spots, strict=True) if value}
     return {
         "summary": _summary(errors, swept, reason),
         "errors": errors.to_dict(),
