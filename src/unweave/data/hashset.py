@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -97,6 +98,7 @@ class _FileRun:
     def __init__(self, handle: IO[bytes], length: int, fences: np.ndarray, tier: int) -> None:
         self.handle, self.length, self.tier = handle, length, tier
         self.fences = fences  # the first hash of every block
+        self.close = weakref.finalize(self, handle.close)  # reading may end early, with nobody to close it
 
     @classmethod
     def write(cls, folder: Path, pieces: Sequence[np.ndarray] | Iterator[np.ndarray], tier: int) -> _FileRun:
@@ -145,9 +147,6 @@ class _FileRun:
             return 0
         held = self.read(block * _BLOCK, min((block + 1) * _BLOCK, self.length))
         return block * _BLOCK + int(np.searchsorted(held, np.uint64(bound)))
-
-    def close(self) -> None:
-        self.handle.close()
 
 
 def _in_sorted(held: np.ndarray, hashes: np.ndarray) -> np.ndarray:

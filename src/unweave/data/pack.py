@@ -114,12 +114,14 @@ class Packed(Iterator[Row]):
     def in_words(self) -> str:
         """What became of the documents and conversations."""
         counts = self.counts
-        parts = [
-            f"{counts.documents:,} documents were read",
-            f"{counts.short_documents:,} were shorter than {self.spec.min_tokens} tokens",
-            f"{counts.unanswered_conversations:,} conversations had no assistant turn",
-            f"the chat template refused {counts.rejected_conversations:,}",
-        ]
+        parts = [f"{counts.documents:,} documents read"]
+        for count, what in (
+            (counts.short_documents, f"shorter than {self.spec.min_tokens} tokens"),
+            (counts.truncated_tokens, "tokens cut off"),
+            (counts.unanswered_conversations, "conversations without an assistant turn"),
+            (counts.rejected_conversations, "refused by the chat template"),
+        ):
+            parts += [f"{count:,} {what}"] if count else []
         before = [self._docs.in_words()] if isinstance(self._docs, SplitDocuments) else []
         return "; ".join([", ".join(parts), *before])
 

@@ -63,7 +63,8 @@ class SplitDocuments(Iterator[Document]):
     def in_words(self) -> str:
         """What became of the documents."""
         counts = self.counts
-        parts = [f"{counts.taken:,} of this split", f"{counts.other_split:,} of the other", f"{counts.blank:,} blank"]
+        parts = [f"{counts.taken:,} of this split", f"{counts.other_split:,} of the other"]
+        parts += [f"{counts.blank:,} blank"] if counts.blank else []
         if self.dedup is not None:
             dropped = self.dedup.counts
             parts.append(f"{dropped.dropped:,} of {dropped.documents:,} dropped for {dropped.n}-grams seen before")
