@@ -69,8 +69,10 @@ class Leaf:
 
 
 def leaves(spec: type[Spec], prefix: str = "", group_doc: str = "", default: Spec | None = None) -> Iterator[Leaf]:
-    """Every field of a Spec and of the Specs inside it, in the order they are written."""
+    """Every field of a Spec and of the Specs inside it, in the order they are written, shorthands before them."""
     hints, docs = typing.get_type_hints(spec), field_docs(spec)
+    for short, (hint, doc) in spec.shorthands.items():
+        yield Leaf(f"{prefix}.{short}" if prefix else short, hint, None, doc, prefix, group_doc)
     for field in dataclasses.fields(spec):
         name = f"{prefix}.{field.name}" if prefix else field.name
         doc = docs.get(field.name, "")

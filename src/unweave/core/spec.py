@@ -16,7 +16,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from unweave.core.errors import UnweaveError
 
@@ -29,6 +29,9 @@ def operational(default: Any) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """Base of every spec. Subclasses are frozen, keyword-only dataclasses with a docstring under each field."""
+
+    shorthands: ClassVar[Mapping[str, tuple[Any, str]]] = {}
+    """Names that ``from_dict`` takes beside the fields and that stand for several: each with its type and a text."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "", base: Spec | None = None) -> Self:

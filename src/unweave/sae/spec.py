@@ -21,6 +21,13 @@ class SAESpec(Spec):
     given replace. An option that the kind does not use is refused when it differs from its default.
     """
 
+    shorthands = {
+        "preset": (
+            Literal["fast-jumprelu", "fast-relu"] | None,
+            "Start from a published recipe's values; fields that are given replace them.",
+        )
+    }
+
     kind: Kind = "topk"
     """topk: k latents per token; batchtopk: k per token on average; matryoshka: batchtopk whose first latents must
     reconstruct alone; relu: L1 penalty; p-anneal: its power falls from 1; gated: L1 on a gate; jumprelu: thresholds"""
