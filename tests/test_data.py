@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unweave.core.errors import UnweaveError
-from unweave.data.corpus import Document, Source, documents, is_heldout, read
+from unweave.data.corpus import Document, Source, TextCounts, documents, is_heldout, read
 from unweave.data.pack import Packed, PackSpec, Row, pack
 from unweave.data.rows import chitchat_conversations, json_rows
 from unweave.data.tokens import TokenStore
@@ -99,6 +99,7 @@ def test_arrays_are_parsed_right_wherever_the_reads_cut_them(
         {"messages": CHAT},
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
         {"messages": CHAT, "text": "ignored", "conversations": None},
+        {"conversation": CHAT, "language": "English"},
         {"instruction": "hi", "input": "", "output": "ho"},
     ],
 )
@@ -221,6 +222,47 @@ def test_order_is_deterministic_shuffled_and_weighted(tmp_path: Path) -> None:
     assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.9  # neighbours in the file are not neighbours here
 
 
+def test_shares_hold_until_a_source_is_exhausted(tmp_path: Path) -> None:
+    sizes = {"a": 600, "b": 100, "c": 400}
+    weights = {"a": 2.0, "b": 1.0, "c": 0.5}
+    sources = [
+        Source(path=str(lines(tmp_path / f"{n}.jsonl", [{"text": f"{n}{i}"} for i in range(size)])), weight=weights[n])
+        for n, size in sizes.items()
+    ]
+    order = [(d.text or "")[0] for d in documents(sources, 3)]
+    taken: Counter[str] = Counter()
+    left = set(sizes)
+    for name in order:
+        taken[name] += 1
+        # everybody still there is as far as its weight says, up to the document it is about to give
+        for one, other in ((x, y) for x in left for y in left):
+            assert taken[one] / weights[one] <= (taken[other] + 1) / weights[other] + 1e-9
+        left -= {n for n in left if taken[n] == sizes[n]}
+    assert taken == Counter(sizes)
+    assert Counter(order[:350]) == {"a": 200, "b": 100, "c": 50}
+
+
+def test_blank_documents_and_conversations_are_left_out_and_counted(tmp_path: Path) -> None:
+    silent = [{"role": "user", "content": " "}, {"role": "assistant", "content": ""}]
+    rows = [{"text": "one"}, {"text": " \n"}, {"messages": silent}, {"messages": CHAT}, {"text": ""}]
+    counts = TextCounts()
+    found = list(documents([Source(path=str(lines(tmp_path / "a.jsonl", rows)))], 0, counts))
+    assert sorted(d.index for d in found) == [0, 3] and counts.blank == 3
+    with pytest.raises(UnweaveError, match="no text here"):
+        all_of(lines(tmp_path / "a.jsonl", rows[1:3]))
+
+
+def test_halves_of_surrogate_pairs_are_replaced(tmp_path: Path) -> None:
+    half, pair = "bad \ud83d half", "good \ud83d\ude00 pair"
+    rows = [{"text": half}, {"text": pair}, {"messages": [{"role": "user", "content": half}, CHAT[1]]}]
+    rows.append({"instruction": half, "output": half})
+    found = all_of(lines(tmp_path / "a.jsonl", rows))
+    assert [d.text for d in found[:2]] == ["bad \ufffd half", "good \U0001f600 pair"]
+    for document in found:
+        assert "\\ud83d" not in ascii(document.content)
+        is_heldout(document, 0.5, 0)  # which encodes it
+
+
 def test_reading_is_lazy(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", [{"text": f"a{i}"} for i in range(3000)] + [{"broken": 1}])
     stream = documents([Source(path=str(path))], 0)
@@ -334,17 +376,131 @@ def test_tokenizer_without_bos(make_tokenizer: Callable[..., Any]) -> None:
         pack(texts(["ab"]), tokenizer, PackSpec(bos="always"))
 
 
+PICKY = "{% for m in messages %}{{ raise_exception('bad') if m['content'] == 'bad' else m['content'] }}{% endfor %}"
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+)
+
+
+def said(*turns: tuple[str, str], index: int = 0) -> Document:
+    return Document(None, tuple({"role": role, "content": content} for role, content in turns), "log", index)
+
+
+def test_roles_that_a_template_rejects_are_skipped_counted_and_named(make_tokenizer: Callable[..., Any]) -> None:
+    good = said(("user", "hi"), ("assistant", "ho"), ("user", " hm "), index=3)
+    system = said(("system", "be kind"), ("user", "hi"), ("assistant", "ho"), index=1)
+    twice = said(("user", "hi"), ("user", "hi?"), ("assistant", "ho"), index=2)
+    for packing in ("documents", "blocks"):
+        packed = pack(
+            [system, twice, good],
+            make_tokenizer(chat_template=NO_SYSTEM),
+            PackSpec(min_tokens=2, packing=packing, context=32),
+        )
+        rows = list(packed)
+        assert len(rows) == 1 and packed.counts.rejected_conversations == 2 and packed.counts.conversations == 1
+        assert "log, document 1" in packed.counts.first_rejected
+        assert "System role not supported" in packed.counts.first_rejected
+    again = pack([twice, good], make_tokenizer(chat_template=NO_SYSTEM), PackSpec())
+    assert len(list(again)) == 1 and "must alternate" in again.report()["packing"]["first_rejected"]
+
+
+def test_a_template_that_rejects_everything_is_an_error(
+    tmp_path: Path, make_tokenizer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_tokenizer(chat_template=NO_SYSTEM)
+    system = said(("system", "be kind"), ("user", "hi"), ("assistant", "ho"), index=7)
+    plain = texts(["some plain text"] * 3)
+    with pytest.raises(UnweaveError, match="refuses all conversations, 2 so far") as caught:
+        list(pack([*plain, system, system], tokenizer, PackSpec()))
+    assert "log, document 7" in caught.value.what and caught.value.remedy
+    # the budget is reached without reaching the end: still an error, and no store of something else than was asked
+    with pytest.raises(UnweaveError, match="refuses all conversations"):
+        TokenStore.write(tmp_path / "s", pack([system, *plain], tokenizer, PackSpec()), 20, {})
+    assert not list(tmp_path.iterdir())
+    # and nobody waits for the end of a large text
+    monkeypatch.setattr("unweave.data.pack._PATIENCE", 600)
+
+    def endless() -> Any:
+        while True:
+            yield system
+
+    with pytest.raises(UnweaveError, match="600 so far"):
+        list(pack(endless(), tokenizer, PackSpec()))
+
+
+def test_rewritten_contents_are_rejected_too(make_tokenizer: Callable[..., Any]) -> None:
+    template = "{% for m in messages %}{{ m['content'] | replace('secret', '***') }}|{% endfor %}"
+    packed = pack([chat("a secret"), chat("fine")], make_tokenizer(chat_template=template), PackSpec(min_tokens=1))
+    assert len(list(packed)) == 1 and "does not appear" in packed.counts.first_rejected
+
+
+def test_conversations_without_an_answer(make_tokenizer: Callable[..., Any]) -> None:
+    alone = [said(("user", "hello?"), index=4), said(("user", "hello?"), ("assistant", " \n"), index=5)]
+    docs = [*alone, chat("hi", 6), *texts(["plain text"])]
+
+    def packed(**fields: Any) -> Packed:
+        return pack(docs, make_tokenizer(), PackSpec(min_tokens=1, **fields))
+
+    skipping = packed()
+    assert [row.document for row in skipping] == [2, 3]
+    assert skipping.counts.unanswered_conversations == 2 and skipping.counts.documents == 4
+    keeping = packed(unanswered="keep")
+    assert [row.document for row in keeping] == [0, 1, 2, 3] and keeping.counts.unanswered_conversations == 0
+    assert keeping.counts.empty_messages == 1 and keeping.counts.conversations == 3
+    with pytest.raises(UnweaveError, match="says nothing") as caught:
+        list(packed(unanswered="refuse"))
+    assert caught.value.where == "log, document 4"
+    with pytest.raises(UnweaveError, match="none of the 2 conversations so far has an assistant turn") as caught:
+        list(pack([*alone, docs[-1]], make_tokenizer(), PackSpec()))
+    assert "unanswered" in caught.value.remedy
+
+
+def test_documents_over_the_length_are_cut_and_counted(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    docs = [chat("x" * 100), *texts(["y" * 70, "z" * 64, "short text"])]
+    packed = pack(docs, tokenizer, PackSpec(context=64))
+    rows = list(packed)
+    whole = tokenizer.apply_chat_template(list(docs[0].messages or ()), tokenize=True, return_dict=False)
+    assert rows[0].ids == whole[:64] and [len(row.ids) for row in rows] == [64, 64, 64, 10]
+    assert packed.counts.truncated_documents == 2 and packed.counts.truncated_tokens == len(whole) - 64 + 6
+    assert [row.document for row in rows] == [0, 1, 2, 3]  # never two documents in a row
+
+
+def test_blocks_of_conversations_are_their_renderings_end_to_end(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    docs = [chat("one " * (1 + i % 3), i) for i in range(12)]
+    rendered = [tokenizer.apply_chat_template(list(d.messages or ()), tokenize=True, return_dict=False) for d in docs]
+    stream = [i for ids in rendered for i in ids]
+    alone = [role for row in pack(docs, tokenizer, PackSpec()) for role in row.roles]
+    packed = pack(docs, tokenizer, PackSpec(packing="blocks", context=40))
+    rows = list(packed)
+    # the template ends every turn itself, so nothing is put between conversations; roles stay with their tokens
+    assert [i for row in rows for i in row.ids] == stream[: 40 * len(rows)] and packed.counts.added_tokens == 0
+    assert [r for row in rows for r in row.roles] == alone[: 40 * len(rows)]
+    assert packed.counts.remainder_tokens == len(stream) - 40 * len(rows) < 40
+    assert any(row.roles[0] in (Role.USER, Role.ASSISTANT) for row in rows)  # a block begins in mid-turn
+    # plain text beside them is separated as ever
+    mixed = pack([chat(), *texts(["abc"]), chat()], tokenizer, PackSpec(packing="blocks", context=10))
+    ids = [i for row in mixed for i in row.ids]
+    assert ids == [*rendered_of(tokenizer), *tokenizer("abc").input_ids, EOS, *rendered_of(tokenizer)][: len(ids)]
+
+
+def rendered_of(tokenizer: Any) -> list[int]:
+    return tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+
+
 def test_conversations_need_a_template_and_bad_ones_are_named(make_tokenizer: Callable[..., Any]) -> None:
     with pytest.raises(UnweaveError, match="no chat template") as caught:
         list(pack([chat()], make_tokenizer(chat_template=None), PackSpec()))
     assert "instruction-tuned" in caught.value.remedy
-    template = (
-        "{% for m in messages %}{{ raise_exception('bad') if m['content'] == 'bad' else m['content'] }}{% endfor %}"
-    )
-    docs = [chat("good", 0), chat("bad", 1), chat("good", 2)]
-    with pytest.raises(UnweaveError) as caught:
-        list(pack(docs, make_tokenizer(chat_template=template), PackSpec(min_tokens=1)))
-    assert caught.value.where == "log, document 1"
+    docs = [chat("good", 0), chat("bad", 1), *texts(["ab"]), chat("bad", 2), chat("good", 3)]
+    packed = pack(docs, make_tokenizer(chat_template=PICKY), PackSpec(min_tokens=1))
+    assert [row.document for row in packed] == [0, 2, 4]
+    assert (packed.counts.documents, packed.counts.conversations, packed.counts.rejected_conversations) == (5, 2, 2)
+    assert packed.counts.first_rejected.startswith("log, document 1: ") and "bad" in packed.counts.first_rejected
 
 
 @pytest.mark.parametrize("fields", [{"context": 1}, {"min_tokens": 0}, {"context": 8, "min_tokens": 9}])
