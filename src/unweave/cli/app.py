@@ -25,7 +25,7 @@ from unweave.cli.dedup import dedup
 from unweave.cli.models import HELP as MODELS_HELP
 from unweave.cli.models import models
 from unweave.cli.output import nothing_on_stdout, print_json
-from unweave.cli.stages import STAGES
+from unweave.cli.stages import PAPERS, STAGES
 from unweave.core.errors import UnweaveError, UnweaveWarning
 
 OUR_FAULT, USERS_MISTAKE, INTERRUPTED = 1, 2, 130
@@ -35,6 +35,8 @@ _HELP = (
     "Start with 'unweave demo': ten minutes from a real model to a report. The other commands are its steps, for "
     "your own model, data and site; 'unweave COMMAND --help' explains each."
 )
+
+_PAPER_HELP = "Run a paper's recipe: its trainings, measurements, table and figures, beside what it claims."
 
 
 def build_app() -> App:
@@ -48,6 +50,12 @@ def build_app() -> App:
     for i, stage in enumerate(STAGES.values()):
         home, usage = f"unweave.cli.stages:command_{stage.name}", f"Usage: unweave {stage.name} [CONFIG] [OPTIONS]"
         app.command(home, name=stage.name, help=stage.help, usage=usage, sort_key=i)
+    papers = App(name="paper", help=_PAPER_HELP, help_format="plaintext", sort_key=len(STAGES))
+    for stage in PAPERS.values():
+        home = f"unweave.cli.stages:paper_{stage.name.replace('-', '_')}"
+        usage = f"Usage: unweave paper {stage.name} [CONFIG] [OPTIONS]"
+        papers.command(home, name=stage.name, help=stage.help, usage=usage)
+    app.command(papers)
     app.command(models, name="models", help=MODELS_HELP, sort_key=len(STAGES))
     app.command(dedup, name="dedup", help=DEDUP_HELP, sort_key=len(STAGES) + 1)
     return app

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,8 @@ from unweave.cli.progress import show_progress
 from unweave.cli.stages import Stage
 from unweave.core.errors import UnweaveError
 
+_IN_SEVERAL = ("train",)
+"""the stages that torchrun can start in several processes"""
 _OPTIONAL = inspect.Parameter.KEYWORD_ONLY
 _COMMAND_GROUP = Group("Where and how", sort_key=0)
 _FIELD_GROUP = Group("Fields", sort_key=1)
@@ -49,6 +52,16 @@ def stage_command(stage: Stage) -> Callable[..., Any]:
 def execute(stage: Stage, config: Path | None, overrides: dict[str, Any], runs: Path, machine: bool) -> Any:
     """Makes the Spec, runs the stage, and shows the outcome to people or returns it for machines."""
     spec = stage.spec().from_file(config, overrides)
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes > 1 and stage.name not in _IN_SEVERAL:
+        raise UnweaveError(
+            f"{stage.name} does not divide its work between processes",
+            where=f"{processes} processes",
+            remedy=f"start it without torchrun; {', '.join(_IN_SEVERAL)} can be started with it",
+        )
+    if os.environ.get("RANK") not in (None, "", "0"):  # the first process speaks for all
+        stage.run(spec, runs)
+        return None
     with show_progress(machine):
         outcome = stage.run(spec, runs)
     if machine:

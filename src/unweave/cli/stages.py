@@ -155,10 +155,31 @@ _ALL = (
 
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _ALL}
 
+_PAPERS = (
+    Stage(
+        "instruct-saes",
+        "FAST: train SAEs of a chat model on whole conversations, and compare with block training.",
+        "Trains ReLU and JumpReLU autoencoders at three layers with three initialisations on pre-training text in blocks, "
+        "conversations in blocks, and conversations each on its own; measures errors of all and of special tokens at "
+        "the same number of active latents; has a judge rate latents; steers with latents of special tokens. Writes "
+        "tables, figures and report.html. Finished parts are kept: after an interruption the same command goes on.",
+        (
+            "unweave paper instruct-saes --scale smoke --no-rubric    # under an hour on two cores",
+            "unweave paper instruct-saes --scale paper --model Qwen/Qwen2.5-0.5B-Instruct --device cuda",
+        ),
+        spec_home="unweave.papers.instruct_saes.spec:InstructSaesSpec",
+        run_home="unweave.papers.instruct_saes.recipe:run",
+    ),
+)
+PAPERS: dict[str, Stage] = {stage.name: stage for stage in _PAPERS}
+
 
 def __getattr__(name: str) -> Any:
-    """``unweave.cli.stages:command_train`` builds that command; the command line asks for it by this name."""
-    stage = STAGES.get(name.removeprefix("command_")) if name.startswith("command_") else None
+    """``unweave.cli.stages:command_train`` builds that command, ``paper_instruct_saes`` that of a paper; the command
+    line asks for them by these names."""
+    kind, _, written = name.partition("_")
+    known = {"command": STAGES, "paper": PAPERS}.get(kind, {})
+    stage = known.get(written) or known.get(written.replace("_", "-"))
     if stage is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from unweave.cli.bridge import stage_command

@@ -35,7 +35,9 @@ def run(spec: LatentsSpec, runs: Path) -> Run:
         tokens = data.tokens if spec.data is None else wanted
         model = spec.model or asked["model"]
         store, store_run = token_store(lm, model, data, "train", tokens, runs)
-        sites = [lm.site(site) for site in asked.get("sites", [str(sae.read)])]
+        # The sites of the training run, so that its activations on disk serve again.
+        sites = {site for pair in lm.matching(asked.get("sites", [])) for site in pair}
+        sites.add(lm.site(sae.read))
         dtype = asked.get("dtype", "float32")
         source = activation_source(lm, store, store_run, sorted(sites), stream_of(sae), dtype, runs)
         records = collect(lm, sae, source, store, RecordsSpec(seed=spec.seed), max_tokens=wanted)

@@ -1,0 +1,161 @@
+"""The paper from text to table: three trainings, one measurement of all SAEs, ratings, steering, a page.
+
+Each part is a run of its own, so an interrupted recipe goes on where it was and a finished part is not done again.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unweave.core.progress import task
+from unweave.core.run import Run, peak_memory_gb
+from unweave.core.spec import Spec
+from unweave.evaluate.special_tokens import TokenErrors, token_errors
+from unweave.jobs import rubric, special_tokens, train
+from unweave.jobs.common import load_lm, token_store
+from unweave.jobs.specs import DataSpec, RubricSpec, SpecialTokensSpec
+from unweave.papers.instruct_saes import page
+from unweave.papers.instruct_saes.compare import Measured
+from unweave.papers.instruct_saes.plan import Plan, plan_of
+from unweave.papers.instruct_saes.spec import InstructSaesSpec
+from unweave.sae.module import SAE
+
+VERSION = 1
+_RATED_TOKENS = 60_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ErrorsQuestion(Spec):
+    """What identifies the measurement of a recipe's SAEs."""
+
+    model: str
+    dtype: str
+    data: DataSpec
+    tokens: int
+
+
+def run(spec: InstructSaesSpec, runs: Path) -> Run:
+    """Everything of the paper at one scale. The run holds the tables, the figures and ``report.html``."""
+    plan = plan_of(spec)
+    inputs = {name: training.digest() for name, training in plan.trainings.items()}
+    with Run.open(runs, "paper-instruct-saes", spec, version=VERSION, inputs=inputs) as done:
+        if done.done and (done.path / "report.html").exists():
+            return done
+        done.reused = False
+        seconds: dict[str, float] = {}
+        trained = {}
+        for name, training in plan.trainings.items():
+            trained[name] = _timed(seconds, f"train {name}", lambda training=training: train.run(training, runs))
+        measured = _timed(seconds, "measure", lambda: _measured(plan, trained, runs))
+        steered = _timed(seconds, "special tokens", lambda: _steered(spec, plan, trained, runs))
+        rated = _timed(seconds, "rate", lambda: _rated(spec, plan, trained, runs)) if spec.rubric else {}
+        rows = [Measured(**row) for row in measured.result["rows"]]
+        found = page.write(done.path, spec, plan, rows, rated, steered)
+        done.finish(
+            found
+            | {
+                "runs": {name: part.path.name for name, part in trained.items()}
+                | {"errors": measured.path.name, "special tokens": steered.path.name}
+                | {f"rubric {name}": part.path.name for name, part in rated.items()},
+                "seconds": {name: round(value, 1) for name, value in seconds.items()},
+                "peak_memory_gb": peak_memory_gb(),
+            }
+        )
+    return done
+
+
+def _timed(seconds: dict[str, float], name: str, work: Any) -> Any:
+    """A part's result; its own seconds, also where an earlier run spent them."""
+    started = time.monotonic()
+    part = work()
+    spent = part.result.get("seconds") if isinstance(part, Run) else None
+    seconds[name] = spent if isinstance(spent, (int, float)) else time.monotonic() - started
+    gc.collect()  # a recipe's SAEs and activations take gigabytes
+    return part
+
+
+def _measured(plan: Plan, trained: Mapping[str, Run], runs: Path) -> Run:
+    """The errors of every SAE of every recipe on the same held-out conversations, from one forward pass."""
+    training = plan.trainings["FAST"]
+    asked = _ErrorsQuestion(
+        model=training.model, dtype=training.dtype, data=plan.heldout, tokens=plan.heldout_tokens
+    )
+    inputs = {name: part.digest for name, part in trained.items()}
+    with Run.open(runs, "instruct-saes-errors", asked, version=VERSION, inputs=inputs) as run:
+        if run.done:
+            return run
+        started = time.monotonic()
+        lm = load_lm(training.model, training.dtype, training.device)
+        store, _ = token_store(lm, training.model, plan.heldout, "heldout", plan.heldout_tokens, runs)
+        places = {f"{name}/{row['name']}": (name, row) for name, part in trained.items() for row in part.result["saes"]}
+        saes = {}
+        with task("load SAEs", total=len(places), unit="SAEs") as progress:
+            for key, (name, row) in places.items():
+                saes[key] = SAE.load(train.sae_folder(trained[name], row["name"])).to(lm.device)
+                progress.advance()
+        errors = token_errors(lm, saes, store, range(store.n_rows))
+        rows = [
+            {"recipe": name, "kind": row["kind"], "site": row["site"], **_setting(row["name"]), "errors": _kept(found)}
+            for (name, row), found in zip(places.values(), errors.values(), strict=True)
+        ]
+        one = next(iter(errors.values()))
+        run.finish(
+            {
+                "rows": rows,
+                "conversations": one.sequences,
+                "tokens": one.everything["all"].tokens,
+                "special_tokens": one.everything["special"].tokens,
+                "special_ids": [lm.tokenizer.decode([i]) for i in one.special_ids] if lm.tokenizer else [],
+                "seconds": round(time.monotonic() - started, 1),
+            }
+        )
+    return run
+
+
+def _setting(name: str) -> dict[str, int]:
+    """k and seed of an SAE by its name in the training run; what its variants do not change is as in the plan."""
+    found = {key: re.search(rf"(?:^|[-/]){key}(\d+)(?=-|$)", name) for key in ("k", "seed")}
+    return {"k": int(found["k"][1]) if found["k"] else 0, "seed": int(found["seed"][1]) if found["seed"] else 0}
+
+
+def _kept(found: TokenErrors) -> dict[str, Any]:
+    alive = float((found.firing_counts > 0).float().mean())
+    return found.to_dict() | {"alive_fraction": alive}
+
+
+def _rated(spec: InstructSaesSpec, plan: Plan, trained: Mapping[str, Run], runs: Path) -> dict[str, Run]:
+    """The rubric on one JumpReLU SAE per recipe: the same text, the same judge."""
+    return {
+        name: rubric.run(
+            RubricSpec(
+                sae=train.sae_folder(part, plan.examined),
+                data=plan.trainings["FAST"].data,
+                latents_tokens=_RATED_TOKENS if spec.scale == "smoke" else None,
+                latents=plan.rated,
+                judge=spec.judge,
+                device=spec.device,
+            ),
+            runs,
+        )
+        for name, part in trained.items()
+    }
+
+
+def _steered(spec: InstructSaesSpec, plan: Plan, trained: Mapping[str, Run], runs: Path) -> Run:
+    """Special tokens of the SAE that was trained on whole conversations: its latents, and steering with them."""
+    return special_tokens.run(
+        SpecialTokensSpec(
+            sae=train.sae_folder(trained["FAST"], plan.examined), conversations=plan.conversations, device=spec.device
+        ),
+        runs,
+    )
+
+
