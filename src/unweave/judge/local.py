@@ -1,10 +1,17 @@
-"""A judge that runs here: any model that ``LM`` loads, answering greedily in batches of similar length."""
+"""A judge that runs here: any model that ``LM`` loads, answering greedily in batches of similar length.
+
+1. Prompts are rendered by the model's chat template; text in them that reads as a special token is broken up.
+2. What all prompts begin with (instructions, examples) goes through the model once, and each batch starts from there.
+   Not in models with sliding windows: there the padding between the beginning and the rest would use up the window.
+3. Batches go from the longest prompts to the shortest, padded on the left of what is not shared.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,9 +20,17 @@ from unweave.core.errors import UnweaveError
 from unweave.judge.base import Budget, Conversation, Reply
 from unweave.judge.spec import JudgeSpec
 from unweave.lm.chat import has_template, render_many
-from unweave.lm.model import LM, Tokens
+from unweave.lm.model import LM
 
 _SAMPLED = 64
+_WORTH_SHARING = 16
+
+
+class _Beginning(NamedTuple):
+    """How many tokens all prompts share, and the model's state after them (None where there are none)."""
+
+    length: int
+    state: Any
 
 
 class LocalModel:
@@ -49,34 +64,85 @@ class LocalModel:
         """Longest prompts first, so that what does not fit into memory shows at once, and padding stays short."""
         plain = [_without_specials(conversation, self._lm.tokenizer) for conversation in conversations]
         rows = render_many(self._lm.tokenizer, plain, add_generation_prompt=True)
-        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), i))
+        ids = [row for row, _ in rows]
+        order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
         limit = getattr(self._lm.model.config, "max_position_embeddings", None)
+        room = max(map(len, ids), default=0) if limit is None else limit - self._max_new_tokens
+        beginning = self._beginning([row for row in ids if len(row) <= room])
         for first in range(0, len(order), self._at_once):
             batch = [i for i in order[first : first + self._at_once] if budget.take()]
             if not batch:
                 return
-            fitting = []
             for i in batch:
-                n = len(rows[i][0]) + self._max_new_tokens
-                if limit is None or n <= limit:
-                    fitting.append(i)
-                else:
+                if len(ids[i]) > room:
+                    n = len(ids[i]) + self._max_new_tokens
                     yield i, Reply(None, f"prompt and reply need {n} tokens, the model has {limit} positions")
+            fitting = [i for i in batch if len(ids[i]) <= room]
             if fitting:
-                yield from zip(fitting, self._batch([rows[i] for i in fitting]), strict=True)
+                new = self._generate([ids[i] for i in fitting], beginning)
+                yield from ((i, self._reply(len(ids[i]), row)) for i, row in zip(fitting, new, strict=True))
 
-    def _batch(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[Reply]:
-        tokens = Tokens.pad(rows, self._lm.pad_id, "left")
-        new = self._lm.generate_ids(tokens, max_new_tokens=self._max_new_tokens).cpu()
-        return [self._reply(len(ids), row) for (ids, _), row in zip(rows, new, strict=True)]
+    @torch.no_grad()
+    def _beginning(self, rows: Sequence[list[int]]) -> _Beginning:
+        """What all rows share, never the whole of one."""
+        length = next((n for n, each in enumerate(zip(*rows, strict=False)) if len(set(each)) > 1), None)
+        length = min((len(row) for row in rows), default=1) - 1 if length is None else length
+        if len(rows) < 2 or length < _WORTH_SHARING or _has_windows(self._lm.model.config):
+            return _Beginning(0, None)
+        shared = torch.tensor([rows[0][:length]], device=self._lm.device)
+        return _Beginning(length, self._lm.model(input_ids=shared, use_cache=True, logits_to_keep=1).past_key_values)
+
+    @torch.no_grad()
+    def _generate(self, rows: Sequence[list[int]], beginning: _Beginning) -> Tensor:
+        """The likeliest new tokens [B, up to max_new_tokens] one by one; anything may stand behind an end token."""
+        model, device = self._lm.model, self._lm.device
+        rests = [row[beginning.length :] for row in rows]
+        width = max(map(len, rests))
+        ids = torch.tensor([[self._lm.pad_id] * (width - len(rest)) + rest for rest in rests], device=device)
+        mask = torch.ones(len(rows), beginning.length + width, dtype=torch.int64, device=device)
+        for i, rest in enumerate(rests):
+            mask[i, beginning.length : beginning.length + width - len(rest)] = 0
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, beginning.length :]
+        state = copy.deepcopy(beginning.state)
+        if state is not None:
+            state.batch_repeat_interleave(len(rows))
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        new = []
+        for _ in range(self._max_new_tokens):
+            out = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=state,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            state, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+            new.append(ids)
+            ended |= torch.isin(ids[:, 0], self._ends.to(device))
+            if bool(ended.all()):
+                break
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            positions = positions[:, -1:] + 1
+        return torch.cat(new, dim=1).cpu()
+
+    @property
+    def _ends(self) -> Tensor:
+        """The ids that end a turn, int64 [n]."""
+        own = self._lm.model.generation_config.eos_token_id
+        return torch.tensor([] if own is None else own if isinstance(own, list) else [own], dtype=torch.int64)
 
     def _reply(self, prompt_tokens: int, row: Tensor) -> Reply:
-        own = self._lm.model.generation_config.eos_token_id
-        ends = torch.tensor([] if own is None else own if isinstance(own, list) else [own], dtype=row.dtype)
-        ended = torch.isin(row, ends).nonzero().flatten()
+        ended = torch.isin(row, self._ends).nonzero().flatten()
         n = int(ended[0]) + 1 if len(ended) else len(row)
-        text = self._lm.decode(row[:n])
-        return Reply(text, "", prompt_tokens, n, cut=not len(ended))
+        return Reply(self._lm.decode(row[:n]), "", prompt_tokens, n, cut=not len(ended))
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether some layer sees only so many tokens back."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ()
+    return bool(getattr(text, "sliding_window", None)) or any(kind != "full_attention" for kind in kinds)
 
 
 def _without_specials(conversation: Conversation, tokenizer: Any) -> list[dict[str, str]]:
