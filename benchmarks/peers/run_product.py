@@ -7,9 +7,14 @@ import worker
 
 
 def prepare(setting: worker.Setting):
-    weights, bias = torch.randn(setting.latents, setting.train.shape[1]), torch.zeros(setting.latents)
-    out = torch.empty(setting.batch, setting.latents)
-    return lambda step: torch.addmm(bias, setting.rows(step), weights.T, out=out), lambda x: torch.zeros_like(x)
+    here = {"device": setting.device}
+    weights, bias = torch.randn(setting.latents, setting.train.shape[1], **here), torch.zeros(setting.latents, **here)
+    out = torch.empty(setting.batch, setting.latents, **here)
+
+    def multiply(step: int) -> None:
+        torch.addmm(bias, setting.rows(step), weights.T, out=out)
+
+    return multiply, lambda x: (torch.zeros_like(x), 0.0)
 
 
 worker.serve(prepare)

@@ -1,46 +1,82 @@
-"""sae-lens's TopK trainer with its defaults, its inputs scaled as its documentation advises."""
+"""sae-lens's trainer with its defaults, its inputs scaled as its documentation advises.
+
+Where the contest gives the weights it also gives the scale of activations, the rate and the penalty, the same to all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import worker
-from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 
+def build(setting: worker.Setting) -> Any:
+    sizes = {"d_in": setting.train.shape[1], "d_sae": setting.latents, "device": setting.device}
+    scaled = "expected_average_only_in"
+    if setting.kind == "topk":
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(**sizes, k=setting.k, normalize_activations=scaled))
+    elif setting.kind == "batchtopk":
+        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**sizes, k=setting.k, normalize_activations=scaled))
+    elif setting.kind == "relu":
+        config = StandardTrainingSAEConfig(**sizes, l1_coefficient=setting.sparsity, apply_b_dec_to_input=False)
+        sae = StandardTrainingSAE(config)
+    else:
+        sae = JumpReLUTrainingSAE(
+            JumpReLUTrainingSAEConfig(
+                **sizes,
+                l0_coefficient=setting.sparsity,
+                jumprelu_bandwidth=setting.bandwidth,
+                apply_b_dec_to_input=False,
+            )
+        )
+    if setting.start:
+        weights = {**setting.start, "W_enc": setting.start["W_enc"].T.contiguous()}
+        sae.load_state_dict(weights)
+    return sae.to(setting.device)
+
+
 def prepare(setting: worker.Setting):
-    config = TopKTrainingSAEConfig(
-        d_in=setting.train.shape[1],
-        d_sae=setting.latents,
-        k=setting.k,
-        normalize_activations="expected_average_only_in",
-    )
-    sae = TopKTrainingSAE(config)
+    sae = build(setting)
 
     def batches() -> Iterator[torch.Tensor]:
         yield setting.rows(0)
 
+    rate = setting.lr if setting.start else 3e-4
     options = SAETrainerConfig(
         total_training_samples=setting.steps * setting.batch,
         train_batch_size_samples=setting.batch,
-        lr_end=3e-5,  # what its runner derives from its default rate of 3e-4
+        device=setting.device,
+        lr=rate,
+        lr_end=rate / 10,  # as its runner derives it
     )
     trainer = SAETrainer(cfg=options, sae=sae, data_provider=batches())
-    trainer.activation_scaler.estimate_scaling_factor(
-        d_in=config.d_in, data_provider=batches(), n_batches_for_norm_estimate=1
-    )
+    if not setting.start:
+        trainer.activation_scaler.estimate_scaling_factor(
+            d_in=sae.cfg.d_in, data_provider=batches(), n_batches_for_norm_estimate=1
+        )
 
     def train(step: int) -> None:
         trainer.step(setting.rows(step))
         trainer.n_training_steps += 1
 
-    def reconstruct(x: torch.Tensor) -> torch.Tensor:
-        scale = trainer.activation_scaler.scaling_factor
-        assert scale is not None
-        return sae(x * scale) / scale
+    def reconstruct(x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        scale = trainer.activation_scaler.scaling_factor or 1.0
+        latents = sae.encode(x * scale)
+        return sae.decode(latents) / scale, float((latents > 0).sum())
 
     return train, reconstruct
 

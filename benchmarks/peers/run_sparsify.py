@@ -11,7 +11,8 @@ from sparsify.sparse_coder import SparseCoder
 
 
 def prepare(setting: worker.Setting):
-    coder = SparseCoder(setting.train.shape[1], SparseCoderConfig(num_latents=setting.latents, k=setting.k))
+    config = SparseCoderConfig(num_latents=setting.latents, k=setting.k)
+    coder = SparseCoder(setting.train.shape[1], config, device=setting.device)
     coder.b_dec.data = setting.rows(0).mean(0)
     rate = 5e-3 / (setting.latents / 2**14) ** 0.5
     optimiser = ScheduleFreeWrapper(SignSGD([{"params": list(coder.parameters()), "lr": rate}]), momentum=0.95)
@@ -24,11 +25,11 @@ def prepare(setting: worker.Setting):
         optimiser.step()
         optimiser.zero_grad()
 
-    def reconstruct(x: torch.Tensor) -> torch.Tensor:
+    def reconstruct(x: torch.Tensor) -> tuple[torch.Tensor, float]:
         optimiser.eval()
-        out = coder(x).sae_out
+        out = coder(x)
         optimiser.train()
-        return out
+        return out.sae_out, float((out.latent_acts > 0).sum())
 
     return train, reconstruct
 
