@@ -70,9 +70,11 @@ def _errors(errors: TokenErrors) -> Figure:
         if rest is not None:
             axes.plot([rest, whole], [row, row], color=LIGHT["mute"], linewidth=1.2, zorder=1)
             axes.scatter([rest], [row], s=42, color=LIGHT["accent"], zorder=3)
-        axes.scatter([whole], [row], s=42, facecolor=LIGHT["panel"], edgecolor=LIGHT["warm"], linewidths=1.5, zorder=2)
+        # Wider than the dot, so that both show where they coincide.
+        axes.scatter([whole], [row], s=90, facecolor=LIGHT["panel"], edgecolor=LIGHT["warm"], linewidths=1.3, zorder=2)
     axes.scatter([], [], s=42, color=LIGHT["accent"], label="without norm outliers")
-    axes.scatter([], [], s=42, facecolor=LIGHT["panel"], edgecolor=LIGHT["warm"], linewidths=1.5, label="all")
+    ring = f"with all tokens ({errors.outliers:,} {'outlier' if errors.outliers == 1 else 'outliers'})"
+    axes.scatter([], [], s=90, facecolor=LIGHT["panel"], edgecolor=LIGHT["warm"], linewidths=1.3, label=ring)
     labels = [f"{_NAMES.get(group, group)}  ({errors.everything[group].tokens:,})" for group in shown]
     axes.set_yticks(range(len(shown)), labels)
     axes.set_ylim(len(shown) - 0.5, -0.5)
@@ -95,9 +97,10 @@ def _steering(swept: AlphaSweep, spot: SweetSpot | None, unit: str) -> Figure:
     figure = Figure(figsize=(8.6, 3.0))
     every = figure.subplots(1, 3)
     for axes, (name, value) in zip(every, panels, strict=True):
-        if spot is not None and spot.alphas:
-            axes.axvspan(spot.alphas[0], spot.alphas[-1], color=LIGHT["heat"], alpha=0.18, linewidth=0)
-        _line(axes, swept.control_levels, value, "mute", f"{len(swept.controls)} random latents")
+        if spot is not None and spot.alphas:  # the line's width makes a single alpha visible
+            axes.axvspan(spot.alphas[0], spot.alphas[-1], color=LIGHT["heat"], alpha=0.18, linewidth=3)
+        n = len(swept.controls)
+        _line(axes, swept.control_levels, value, "mute", f"{n} random {'latent' if n == 1 else 'latents'}")
         _line(axes, swept.levels, value, "accent", f"latent {swept.latent}")
         axes.set_title(name, loc="left", fontsize=8.5, color=LIGHT["ink"])
         axes.set_xlabel("alpha" if unit == "absolute" else "alpha, in median norms")
