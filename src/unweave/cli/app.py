@@ -20,6 +20,8 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 import unweave
+from unweave.cli.convert import HELP as CONVERT_HELP
+from unweave.cli.convert import convert
 from unweave.cli.dedup import HELP as DEDUP_HELP
 from unweave.cli.dedup import dedup
 from unweave.cli.models import HELP as MODELS_HELP
@@ -58,6 +60,7 @@ def build_app() -> App:
     app.command(papers)
     app.command(models, name="models", help=MODELS_HELP, sort_key=len(STAGES))
     app.command(dedup, name="dedup", help=DEDUP_HELP, sort_key=len(STAGES) + 1)
+    app.command(convert, name="convert", help=CONVERT_HELP, sort_key=len(STAGES) + 2)
     return app
 
 
@@ -99,7 +102,7 @@ def as_user_error(error: Exception, tokens: Sequence[str]) -> UnweaveError | Non
     if isinstance(error, UnweaveError):
         return error
     if isinstance(error, CycloptsError):
-        asked = f"unweave {tokens[0]}" if tokens and tokens[0] in (*STAGES, "models", "dedup") else "unweave"
+        asked = f"unweave {tokens[0]}" if tokens and tokens[0] in (*STAGES, "models", "dedup", "convert") else "unweave"
         return UnweaveError(str(error), where=asked, remedy=f"'{asked} --help' lists what there is")
     if isinstance(error, OSError) and error.errno in _SYSTEM_REMEDIES:
         what, remedy = _SYSTEM_REMEDIES[error.errno]

@@ -1,7 +1,7 @@
 """What a file says of an SAE besides its numbers: where it belongs, its token policy, and where it comes from.
 
-Our own block (``metadata.unweave`` or ``unweave`` in the configuration) is kept in every format we write, since readers
-of those formats skip fields they do not know. Other people's files say less; what they say goes into the provenance.
+Our own block is kept in every format we write: as ``metadata.unweave`` or ``unweave`` in the configuration, or in a
+file of its own. Other people's files say less; what they say goes into the provenance.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ def build_foreign(
     hook_out: str | None = None,
     sites: tuple[Site | None, Site | None] | None = None,
     model: str | None = None,
-    **about: Any,
+    about: Mapping[str, Any] | None = None,
 ) -> SAE:
     """The SAE of somebody else's file. Its sites are ``sites``, or those of the hooks where our sites can name both.
 
     What the file says of itself (format, origin, hooks, and ``about``) is in ``provenance["source"]``.
     """
+    about = about or {}
     said = {"hook_name": hook, "hook_name_out": hook_out, "model": model, **about}
     origin = {"format": format, "path": source.origin, **source.facts}
     provenance: dict[str, Any] = {"source": origin | {k: v for k, v in said.items() if v is not None}}
@@ -118,16 +119,6 @@ def sites_of_module(path: str, transcodes: bool) -> tuple[Site | None, Site | No
         return None, None
     before, after = before_after[part]
     return Site(before if transcodes else after, layer), Site(after, layer)
-
-
-def module_of_site(site: Site | None) -> str | None:
-    """The module path, relative to the model, whose output is at ``site``; None where there is no such module."""
-    if site is None:
-        return None
-    if site.point == "embed":
-        return "embed_tokens"
-    part = {"resid_post": "", "mlp_out": ".mlp", "attn_out": ".self_attn"}.get(site.point)
-    return None if part is None else f"layers.{site.layer}{part}"
 
 
 def _text(site: Site | None) -> str | None:

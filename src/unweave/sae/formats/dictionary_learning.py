@@ -8,7 +8,7 @@
     JumpReLU          relu(x E + b_e) where x E + b_e > threshold
 
 Which one a file is, its tensors' names say; TopK and BatchTopK share theirs, so the configuration must. Files of plain
-linear layers by others (Goodfire, qresearch, Qwen Scope) are read here too.
+weights by others (Goodfire, qresearch, Qwen Scope, attention SAEs of GPT-2) are read here too.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from unweave.core.errors import UnweaveError
 from unweave.core.run import atomic_write, write_json
 from unweave.core.site import Site
 from unweave.sae.activations import JumpReLU, TopK
-from unweave.sae.formats.about import build_foreign, build_own, own_block
-from unweave.sae.formats.parts import Parts, agree, assemble, vector
+from unweave.sae.formats.about import build_foreign, build_own, own_block, site_of
+from unweave.sae.formats.parts import Parts, agree, assemble, vector, with_input_bias
 from unweave.sae.formats.source import Source
 from unweave.sae.formats.tensors import Tensors, read_torch
 from unweave.sae.module import SAE
@@ -69,8 +69,7 @@ def load(source: Source) -> SAE:
         hook=trainer.get("submodule_name"),
         sites=(site, site),
         model=trainer.get("lm_name"),
-        dict_class=kind,
-        context=(config.get("buffer") or {}).get("ctx_len"),
+        about={"dict_class": kind, "context": (config.get("buffer") or {}).get("ctx_len")},
     )
 
 
@@ -89,7 +88,7 @@ def _kind(tensors: Tensors, said: str | None, where: str) -> str:
     elif "decoder.bias" in tensors or "decoder_linear.bias" in tensors:
         found = {"AutoEncoderNew"}
     elif "W_enc" in tensors and "b_dec" in tensors:
-        found = {"Qwen Scope"}
+        found = {"plain"}
     else:
         raise UnweaveError(
             f"tensors {', '.join(sorted(tensors.values)[:8])} are of no kind of SAE that is known",
@@ -99,7 +98,7 @@ def _kind(tensors: Tensors, said: str | None, where: str) -> str:
         )
     if said is None and len(found) > 1:
         raise UnweaveError(
-            "TopK and BatchTopK dictionaries hold the same tensors, and no configuration says which this is",
+            "TopK and BatchTopK dictionaries hold the same tensors, and no configuration says which of them this is",
             where=where, remedy=f"put {CONFIG} with trainer.dict_class beside it",
         )  # fmt: skip
     if said is not None and said not in found:
@@ -116,6 +115,8 @@ def _parts(kind: str, tensors: Tensors, trainer: dict[str, Any], source: Source)
     if kind == "AutoEncoder":  # a decoder.bias beside bias would be another class: it stays, and is refused
         names = names | {"b_dec": ("bias",)}
     linear = kind not in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE")
+    if kind == "plain":
+        return _plain(tensors, source)
     parts = assemble(tensors, names, _LINEAR if linear else _DIRECT)
     if kind == "GatedAutoEncoder":
         gate, gain = (vector(tensors.take(name), name, where, parts.d_sae) for name in ("gate_bias", "r_mag"))
@@ -138,16 +139,30 @@ def _parts(kind: str, tensors: Tensors, trainer: dict[str, Any], source: Source)
                 remedy="train it past threshold_start_step, where the threshold is first estimated",
             )
         parts.threshold = torch.full_like(parts.b_enc, threshold)
-    elif kind == "Qwen Scope":
-        match = re.search(r"L0_(\d+)", source.hint)
-        if match is None:
-            raise UnweaveError(
-                "this file holds no k, and its repository's name, which says it (L0_50), is not in the path",
-                where=where, remedy="keep the repository's name as a folder, e.g. SAE-Res-Qwen3-8B-Base-W64K-L0_50/",
-            )  # fmt: skip
-        parts.k = int(match[1])
     if kind not in ("AutoEncoderNew", "JumpReluAutoEncoder", "Qwen Scope"):
         parts.fold_input_bias()
+    return parts
+
+
+def _plain(tensors: Tensors, source: Source) -> Parts:
+    """Two publishers' bare weights: attention SAEs of GPT-2 (configuration beside them), and Qwen Scope's TopK."""
+    config = source.config(source.path.with_suffix("").name + "_cfg.json")
+    if config:
+        parts = assemble(tensors, _NAMES, _DIRECT)
+        agree("act_size", config.get("act_size"), parts.d_in, tensors.where)
+        agree("dict_size", config.get("dict_size"), parts.d_sae, tensors.where)
+        parts.fold_input_bias()
+        return parts
+    match = re.search(r"L0_(\d+)", source.hint)
+    if match is None:
+        raise UnweaveError(
+            "this file holds bare weights, and nothing says which activation they go with",
+            where=tensors.where,
+            remedy="keep what lies beside it (NAME_cfg.json), or, for Qwen Scope, the repository's name as a folder: "
+            "SAE-Res-Qwen3-8B-Base-W64K-L0_50/",
+        )
+    parts = assemble(tensors, _NAMES, _LINEAR)
+    parts.k = int(match[1])
     return parts
 
 
@@ -168,6 +183,9 @@ def _site(config: dict[str, Any], source: Source) -> Site | None:
     """Where it reads, by the trainer's submodule name or the folder's: outputs of the model's own modules."""
     if (config.get("buffer") or {}).get("io", "out") != "out":
         return None
+    hook = source.config(source.path.with_suffix("").name + "_cfg.json").get("act_name")
+    if hook is not None:
+        return site_of(hook)
     trainer = config.get("trainer") or {}
     name = str(trainer.get("submodule_name") or source.hint)
     match = _SITES.search(name)
@@ -195,9 +213,7 @@ def save(sae: SAE, folder: Path) -> Path:
     linear = {"encoder.weight": sae.W_enc.T, "decoder.weight": sae.W_dec.T}
     if isinstance(sae.activation, TopK):
         kind, trainer = "AutoEncoderTopK", "TopKTrainer"
-        tensors = linear | {
-            "encoder.bias": sae.b_enc + sae.b_dec @ sae.W_enc,
-            "b_dec": sae.b_dec,
+        tensors = with_input_bias(linear | {"encoder.bias": sae.b_enc, "b_dec": sae.b_dec}, "encoder.bias", sae) | {
             "k": torch.tensor(sae.activation.k, dtype=torch.int),
             "threshold": torch.tensor(-1.0),  # its word for "not estimated"
         }

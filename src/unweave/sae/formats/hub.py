@@ -6,9 +6,10 @@ Only the files that a format can use are fetched, so that one SAE of a repositor
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
-from unweave.core.errors import UnweaveError
+from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.sae.formats.source import Source
 
 HUB, SAELENS = "hub:", "saelens:"
@@ -23,6 +24,7 @@ _FILES = (
     "params.safetensors",
     "hyperparams.json",
     "checkpoints/final.safetensors",
+    "unweave.json",
 )
 """What an SAE's folder may hold, in any format."""
 _BESIDE = ("config.yaml", "config.json", "hyperparams.json")
@@ -50,6 +52,13 @@ _RELEASES: tuple[tuple[str, str, str, str], ...] = (
     (r"gemma-2-9b-res-matryoshka-dc", r"(blocks\.\d+\.hook_resid_post)",
      "chanind/gemma-2-9b-batch-topk-matryoshka-saes-w-32k-l0-60", "{0}"),
 )  # fmt: skip
+
+
+_PROCESSED = {
+    "jbloom/GPT2-Small-SAEs-Reformatted": "these SAEs belong to a GPT-2 whose weights TransformerLens had centred, "
+    "which their files do not say; the model as published gives other activations: measure before you trust them"
+}
+"""Repositories whose SAEs belong to a changed model, although their files do not say so (trap 12)."""
 
 
 def fetch(name: str) -> Source:
@@ -92,8 +101,9 @@ def released(name: str) -> tuple[str, str]:
 def _download(name: str, repository: str, revision: str | None, path: str) -> Source:
     import huggingface_hub
 
-    is_file = path.endswith((".safetensors", ".npz", ".pth")) or path.endswith("ae.pt") or path.endswith(".sae.pt")
-    patterns = [path, *_beside(path)] if is_file else [f"{path}/{file}" if path else file for file in _FILES]
+    patterns = [f"{path}/{file}" if path else file for file in _FILES]  # a folder's name may end in .pt: ask for both
+    if path:
+        patterns += [path, path.removesuffix(".pt") + "_cfg.json", *_beside(path)]
     try:
         top = Path(
             huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=[*patterns, *_BESIDE])
@@ -106,6 +116,8 @@ def _download(name: str, repository: str, revision: str | None, path: str) -> So
             remedy="check the name and the network (a gated repository needs `hf auth login`), or download it "
             "yourself and give the folder",
         ) from error
+    if repository in _PROCESSED:
+        warnings.warn(_PROCESSED[repository], UnweaveWarning, stacklevel=2)
     place = top / path if path else top
     if not place.exists():
         raise UnweaveError(

@@ -162,6 +162,13 @@ def assemble(tensors: Tensors, names: Mapping[str, tuple[str, ...]], stated: Map
     return Parts(W_enc, b_enc, W_dec, b_dec)
 
 
+def with_input_bias(tensors: Mapping[str, Tensor], bias: str, sae: SAE) -> dict[str, Tensor]:
+    """For formats that take b_dec off the input: the encoder's bias grows by b_dec W_enc, in at least float32."""
+    wide = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()}
+    dtype = wide[bias].dtype
+    return wide | {bias: wide[bias] + sae.b_dec.to(dtype) @ sae.W_enc.to(dtype)}
+
+
 def vector(tensor: Tensor, name: str, where: str, length: int | None = None) -> Tensor:
     """A bias or threshold, checked to be a vector (of ``length``)."""
     if tensor.ndim != 1 or (length is not None and len(tensor) != length):

@@ -151,9 +151,11 @@ def load(source: Source) -> SAE:
         hook_out=said.get("hook_name_out") or None,
         sites=(None, None) if head is not None else None,  # one head alone is no site of ours
         model=said.get("model_name") or None,
-        hook_head_index=head,
-        prepend_bos=said.get("prepend_bos"),
-        context=said.get("context_size"),
+        about={
+            "hook_head_index": head,
+            "prepend_bos": said.get("prepend_bos"),
+            "context": said.get("context_size"),
+        },
     )
 
 

@@ -16,13 +16,13 @@ from unweave.core.errors import UnweaveError
 from unweave.core.run import atomic_write, write_json
 from unweave.sae.activations import TopK
 from unweave.sae.formats.about import build_foreign, build_own, own_block, sites_of_module
-from unweave.sae.formats.parts import agree, assemble
+from unweave.sae.formats.parts import agree, assemble, with_input_bias
 from unweave.sae.formats.source import Source
 from unweave.sae.formats.tensors import oriented, read_safetensors
 from unweave.sae.module import SAE
 
 NAME = "sparsify"
-CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+CONFIG, WEIGHTS, OWN = "cfg.json", "sae.safetensors", "unweave.json"
 _NAMES = {"W_enc": ("encoder.weight",), "b_enc": ("encoder.bias",), "W_dec": ("W_dec",), "b_dec": ("b_dec",)}
 _STATED = {"W_enc": "transposed", "W_dec": "as is"}
 
@@ -56,8 +56,9 @@ def load(source: Source) -> SAE:
     transcodes = bool(config.get("transcode", False))
     if not transcodes:
         parts.fold_input_bias()
-    if config.get("unweave"):
-        return build_own(parts, config["unweave"])
+    own = source.config(OWN)
+    if own:
+        return build_own(parts, own)
     return build_foreign(
         parts,
         source,
@@ -103,10 +104,11 @@ def save(sae: SAE, folder: Path) -> Path:
             remedy="convert it to saelens",
         )  # fmt: skip
     transcodes = sae.read != sae.write
-    bias = sae.b_enc if transcodes else sae.b_enc + sae.b_dec @ sae.W_enc
-    tensors = {"encoder.weight": sae.W_enc.T, "encoder.bias": bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    tensors = {"encoder.weight": sae.W_enc.T, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip.T
+    if not transcodes:
+        tensors = with_input_bias(tensors, "encoder.bias", sae)
     config = {
         "activation": "topk",
         "expansion_factor": math.ceil(sae.d_sae / sae.d_in),
@@ -117,9 +119,9 @@ def save(sae: SAE, folder: Path) -> Path:
         "skip_connection": sae.W_skip is not None,
         "transcode": transcodes,
         "d_in": sae.d_in,
-        "unweave": own_block(sae),
     }
     with atomic_write(folder / WEIGHTS) as temporary:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+    write_json(folder / OWN, own_block(sae))  # apart: sparsify prints every field of cfg.json that it does not know
     write_json(folder / CONFIG, config)
     return folder
