@@ -101,7 +101,8 @@ class SAETrainer:
             if self.spec.kind in ("batchtopk", "matryoshka"):
                 self.state.batch_threshold = threshold
         else:
-            self.weights = weights.begin(self.spec, self.d_sae, x, target, self.generator)
+            drawing = torch.Generator().manual_seed(self.spec.seed)  # of its own: what it draws hangs on the sample
+            self.weights = weights.begin(self.spec, self.d_sae, x, target, drawing)
             if self.spec.init != "independent":
                 self._fit_encoder(x[:_FIT_ROWS], (x if target is None else target)[:_FIT_ROWS])
         for parameter in self.weights.named().values():

@@ -29,6 +29,11 @@ _SAME = 1e-4
 """relative differences below which numbers that should be one are taken to be"""
 
 
+def _parameter(t: Tensor) -> nn.Parameter:
+    """Contiguous, as the fused optimiser and sums over processes take for granted."""
+    return nn.Parameter(t.contiguous())
+
+
 @dataclass
 class Weights:
     """W_enc [F, D], W_dec [F, D_out], b_enc [F], b_dec [D_out] in the scaled space, and what only some kinds have.
@@ -80,15 +85,15 @@ def begin(spec: SAESpec, n_latents: int, x: Tensor, target: Tensor | None, gener
     if target is not None:
         rows = init.decoder_rows(spec.init, n_latents, target.shape[1], target, generator)
     zeros = x.new_zeros(n_latents)
-    skip = None if spec.skip == "none" else nn.Parameter(init.skip_weights(spec.skip, x, goal))
+    skip = None if spec.skip == "none" else _parameter(init.skip_weights(spec.skip, x, goal))
     unsaid = goal if skip is None else goal - x @ skip.detach()
     kind: init.CentreKind = "none" if spec.bias_init == "zero" else spec.bias_init
     made = Weights(
-        nn.Parameter(encoder), nn.Parameter(zeros.clone()), nn.Parameter(rows), nn.Parameter(init.centre(kind, unsaid)),
+        _parameter(encoder), _parameter(zeros.clone()), _parameter(rows), _parameter(init.centre(kind, unsaid)),
         W_skip=skip,
     )  # fmt: skip
     if spec.kind == "gated":
-        made.r_mag, made.b_mag = nn.Parameter(zeros.clone()), nn.Parameter(zeros.clone())
+        made.r_mag, made.b_mag = _parameter(zeros.clone()), _parameter(zeros.clone())
     _set_thresholds(made, spec, torch.full_like(zeros, first_threshold(spec)))
     return made
 
@@ -100,9 +105,9 @@ def first_threshold(spec: SAESpec) -> float:
 
 def _set_thresholds(weights: Weights, spec: SAESpec, threshold: Tensor) -> None:
     if spec.kind == "jumprelu" and spec.threshold_parameter == "log":
-        weights.log_threshold = nn.Parameter(threshold.log())
+        weights.log_threshold = _parameter(threshold.log())
     elif spec.kind == "jumprelu":
-        weights.plain_threshold = nn.Parameter(threshold)
+        weights.plain_threshold = _parameter(threshold)
 
 
 # -- to an SAE and back -----------------------------------------------------------------------------------------------
@@ -163,8 +168,6 @@ def unfold(spec: SAESpec, sae: SAE, source: Affine, goal: Affine, like: Tensor) 
     rows = sae.W_dec.double().to(like.device)
     norms = rows.norm(dim=1)
     norms = torch.where(norms > 0, norms, 1.0)
-    if isinstance(sae.activation, TopK):
-        _refuse_uneven(norms)
     W, b = sae.W_enc.T.double().to(like.device), sae.b_enc.double().to(like.device)
     encoder = W * (norms[:, None] * s_out / s_in)
     bias = (b + W @ c_in) * norms * s_out
@@ -173,8 +176,8 @@ def unfold(spec: SAESpec, sae: SAE, source: Affine, goal: Affine, like: Tensor) 
     if sae.W_skip is not None:
         skip = sae.W_skip.double().to(like.device)
         b_dec = b_dec + s_out * (c_in @ skip)
-        skip = nn.Parameter((skip * (s_out / s_in)).to(like))
-    made = Weights(*(nn.Parameter(t.to(like)) for t in (encoder, bias, rows / norms[:, None], b_dec)), W_skip=skip)
+        skip = _parameter((skip * (s_out / s_in)).to(like))
+    made = Weights(*(_parameter(t.to(like)) for t in (encoder, bias, rows / norms[:, None], b_dec)), W_skip=skip)
     threshold = torch.zeros_like(bias)
     if isinstance(sae.activation, JumpReLU):
         threshold = sae.activation.threshold.double().to(like.device).clamp_min(0) * norms * s_out
@@ -183,12 +186,12 @@ def unfold(spec: SAESpec, sae: SAE, source: Affine, goal: Affine, like: Tensor) 
         raise UnweaveError(
             f"a {sae.kind} SAE cannot go on as {spec.kind}", where="start", remedy=f"use kind {' or '.join(possible)}"
         )
-    if spec.kind == "topk" and isinstance(sae.activation, TopK) and sae.activation.k != spec.k:
-        raise UnweaveError(f"this SAE has k {sae.activation.k}, not {spec.k}", where="start", remedy="set k to its own")
+    if isinstance(sae.activation, TopK):
+        _refuse_other_topk(sae.activation.k, spec.k, norms)
     if spec.kind == "gated":
-        made.r_mag = nn.Parameter(torch.zeros_like(made.b_enc))
-        made.b_mag = nn.Parameter(bias.to(like))
-        made.b_enc = nn.Parameter((bias - threshold).to(like))
+        made.r_mag = _parameter(torch.zeros_like(made.b_enc))
+        made.b_mag = _parameter(bias.to(like))
+        made.b_enc = _parameter((bias - threshold).to(like))
     _set_thresholds(made, spec, threshold.to(like))
     return made, float(threshold.mean())
 
@@ -207,7 +210,9 @@ def fitting(spec: SAESpec, sae: SAE, threshold: Tensor) -> list[str]:
     return kinds
 
 
-def _refuse_uneven(norms: Tensor) -> None:
+def _refuse_other_topk(k: int, wanted: int, norms: Tensor) -> None:
+    if k != wanted:
+        raise UnweaveError(f"this SAE has k {k}, not {wanted}", where="start", remedy="set k to its own")
     if float(norms.max() - norms.min()) > _SAME * float(norms.max()):
         raise UnweaveError(
             "decoder rows of this TopK SAE differ in norm, and scaling them to 1 would change which latents win",
