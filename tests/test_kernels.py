@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unweave.core.dist import SOLO, Group
-from unweave.sae import kernels
+from unweave.sae import kernels, products
 
 
 def _sorted(values: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def test_plain_operations_agree_with_bags(monkeypatch: pytest.MonkeyPatch) -> No
     values, choice = kernels.choose_topk(problem["x"], problem["W"], problem["b"], 4)
     found = []
     for bags in (True, False):
-        monkeypatch.setattr(kernels, "_has_bags", lambda table, bags=bags: bags)
+        monkeypatch.setattr(products, "_has_bags", lambda table, bags=bags: bags)
         p = _leaves(problem, torch.float32)
         _sparse_loss(p, values, choice).backward()
         found.append([p[name].grad for name in ("x", "W", "b", "V")])
@@ -168,10 +169,8 @@ def test_rows_without_latents_and_latents_without_rows() -> None:
     torch.testing.assert_close(kernels.transposed_rows(values, choice, other), dense.T @ other)
 
 
-def test_only_one_chunk_of_dense_latents_lives() -> None:
-    """The largest tensor made while choosing is one chunk, not the batch."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
+def _largest_output(run: Callable[[], object]) -> int:
+    """Elements of the largest tensor that any operation of ``run`` returns, those of the backward pass included."""
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -183,10 +182,32 @@ def test_only_one_chunk_of_dense_latents_lives() -> None:
                     largest = max(largest, t.numel())
             return out
 
-    x, W = torch.randn(64, 8), torch.randn(512, 8)
     with Watch():
-        kernels.choose_topk(x, W, None, 4, chunk=8)
-    assert largest <= 8 * 512
+        run()
+    return largest
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "above"])
+def test_a_sparse_step_holds_one_chunk_of_dense_latents_at_most(kind: str) -> None:
+    """No tensor of a forward and backward pass is larger than a chunk; the batch's latents are eight times as many."""
+    g = torch.Generator().manual_seed(0)
+    x, goal = (torch.randn(64, 8, generator=g) for _ in range(2))
+    W, V = (torch.randn(512, 8, generator=g).requires_grad_() for _ in range(2))
+    b = torch.zeros(512, requires_grad=True)
+
+    def step() -> None:
+        if kind == "above":
+            found = kernels.choose_above(x, W, b, torch.full((512,), 5.0), limit=0.1, chunk=8)
+        else:
+            choose = kernels.choose_topk if kind == "topk" else kernels.choose_batch_topk
+            found = choose(x, W, b, 16, chunk=8)
+        assert found is not None
+        f = torch.relu(kernels.attach(x, W, b, *found))
+        (kernels.decode(f, found[1], V) - goal).square().sum().backward()
+        assert W.grad is not None and V.grad is not None and b.grad is not None
+
+    assert _largest_output(step) <= 8 * 512
+    assert _largest_output(lambda: x @ W.T) == 64 * 512, "the watch sees what it should"
 
 
 # -- entries above a bound ------------------------------------------------------------------------------------------
@@ -250,6 +271,61 @@ def test_choose_above_gives_up_over_its_limit_and_early() -> None:
         patch.setattr(kernels, "_places", places)
         assert kernels.choose_above(dense_first, p["W"], p["b"], bound, limit=0.1, chunk=7) is None
     assert calls == [7]
+
+
+def _uneven(p: dict[str, Tensor]) -> None:
+    """Row 2 has no latent, row 5 all of them; latent 3 is in every other row, latents 7 and 8 in no other row."""
+    f = len(p["b"])
+    p["W"] *= 0.4
+    p["W"][:, 0], p["W"][:, 1] = -1.0, 1.0
+    p["x"][:, 0], p["x"][:, 1] = 0.0, 0.0
+    p["x"][2, 0], p["x"][5, 1] = 50.0, 50.0
+    p["b"] = torch.where(torch.arange(f) == 3, 20.0, p["b"])
+    p["b"][7:9] = -20.0
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("f", [301, 320])
+def test_gradients_of_entries_above_a_bound_are_the_dense_ones(
+    monkeypatch: pytest.MonkeyPatch, blocks: bool, f: int
+) -> None:
+    problem = _problem(10, f=f)
+    _uneven(problem)
+    bound = _bounds(problem).clamp(-1.0, 1.5)
+    if blocks:
+        monkeypatch.setattr(products, "CACHE_BYTES", 7 * 4 * 12)  # seven rows of 12 numbers
+        monkeypatch.setattr(products, "BLOCK_ENTRIES", 0)
+    found = kernels.choose_above(problem["x"], problem["W"], problem["b"], bound, limit=1.0, chunk=6)
+    assert found is not None
+    z = problem["x"] @ problem["W"].T + problem["b"]
+    kept = z > bound
+    assert (kept.sum(1)[[2, 5]].tolist(), int(kept[:, 3].sum())) == ([0, f], 22)
+    assert kept[:, 7:9].sum(0).tolist() == [1, 1]
+    oracle, ours = _leaves(problem, torch.float64), _leaves(problem, torch.float32)
+    dense, sparse = _dense_loss(oracle, kept.double()), _sparse_loss(ours, *found)
+    dense.backward()
+    sparse.backward()
+    torch.testing.assert_close(sparse.double(), dense, rtol=1e-5, atol=1e-6)
+    for name in ("x", "W", "b", "V"):
+        got, wanted = ours[name].grad, oracle[name].grad
+        assert got is not None and wanted is not None
+        assert (got.double() - wanted).norm() <= 1e-5 * wanted.norm(), name
+    assert bool(found[1]._by_rows) is blocks and bool(found[1]._by_latents) is blocks
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 23, 99])
+def test_blocks_of_a_choice_make_it_up(size: int) -> None:
+    p = _problem(11, f=50)
+    found = kernels.choose_above(p["x"], p["W"], p["b"], torch.full((50,), 0.5), limit=1.0)
+    assert found is not None
+    values, choice = found
+    dense = choice.dense(values)
+    rows = choice.row_blocks(size)
+    assert torch.equal(torch.cat([part.dense(values[entries]) for _, entries, part in rows]), dense)
+    order, blocks = choice.latent_blocks(size)
+    parts = [part.dense(values[order][entries]) for _, entries, part in blocks]
+    assert torch.equal(torch.cat(parts, 1), dense)
+    assert [latents for latents, _, _ in blocks] == [slice(a, min(a + size, 50)) for a in range(0, 50, size)]
 
 
 # -- a batch divided between processes --------------------------------------------------------------------------------

@@ -4,9 +4,7 @@
 2. Winners are found exactly without sorting rows: cut a row's F entries into groups, take each group's maximum (one
    vectorised pass), keep the k groups with the largest maxima, and take the k largest of what those hold. Were an entry
    of the true top k in a group left out, k groups would hold an entry at least as large: only ties can differ.
-3. A choice of latents is a sparse matrix [N, F] stored by rows; decoding is a weighted sum of decoder rows
-   (``embedding_bag``), the gradient of a value one dot product, and the gradient of the weights the transposed sum,
-   again an ``embedding_bag``, over the same choice stored by columns.
+3. What follows works on the chosen entries alone: see ``choice`` and ``products``, whose names are also here.
 
 Everything is plain PyTorch and runs on any device. Shapes: N rows, D width, F latents, nnz chosen entries.
 """
@@ -15,62 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from unweave.core.dist import SOLO, Group
+from unweave.sae.choice import Choice
+from unweave.sae.products import attach, decode, dot_rows, latent_sums, transposed_rows, weighted_rows
 
 CHUNK_BYTES = 20 << 20
 """Dense latents alive at a time: large enough for an efficient product, small enough for the last-level cache."""
-
-
-class Choice:
-    """Which latents each row uses: row i those at ``indices[offsets[i]:offsets[i + 1]]``.
-
-    indices: int32 [nnz]; offsets: int32 [N + 1]; n_latents: F. The values of the entries, [nnz] in the same order, are
-    kept apart because gradients flow through them alone.
-    """
-
-    def __init__(self, indices: Tensor, offsets: Tensor, n_latents: int) -> None:
-        self.indices, self.offsets, self.n_latents = indices.int(), offsets.int(), n_latents
-
-    @classmethod
-    def uniform(cls, indices: Tensor, n_latents: int) -> Choice:
-        """The same number of latents in every row, indices [N, k]."""
-        n, k = indices.shape
-        return cls(indices.reshape(-1), torch.arange(0, n * k + 1, k, device=indices.device), n_latents)
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.offsets) - 1
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """The row of each entry, int32 [nnz]."""
-        numbers = torch.arange(self.n_rows, dtype=torch.int32, device=self.offsets.device)
-        return numbers.repeat_interleave(self.offsets.diff().long(), output_size=len(self.indices))
-
-    @cached_property
-    def by_latent(self) -> tuple[Tensor, Choice]:
-        """The same entries sorted by latent: their order, int64 [nnz], and the transposed choice [F, N]."""
-        # Small integers are sorted by radix, an order of magnitude faster than 64-bit ones.
-        keys = self.indices.short() if self.n_latents < 2**15 else self.indices
-        order = torch.argsort(keys, stable=True)
-        counts = torch.bincount(self.indices, minlength=self.n_latents)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return order, Choice(self.rows[order], offsets, self.n_rows)
-
-    def dense(self, values: Tensor) -> Tensor:
-        """The matrix [N, F] with these values; entries of one row and latent add up."""
-        out = values.new_zeros(self.n_rows, self.n_latents)
-        return out.index_put((self.rows.long(), self.indices.long()), values, accumulate=True)
-
-
-# -- finding the winners --------------------------------------------------------------------------------------------
 
 
 def topk_rows(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -219,7 +171,7 @@ def choose_batch_topk(
     does not depend on how a batch is divided.
     """
     wanted = k * int(group.sum(torch.tensor([len(x)], device=x.device)))
-    bound = guess if guess is not None and guess > 0 else _first_guess(x, W, b, k)
+    bound = guess if guess is not None and guess > 0 else _first_guess(x, W, b, k, chunk)
     bound = -float(group.max(torch.tensor([-bound], dtype=torch.float64, device=x.device)))
     while True:
         finds = _Finds(W.shape[0])
@@ -256,122 +208,18 @@ def _largest(values: Tensor, wanted: int, group: Group) -> Tensor:
     return kept
 
 
-def _first_guess(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> float:
+def _first_guess(x: Tensor, W: Tensor, b: Tensor | None, k: int, chunk: int | None) -> float:
     """A bound from a few rows spread over the batch: a little below what would keep k of each on average."""
     if len(x) == 0:
         return math.inf
-    sample = x[:: max(1, len(x) // 64)]
+    rows = min(64, chunk or chunk_rows(W.shape[0], x.element_size()))
+    sample = x[:: -(-len(x) // rows)]
     z = sample @ W.T if b is None else torch.addmm(b, sample, W.T)
     value = float(z.flatten().topk(min(z.numel(), 2 * k * len(z))).values[-1])
     return value if math.isfinite(value) and value > 0 else 0.0
 
 
-# -- sparse products ------------------------------------------------------------------------------------------------
-
-
-def _has_bags(table: Tensor) -> bool:
-    return table.dtype in (torch.float32, torch.float64) and table.device.type in ("cpu", "cuda")
-
-
-def weighted_rows(values: Tensor, choice: Choice, table: Tensor) -> Tensor:
-    """The sparse matrix times a table: out_i = sum over row i's entries of value * table[index], [N, D].
-
-    table: [F, D]. No gradient: see ``decode``.
-    """
-    if _has_bags(table):
-        return F.embedding_bag(
-            choice.indices, table, choice.offsets, per_sample_weights=values, mode="sum", include_last_offset=True
-        )
-    out = table.new_zeros(choice.n_rows, table.shape[1])
-    for part in _pieces(len(values), table.shape[1]):
-        out.index_add_(0, choice.rows[part], table[choice.indices[part].long()] * values[part, None])
-    return out
-
-
-def dot_rows(g: Tensor, choice: Choice, table: Tensor) -> Tensor:
-    """For each entry the dot product of its row of g [N, D] with its latent's row of table [F, D]: [nnz]."""
-    out = g.new_empty(len(choice.indices))
-    for part in _pieces(len(out), table.shape[1]):
-        out[part] = (g[choice.rows[part].long()] * table[choice.indices[part].long()]).sum(1)
-    return out
-
-
-def _pieces(n: int, width: int) -> list[slice]:
-    step = max(1, CHUNK_BYTES // (4 * width))
-    return [slice(first, first + step) for first in range(0, n, step)]
-
-
-def transposed_rows(values: Tensor, choice: Choice, table: Tensor) -> Tensor:
-    """The transposed sparse matrix times a table [N, D]: what each latent gathers, [F, D]."""
-    order, by_latent = choice.by_latent
-    return weighted_rows(values[order], by_latent, table)
-
-
-def latent_sums(values: Tensor, choice: Choice) -> Tensor:
-    """The sum of each latent's values, [F]."""
-    return values.new_zeros(choice.n_latents).index_add_(0, choice.indices, values)
-
-
-class _Encode(torch.autograd.Function):
-    """Attaches values that were found without a graph to the weights and inputs they came from."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, values: Tensor, choice: Choice) -> Tensor:
-        ctx.save_for_backward(x, W)
-        ctx.choice = choice
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grads
-        x, W = ctx.saved_tensors
-        choice: Choice = ctx.choice
-        need_x, need_W, need_b = ctx.needs_input_grad[:3]
-        return (
-            weighted_rows(g, choice, W) if need_x else None,
-            transposed_rows(g, choice, x) if need_W else None,
-            latent_sums(g, choice) if need_b else None,
-            None,
-            None,
-        )
-
-
-class _Decode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, W: Tensor, choice: Choice) -> Tensor:
-        ctx.choice, ctx.bags = choice, None
-        if ctx.needs_input_grad[0] and _has_bags(W):
-            # A weighted bag's gradient to its weights is ``dot_rows`` without gathering either side: keep its graph.
-            with torch.enable_grad():
-                weights = values.detach().requires_grad_()
-                out = weighted_rows(weights, choice, W.detach())
-            ctx.bags = (weights, out)
-        ctx.save_for_backward(values, W)
-        return weighted_rows(values, choice, W) if ctx.bags is None else out.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grads
-        values, W = ctx.saved_tensors
-        choice: Choice = ctx.choice
-        need_values, need_W = ctx.needs_input_grad[:2]
-        to_values = None
-        if need_values and ctx.bags is not None:
-            weights, out = ctx.bags
-            (to_values,) = torch.autograd.grad(out, weights, g.contiguous(), retain_graph=True)
-        elif need_values:
-            to_values = dot_rows(g, choice, W)
-        return to_values, transposed_rows(values, choice, g.contiguous()) if need_W else None, None
-
-
-def attach(x: Tensor, W: Tensor, b: Tensor | None, values: Tensor, choice: Choice) -> Tensor:
-    """Chosen pre-activations (values [nnz] of x W^T + b) with gradients to x [N, D], W [F, D] and b [F].
-
-    The choice itself is constant, as in the dense top-k.
-    """
-    return _Encode.apply(x, W, b, values, choice)  # type: ignore[no-any-return]
-
-
-def decode(values: Tensor, choice: Choice, W: Tensor) -> Tensor:
-    """The sum of decoder rows W [F, D] that each row's latents stand for, [N, D], with gradients to values and W."""
-    return _Decode.apply(values, W, choice)  # type: ignore[no-any-return]
+__all__ = [
+    "Choice", "attach", "choose_above", "choose_batch_topk", "choose_topk", "chunk_rows", "decode", "dot_rows",
+    "latent_sums", "topk_rows", "transposed_rows", "weighted_rows",
+]  # fmt: skip
