@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -199,7 +199,7 @@ def test_going_on_with_a_trained_sae(home: Path, trained: Run, tmp_path: Path) -
 
 def test_a_transcoder_reads_one_site_and_writes_another(home: Path, tmp_path: Path) -> None:
     run = train.run(spec_of(home, sites=("mlp_in.*->mlp_add.*",)), tmp_path)
-    assert len(run.result["saes"]) == 2
+    assert len(run.result["saes"]) == 3
     sae = SAE.load(run.path / "sae" / "mlp_in.1-mlp_add.1")
     assert (str(sae.read), str(sae.write)) == ("mlp_in.1", "mlp_add.1")
     assert 0 < run.result["reference"]["mlp_in.1-mlp_add.1"]["unexplained_variance"] < 1
@@ -278,13 +278,21 @@ import torch
 torch.set_num_threads(1)
 from test_jobs import long_spec_of
 from unweave.jobs import train
-spec, rng, kills = long_spec_of(Path(sys.argv[2])), random.Random(1), 0
+spec, rng, kills, runs = long_spec_of(Path(sys.argv[2])), random.Random(1), 0, Path(sys.argv[3])
+def written():
+    return [p.stat().st_mtime_ns for p in runs.glob("train-*/checkpoint.json")]
 while kills < 20:
-    child = os.fork()
+    child, before = os.fork(), written()
     if child == 0:
-        train.run(spec, Path(sys.argv[3]))
+        train.run(spec, runs)
         os._exit(0)
-    time.sleep(rng.random() * 0.6)
+    if rng.random() < 0.7:  # at a random moment after a checkpoint, else at one after the start
+        deadline = time.monotonic() + 60
+        while written() == before and time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.05)
+    else:
+        time.sleep(rng.random() * 0.3)
     os.kill(child, signal.SIGKILL)
     if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
         kills += 1
@@ -296,8 +304,8 @@ print(kills)
 
 def long_spec_of(home: Path) -> TrainSpec:
     """A few seconds of training of two SAEs, with a checkpoint every few steps."""
-    base = spec_of(home, sites=("resid_post.{0,1}",), epochs=20.0, checkpoint_seconds=0.02)
-    return replace(base, sae=replace(base.sae, tokens=80_000))
+    base = spec_of(home, sites=("resid_post.{0,1}",), epochs=40.0, checkpoint_seconds=0.02)
+    return replace(base, sae=replace(base.sae, tokens=160_000))
 
 
 def test_trap_26_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(home: Path, tmp_path: Path) -> None:
@@ -478,12 +486,12 @@ def test_a_damaged_checkpoint_is_named(home: Path, tmp_path: Path) -> None:
 
 def test_doctor_says_that_there_is_too_little_text(home: Path, tmp_path: Path) -> None:
     base = spec_of(home, data=replace(spec_of(home).data, tokens=10_000_000))
-    spec = DoctorSpec(**{f: getattr(base, f) for f in TrainSpec.__dataclass_fields__})
+    spec = DoctorSpec(**{f: getattr(base, f) for f in (field.name for field in fields(TrainSpec))})
     assert any("train text has only" in p for p in doctor.run(spec, tmp_path).result["problems"])
 
 
 def test_doctor_counts_the_cost_and_names_every_problem(home: Path, tmp_path: Path) -> None:
-    spec = DoctorSpec(**{f: getattr(spec_of(home), f) for f in TrainSpec.__dataclass_fields__})
+    spec = DoctorSpec(**{f: getattr(spec_of(home), f) for f in (field.name for field in fields(TrainSpec))})
     found = doctor.run(spec, tmp_path).result
     assert found["problems"] == ["none found"]
     assert found["latents"] == 128 and found["train_tokens_per_second"] > 0 and found["minutes"] >= 0

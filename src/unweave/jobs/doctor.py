@@ -38,6 +38,7 @@ def run(spec: DoctorSpec, runs: Path) -> Checkup:
     lm = _try(problems, lambda: load_lm(spec.model, spec.dtype, spec.device))
     found: dict[str, Any] = {"model": repr(lm) if lm else spec.model}
     if lm is not None:
+        _try(problems, lambda: refuse_long_rows(lm, spec.data.pack.context))
         found_members = _try(problems, lambda: members(spec, lm))
         if found_members:
             found |= _cost(spec, lm, found_members, problems)
@@ -102,7 +103,6 @@ def _cost(spec: DoctorSpec, lm: LM, asked: list[Member], problems: list[str]) ->
     sites = sorted({site for member in asked for site in (member.read, member.write)})
     context = spec.data.pack.context
     limit = getattr(lm.model.config, "max_position_embeddings", context)
-    _try(problems, lambda: refuse_long_rows(lm, context))
     rows = max(1, spec.stream.batch_tokens // context)
     tokens = Tokens.of(
         torch.randint(0, lm.vocab_size, (rows, min(context, limit)), generator=torch.Generator().manual_seed(0))

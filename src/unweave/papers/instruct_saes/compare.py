@@ -2,7 +2,7 @@
 
 SAEs that were asked for the same L0 still differ in it on the text they are measured on, and an SAE with more active
 latents has less error whatever it was trained on (trap 35). So every recipe, kind and site has an L0-MSE curve, from
-SAEs of one seed with half, once and twice the L0; along it each SAE's error is moved to the L0 at which all are compared:
+SAEs of one seed with half, once and twice the L0. Along it each SAE's error is moved to the common L0:
 
     log2 MSE at L = log2 MSE + slope * (log2 L - log2 L0)
 
@@ -140,7 +140,10 @@ class Contest:
 def contest(found: Sequence[Cell], one: str, other: str) -> Contest:
     """Compares two recipes cell by cell."""
     pairs = [
-        (a, b) for a in found for b in found if (a.recipe, b.recipe) == (one, other) and (a.kind, a.site) == (b.kind, b.site)
+        (a, b)
+        for a in found
+        for b in found
+        if (a.recipe, b.recipe) == (one, other) and (a.kind, a.site) == (b.kind, b.site)
     ]
     differences = [a.mean - b.mean for a, b in pairs]
     return Contest(

@@ -95,7 +95,7 @@ def curves(rows: Sequence[Measured], measure: str, seed: int) -> Figure:
 
 
 def ratings(by_recipe: Mapping[str, Mapping[int, int]], controls: Mapping[str, Mapping[int, int]]) -> Figure:
-    """Share of latents with each score from 1 to 5; below each recipe the same judge on shuffled contexts (figure 5)."""
+    """Share of latents with each score from 1 to 5; below each recipe the same judge on shuffled contexts."""
     figure, (ax,) = _figure(1, 1, 7.2, 0.5 + 0.62 * 2 * len(by_recipe))
     shades = ("#e4e0d6", "#c9d6d3", "#9dbfc0", "#5a98a0", LIGHT["accent"])
     names: list[str] = []
@@ -114,7 +114,9 @@ def ratings(by_recipe: Mapping[str, Mapping[int, int]], controls: Mapping[str, M
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
-    ax.set_xlabel("share of rated latents with each score, 1 (no pattern) to 5 (clear)", fontsize=9, color=LIGHT["soft"])
+    ax.set_xlabel(
+        "share of rated latents with each score, 1 (no pattern) to 5 (clear)", fontsize=9, color=LIGHT["soft"]
+    )
     ax.grid(visible=False)
     _legend(figure, ax)
     return figure

@@ -16,7 +16,12 @@ from unweave.papers.instruct_saes.spec import InstructSaesSpec
 from unweave.report.pieces import esc, table
 from unweave.report.theme import asset, palette_css
 
-_SHOWN = ("log2 MSE", "log2 MSE, special tokens", "log2 MSE without outliers", "log2 MSE, special tokens without outliers")
+_SHOWN = (
+    "log2 MSE",
+    "log2 MSE, special tokens",
+    "log2 MSE without outliers",
+    "log2 MSE, special tokens without outliers",
+)
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -102,8 +107,8 @@ def _claims(
             *against("log2 MSE"),
         ),
         Claim(
-            "FAST reconstructs special tokens far better (Qwen2.5-7B, layer 18: Standard 0.647 against 5.199 and 1.509, "
-            "JumpReLU -9.760 against -4.001 and -8.074)",
+            "FAST reconstructs special tokens far better (Qwen2.5-7B, layer 18: Standard 0.647 against 5.199 and "
+            "1.509, JumpReLU -9.760 against -4.001 and -8.074)",
             *against("log2 MSE, special tokens"),
         ),
         Claim("(not in the paper) the same without norm outliers", *against("log2 MSE without outliers")),
@@ -116,8 +121,8 @@ def _claims(
     claims.append(_rating_claim(scores))
     claims.append(
         Claim(
-            "steering with latents of special tokens improves answers within a range of coefficients, and degrades them "
-            "beyond it",
+            "steering with latents of special tokens improves answers within a range of coefficients, and degrades "
+            "them beyond it",
             str(steered.get("finding", "")),
             "partly" if steered.get("finding") else "not measured",
         )
@@ -142,7 +147,9 @@ def _rating_claim(scores: Mapping[str, Any]) -> Claim:
         if result["shuffled"] and result["shuffled"]["mean"] and result["real"]["mean"]
     )
     few = " Too few latents and too small a judge for a verdict."
-    return Claim(claim, f"{judge}: {words}. Mean score of shuffled against real contexts: {controls}.{few}", "not measured")
+    return Claim(
+        claim, f"{judge}: {words}. Mean score of shuffled against real contexts: {controls}.{few}", "not measured"
+    )
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -155,7 +162,9 @@ def _rows_of(found: Sequence[Cell]) -> list[list[str]]:
         row = [kind, site]
         for recipe in RECIPES:
             cell = next((c for c in found if (c.recipe, c.kind, c.site) == (recipe, kind, site)), None)
-            row.append("-" if cell is None else f"{cell.mean:.3f} ± {cell.spread:.3f} (L0 {sum(cell.l0) / len(cell.l0):.1f})")
+            row.append(
+                "-" if cell is None else f"{cell.mean:.3f} ± {cell.spread:.3f} (L0 {sum(cell.l0) / len(cell.l0):.1f})"
+            )
         rows.append(row)
     return rows
 
@@ -183,7 +192,9 @@ def _summary(
             found.append([f"FAST against {other}", c.words(), measure])
     for name, result in scores.items():
         mean = result["real"]["mean"]
-        found.append([f"rating of {name}", mean["value"] if mean else None, f"mean of 1 to 5, by {result['judge']['model']}"])
+        found.append(
+            [f"rating of {name}", mean["value"] if mean else None, f"mean of 1 to 5, by {result['judge']['model']}"]
+        )
     return found
 
 
@@ -203,8 +214,8 @@ def _html(
     model = steered.result.get("model", training.model)
     note = steered.result.get("model_note") or ""
     told = {
-        "errors": "Errors by layer. A point is one initialisation, the bar their mean; lower is better. All at the same "
-        "number of active latents, along each recipe's own curve.",
+        "errors": "Errors by layer. A point is one initialisation, the bar their mean; lower is better. All at the "
+        "same number of active latents, along each recipe's own curve.",
         "curves": "Errors over the number of active latents, one initialisation, without norm outliers.",
         "ratings": "The judge's scores, and the same judge's scores of contexts shuffled between latents.",
     }
@@ -214,7 +225,8 @@ def _html(
         for name, picture in pictures.items()
     )
     shown = "".join(
-        f"<h3>{esc(measure)}</h3>" + table(["kind", "site", *RECIPES], [[esc(c) for c in row] for row in _rows_of(cells_)])
+        f"<h3>{esc(measure)}</h3>"
+        + table(["kind", "site", *RECIPES], [[esc(c) for c in row] for row in _rows_of(cells_)])
         for measure, cells_ in found.items()
     )
     said = table(
@@ -234,7 +246,7 @@ def _html(
         '<!DOCTYPE html>\n<html lang="en" class="uw" data-theme="light"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>FAST: SAEs of instruct models</title><style>{style}</style></head><body><main id=\"main\">"
+        f'<title>FAST: SAEs of instruct models</title><style>{style}</style></head><body><main id="main">'
         f"<h1>FAST: whole conversations against block training</h1><p>{esc(model)}{f' ({esc(note)})' if note else ''}; "
         f"{esc(', '.join(training.sites))}; {esc(per)}; {esc(spec.scale)} scale.</p>"
         f"<section><h2>Claims</h2>{said}</section><section><h2>Figures</h2>{images}</section>"

@@ -47,7 +47,9 @@ def plan_of(spec: InstructSaesSpec) -> Plan:
     return _smoke(spec) if spec.scale == "smoke" else _paper(spec)
 
 
-def _recipes(base: TrainSpec, text: DataSpec, chat: DataSpec, blocks: PackSpec, whole: PackSpec) -> dict[str, TrainSpec]:
+def _recipes(
+    base: TrainSpec, text: DataSpec, chat: DataSpec, blocks: PackSpec, whole: PackSpec
+) -> dict[str, TrainSpec]:
     return {
         "BT(P)": replace(base, data=replace(text, pack=blocks)),
         "BT(F)": replace(base, data=replace(chat, pack=blocks)),
@@ -81,9 +83,7 @@ def _paper(spec: InstructSaesSpec) -> Plan:
     model = spec.model or "Qwen/Qwen2.5-0.5B-Instruct"
     tokens = 40_960_000
     text = DataSpec(sources=_PAPER_PRETRAINING, tokens=tokens + 1_000_000, heldout=0.01, heldout_tokens=200_000)
-    chat = DataSpec(
-        sources=_PAPER_CHAT, tokens=tokens + 1_000_000, heldout=0.01, heldout_tokens=200_000, dedup=20
-    )
+    chat = DataSpec(sources=_PAPER_CHAT, tokens=tokens + 1_000_000, heldout=0.01, heldout_tokens=200_000, dedup=20)
     wider = [8] if "7B" in model or "8B" in model else [8, 16]
     layers = LAYERS[model]
     base = TrainSpec(
@@ -101,4 +101,6 @@ def _paper(spec: InstructSaesSpec) -> Plan:
     trainings = _recipes(base, text, chat, PackSpec(packing="blocks", context=2048), PackSpec(context=8192))
     middle = layers[len(layers) // 2]
     # About the paper's 5,000 dialogues to measure on.
-    return Plan(trainings, trainings["FAST"].data, 2_500_000, f"resid_post.{middle}/fast-jumprelu-expansion8", 128, 1000)
+    return Plan(
+        trainings, trainings["FAST"].data, 2_500_000, f"resid_post.{middle}/fast-jumprelu-expansion8", 128, 1000
+    )

@@ -9,11 +9,9 @@ import gc
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from unweave.core.progress import task
 from unweave.core.run import Run, peak_memory_gb
@@ -85,9 +83,7 @@ def _timed(seconds: dict[str, float], name: str, work: Any) -> Any:
 def _measured(plan: Plan, trained: Mapping[str, Run], runs: Path) -> Run:
     """The errors of every SAE of every recipe on the same held-out conversations, from one forward pass."""
     training = plan.trainings["FAST"]
-    asked = _ErrorsQuestion(
-        model=training.model, dtype=training.dtype, data=plan.heldout, tokens=plan.heldout_tokens
-    )
+    asked = _ErrorsQuestion(model=training.model, dtype=training.dtype, data=plan.heldout, tokens=plan.heldout_tokens)
     inputs = {name: part.digest for name, part in trained.items()}
     with Run.open(runs, "instruct-saes-errors", asked, version=VERSION, inputs=inputs) as run:
         if run.done:
@@ -153,9 +149,7 @@ def _steered(spec: InstructSaesSpec, plan: Plan, trained: Mapping[str, Run], run
     """Special tokens of the SAE that was trained on whole conversations: its latents, and steering with them."""
     return special_tokens.run(
         SpecialTokensSpec(
-            sae=train.sae_folder(trained["FAST"], plan.examined), conversations=plan.conversations, device=spec.device
+            sae=train.sae_folder(trained["FAST"], plan.examined), samples=plan.conversations, device=spec.device
         ),
         runs,
     )
-
-

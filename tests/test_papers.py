@@ -1,0 +1,142 @@
+"""The papers' recipes: what they compare, by hand-computed numbers, and the FAST recipe end to end on a tiny model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from test_jobs import home, spec_of  # noqa: F401  (home is a fixture)
+from unweave.core.errors import UnweaveError
+from unweave.jobs.specs import TrainSpec
+from unweave.papers.claims import Claim, markdown
+from unweave.papers.instruct_saes import plan as plans
+from unweave.papers.instruct_saes import recipe
+from unweave.papers.instruct_saes.compare import Measured, cells, contest, curve, slope_at
+from unweave.papers.instruct_saes.plan import Plan, plan_of
+from unweave.papers.instruct_saes.spec import LAYERS, InstructSaesSpec
+
+MEASURE = "log2 MSE"
+
+
+def measured(recipe: str, k: int, seed: int, l0: float, mse: float, kind: str = "relu") -> Measured:
+    errors = {"everything": {"all": {"log2_mse": math.log2(mse), "l0": l0}}}
+    return Measured(recipe, kind, "resid_post.1", k, seed, errors)
+
+
+def test_errors_are_moved_along_the_curve_to_the_same_l0() -> None:
+    """A recipe whose error is exactly 1 / L0 has slope -1: at L0 32 every one of its SAEs has log2 MSE -5."""
+    rows = [measured("FAST", k, 0, l0, 1 / l0) for k, l0 in ((16, 14.0), (32, 40.0), (64, 90.0))]
+    rows += [measured("FAST", 32, 1, 36.0, 1 / 36), measured("FAST", 32, 2, 25.0, 1.1 / 25)]
+    (cell,) = cells(rows, MEASURE, 32)
+    assert cell.matched
+    assert cell.values == pytest.approx((-5, -5, -5 + math.log2(1.1)))
+    assert cell.raw[0] == pytest.approx(-math.log2(40))
+    assert cell.spread == pytest.approx(math.log2(1.1) / math.sqrt(3))
+
+
+def test_one_l0_alone_is_not_a_curve() -> None:
+    (cell,) = cells([measured("FAST", 32, 0, 30.0, 0.5)], MEASURE, 32)
+    assert not cell.matched and cell.values == (-1.0,)
+    assert slope_at([(1.0, 2.0), (1.0, 3.0)], 1.0) is None
+
+
+def test_the_slope_is_that_of_the_segment_around_the_point() -> None:
+    points = [(0.0, 0.0), (1.0, -1.0), (2.0, -4.0)]
+    assert [slope_at(points, at) for at in (-1.0, 0.5, 1.0, 1.5, 9.0)] == [-1.0, -1.0, -1.0, -3.0, -3.0]
+
+
+def test_a_measure_without_tokens_is_left_out() -> None:
+    row = Measured("FAST", "relu", "resid_post.1", 32, 0, {"everything": {"all": {"log2_mse": None, "l0": 3.0}}})
+    assert cells([row], MEASURE, 32) == [] and curve([row], MEASURE, 0) == []
+
+
+def test_contests_count_cells_and_what_every_seed_says() -> None:
+    rows = [measured("FAST", 32, seed, 32.0, mse) for seed, mse in enumerate((0.25, 0.26))]
+    rows += [measured("BT(F)", 32, seed, 32.0, mse) for seed, mse in enumerate((0.5, 0.255))]
+    rows += [measured("FAST", 32, 0, 32.0, 1.0, "jumprelu"), measured("BT(F)", 32, 0, 32.0, 0.5, "jumprelu")]
+    found = contest(cells(rows, MEASURE, 32), "FAST", "BT(F)")
+    assert (found.cells, found.lower, found.clearly, found.clearly_higher) == (2, 1, 0, 1)
+    by_hand = ((math.log2(0.25) + math.log2(0.26)) - (math.log2(0.5) + math.log2(0.255))) / 2 + 1
+    assert found.mean_difference == pytest.approx(by_hand / 2)
+    assert "lower in 1 of 2 cells" in found.words()
+
+
+def test_claims_as_a_table() -> None:
+    text = markdown([Claim("a | b", "", "not measured")])
+    assert text.splitlines()[2] == "| a \\| b | - | not measured |"
+
+
+@pytest.mark.parametrize("spec", [InstructSaesSpec(), *(InstructSaesSpec(scale="paper", model=m) for m in LAYERS)])
+def test_recipes_differ_in_their_data_alone(spec: InstructSaesSpec) -> None:
+    plan = plan_of(spec)
+    trainings = plan.trainings
+    assert list(trainings) == ["BT(P)", "BT(F)", "FAST"]
+    common = trainings["FAST"].data
+    assert {replace(t, data=common).digest() for t in trainings.values()} == {trainings["FAST"].digest()}
+    assert trainings["BT(F)"].data.sources == common.sources and common.dedup == 20
+    packs = [(t.data.pack.packing, t.data.pack.context) for t in trainings.values()]
+    assert packs == [("blocks", 2048), ("blocks", 2048), ("documents", 8192)]
+    assert trainings["FAST"].stream.special_tokens == "include"
+
+
+def test_the_smoke_scale_is_as_large_as_it_says() -> None:
+    plan = plan_of(InstructSaesSpec())
+    for training in plan.trainings.values():
+        assert training.sae.tokens >= 300_000 and training.sae.expansion == 4
+        assert training.sites == ("resid_post.{4,9,14}",)
+    seeds = {(v["kind"][i], s) for v in training.variants for i in (0, 1) for s in v["seed"]}
+    assert {("relu", 0), ("relu", 1), ("relu", 2), ("jumprelu", 2)} <= seeds
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"model": "Qwen/Qwen2.5-7B-Instruct"},
+        {"scale": "paper", "model": "gpt2"},
+        {"rubric": False, "judge": {"model": "x"}},
+    ],
+)
+def test_options_without_effect_are_refused(asked: dict) -> None:
+    with pytest.raises(UnweaveError):
+        InstructSaesSpec.from_dict(asked)
+
+
+def tiny_plan(home: Path) -> Plan:  # noqa: F811
+    base = spec_of(home)
+    chat = replace(base.data, tokens=3000, dedup=20)
+    base = replace(
+        base,
+        data=chat,
+        stream=replace(base.stream, special_tokens="include", max_norm_ratio=None),
+        sae=replace(base.sae, k=4, tokens=2048),
+        variants=(
+            {"kind": ["relu", "jumprelu"], "k": [4], "seed": [0, 1]},
+            {"kind": ["relu", "jumprelu"], "k": [8], "seed": [0]},
+        ),
+    )
+    trainings: dict[str, TrainSpec] = plans._recipes(
+        base, replace(chat, dedup=0), chat, replace(chat.pack, packing="blocks"), chat.pack
+    )
+    return Plan(trainings, chat, 1000, "resid_post.1/jumprelu-k4-seed0", 2, 5)
+
+
+def test_the_fast_recipe_end_to_end_and_again(
+    home: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recipe, "plan_of", lambda spec: tiny_plan(home))
+    spec = InstructSaesSpec(rubric=False, device="cpu")
+    run = recipe.run(spec, tmp_path)
+    result = run.result
+    assert not run.reused and (run.path / "errors.png").stat().st_size > 10_000
+    page = (run.path / "report.html").read_text()
+    assert "FAST" in page and "data:image/png" in page and "http://" not in page.replace("http://www.w3.org", "")
+    rows = {row[0] for row in result["summary"]}
+    assert {"SAEs", "FAST against BT(P)", "FAST against BT(F)"} <= rows
+    assert result["summary"][0][1] == 18
+    assert (run.path / "table.md").read_text().count("| relu | resid_post.1 |") >= 4
+    assert recipe.run(spec, tmp_path).reused
