@@ -27,7 +27,7 @@ from unweave.sae.objectives import total
 from unweave.sae.spec import SAESpec
 from unweave.sae.weights import Weights
 
-SPARSE_BELOW = 0.05
+SPARSE_BELOW = 0.1
 """share of entries up to which the bounded kinds handle them sparsely"""
 _TRY_AGAIN = 16
 """steps to stay dense after sparse handling was tried in vain"""
