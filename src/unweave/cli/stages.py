@@ -160,8 +160,8 @@ _PAPERS = (
         "instruct-saes",
         "FAST: train SAEs of a chat model on whole conversations, and compare with block training.",
         "Trains ReLU and JumpReLU autoencoders at three layers with three initialisations on pre-training text in "
-        "blocks, conversations in blocks, and conversations each on its own; measures errors of all and of special tokens at "
-        "the same number of active latents; has a judge rate latents; steers with latents of special tokens. Writes "
+        "blocks, conversations in blocks, and conversations each on its own; measures errors of all and special tokens "
+        "at the same number of active latents; has a judge rate latents; steers with latents of special tokens. Writes "
         "tables, figures and report.html. Finished parts are kept: after an interruption the same command goes on.",
         (
             "unweave paper instruct-saes --scale smoke --no-rubric    # under an hour on two cores",
