@@ -44,24 +44,24 @@ _TASK = (
     "with nothing behind it has strength 0, and {?} means not measured. What do the tokens with high strengths, in "
     "their surroundings, have in common? Score how clear that is:\n"
     + "\n".join(f"{score}: {meaning}" for score, meaning in SCALE.items())
-    + "\nAnswer with the strongest token of each text and what they share, in one short sentence, and then one line of "
-    "this form: score: [[number]], name: [[a few words]]"
+    + "\nAnswer with one short sentence that says how many of the five texts fit, and then one line of this form: "
+    "score: [[number]], name: [[a few words]]"
 )
 _EXAMPLES = (
     (
         "Text 1: We met in April{10} last year\nText 2: until March{9.7} 3rd,{1.2} the\nText 3: by early "
         "October{9.1} it had\nText 4:  born on June{8.8} 12 in\nText 5: the July{8.6} sale ends",
-        "April, March, October, June, July: all are names of months.\nscore: [[5]], name: [[names of months]]",
-    ),
-    (
-        "Text 1: the old table{10} was\nText 2: she ran quickly{9.5} to\nText 3: of 1,400{9.4} people\nText 4: oh "
-        "no{9.2}! he said\nText 5: because the{8.9} bank of",
-        "table, quickly, 1,400, no, the: nothing connects them.\nscore: [[1]], name: [[nothing in common]]",
+        "Five of five react to the name of a month.\nscore: [[5]], name: [[names of months]]",
     ),
     (
         "Text 1: a glass of milk{10} and\nText 2: we drank coffee{9.2}.\nText 3: the red car{9} was\nText 4: some "
         "hot tea{8.4} with\nText 5: in the evening{8.1} they",
-        "milk, coffee, car, tea, evening: three are drinks, two are not.\nscore: [[3]], name: [[drinks]]",
+        "Three of five react to drinks, the others to a car and a time of day.\nscore: [[3]], name: [[drinks]]",
+    ),
+    (
+        "Text 1: the old table{10} was\nText 2: she ran quickly{9.5} to\nText 3: of 1,400{9.4} people\nText 4: oh "
+        "no{9.2}! he said\nText 5: because the{8.9} bank of",
+        "No two of the five react to the same kind of thing.\nscore: [[1]], name: [[nothing in common]]",
     ),
 )
 
