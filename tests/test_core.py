@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from unweave.core import run as run_module
 from unweave.core.codes import Codes
+from unweave.core.dist import SOLO, Group, world
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run, atomic_write, read_json, write_json
-from unweave.core.site import LAYER_POINTS, Site
+from unweave.core.site import LAYER_POINTS, Site, matching
 from unweave.core.spec import Spec, operational
 
 
@@ -232,3 +233,51 @@ def test_codes_file(tmp_path: Path) -> None:
     (tmp_path / "codes.safetensors").write_bytes((tmp_path / "codes.safetensors").read_bytes()[:-4])
     with pytest.raises(UnweaveError, match="sparse codes"):
         Codes.load(tmp_path / "codes.safetensors")
+
+
+SITES_THERE = [Site("embed")] + [
+    Site(point, layer) for layer in range(3) for point in ("mlp_in", "mlp_add", "resid_post")
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("resid_post.1", ["resid_post.1"]),
+        ("resid_post.*", ["resid_post.0", "resid_post.1", "resid_post.2"]),
+        ("mlp_add.{2,0}", ["mlp_add.0", "mlp_add.2"]),
+        ("{mlp_in,mlp_add}.1", ["mlp_in.1", "mlp_add.1"]),
+        ("mlp_*.2", ["mlp_in.2", "mlp_add.2"]),
+        ("mlp_in.*->mlp_add.*", ["mlp_in.0->mlp_add.0", "mlp_in.1->mlp_add.1", "mlp_in.2->mlp_add.2"]),
+        ("mlp_in.{0,1} -> mlp_add.{1,2}", ["mlp_in.0->mlp_add.1", "mlp_in.1->mlp_add.2"]),
+    ],
+)
+def test_patterns_name_sites(pattern: str, names: list[str]) -> None:
+    found = matching(pattern, SITES_THERE)
+    assert [str(read) if read == write else f"{read}->{write}" for read, write in found] == names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("resid_pre.*", "no site of this model fits"),
+        ("mlp_in.*->mlp_add.0", "3 sites to read and 1 to write"),
+        ("mlp_add.{0,1", "unbalanced braces"),
+        ("resid_past.1", "is not a site"),
+    ],
+)
+def test_patterns_that_fit_nothing(pattern: str, says: str) -> None:
+    with pytest.raises(UnweaveError, match=says):
+        matching(pattern, SITES_THERE)
+
+
+def test_a_process_alone_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = torch.arange(3)
+    assert SOLO.sum(t) is t and SOLO.broadcast(t) is t and SOLO.gather(t)[0] is t
+    assert [Group(rank, 3).share(8) for rank in range(3)] == [slice(0, 2), slice(2, 5), slice(5, 8)]
+    assert len(list(SOLO.in_turn())) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    world.cache_clear()
+    with pytest.raises(UnweaveError, match="MASTER_ADDR, MASTER_PORT not set"):
+        world()

@@ -11,7 +11,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.pack import Row
 from unweave.data.policy import TokenPolicy
-from unweave.data.stream import ActivationSource, MixingBuffer, calibrate
+from unweave.data.stream import ActivationSource, MixingBuffer, RowBatches, calibrate
 from unweave.data.tokens import TokenStore
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
@@ -206,3 +206,44 @@ def test_too_little_text_or_buffer(lm: LM, store: TokenStore) -> None:
         buffer(lm, store, batch=5000, capacity=20_000).next()
     with pytest.raises(UnweaveError, match="no site"):
         ActivationSource(lm, store, [])
+
+
+def test_tokens_that_are_not_finite_are_dropped_and_counted(lm: LM, store: TokenStore, tmp_path: Path) -> None:
+    clean = torch.cat([make(lm, store).chunk(i).where for i in range(make(lm, store).n_chunks)])
+
+    def spoil(module, args, out):  # type: ignore[no-untyped-def]
+        out = out.clone()
+        out[:, 1, 0] = float("inf")
+        return out
+
+    lm.layout.blocks[1].mlp.register_forward_hook(spoil)
+    source = make(lm, store, nonfinite="drop", cache=tmp_path)
+    for _ in range(2):  # computed, then read
+        chunks = [source.chunk(i) for i in range(source.n_chunks)]
+        kept = torch.cat([chunk.where for chunk in chunks])
+        spoiled = torch.tensor([int(start) + 1 for start in store.starts[:-1]])
+        assert set(clean.tolist()) - set(kept.tolist()) == set(spoiled.tolist()) & set(clean.tolist())
+        assert sum(chunk.nonfinite for chunk in chunks) == len(clean) - len(kept) > 0
+        assert all(bool(torch.isfinite(x).all()) for chunk in chunks for x in chunk.x.values())
+
+
+def test_row_batches_serve_every_row_once_an_epoch_and_continue_exactly(store: TokenStore) -> None:
+    batches = RowBatches(store, 0, batch_tokens=40, seed=3)
+    rows: list[int] = []
+    saved, after = None, []
+    while batches.epoch == 0:
+        tokens, where = batches.next()
+        assert tokens.n_tokens <= 40 or len(tokens) == 1
+        rows += [int(first) for first in where[:, 0]]
+        if saved is not None:
+            after.append(where)
+        elif len(rows) > 5:
+            saved = batches.state_dict()
+    assert len(rows) >= store.n_rows
+    assert set(rows[: store.n_rows]) == {int(start) for start in store.starts[:-1]}
+    again = RowBatches(store, 0, batch_tokens=40, seed=3)
+    assert saved is not None
+    again.load_state_dict(saved)
+    for where in after:
+        torch.testing.assert_close(again.next()[1], where)
+    assert RowBatches(store, 0, batch_tokens=40, seed=4).next()[1].tolist() != after[0].tolist()
