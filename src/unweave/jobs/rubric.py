@@ -139,7 +139,7 @@ def _found(spec: RubricSpec, judge: Judge, ratings: Sequence[Rating], sae: str) 
 def _notes(spec: RubricSpec, judge: Judge) -> list[str]:
     notes = [judge.note] if judge.note else []
     if spec.judge.base_url is None and judge.name == DEFAULT_JUDGE:
-        notes.append("a small judge: good for comparing SAEs that it judges alike, not for the paper's absolute scores")
+        notes.append("a small judge: read its scores only beside those of shuffled contexts")
     return notes
 
 
