@@ -371,12 +371,12 @@ def test_trap_07_sinks_decide_neither_centre_nor_scale() -> None:
 
 def test_independent_rows_are_kaiming_uniform_and_the_decoders_have_norm_one() -> None:
     t = _trainer("relu", init="independent", sparsity=1.0)
-    w = t.weights
+    w = {name: p.detach() for name, p in t.weights.named().items()}
     limit = math.sqrt(6 / t.d_sae)
-    assert 0.95 * limit < float(w.W_enc.abs().max()) <= limit
-    assert float(w.W_enc.square().mean()) == pytest.approx(limit**2 / 3, rel=0.1)
-    torch.testing.assert_close(w.W_dec.norm(dim=1), torch.ones(t.d_sae).double())
-    cosine = (init.unit_rows(w.W_enc.detach().clone()) * w.W_dec).sum(1)
+    assert 0.95 * limit < float(w["W_enc"].abs().max()) <= limit
+    assert float(w["W_enc"].square().mean()) == pytest.approx(limit**2 / 3, rel=0.1)
+    torch.testing.assert_close(w["W_dec"].norm(dim=1), torch.ones(t.d_sae).double())
+    cosine = (init.unit_rows(w["W_enc"].clone()) * w["W_dec"]).sum(1)
     assert float(cosine.abs().mean()) < 0.5
 
 
@@ -464,6 +464,10 @@ def test_an_sae_that_does_not_fit_is_refused() -> None:
         begin("topk", _random_sae(TopK(K)))
     with pytest.raises(UnweaveError, match="12 -> 96 latents -> 12, not 12 -> 48"):
         begin("relu", _random_sae(ReLU()), expansion=4)
+    normed = _random_sae(ReLU())
+    normed.input_norm = "layer_norm"
+    with pytest.raises(UnweaveError, match=r"token by token \(layer_norm\)"):
+        begin("relu", normed)
     with pytest.raises(UnweaveError, match="use kind relu or p-anneal or gated"):
         begin("jumprelu", _random_sae(ReLU()), threshold_parameter="log")
 
@@ -508,6 +512,7 @@ def test_skip_transcoders_train_and_fold(kind: str, start: str) -> None:
     sae = t.to_sae()
     if kind == "matryoshka":
         f = sae.encode(x)  # training chooses by batch
+        assert sae.W_skip is not None
         y = f @ sae.W_dec + sae.b_dec + x @ sae.W_skip
         torch.testing.assert_close(sae(x), y)
         return

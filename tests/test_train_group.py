@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
@@ -73,7 +73,7 @@ def _work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("group")
-    mp.spawn(_work, (str(folder),), nprocs=2)
+    spawn(_work, (str(folder),), nprocs=2)
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

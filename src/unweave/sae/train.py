@@ -116,6 +116,12 @@ class SAETrainer:
                 f"{' -> '.join(map(str, wanted))}",
                 remedy="set expansion to its latents per dimension, and use activations of its site",
             )
+        start.require_decoder()
+        if start.input_norm is not None:
+            raise UnweaveError(
+                f"the SAE to start from normalises its inputs token by token ({start.input_norm})",
+                remedy="training does not; start from one whose inputs are taken as they are",
+            )
         if (start.W_skip is None) != (self.spec.skip == "none"):
             has = "has no skip" if start.W_skip is None else "has a skip"
             raise UnweaveError(f"the SAE to start from {has}", remedy="set skip accordingly")
