@@ -15,11 +15,12 @@ SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
 	$$p -c '$(SUITABLE)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help setup demo test lint types format bench clean
+.PHONY: help setup demo test test-triton lint types format bench clean
 
 help:
 	@echo 'make demo    set up, then run the main job on SmolLM2-135M-Instruct (about 10 minutes) and write a report'
 	@echo 'make test    set up, then run the tests (at most 10 minutes)'
+	@echo 'make test-triton    the GPU kernels through the interpreter of Triton, which is installed for it (290 MB)'
 	@echo 'make lint    ruff: style and formatting        make format  let ruff mend both'
 	@echo 'make types   pyright on src                    make bench   the benchmarks, as ratios'
 	@echo 'make setup   only set up .venv                 make clean   remove .venv and caches; runs/ is kept'
@@ -50,6 +51,11 @@ demo: $(VENV)/.ready
 # One thread per worker: on few cores more threads only fight one another.
 test: $(VENV)/.ready-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+
+# The interpreter runs on CPUs; it must be asked for before Triton is first imported.
+test-triton: $(VENV)/.ready-dev
+	@$(PIP) -q triton
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/interpreted_triton.py
 
 lint: $(VENV)/.ready-dev
 	@$(BIN)/ruff check .

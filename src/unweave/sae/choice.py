@@ -45,7 +45,7 @@ class Choice:
         order = torch.argsort(keys, stable=True)
         counts = torch.bincount(self.indices, minlength=self.n_latents)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return order, Choice(self.rows[order], offsets, self.n_rows)
+        return order, Choice(self.rows.index_select(0, order), offsets, self.n_rows)
 
     def row_blocks(self, size: int) -> list[tuple[slice, slice, Choice]]:
         """The choice cut into blocks of ``size`` rows: each one's rows, entries, and the choice that they make."""
@@ -71,7 +71,7 @@ class Choice:
             cells = self.rows.long() + block.long().mul_(self.n_rows)
             ends = torch.bincount(cells, minlength=count * self.n_rows).cumsum(0).view(count, self.n_rows)
             firsts = [0, *ends[:, -1].tolist()]
-            indices, pieces = self.indices[order], []
+            indices, pieces = self.indices.index_select(0, order), []
             for number, (first, last) in enumerate(itertools.pairwise(firsts)):
                 latents = slice(number * size, min((number + 1) * size, self.n_latents))
                 offsets = torch.cat([ends.new_zeros(1), ends[number] - first])

@@ -10,6 +10,9 @@ Shapes: N rows, D width, F latents, nnz chosen entries.
 
 from __future__ import annotations
 
+import importlib.util
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +31,20 @@ _PIECE_BYTES = 20 << 20
 
 def _has_bags(table: Tensor) -> bool:
     return table.dtype in (torch.float32, torch.float64) and table.device.type in ("cpu", "cuda")
+
+
+@lru_cache(maxsize=1)
+def _imported() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from unweave.sae import triton_kernels
+
+    return triton_kernels
+
+
+def _triton(table: Tensor) -> ModuleType | None:
+    """Our own kernels where they can work on this table: on a GPU, with Triton installed."""
+    return _imported() if table.is_cuda and table.is_floating_point() else None
 
 
 def _bag(values: Tensor, choice: Choice, table: Tensor) -> Tensor:
@@ -53,12 +70,15 @@ def weighted_rows(values: Tensor, choice: Choice, table: Tensor) -> Tensor:
 
     table: [F, D]. No gradient: see ``decode``.
     """
+    gpu = _triton(table)
+    if gpu is not None:
+        return gpu.weighted_rows(values.contiguous(), choice.indices, choice.offsets, table.contiguous())
     if _has_bags(table):
         size = _block(len(values), choice.n_rows, table)
         if size == 0:
             return _bag(values, choice, table)
         order, blocks = choice.latent_blocks(size)
-        return _bags(values[order], blocks, table)
+        return _bags(values.index_select(0, order), blocks, table)
     out = table.new_zeros(choice.n_rows, table.shape[1])
     for part in _pieces(len(values), table.shape[1]):
         out.index_add_(0, choice.rows[part], table[choice.indices[part].long()] * values[part, None])
@@ -77,6 +97,9 @@ def _bags(values: Tensor, blocks: list[tuple[slice, slice, Choice]], table: Tens
 
 def dot_rows(g: Tensor, choice: Choice, table: Tensor) -> Tensor:
     """For each entry the dot product of its row of g [N, D] with its latent's row of table [F, D]: [nnz]."""
+    gpu = _triton(table)
+    if gpu is not None:
+        return gpu.dot_rows(g.contiguous(), choice.rows, choice.indices, table.contiguous())
     out = g.new_empty(len(choice.indices))
     for part in _pieces(len(out), table.shape[1]):
         out[part] = (g[choice.rows[part].long()] * table[choice.indices[part].long()]).sum(1)
@@ -93,11 +116,11 @@ def transposed_rows(values: Tensor, choice: Choice, table: Tensor) -> Tensor:
     size = _block(len(values), choice.n_latents, table) if _has_bags(table) else 0
     if size == 0:
         order, by_latent = choice.by_latent
-        return weighted_rows(values[order], by_latent, table)
+        return weighted_rows(values.index_select(0, order), by_latent, table)
     out = None
     for rows, entries, part in choice.row_blocks(size):
         order, by_latent = part.by_latent
-        said = _bag(values[entries][order], by_latent, table[rows])
+        said = _bag(values[entries].index_select(0, order), by_latent, table[rows])
         out = said if out is None else out.add_(said)
     assert out is not None
     return out
@@ -105,6 +128,8 @@ def transposed_rows(values: Tensor, choice: Choice, table: Tensor) -> Tensor:
 
 def latent_sums(values: Tensor, choice: Choice) -> Tensor:
     """The sum of each latent's values, [F]."""
+    if _triton(values) is not None:  # without additions in an order that differs from run to run
+        return transposed_rows(values, choice, values.new_ones(choice.n_rows, 1)).squeeze(1)
     return values.new_zeros(choice.n_latents).index_add_(0, choice.indices, values)
 
 
@@ -137,13 +162,13 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, W: Tensor, choice: Choice) -> Tensor:
         ctx.choice, ctx.bags = choice, None
         ctx.save_for_backward(values, W)
-        if not (ctx.needs_input_grad[0] and _has_bags(W)):
+        if not ctx.needs_input_grad[0] or not _has_bags(W) or _triton(W) is not None:
             return weighted_rows(values, choice, W)
         # A weighted bag's gradient to its weights is ``dot_rows`` without gathering either side: keep its graph.
         size = _block(len(values), choice.n_rows, W)
         order, blocks = choice.latent_blocks(size) if size else (None, [])
         with torch.enable_grad():
-            weights = (values if order is None else values[order]).detach().requires_grad_()
+            weights = (values if order is None else values.index_select(0, order)).detach().requires_grad_()
             table = W.detach()
             out = _bag(weights, choice, table) if order is None else _bags(weights, blocks, table)
         ctx.bags = (weights, out, order)
