@@ -416,7 +416,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_and_import_load_no_heavy_library() -> None:
-    names = ["--help", *(f"{name} --help" for name in (*stages.STAGES, "models", "dedup", "convert")), "models", "--version"]
+    commands = (*stages.STAGES, "models", "dedup", "convert")
+    names = ["--help", *(f"{name} --help" for name in commands), "models", "--version"]
     done = python(
         "import sys, unweave\n"
         "assert not {'torch', 'transformers', 'rich', 'numpy'} & set(sys.modules)\n"

@@ -23,6 +23,7 @@ from conftest import build_tiny, build_tiny_tokenizer
 from test_layers import LAYERS, SOURCE
 from unweave.cli import bridge
 from unweave.cli.app import build_app
+from unweave.cli.convert import convert
 from unweave.cli.fields import leaves
 from unweave.cli.stages import STAGES
 from unweave.core.errors import UnweaveError
@@ -175,7 +176,7 @@ def test_command_lines_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             check_target(line)
     for code in inline(page):
         if code.startswith("unweave "):
-            assert code.split()[1] in (*STAGES, "models", "dedup", "COMMAND", "--help"), code
+            assert code.split()[1] in (*STAGES, "models", "dedup", "convert", "COMMAND", "--help"), code
         elif re.match(r"make \w", code):
             check_target(code)
 
@@ -192,6 +193,7 @@ def options() -> frozenset[str]:
     found = {"--runs", "--json", "--help", "--config", "--version"}
     for stage in STAGES.values():
         found |= {f"--{leaf.name.replace('_', dash)}" for leaf in leaves(stage.spec()) for dash in "_-"}
+    found |= {f"--{name}" for name in inspect.signature(convert).parameters}
     for script in (*EXAMPLES, *(ROOT / "benchmarks").glob("*.py")):
         text = script.read_text(encoding="utf-8")
         found |= set(re.findall(r'add_argument\("(--[\w-]+)"', text))

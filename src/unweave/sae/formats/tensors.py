@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -119,8 +120,10 @@ def read_npz(path: Path) -> Tensors:
     import numpy as np
 
     found: dict[str, Tensor] = {}
+    if not zipfile.is_zipfile(path):
+        raise _damaged(path, ValueError("it is no NumPy archive, or cut short"))
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as archive:
             for name in archive.files:
                 found[name] = torch.from_numpy(np.array(archive[name]))
     except (OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
@@ -135,11 +138,11 @@ def read_npz(path: Path) -> Tensors:
 def read_torch(path: Path) -> Tensors:
     """A PyTorch state dictionary. Raises UnweaveError when it carries anything but tensors, or is damaged."""
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old ways of pickling; what matters is an error
+            found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise (
-            _carries_code(path) if "GLOBAL" in str(error) or "lobal" in str(error) else _damaged(path, error)
-        ) from error
+        raise (_carries_code(path) if "global" in str(error).lower() else _no_dictionary(path)) from error
     except (
         OSError,
         RuntimeError,
@@ -152,9 +155,7 @@ def read_torch(path: Path) -> Tensors:
     ) as error:
         raise _damaged(path, error) from error
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UnweaveError(
-            "the file is no dictionary of tensors", where=str(path), remedy="save the SAE's state_dict() alone"
-        )
+        raise _no_dictionary(path)
     return Tensors({str(name): value.detach() for name, value in found.items()}, str(path))
 
 
@@ -162,6 +163,14 @@ def _damaged(path: Path, error: Exception) -> UnweaveError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UnweaveError(
         f"the weights are damaged: {reason}", where=str(path), remedy="restore the file or train the SAE again"
+    )
+
+
+def _no_dictionary(path: Path) -> UnweaveError:
+    return UnweaveError(
+        "the file is no dictionary of tensors, or it is damaged",
+        where=str(path),
+        remedy="restore it, or save the SAE's state_dict() alone; reading more could run code that it carries",
     )
 
 
