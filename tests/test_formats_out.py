@@ -18,6 +18,7 @@ from unweave.cli.app import main
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
+from unweave.evaluate.core import evaluate
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.formats import hub, registry
@@ -244,8 +245,12 @@ def test_edits_scale_a_latent_s_part_by_the_token_s_factor(norm: str, tiny) -> N
         torch.testing.assert_close(after["resid_post.1"], expected, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(after["resid_post.1"], x, atol=1e-3), edit
     close(cases[2][1] - x, 2.0 * scale * n["Wd"][5])
+    tokens = Tokens(IDS, torch.ones_like(IDS, dtype=torch.bool), torch.zeros_like(IDS, dtype=torch.uint8))
+    rows = x.flatten(0, 1).double()
+    unexplained = (rows - sae(x).flatten(0, 1)).square().sum() / (rows - rows.mean(0)).square().sum()
+    assert evaluate(lm, sae, [tokens]).unexplained_variance == pytest.approx(float(unexplained), rel=1e-3)
     with pytest.raises(UnweaveError, match="normalises every token's input"):  # attribution's first step
-        states(lm, sae, Tokens(IDS, torch.ones_like(IDS, dtype=torch.bool), torch.zeros_like(IDS, dtype=torch.uint8)))
+        states(lm, sae, tokens)
 
 
 # -- the hub, and the command ------------------------------------------------------------------------------------------
