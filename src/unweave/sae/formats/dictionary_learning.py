@@ -188,7 +188,7 @@ def _site(config: dict[str, Any], source: Source) -> Site | None:
         return site_of(hook)
     trainer = config.get("trainer") or {}
     name = str(trainer.get("submodule_name") or source.hint)
-    match = _SITES.search(name)
+    match = next(reversed(list(_SITES.finditer(name))), None)
     layer = re.search(r"layer(\d+)\.sae\.pt$|[-_]l(\d+)(?:\.pth?)?$", source.path.name)
     if match is None and layer is not None:
         return Site("resid_post", int(layer[1] or layer[2]))

@@ -63,18 +63,18 @@ def _first(source: Source, path: Path) -> SAE:
 
 
 def _is_embedding(hint: str) -> bool:
-    return re.search(r"(?:^|/)embedding/", hint) is not None
+    return re.search(r"(?:^|/)embedding/width_", hint) is not None
 
 
 def _place(hint: str) -> tuple[str | None, str | None, Site | None]:
     """(hook, hook written to, site) by the folder's name."""
-    match = re.search(r"layer_(\d+)", hint)
-    if match is None:
+    layers = re.findall(r"layer_(\d+)", hint)
+    if not layers or _is_embedding(hint):
         return ("hook_embed" if _is_embedding(hint) else None), None, None
-    layer = int(match[1])
-    if "transcoder" in hint:
+    layer = int(layers[-1])
+    kind = re.search(r"gemma-scope-\w+-(?:pt|it)-(res|mlp|att|transcoders)\b", hint)
+    if kind is not None and kind[1] == "transcoders":
         return f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out", None
-    kind = re.search(r"gemma-scope-\w+-(?:pt|it)-(res|mlp|att)\b", hint)
     point = {"res": "resid_post", "mlp": "mlp_add", "att": "attn_heads"}.get(kind[1]) if kind else None
     if point is None:
         return None, None, None
