@@ -150,6 +150,24 @@ def test_batch_topk_keeps_exactly_the_largest_positives(guess: float | None, f: 
     torch.testing.assert_close(choice.dense(values), z * (z >= wanted[-1]))
 
 
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_a_first_chunk_unlike_the_others_changes_nothing(scale: float) -> None:
+    """With so low a guess the bound rises after the first chunk; where that was too much, the search starts anew."""
+    p = _problem(12, n=40)
+    p["x"][:8] *= scale
+    passes = []
+    for guess in (1e-6, None):
+        looked = []
+        with pytest.MonkeyPatch.context() as patch:
+            original = kernels._places
+            patch.setattr(kernels, "_places", lambda mask, o=original, seen=looked: (seen.append(0), o(mask))[1])
+            values, choice = kernels.choose_batch_topk(p["x"], p["W"], p["b"], 5, guess=guess, chunk=8)
+        passes.append(len(looked) // 5)
+        z = p["x"] @ p["W"].T + p["b"]
+        torch.testing.assert_close(choice.dense(values), z * (z >= z.flatten().topk(200).values[-1]))
+    assert passes[0] == (2 if scale == 30.0 else 1)
+
+
 def test_batch_topk_with_too_few_positives_takes_them_all() -> None:
     p = _problem(4)
     values, choice = kernels.choose_batch_topk(p["x"], p["W"], p["b"] - 2.0, 50)

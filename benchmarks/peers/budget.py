@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unweave.sae import init, kernels
+from unweave.sae import init, kernels, objectives, products
 from unweave.sae.train import SAESpec, SAETrainer
 
 
@@ -30,11 +30,12 @@ class Item:
 _PARTS: dict[str, list[tuple[Any, str]]] = {
     "encode": [(torch, "addmm"), (torch, "mm")],
     "choose": [(kernels, "topk_rows"), (kernels, "_places"), (kernels, "_largest"), (kernels, "_first_guess")],
-    "decode": [(kernels, "weighted_rows")],
-    "gradient of the values": [(kernels, "dot_rows"), (torch.autograd, "grad")],
-    "gradients of the weights": [(kernels, "transposed_rows"), (kernels, "latent_sums")],
+    "decode": [(products, "weighted_rows"), (products, "_bag"), (products, "_bags")],
+    "gradient of the values": [(products, "dot_rows"), (torch.autograd, "grad")],
+    "gradients of the weights": [(products, "transposed_rows"), (products, "latent_sums")],
     "optimiser": [(torch.optim.Adam, "step")],
     "norm constraint": [(init, "unit_rows"), (torch.linalg, "vecdot"), (torch.Tensor, "addcmul_")],
+    "loss": [(objectives, "reconstruction"), (objectives, "variance")],
 }
 
 
@@ -119,8 +120,8 @@ def measure(kind: str, x: Tensor, *, batch: int, latents: int, k: int, steps: in
     rest = total / steps - sum(each.values())
     return [
         Item("one dense encoder product", product / steps, amounts["product"]),
-        *(Item(name, seconds, amounts[name]) for name, seconds in each.items()),
-        Item("everything else", rest, "scaling, loss, statistics"),
+        *(Item(name, seconds, amounts.get(name, "")) for name, seconds in each.items()),
+        Item("everything else", rest, "scaling, bookkeeping"),
         Item("the step", total / steps, f"{product / total:.0%} of the product's speed"),
     ]
 

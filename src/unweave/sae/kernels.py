@@ -102,6 +102,14 @@ class _Finds:
         self.n_rows += len(z)
         self.count += len(found)
 
+    def lowest_of(self, largest: int) -> Tensor:
+        """The lowest of so many largest values."""
+        return torch.cat(self._values).topk(largest, sorted=False).values.min()
+
+    def above(self, bound: Tensor) -> int:
+        """How many values are above a bound."""
+        return sum(int((values > bound).sum()) for values in self._values)
+
     def finish(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values, int32 indices and int64 offsets of all rows of x."""
         places = torch.cat([*self._places, torch.empty(0, dtype=torch.int64, device=x.device)])
@@ -163,8 +171,9 @@ def choose_batch_topk(
     """The k N largest positive pre-activations of a batch (BatchTopK): exactly k N wherever so many are positive.
 
     ``guess`` is a lower bound tried first (a fraction of the last batch's threshold, say): entries above it are
-    collected and the largest kept; if it leaves too few, it is halved, and at last 0 is used. It changes the work, not
-    the result. Returns values [nnz] and the choice, latents ascending within a row.
+    collected and the largest kept. Where the first chunk has far more than its share the bound rises; where too few are
+    left in the end it is halved, and at last 0 is used. It changes the work, not the result. Returns values [nnz] and
+    the choice, latents ascending within a row.
 
     With several processes x is one's own part of the batch, N counts the rows of all, and one gets one's own entries of
     the choice for the whole. Among equal values the first in the order of processes and rows win, so that the choice
@@ -173,21 +182,32 @@ def choose_batch_topk(
     wanted = k * int(group.sum(torch.tensor([len(x)], device=x.device)))
     bound = guess if guess is not None and guess > 0 else _first_guess(x, W, b, k, chunk)
     bound = -float(group.max(torch.tensor([-bound], dtype=torch.float64, device=x.device)))
+    may_rise = True
     while True:
-        finds = _Finds(W.shape[0])
-        limit = x.new_tensor(bound)
+        finds, limit = _Finds(W.shape[0]), x.new_tensor(bound)
 
-        def visit(first: int, z: Tensor, finds: _Finds = finds, limit: Tensor = limit) -> bool:
+        def visit(
+            first: int, z: Tensor, finds: _Finds = finds, limit: Tensor = limit, may_rise: bool = may_rise
+        ) -> bool:
             finds.add(z, limit)
+            if first == 0 and may_rise and finds.count > 3 * k * len(z):
+                limit.copy_(finds.lowest_of(2 * k * len(z)))
             return True
 
         _chunks(x, W, b, visit, chunk)
-        found = int(group.sum(torch.tensor([finds.count], device=x.device)))
-        if found >= wanted or bound <= 0:
+        # What is above every process's last bound has been collected wherever it is.
+        reached = group.max(limit)
+        found = int(group.sum(torch.tensor([finds.above(reached)], device=x.device)))
+        if found >= wanted:
             break
-        bound = bound / 2 if bound > 1e-3 else 0.0
+        if float(reached) > float(x.new_tensor(bound)):  # the first chunk was not like the others
+            may_rise = False
+        elif bound <= 0:
+            break
+        else:
+            bound = bound / 2 if bound > 1e-3 else 0.0
     values, indices, offsets = finds.finish(x)
-    if found > wanted:
+    if int(group.sum(torch.tensor([finds.count], device=x.device))) > wanted:
         kept = _largest(values, wanted, group)
         counts = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])
         values, indices, offsets = values[kept], indices[kept], counts[offsets]
