@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from unweave.cli.fields import leaves
 from unweave.core.errors import UnweaveError
 from unweave.jobs.specs import TrainSpec
 from unweave.sae import init, kinds, objectives, resample, schedule
@@ -605,12 +606,24 @@ def test_presets_are_the_papers_table() -> None:
     assert get_args(get_args(SAESpec.shorthands["preset"][0])[0]) == tuple(PRESETS)
 
 
+def test_a_preset_trains() -> None:
+    for name in PRESETS:
+        x = _data(300)[:, :3]  # fewer latents than the k that it leaves alone
+        t = SAETrainer(SAESpec.from_dict({"preset": name, "tokens": 512}), 3, init_x=x)
+        while not t.done:
+            row = t.step(x[:128])
+        assert math.isfinite(row["loss"]) and row["lr"] < 7e-5
+    with pytest.raises(UnweaveError, match="of only"):
+        SAETrainer(SAESpec(), 3, init_x=x)
+
+
 def test_presets_stand_under_what_is_given(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_text("sae: {preset: fast-jumprelu, tokens: 5000}\n")
     spec = TrainSpec.from_file(path).sae
     assert (spec.kind, spec.tokens, spec.batch) == ("jumprelu", 5000, 128)
     assert TrainSpec.from_file(path, {"sae.preset": "fast-relu", "sae.lr": "1e-3"}).sae.lr == 1e-3
+    assert "sae.preset" in {leaf.name for leaf in leaves(TrainSpec)}  # and so on the command line
     assert SAESpec.from_dict(spec.to_dict()) == spec and "preset" not in spec.to_dict()
     base = SAESpec(tokens=7000, k=8)
     assert SAESpec.from_dict({"preset": "fast-relu"}, base=base).tokens == 7000

@@ -11,8 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from conftest import build_tiny
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
+from unweave.lm.model import LM, Tokens
+from unweave.sae.end_to_end import end_to_end_step
 from unweave.sae.spec import SAESpec
 from unweave.sae.train import SAETrainer
 
@@ -62,10 +65,26 @@ def _train(case: str, group: Group) -> dict[str, Any]:
     return {"trace": trace, "clocks": t.dead_for, "weights": named, "tokens": t.tokens_seen, "steps": t.steps}
 
 
+def _predict(group: Group) -> dict[str, Tensor]:
+    """Three steps end to end over rows that are divided unequally."""
+    lm = LM(build_tiny("gpt_neox").double(), None)
+    ids = torch.randint(8, 90, (5, 9), generator=torch.Generator().manual_seed(2))
+    tokens = Tokens.of(ids)
+    with lm.taps(read=["resid_post.0"]) as seen:
+        lm(tokens)
+    x = seen["resid_post.0"].reshape(-1, lm.d_model)
+    spec = SAESpec(kind="topk", k=4, expansion=2, batch=45, aux_weight=0.0, warmup=0.0)
+    t = SAETrainer(spec, lm.d_model, init_x=x, dtype=torch.float64, group=group)
+    mine = tokens.rows(group.share(len(tokens)))
+    rows = [end_to_end_step(lm, t, mine, "resid_post.0", part_tokens=10 * (1 + group.rank)) for _ in range(3)]
+    return {"trace": torch.tensor([list(row.values()) for row in rows], dtype=torch.float64), "W": t.weights.W_enc.data}
+
+
 def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {case: _train(case, Group(rank, 2)) for case in CASES}
+    found["end-to-end"] = _predict(Group(rank, 2))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -89,6 +108,13 @@ def test_trap_29_two_processes_train_as_one_does(case: str, both: list[dict[str,
     for name in alone["weights"]:  # to the last bit between processes
         assert torch.equal(both[0][case]["weights"][name], both[1][case]["weights"][name])
     assert bool((alone["trace"][:, 3] > 0).any()) or case in ("relu", "p-anneal", "gated")  # some had dead latents
+
+
+def test_two_processes_train_end_to_end_as_one_does(both: list[dict[str, Any]]) -> None:
+    alone = _predict(SOLO)
+    for found in both:
+        torch.testing.assert_close(found["end-to-end"]["trace"], alone["trace"], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found["end-to-end"]["W"], alone["W"], rtol=1e-6, atol=1e-9)
 
 
 def test_a_process_without_rows_is_refused() -> None:

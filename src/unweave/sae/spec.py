@@ -129,6 +129,11 @@ class SAESpec(Spec):
         return self.kind in ("topk", "batchtopk", "matryoshka")
 
     @property
+    def aims(self) -> bool:
+        """Whether k says something: latents are chosen by it, or a penalty asks for it."""
+        return self._uses()["k"]
+
+    @property
     def steered(self) -> bool:
         """Whether the sparsity coefficient follows the number of active latents towards k."""
         aims = self.kind == "jumprelu" and self.penalty == "target"

@@ -66,7 +66,7 @@ class SAETrainer:
         if dtype not in (torch.float32, torch.float64):
             raise UnweaveError(f"training is in float32 or float64, not {dtype}", remedy="activations may be of any")
         self.spec, self.d_in, self.d_sae = spec, d_in, spec.expansion * d_in
-        if spec.k > self.d_sae:
+        if spec.aims and spec.k > self.d_sae:
             raise UnweaveError(f"k = {spec.k} of only {self.d_sae} latents", remedy="lower k or raise expansion")
         if spec.skip != "none" and init_target is None:
             raise UnweaveError("a skip without a target would be the identity", remedy="leave skip out")
