@@ -324,7 +324,7 @@ def at_home(home: Path, trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if not name.exists():
             name.symlink_to(found)
     load = LM.load
-    monkeypatch.setattr(LM, "load", lambda source: load(str(home / "model"), device="cpu"))
+    monkeypatch.setattr(LM, "load", lambda source, **options: load(str(home / "model"), device="cpu"))
     monkeypatch.chdir(home)
 
 

@@ -412,7 +412,7 @@ def test_trap_25_another_model_is_refused_unless_accepted_and_then_recorded(
 
 
 def test_an_sae_folder_is_asked_for_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UnweaveError, match="not an SAE folder"):
+    with pytest.raises(UnweaveError, match="no such SAE folder or file"):
         evaluation.run(EvalSpec(sae=tmp_path / "nothing"), tmp_path)
 
 

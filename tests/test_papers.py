@@ -140,3 +140,9 @@ def test_the_fast_recipe_end_to_end_and_again(
     assert result["summary"][0][1] == 18
     assert (run.path / "table.md").read_text().count("| relu | resid_post.1 |") >= 4
     assert recipe.run(spec, tmp_path).reused
+
+
+def test_a_curve_is_not_drawn_on_far_beyond_its_ends() -> None:
+    rows = [measured("FAST", k, 0, l0, 1 / l0) for k, l0 in ((16, 500.0), (32, 520.0))]
+    (cell,) = cells(rows, MEASURE, 32)
+    assert not cell.matched and cell.values == cell.raw == (pytest.approx(-math.log2(520)),)

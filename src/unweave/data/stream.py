@@ -71,7 +71,8 @@ class ActivationSource:
             raise UnweaveError("activations of module paths cannot be harvested", remedy="use a named site")
         self.exclude_ids = tuple(exclude_ids)
         self.batch_tokens, self.cache = batch_tokens, cache
-        self.nonfinite, self.group = nonfinite, group
+        self.nonfinite: Literal["stop", "drop"] = nonfinite
+        self.group = group
         ends = torch.from_numpy(store.starts[1:].astype("int64"))
         self._bounds = torch.unique_consecutive((ends - 1) // chunk_tokens, return_counts=True)[1].cumsum(0).tolist()
 

@@ -127,15 +127,13 @@ def activation_source(
     )
 
 
-def sae_digest(folder: Path) -> str:
-    """Twelve digits over an SAE's files. UnweaveError when it is no SAE folder."""
+def sae_digest(name: str | Path) -> str:
+    """Twelve digits over an SAE: over the files of a folder of ours, else over what was read, whatever its format."""
+    files = [Path(name) / file for file in ("cfg.json", "sae_weights.safetensors")]
+    if not all(path.is_file() for path in files):
+        return SAE.load(name).digest()[:12]
     hashed = hashlib.sha256()
-    for name in ("cfg.json", "sae_weights.safetensors"):
-        path = Path(folder) / name
-        if not path.is_file():
-            raise UnweaveError(
-                "this is not an SAE folder", where=str(folder), remedy="give the folder that `unweave train` printed"
-            )
+    for path in files:
         hashed.update(path.read_bytes())
     return hashed.hexdigest()[:12]
 

@@ -127,7 +127,8 @@ class OfSAESpec(Spec):
     """A question about a trained autoencoder."""
 
     sae: Path = field(metadata={"result": False})
-    """The autoencoder's folder, as `train` printed it; its content, not its path, decides which run is reused."""
+    """The autoencoder's folder, as `train` printed it, or any other SAE that can be read: docs/formats.md. Its content,
+    not its path, decides which run is reused."""
 
 
 @dataclass(frozen=True, kw_only=True)

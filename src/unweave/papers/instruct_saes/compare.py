@@ -30,6 +30,10 @@ MEASURES = {
 """Name of a measure -> where ``TokenErrors.to_dict`` keeps it."""
 
 
+_REACH = 0.5
+"""how far beyond its ends a curve may be drawn on, in octaves of L0"""
+
+
 @dataclass(frozen=True)
 class Measured:
     """One SAE and what was measured of it; ``errors`` is ``TokenErrors.to_dict()``."""
@@ -63,7 +67,8 @@ class Cell:
     raw: tuple[float, ...]
     l0: tuple[float, ...]
     matched: bool
-    """whether the curve had at least two different L0 to move along; else ``values`` are ``raw``"""
+    """whether the curve comes within half an octave of the common L0. Elsewhere nothing can be said of it: ``values``
+    are then ``raw``, and the comparison is of different L0"""
 
     @property
     def mean(self) -> float:
@@ -94,6 +99,8 @@ def _cell(group: Sequence[Measured], measure: str, k: int) -> Cell | None:
     first = seeds[0][0]
     points = curve(group, measure, first.seed)
     slope = slope_at(points, math.log2(k))
+    if slope is not None and not points[0][0] - _REACH <= math.log2(k) <= points[-1][0] + _REACH:
+        slope = None
     raw = tuple(value for _, value in seeds)
     l0 = tuple(row.l0(measure) for row, _ in seeds)
     moved = tuple(v + (slope or 0.0) * (math.log2(k) - math.log2(max(n, 1e-9))) for v, n in zip(raw, l0, strict=True))

@@ -162,11 +162,14 @@ def _rows_of(found: Sequence[Cell]) -> list[list[str]]:
         row = [kind, site]
         for recipe in RECIPES:
             cell = next((c for c in found if (c.recipe, c.kind, c.site) == (recipe, kind, site)), None)
-            row.append(
-                "-" if cell is None else f"{cell.mean:.3f} ± {cell.spread:.3f} (L0 {sum(cell.l0) / len(cell.l0):.1f})"
-            )
+            row.append("-" if cell is None else _cell_words(cell))
         rows.append(row)
     return rows
+
+
+def _cell_words(cell: Cell) -> str:
+    mark = "" if cell.matched else ", not at the common L0"
+    return f"{cell.mean:.3f} ± {cell.spread:.3f} (L0 {sum(cell.l0) / len(cell.l0):.1f}{mark})"
 
 
 def _tables(found: Mapping[str, Sequence[Cell]]) -> str:

@@ -11,7 +11,7 @@ from unweave.jobs.specs import DataSpec, StreamSpec, TrainSpec
 from unweave.papers.instruct_saes.spec import LAYERS, InstructSaesSpec
 from unweave.sae.spec import SAESpec
 
-RECIPES = ("BT(P)", "BT(F)", "FAST")
+RECIPES: tuple[str, ...] = ("BT(P)", "BT(F)", "FAST")
 """Block training on pre-training text, block training on conversations, whole conversations."""
 MATCHED_L0 = 32
 """Errors are compared at this many active latents per token."""
