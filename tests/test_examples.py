@@ -30,6 +30,8 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import LAYER_POINTS, MODEL_POINTS, Site
 from unweave.core.spec import read_mapping
 from unweave.jobs.specs import TrainSpec
+from unweave.judge import base as judge_base
+from unweave.judge.scripted import Scripted
 from unweave.lm.model import LM
 
 ROOT = Path(__file__).parent.parent
@@ -317,7 +319,7 @@ FETCHES = "train.run("
 
 @pytest.fixture
 def at_home(home: Path, trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder in which the snippets' paths exist, and a tiny model whatever name is loaded."""
+    """A folder in which the snippets' paths exist, a tiny model whatever name is loaded, and a judge with one answer."""
     (home / "mine.jsonl").write_text((home / "pairs.jsonl").read_text())
     for stage, found in (("train", sae_of(trained).parent), ("latents", next((home / "runs").glob("latents-*")))):
         name = home / "runs" / f"{stage}-0123456789ab"
@@ -325,6 +327,8 @@ def at_home(home: Path, trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
             name.symlink_to(found)
     load = LM.load
     monkeypatch.setattr(LM, "load", lambda source, **options: load(str(home / "model"), device="cpu"))
+    said = Scripted(lambda conversation: "name: [[a word]], score: [[3]]")
+    monkeypatch.setattr(judge_base, "open_judge", lambda spec, folder: said)
     monkeypatch.chdir(home)
 
 
