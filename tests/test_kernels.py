@@ -187,7 +187,7 @@ def test_rows_without_latents_and_latents_without_rows() -> None:
     torch.testing.assert_close(kernels.transposed_rows(values, choice, other), dense.T @ other)
 
 
-def _largest_output(run: Callable[[], object]) -> int:
+def largest_output(run: Callable[[], object]) -> int:
     """Elements of the largest tensor that any operation of ``run`` returns, those of the backward pass included."""
     largest = 0
 
@@ -224,8 +224,8 @@ def test_a_sparse_step_holds_one_chunk_of_dense_latents_at_most(kind: str) -> No
         (kernels.decode(f, found[1], V) - goal).square().sum().backward()
         assert W.grad is not None and V.grad is not None and b.grad is not None
 
-    assert _largest_output(step) <= 8 * 512
-    assert _largest_output(lambda: x @ W.T) == 64 * 512, "the watch sees what it should"
+    assert largest_output(step) <= 8 * 512
+    assert largest_output(lambda: x @ W.T) == 64 * 512, "the watch sees what it should"
 
 
 # -- entries above a bound ------------------------------------------------------------------------------------------

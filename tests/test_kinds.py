@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from test_kernels import largest_output
 from unweave.cli.fields import leaves
 from unweave.core.errors import UnweaveError
 from unweave.jobs.specs import TrainSpec
-from unweave.sae import init, kinds, objectives, resample, schedule
+from unweave.sae import init, kernels, kinds, objectives, resample, schedule
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
 from unweave.sae.presets import PRESETS
@@ -83,9 +84,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "jumprelu-silent": ("jumprelu", {"preact_weight": 0.02}),
     "jumprelu-silent-all": ("jumprelu", {"preact_weight": 0.02, "preact_on": "all"}),
 }
-BOTH = [(name, form) for name, (kind, _) in CASES.items() for form in ("sparse", "dense") if kind in BOUNDED] + [
-    (name, "sparse") for name, (kind, _) in CASES.items() if kind not in BOUNDED
-]
+FORMS = {True: ("sparse", "dense", "chunks"), False: ("sparse",)}
+EVERY = [(name, form) for name, (kind, _) in CASES.items() for form in FORMS[kind in BOUNDED]]
 
 
 def _reference(t: SAETrainer, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -150,7 +150,7 @@ def _reference(t: SAETrainer, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), grads
 
 
-@pytest.mark.parametrize(("case", "form"), BOTH)
+@pytest.mark.parametrize(("case", "form"), EVERY)
 def test_terms_and_gradients_are_those_of_a_dense_reference(
     case: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,9 +161,11 @@ def test_terms_and_gradients_are_those_of_a_dense_reference(
     t.dead_for[::3] = t.spec.dead_after
     if kind in BOUNDED and form == "sparse":
         monkeypatch.setattr(kinds, "SPARSE_BELOW", 1.0)
+    if form == "chunks":  # of 32 and 18 rows
+        monkeypatch.setattr(kernels, "CHUNK_BYTES", 0)
     x = _data(50, seed=3).requires_grad_()
     entries = kinds.choose(t.spec, t.weights, t._input(x), t.state, t.group)
-    assert (entries.choice is None) == (form == "dense")
+    assert (entries is None) == (form in ("dense", "chunks"))
     wanted, gradients = _reference(t, x)
     attempt = t.attempt(x)
     assert float(attempt.loss.detach()) == pytest.approx(float(wanted), rel=1e-9)
@@ -191,15 +193,26 @@ def test_both_forms_agree_on_what_fired_and_how_much(kind: str, monkeypatch: pyt
 def test_sparse_handling_begins_when_few_are_active_and_rests_after_failing(monkeypatch: pytest.MonkeyPatch) -> None:
     t = _trainer("relu", lr=1e-9)
     x = t._input(_data(50))
-    assert kinds.choose(t.spec, t.weights, x, t.state, t.group).choice is None  # density is not known yet
+    assert kinds.choose(t.spec, t.weights, x, t.state, t.group) is None  # density is not known yet
     t.state.density = 0.01  # wrong: about half are active
-    assert kinds.choose(t.spec, t.weights, x, t.state, t.group).choice is None
+    assert kinds.choose(t.spec, t.weights, x, t.state, t.group) is None
     assert t.state.wait > 0
     t.state.wait = 0
     t.weights.b_enc.data -= 1.0
     t.step(_data(50))
     assert t.state.density < kinds.SPARSE_BELOW
-    assert kinds.choose(t.spec, t.weights, x, t.state, t.group).choice is not None
+    assert kinds.choose(t.spec, t.weights, x, t.state, t.group) is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_holds_more_than_a_chunk_of_dense_latents(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the parameters; the batch's latents would be eight times a chunk, and the first step is a dense one."""
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 0)
+    x = _data(256)
+    t = _trainer(kind, x, batch=256, expansion=32)
+    held = largest_output(lambda: t.step(x))
+    assert held <= max(kernels.chunk_rows(t.d_sae) * t.d_sae, t.weights.W_enc.numel())
+    assert kind not in BOUNDED or kinds.choose(t.spec, t.weights, x, kinds.State.first(t.spec), t.group) is None
 
 
 def test_matryoshka_with_one_group_is_batch_topk() -> None:

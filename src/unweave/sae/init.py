@@ -11,9 +11,22 @@ InitKind = Literal["data", "random", "kaiming", "independent"]
 CentreKind = Literal["mean", "median", "none"]
 
 
+_BLOCK_BYTES = 1 << 20
+"""What is gone through more than once is gone through in blocks of this size, which a core's cache keeps."""
+
+
+def blocks(W: Tensor) -> tuple[Tensor, ...]:
+    """W [F, D] in blocks of rows; on a GPU, which gains nothing by it, in one."""
+    return W.split(
+        max(1, _BLOCK_BYTES // (W.element_size() * W.shape[1])) if W.device.type == "cpu" else max(1, len(W))
+    )
+
+
 def unit_rows(W: Tensor) -> Tensor:
     """W [F, D] with rows of norm 1, in place; rows of zeros stay."""
-    return W.div_(W.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(W.dtype).tiny))
+    for rows in blocks(W):
+        rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(W.dtype).tiny))
+    return W
 
 
 def decoder_rows(kind: InitKind, n_latents: int, width: int, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,8 +2,10 @@
 
 1. ``choose`` selects entries by the kind's rule: the k largest of each row, the k N largest of the batch, or those
    above a bound of their latent. Selected entries are sparse; for the bounded kinds they are dense while many.
-2. ``latents`` makes the latents at these entries, ``reconstructions`` one or several weighted reconstructions of them.
-3. ``penalty`` sums the other terms: sparsity, a gate's own reconstruction, pre-activations of silent latents.
+2. ``code`` makes the latents at these entries, one or several weighted reconstructions of them, and the sums over rows
+   that the other terms are made of. Dense entries are made for one chunk of rows at a time: the backward pass makes
+   them again, so that no more than a chunk of dense latents is ever held.
+3. ``penalty`` makes the other terms of them: sparsity, a gate's own reconstruction, pre-activations of silent latents.
 4. ``State`` holds what a kind remembers between steps, and ``State.follow`` brings it up to date after one.
 
 Everything is written once for both forms of ``Entries`` and for one process or several. In several, x is the process's
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from unweave.core.dist import Group
 from unweave.sae import kernels, objectives, schedule
@@ -119,8 +122,9 @@ class Found:
 # -- which entries ----------------------------------------------------------------------------------------------------
 
 
-def choose(spec: SAESpec, w: Weights, x: Tensor, state: State, group: Group) -> Entries:
-    """The pre-activations that the kind selects of x [N, D], with a graph to x, W_enc and b_enc."""
+def choose(spec: SAESpec, w: Weights, x: Tensor, state: State, group: Group) -> Entries | None:
+    """The pre-activations that the kind selects of x [N, D], with a graph to x, W_enc and b_enc; None: all of them,
+    because too many are selected for sparse handling to pay."""
     W, b = w.W_enc.detach(), w.b_enc.detach()
     if spec.kind == "topk":
         k = spec.k if spec.multi_topk == 0 else min(_WIDER * spec.k, len(W))
@@ -134,9 +138,14 @@ def choose(spec: SAESpec, w: Weights, x: Tensor, state: State, group: Group) -> 
             found = kernels.choose_above(x.detach(), W, b, _bound(spec, w), limit=SPARSE_BELOW)
             state.wait = 0 if found is not None else _TRY_AGAIN
         if found is None:
-            return Entries(torch.addmm(w.b_enc, x, w.W_enc.T))
+            return None
         values, choice = found
     return Entries(kernels.attach(x, w.W_enc, w.b_enc, values, choice), choice)
+
+
+def every(w: Weights, x: Tensor) -> Entries:
+    """All pre-activations of x [N, D], dense."""
+    return Entries(torch.addmm(w.b_enc, x, w.W_enc.T))
 
 
 def _bound(spec: SAESpec, w: Weights) -> Tensor:
@@ -186,74 +195,129 @@ def reconstructions(
     return [(spec.multi_topk, wide.decode(torch.relu(wide.values), w.W_dec) + base), (1.0, y)]
 
 
-# -- the other terms --------------------------------------------------------------------------------------------------
+# -- a batch coded ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Step:
-    """A batch on its way: what the terms are made of."""
+class Coded:
+    """A batch, or a chunk of its rows, coded."""
 
-    spec: SAESpec
-    w: Weights
-    x: Tensor
-    goal: Tensor
-    entries: Entries
-    f: Tensor
-    dead: Tensor
-    """int64 indices"""
-    rows: int
-    """of the whole batch, in all processes"""
-    group: Group
+    said: list[tuple[float, Tensor]]
+    """weighted reconstructions [N, D_out] of which the loss is the sum; the last is the SAE's own"""
+    sums: dict[str, Tensor]
+    """what ``penalty`` is made of: sums over rows, divided by the rows of the whole batch"""
+    fired: Tensor
+    """latents that are active anywhere, bool [F]"""
+    active: Tensor
+    """how many latents are active, over all rows, int64 []"""
+    smallest: Tensor | None = None
+    """batchtopk kinds: the smallest winner, []"""
 
 
-def penalty(step: Step, state: State, tokens_seen: int) -> tuple[Tensor | None, Found]:
-    """The kind's terms other than the goal's reconstruction and AuxK, None where it has none; and what was found."""
-    spec, f, rows, group = step.spec, step.f, step.rows, step.group
-    weight = state.weight(spec, tokens_seen)
+def code(
+    spec: SAESpec, w: Weights, x: Tensor, goal: Tensor, dead: Tensor, state: State, rows: int, group: Group
+) -> Coded:
+    """What the kind makes of x [N, D], which should become ``goal`` [N, D_out]. ``rows``: of the whole batch."""
+    wide = choose(spec, w, x, state, group)
+    if wide is not None:
+        return _coded(spec, w, x, goal, wide, dead, state.stage, rows)
+    step = kernels.chunk_rows(len(w.W_enc), x.element_size())
+    if len(x) <= step:
+        return _coded(spec, w, x, goal, every(w, x), dead, state.stage, rows)
+
+    def chunk(x: Tensor, goal: Tensor) -> Coded:
+        return _coded(spec, w, x, goal, every(w, x), dead, state.stage, rows)
+
+    parts = [
+        checkpoint(chunk, x_part, goal_part, use_reentrant=False, preserve_rng_state=False)
+        for x_part, goal_part in zip(x.split(step), goal.split(step), strict=True)
+    ]
+    return _joined(parts)
+
+
+def _coded(
+    spec: SAESpec, w: Weights, x: Tensor, goal: Tensor, wide: Entries, dead: Tensor, stage: int, rows: int
+) -> Coded:
+    entries = wide.largest(spec.k) if spec.multi_topk > 0 else wide
+    f = latents(spec, w, entries)
+    said = reconstructions(spec, w, x, wide, entries, f)
+    positive = f.detach() > 0
+    smallest = None
+    if spec.kind in ("batchtopk", "matryoshka"):
+        values = entries.values.detach()
+        smallest = values.min() if len(values) else values.new_tensor(math.inf)
+    sums = _sums(spec, w, x, goal, entries, f, dead, stage, rows)
+    return Coded(said, sums, entries.fired(f.detach()), positive.sum(), smallest)
+
+
+def _joined(parts: list[Coded]) -> Coded:
+    """Chunks of rows one below the other."""
+    said = [(weight, torch.cat([part.said[i][1] for part in parts])) for i, (weight, _) in enumerate(parts[0].said)]
+    sums = {name: torch.stack([part.sums[name] for part in parts]).sum() for name in parts[0].sums}
+    fired = torch.stack([part.fired for part in parts]).any(0)
+    return Coded(said, sums, fired, torch.stack([part.active for part in parts]).sum())
+
+
+def _sums(
+    spec: SAESpec, w: Weights, x: Tensor, goal: Tensor, entries: Entries, f: Tensor, dead: Tensor, stage: int, rows: int
+) -> dict[str, Tensor]:
     if spec.winners:
-        return None, Found(smallest=None if spec.kind == "topk" else _smallest(step.entries, group))
-    if spec.kind == "jumprelu":
-        return _jumprelu_penalty(step, weight), Found()
-    if spec.kind == "gated":
-        return _gated_penalty(step, weight), Found()
+        return {}
     if spec.kind == "relu":
-        return weight * total(objectives.l1(f, rows), group), Found()
-    now, then = schedule.power(spec, state.stage), schedule.power(spec, state.stage + 1)
-    size = total(objectives.lp(f, now, rows), group)
-    following = total(objectives.lp(f.detach(), then, rows), group)
-    return weight * size, Found(sizes=(float(size.detach()), float(following)))
+        return {"l1": objectives.l1(f, rows)}
+    if spec.kind == "p-anneal":
+        now, then = schedule.power(spec, stage), schedule.power(spec, stage + 1)
+        return {"now": objectives.lp(f, now, rows), "then": objectives.lp(f.detach(), then, rows)}
+    if spec.kind == "gated":
+        # The gate's own reconstruction goes through a decoder held fixed.
+        gate = torch.relu(entries.values)
+        said = entries.decode(gate, w.W_dec.detach()) + w.base(x).detach()
+        own = objectives.reconstruction(said, goal) * (len(x) / rows)
+        return {"l1": objectives.l1(gate, rows), "own": own}
+    return _jumprelu_sums(spec, w, x, entries, f, dead, rows)
 
 
-def _gated_penalty(step: Step, weight: float) -> Tensor:
-    """L1 on relu(gate), and the reconstruction that the gate would make, through a decoder held fixed."""
-    w, gate = step.w, torch.relu(step.entries.values)
-    said = step.entries.decode(gate, w.W_dec.detach()) + w.base(step.x).detach()
-    own = objectives.reconstruction(said, step.goal) * (len(step.x) / step.rows)
-    return total(weight * objectives.l1(gate, step.rows) + own, step.group)
-
-
-def _jumprelu_penalty(step: Step, weight: float) -> Tensor:
-    spec, w, entries = step.spec, step.w, step.entries
+def _jumprelu_sums(
+    spec: SAESpec, w: Weights, x: Tensor, entries: Entries, f: Tensor, dead: Tensor, rows: int
+) -> dict[str, Tensor]:
     threshold = w.threshold
     assert threshold is not None
     if spec.penalty == "tanh":
-        term = weight * total(objectives.tanh(step.f, spec.tanh_scale, step.rows), step.group)
+        found = {"tanh": objectives.tanh(f, spec.tanh_scale, rows)}
     else:
-        l0 = total(objectives.l0(entries.values, entries.of(threshold), spec.bandwidth, step.rows), step.group)
-        term = weight * (objectives.off_target(l0, spec.k) if spec.penalty == "target" else l0)
-    if spec.preact_weight > 0 and (spec.preact_on == "all" or len(step.dead) > 0):
+        found = {"l0": objectives.l0(entries.values, entries.of(threshold), spec.bandwidth, rows)}
+    if spec.preact_weight > 0 and (spec.preact_on == "all" or len(dead) > 0):
         counted = None
         if spec.preact_on == "dead":
             counted = torch.zeros(len(w.b_enc), dtype=torch.bool, device=w.b_enc.device)
-            counted[step.dead] = True
-        silent = objectives.below_threshold(step.x, w.W_enc, w.b_enc, threshold, entries, counted, step.rows)
-        term = term + spec.preact_weight * total(silent, step.group)
-    return term
+            counted[dead] = True
+        found["silent"] = objectives.below_threshold(x, w.W_enc, w.b_enc, threshold, entries, counted, rows)
+    return found
 
 
-def _smallest(entries: Entries, group: Group) -> float:
+# -- the other terms --------------------------------------------------------------------------------------------------
+
+
+def penalty(spec: SAESpec, coded: Coded, state: State, tokens_seen: int, group: Group) -> tuple[Tensor | None, Found]:
+    """The kind's terms other than the goal's reconstruction and AuxK, None where it has none; and what was found."""
+    if spec.winners:
+        return None, Found(smallest=None if coded.smallest is None else _smallest(coded.smallest, group))
+    weight = state.weight(spec, tokens_seen)
+    sums = {name: total(share, group) for name, share in coded.sums.items()}
+    if spec.kind == "relu":
+        return weight * sums["l1"], Found()
+    if spec.kind == "gated":
+        return weight * sums["l1"] + sums["own"], Found()
+    if spec.kind == "p-anneal":
+        return weight * sums["now"], Found(sizes=(float(sums["now"].detach()), float(sums["then"])))
+    if spec.penalty == "tanh":
+        term = weight * sums["tanh"]
+    else:
+        term = weight * (objectives.off_target(sums["l0"], spec.k) if spec.penalty == "target" else sums["l0"])
+    return (term + spec.preact_weight * sums["silent"] if "silent" in sums else term), Found()
+
+
+def _smallest(least: Tensor, group: Group) -> float:
     """The smallest winner of the whole batch, at least 0; 0 where nothing won."""
-    values = entries.values.detach()
-    least = values.min() if len(values) else values.new_tensor(math.inf)
     smallest = -float(group.max(-least[None]))
     return max(smallest, 0.0) if math.isfinite(smallest) else 0.0

@@ -25,14 +25,14 @@ from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
-from unweave.sae import kinds, objectives, resample, schedule, weights
+from unweave.sae import init, kernels, kinds, objectives, resample, schedule, weights
 from unweave.sae.attempt import Attempt, Tally
 from unweave.sae.module import SAE
 from unweave.sae.scaling import Affine
 from unweave.sae.spec import SAESpec
 
 _FIT_ROWS = 2048
-"""rows of init_x on which the encoder's first scale is fitted"""
+"""rows of init_x, at most, on which the encoder's first scale is fitted"""
 
 
 class SAETrainer:
@@ -104,7 +104,7 @@ class SAETrainer:
             drawing = torch.Generator().manual_seed(self.spec.seed)  # of its own: what it draws hangs on the sample
             self.weights = weights.begin(self.spec, self.d_sae, x, target, drawing)
             if self.spec.init != "independent":
-                self._fit_encoder(x[:_FIT_ROWS], (x if target is None else target)[:_FIT_ROWS])
+                self._fit_encoder(x, x if target is None else target)
         for parameter in self.weights.named().values():
             self.group.broadcast(parameter.data)
 
@@ -134,8 +134,10 @@ class SAETrainer:
         single factor is <y, x> / <y, y>.
         """
         w = self.weights
+        dense = _FIT_ROWS if self.spec.winners else kernels.chunk_rows(self.d_sae, x.element_size())
+        x, goal = x[: min(_FIT_ROWS, dense)], goal[: min(_FIT_ROWS, dense)]
         base = w.base(x)
-        entries = kinds.choose(self.spec, w, x, kinds.State.first(self.spec), SOLO)
+        entries = kinds.choose(self.spec, w, x, kinds.State.first(self.spec), SOLO) or kinds.every(w, x)
         y = entries.decode(kinds.latents(self.spec, w, entries), w.W_dec)
         factor = float((y * (goal - base)).sum() / y.square().sum().clamp_min(1e-30))
         if math.isfinite(factor) and factor > 0:
@@ -180,17 +182,13 @@ class SAETrainer:
         x = self._input(x.to(self.device))
         goal = x if target is None else self._output(target.to(self.device))
         rows = int(group.sum(torch.tensor([len(x)], device=self.device))) if group.size > 1 else len(x)
-        wide = kinds.choose(spec, w, x, self.state, group)
-        entries = wide.largest(spec.k) if spec.multi_topk > 0 else wide
-        f = kinds.latents(spec, w, entries)
-        said = kinds.reconstructions(spec, w, x, wide, entries, f)
+        dead = self.dead
+        coded = kinds.code(spec, w, x, goal, dead, self.state, rows, group)
         share = len(x) / rows
-        terms = [weight * share * objectives.reconstruction(y, goal) for weight, y in said]
+        terms = [weight * share * objectives.reconstruction(y, goal) for weight, y in coded.said]
         reconstruction = objectives.total(torch.stack(terms).sum(), group)
-        y, dead = said[-1][1], self.dead
-        other, found = kinds.penalty(
-            kinds.Step(spec, w, x, goal, entries, f, dead, rows, group), self.state, self.tokens_seen
-        )
+        y = coded.said[-1][1]
+        other, found = kinds.penalty(spec, coded, self.state, self.tokens_seen, group)
         penalty = reconstruction.new_zeros(()) if other is None else other
         if spec.aux_weight > 0 and len(dead) > 0:
             residual = goal.detach() - y.detach()
@@ -198,8 +196,8 @@ class SAETrainer:
             penalty = penalty + spec.aux_weight * aux
         return Attempt(
             loss=reconstruction + penalty, reconstruction=reconstruction, penalty=penalty, scaled=y, x=x.detach(),
-            goal=goal.detach(), rows=rows, fired=entries.fired(f.detach()), active=(f.detach() > 0).sum(), found=found,
-            dead=len(dead), output=self._output,
+            goal=goal.detach(), rows=rows, fired=coded.fired, active=coded.active, found=found, dead=len(dead),
+            output=self._output,
         )  # fmt: skip
 
     def update(self, attempt: Attempt, loss: Tensor) -> dict[str, float]:
@@ -263,7 +261,8 @@ class SAETrainer:
         with torch.no_grad():
             rows, slope = self.weights.W_dec, self.weights.W_dec.grad
             assert slope is not None
-            slope.addcmul_(rows, torch.linalg.vecdot(slope, rows)[:, None], value=-1)
+            for part, own in zip(init.blocks(rows), init.blocks(slope), strict=True):
+                own.addcmul_(part, torch.linalg.vecdot(own, part)[:, None], value=-1)
             if self.spec.clip is not None:
                 torch.nn.utils.clip_grad_norm_(list(named.values()), self.spec.clip)
             for options in self.optimiser.param_groups:
