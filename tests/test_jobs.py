@@ -509,3 +509,15 @@ def test_env_and_spec_are_stored_without_secrets(trained: Run, monkeypatch: pyte
         if any(word in name for word in ("TOKEN", "KEY", "SECRET", "PASSWORD")) and len(value) > 6:
             assert value not in text
     assert {"python", "torch"} <= set(read_json(trained.path / "env.json"))
+
+
+def test_packing_stands_for_the_paper_s_rows() -> None:
+    sources = [{"path": "x"}]
+    whole = DataSpec.from_dict({"sources": sources, "packing": "documents"})
+    assert whole.pack == PackSpec(packing="documents", context=8192)
+    blocks = DataSpec.from_dict({"sources": sources, "packing": "blocks", "pack": {"bos": "never"}})
+    assert blocks.pack == PackSpec(packing="blocks", context=2048, bos="never")
+    shorter = TrainSpec.from_dict({"data": {"packing": "documents", "pack": {"context": 512}}})
+    assert (shorter.data.pack.context, shorter.data.sources) == (512, TrainSpec().data.sources)
+    with pytest.raises(UnweaveError, match=r"no way to pack[\s\S]*data\.packing[\s\S]*documents or blocks"):
+        TrainSpec.from_dict({"data": {"packing": "rows"}})

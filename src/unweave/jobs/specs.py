@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+from unweave.core.errors import UnweaveError
 from unweave.core.spec import Spec, operational, require
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
@@ -23,9 +25,21 @@ DEFAULT_SOURCES = (
 )
 
 
+PAPER_CONTEXT = {"documents": 8192, "blocks": 2048}
+"""How long rows are in the FAST paper."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSpec(Spec):
     """Which text becomes tokens, and how."""
+
+    shorthands = {
+        "packing": (
+            Literal["documents", "blocks"] | None,
+            "The FAST paper's rows: documents, each on its own and cut off at 8,192 tokens, or blocks of 2,048; fields of "
+            "pack replace them.",
+        )
+    }
 
     sources: tuple[Source, ...]
     """Where the text comes from: catalogue names, files, folders, or `hub:org/name`; mixed by weight."""
@@ -43,6 +57,23 @@ class DataSpec(Spec):
     """Drop documents that share this many words in a row with an earlier one: 20 in the FAST paper, 0 to keep all."""
     dedup_memory_mb: int = operational(512)
     """Memory for what earlier documents said; the rest lies on disk meanwhile, 8 bytes a word."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "", base: Spec | None = None) -> Self:
+        """As ``Spec.from_dict``; ``packing`` stands for the fields of ``pack`` as the FAST paper sets them."""
+        if "packing" not in values:
+            return super().from_dict(values, where=where, base=base)
+        rest = {name: value for name, value in values.items() if name != "packing"}
+        if values["packing"] not in PAPER_CONTEXT:
+            raise UnweaveError(
+                f"{values['packing']!r} is no way to pack",
+                where=f"{where}.packing" if where else "packing",
+                remedy=f"use {' or '.join(PAPER_CONTEXT)}",
+            )
+        given = rest.get("pack", {})
+        pack = {"packing": values["packing"], "context": PAPER_CONTEXT[values["packing"]]}
+        rest["pack"] = pack | (given.to_dict() if isinstance(given, Spec) else dict(given))
+        return super().from_dict(rest, where=where, base=base)
 
     def __post_init__(self) -> None:
         require(
