@@ -13,7 +13,7 @@ HELP = (
     "Write a trained SAE as another tool's files.\n\n"
     "Reads a folder or file in any known format, hub:org/name[@revision][/sub/folder], or saelens:RELEASE/ID; the "
     "format is found from the content. What was written is read again and compared. A format that cannot say what the "
-    "SAE does is refused, with the reason. After '--to unweave' every other command takes the SAE.\n\n"
+    "SAE does is refused, with the reason. The other commands read all of these formats by themselves.\n\n"
     "For example:\n\n"
     "    unweave convert runs/train-0123456789ab/sae --to sparsify --out layers.9\n"
     "    unweave convert hub:org/name/layer_3 --to saelens\n"

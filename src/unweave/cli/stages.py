@@ -84,11 +84,13 @@ _ALL = (
     ),
     _stage(
         "train",
-        "Train a sparse autoencoder on a model's activations at a site.",
-        "Reads text or dialogues, runs the model up to the site, and trains on what it finds there. The autoencoder "
-        "is saved as a SAELens folder together with what it was trained on. Interrupted training resumes exactly.",
+        "Train sparse autoencoders on a model's activations, at one site or many, in one setting or many.",
+        "Reads text or dialogues, runs the model up to the last site, and trains on what it finds there. Each "
+        "autoencoder is saved as a SAELens folder together with what it was trained on. Interrupted training resumes "
+        "exactly. torchrun -m unweave train divides the work between processes.",
         "unweave train --model smollm2-135m-instruct --sites resid_post.9",
         "unweave train my.yaml --sae.k 64 --data.sources wiki notes.txt",
+        "unweave train --sites 'resid_post.{4,9}' --variants '{kind: [relu, jumprelu], seed: [0, 1]}'",
     ),
     _stage(
         "eval",
