@@ -10,10 +10,11 @@ import pytest
 
 from test_jobs import home, spec_of  # noqa: F401  (home is a fixture)
 from unweave.core.errors import UnweaveError
+from unweave.core.run import Run
 from unweave.jobs.specs import TrainSpec
 from unweave.papers.claims import Claim, markdown
+from unweave.papers.instruct_saes import page, recipe
 from unweave.papers.instruct_saes import plan as plans
-from unweave.papers.instruct_saes import recipe
 from unweave.papers.instruct_saes.compare import Measured, cells, contest, curve, slope_at
 from unweave.papers.instruct_saes.plan import Plan, plan_of
 from unweave.papers.instruct_saes.spec import LAYERS, InstructSaesSpec
@@ -31,7 +32,7 @@ def test_errors_are_moved_along_the_curve_to_the_same_l0() -> None:
     rows = [measured("FAST", k, 0, l0, 1 / l0) for k, l0 in ((16, 14.0), (32, 40.0), (64, 90.0))]
     rows += [measured("FAST", 32, 1, 36.0, 1 / 36), measured("FAST", 32, 2, 25.0, 1.1 / 25)]
     (cell,) = cells(rows, MEASURE, 32)
-    assert cell.matched
+    assert cell.comparable
     assert cell.values == pytest.approx((-5, -5, -5 + math.log2(1.1)))
     assert cell.raw[0] == pytest.approx(-math.log2(40))
     assert cell.spread == pytest.approx(math.log2(1.1) / math.sqrt(3))
@@ -39,7 +40,12 @@ def test_errors_are_moved_along_the_curve_to_the_same_l0() -> None:
 
 def test_one_l0_alone_is_not_a_curve() -> None:
     (cell,) = cells([measured("FAST", 32, 0, 30.0, 0.5)], MEASURE, 32)
-    assert not cell.matched and cell.values == (-1.0,)
+    other = measured("BT(F)", 32, 0, 32.0, 0.25)
+    found = contest([cell, *cells([other], MEASURE, 32)], "FAST", "BT(F)")
+    assert (found.cells, found.left_out, found.words()) == (0, 1, "nothing to compare")
+    (as_trained,) = cells([measured("FAST", 0, 0, 30.0, 0.5)], MEASURE, None)
+    assert as_trained.comparable and as_trained.values == (-1.0,)
+    assert not cell.comparable and cell.values == (-1.0,)
     assert slope_at([(1.0, 2.0), (1.0, 3.0)], 1.0) is None
 
 
@@ -58,7 +64,7 @@ def test_contests_count_cells_and_what_every_seed_says() -> None:
     rows += [measured("BT(F)", 32, seed, 32.0, mse) for seed, mse in enumerate((0.5, 0.255))]
     rows += [measured("FAST", 32, 0, 32.0, 1.0, "jumprelu"), measured("BT(F)", 32, 0, 32.0, 0.5, "jumprelu")]
     found = contest(cells(rows, MEASURE, 32), "FAST", "BT(F)")
-    assert (found.cells, found.lower, found.clearly, found.clearly_higher) == (2, 1, 0, 1)
+    assert (found.cells, found.lower, found.clearly, found.clearly_higher) == (2, 1, 0, 0)  # one seed decides nothing
     by_hand = ((math.log2(0.25) + math.log2(0.26)) - (math.log2(0.5) + math.log2(0.255))) / 2 + 1
     assert found.mean_difference == pytest.approx(by_hand / 2)
     assert "lower in 1 of 2 cells" in found.words()
@@ -145,4 +151,53 @@ def test_the_fast_recipe_end_to_end_and_again(
 def test_a_curve_is_not_drawn_on_far_beyond_its_ends() -> None:
     rows = [measured("FAST", k, 0, l0, 1 / l0) for k, l0 in ((16, 500.0), (32, 520.0))]
     (cell,) = cells(rows, MEASURE, 32)
-    assert not cell.matched and cell.values == cell.raw == (pytest.approx(-math.log2(520)),)
+    assert not cell.comparable and cell.values == cell.raw == (pytest.approx(-math.log2(520)),)
+
+
+def test_paper_scale_rows_have_no_k_and_widths_are_kinds_of_their_own() -> None:
+    name = "resid_post.12/fast-jumprelu-expansion16"
+    assert recipe._setting({"name": name, "kind": "jumprelu"}) == {"kind": "jumprelu 16x", "k": 0, "seed": 0}
+    small = {"name": "resid_post.9/relu-k32-seed2", "kind": "relu"}
+    assert recipe._setting(small) == {"kind": "relu", "k": 32, "seed": 2}
+
+
+def test_the_page_of_paper_scale(tmp_path: Path) -> None:
+    """No k, one seed: errors as trained, at whatever L0; and no verdict from seeds that do not exist."""
+
+    def whole(recipe_: str, mse: float) -> Measured:
+        group = {"log2_mse": math.log2(mse), "l0": 20.0}
+        errors = {part: dict.fromkeys(("all", "special", "user", "assistant"), group) for part in page_parts}
+        return Measured(recipe_, "jumprelu 8x", "resid_post.12", 0, 0, errors)
+
+    page_parts = ("everything", "without_outliers")
+    rows = [whole("BT(P)", 0.5), whole("BT(F)", 0.3), whole("FAST", 0.2)]
+    spec = InstructSaesSpec(scale="paper")
+    steered = Run(tmp_path / "steered", "x")
+    steered.path.mkdir()
+    steered.finish({"finding": "nothing of note", "model": "a model"})
+    found = page.write(tmp_path, spec, plan_of(spec), rows, {}, steered)
+    claims = {claim["claim"][:30]: claim for claim in found["claims"]}
+    assert claims["FAST reconstructs all tokens b"]["verdict"] == "as claimed"
+    assert "at equal coefficients, whatever the L0" in claims["FAST reconstructs all tokens b"]["ours"]
+    assert "(0 by every seed; 0 higher by every seed)" in claims["FAST reconstructs all tokens b"]["ours"]
+    assert claims["steering with latents of speci"]["verdict"] == "not measured"
+    assert "±" not in (tmp_path / "table.md").read_text().split("###")[1]
+
+
+@pytest.mark.parametrize(
+    ("scored", "low", "verdict", "says"),
+    [
+        (8, 0.5, "not measured", "8 latents are too few"),
+        (128, -0.1, "not measured", "not shown to tell latents from shuffled"),
+        (128, 0.5, "as claimed", "FAST 50 %"),
+    ],
+)
+def test_ratings_get_a_verdict_only_from_a_judge_that_reads(scored: int, low: float, verdict: str, says: str) -> None:
+    def result(high: float) -> dict:
+        real = {"scored": scored, "high": {"value": high}, "mean": {"value": 3.0}}
+        above = {"value": 1.0, "low": low, "high": 2.0}
+        shuffled = {"mean": {"value": 2.0}}
+        return {"judge": {"model": "j"}, "real": real, "shuffled": shuffled, "real_above_shuffled": above}
+
+    claim = page._rating_claim({"BT(P)": result(0.1), "BT(F)": result(0.2), "FAST": result(0.5)})
+    assert claim.verdict == verdict and says in claim.ours

@@ -25,16 +25,17 @@ def run(spec: LatentsSpec, runs: Path) -> Run:
         lm, sae, record = open_sae(spec)
         assert sae.read is not None
         asked, data = sae.provenance.get("train", {}), data_of(sae, spec.data)
-        wanted = min(USUAL_TOKENS, data.tokens) if spec.tokens is None else spec.tokens
-        if spec.data is None and wanted > data.tokens:
+        there = data.tokens if spec.split == "train" else data.heldout_tokens
+        wanted = min(USUAL_TOKENS, there) if spec.tokens is None else spec.tokens
+        if spec.data is None and wanted > there:
             raise UnweaveError(
-                f"{wanted:,} tokens were asked for, the SAE's training text has {data.tokens:,}",
+                f"{wanted:,} tokens were asked for, the SAE's text has {there:,} ({spec.split})",
                 where="tokens",
                 remedy="ask for fewer, or name more text with --data.tokens and --data.sources",
             )
-        tokens = data.tokens if spec.data is None else wanted
+        tokens = there if spec.data is None else wanted
         model = spec.model or asked["model"]
-        store, store_run = token_store(lm, model, data, "train", tokens, runs)
+        store, store_run = token_store(lm, model, data, spec.split, tokens, runs)
         # The sites of the training run, so that its activations on disk serve again.
         sites = {site for pair in lm.matching(asked.get("sites", [])) for site in pair}
         sites.add(lm.site(sae.read))

@@ -81,6 +81,7 @@ def _latents_spec(spec: RubricSpec) -> LatentsSpec:
         device=spec.device,
         accept_mismatch=spec.accept_mismatch,
         data=spec.data,
+        split=spec.split,
         tokens=spec.latents_tokens,
     )
 

@@ -36,8 +36,8 @@ class DataSpec(Spec):
     shorthands = {
         "packing": (
             Literal["documents", "blocks"] | None,
-            "The FAST paper's rows: documents, each on its own and cut off at 8,192 tokens, or blocks of 2,048; fields of "
-            "pack replace them.",
+            "The FAST paper's rows: documents, each on its own and cut off at 8,192 tokens, or blocks of 2,048; fields "
+            "of pack replace them.",
         )
     }
 
@@ -195,6 +195,8 @@ class LatentsSpec(UseSpec):
 
     data: DataSpec | None = None
     """Other text to look at; by default the training text."""
+    split: Literal["train", "heldout"] = "train"
+    """Which documents of that text: those to train on, or those held out."""
     tokens: int | None = None
     """How many tokens to look at; by default 200,000, or all there are."""
     seed: int = 0
@@ -262,6 +264,8 @@ class RubricSpec(UseSpec):
     """How many sets of contexts of five different latents to score beside them; by default as many as latents."""
     data: DataSpec | None = None
     """Other text to take contexts from; by default the training text."""
+    split: Literal["train", "heldout"] = "train"
+    """Which documents of that text: those to train on, or those held out."""
     latents_tokens: int | None = None
     """How many tokens the latents' records are taken from; as in `unweave latents`, whose run is shared."""
     seed: int = 0

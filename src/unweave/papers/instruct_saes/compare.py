@@ -30,6 +30,8 @@ MEASURES = {
 """Name of a measure -> where ``TokenErrors.to_dict`` keeps it."""
 
 
+_SAME = 0.02
+"""octaves of L0 that make no difference"""
 _REACH = 0.5
 """how far beyond its ends a curve may be drawn on, in octaves of L0"""
 
@@ -51,14 +53,19 @@ class Measured:
         return self.errors[part][group]["log2_mse"]
 
     def l0(self, measure: str) -> float:
-        """Active latents per token on the tokens of the measure's part."""
+        """Active latents per token over all tokens, which is what errors are compared at."""
         part, _ = MEASURES[measure]
         return self.errors[part]["all"]["l0"]
+
+    def own_l0(self, measure: str) -> float:
+        """Active latents per token on the measure's own tokens."""
+        part, group = MEASURES[measure]
+        return self.errors[part][group]["l0"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One recipe, kind and site: values of a measure at the common L0, one per seed."""
+    """One recipe, kind and site: values of a measure, one per seed."""
 
     recipe: str
     kind: str
@@ -66,9 +73,12 @@ class Cell:
     values: tuple[float, ...]
     raw: tuple[float, ...]
     l0: tuple[float, ...]
-    matched: bool
-    """whether the curve comes within half an octave of the common L0. Elsewhere nothing can be said of it: ``values``
-    are then ``raw``, and the comparison is of different L0"""
+    """active latents per token, over all tokens"""
+    own_l0: tuple[float, ...]
+    """on the measure's own tokens"""
+    comparable: bool
+    """``values`` are at the common L0; or no common L0 was asked for. Otherwise the curve does not come within half an
+    octave of it, ``values`` are ``raw``, and no contest counts the cell"""
 
     @property
     def mean(self) -> float:
@@ -80,8 +90,12 @@ class Cell:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
 
-def cells(rows: Sequence[Measured], measure: str, k: int) -> list[Cell]:
-    """Every recipe, kind and site with its SAEs of ``k``, moved to L0 = k along its curve."""
+def cells(rows: Sequence[Measured], measure: str, k: int | None) -> list[Cell]:
+    """Every recipe, kind and site with its SAEs of ``k``, moved to L0 = k along its curve.
+
+    With None every SAE is taken as it was trained, at whatever L0 that is: the paper's comparison, of equal
+    coefficients.
+    """
     found = []
     for kind in dict.fromkeys(row.kind for row in rows):
         for site in dict.fromkeys(row.site for row in rows):
@@ -92,19 +106,29 @@ def cells(rows: Sequence[Measured], measure: str, k: int) -> list[Cell]:
     return found
 
 
-def _cell(group: Sequence[Measured], measure: str, k: int) -> Cell | None:
-    seeds = [(row, value) for row in group if row.k == k and (value := row.value(measure)) is not None]
+def _cell(group: Sequence[Measured], measure: str, k: int | None) -> Cell | None:
+    chosen = [row for row in group if k is None or row.k == k]
+    seeds = [(row, value) for row in chosen if (value := row.value(measure)) is not None]
     if not seeds:
         return None
     first = seeds[0][0]
-    points = curve(group, measure, first.seed)
-    slope = slope_at(points, math.log2(k))
-    if slope is not None and not points[0][0] - _REACH <= math.log2(k) <= points[-1][0] + _REACH:
-        slope = None
     raw = tuple(value for _, value in seeds)
-    l0 = tuple(row.l0(measure) for row, _ in seeds)
-    moved = tuple(v + (slope or 0.0) * (math.log2(k) - math.log2(max(n, 1e-9))) for v, n in zip(raw, l0, strict=True))
-    return Cell(first.recipe, first.kind, first.site, moved, raw, l0, slope is not None)
+    l0, own = (tuple(of(row) for row, _ in seeds) for of in (lambda r: r.l0(measure), lambda r: r.own_l0(measure)))
+    moved = None if k is None else _moved(curve(group, measure, first.seed), math.log2(k), raw, l0)
+    values = raw if moved is None else moved
+    return Cell(first.recipe, first.kind, first.site, values, raw, l0, own, k is None or moved is not None)
+
+
+def _moved(
+    points: Sequence[tuple[float, float]], at: float, raw: Sequence[float], l0: Sequence[float]
+) -> tuple[float, ...] | None:
+    """Errors at log2 L0 = ``at``; None where the curve says nothing of it, and the L0 are not that anyway."""
+    if all(abs(math.log2(max(n, 1e-9)) - at) < _SAME for n in l0):
+        return tuple(raw)
+    slope = slope_at(points, at)
+    if slope is None or not points[0][0] - _REACH <= at <= points[-1][0] + _REACH:
+        return None
+    return tuple(v + slope * (at - math.log2(max(n, 1e-9))) for v, n in zip(raw, l0, strict=True))
 
 
 def curve(group: Sequence[Measured], measure: str, seed: int) -> list[tuple[float, float]]:
@@ -128,35 +152,40 @@ class Contest:
     """How often one recipe had the lower error than another, over kinds and sites."""
 
     cells: int
+    left_out: int
+    """cells of which one side could not be moved to the common L0"""
     lower: int
     clearly: int
-    """every seed of the one below every seed of the other"""
+    """of at least two seeds each, every one of the one below every one of the other"""
     clearly_higher: int
     mean_difference: float
     """in log2 MSE; below 0: the first recipe's error is lower"""
 
     def words(self) -> str:
-        """`lower in 5 of 6 cells (4 clearly, 0 clearly higher), by 0.31 on average`."""
+        """`lower in 5 of 6 cells (4 by every seed; 0 higher by every seed), 0.31 lower on average`."""
+        if not self.cells:
+            return "nothing to compare"
         by = f"{abs(self.mean_difference):.2f} {'lower' if self.mean_difference < 0 else 'higher'} on average"
+        rest = f"; {self.left_out} not comparable" if self.left_out else ""
         return (
             f"lower in {self.lower} of {self.cells} cells ({self.clearly} by every seed; {self.clearly_higher} higher "
-            f"by every seed), {by}"
+            f"by every seed), {by}{rest}"
         )
 
 
 def contest(found: Sequence[Cell], one: str, other: str) -> Contest:
-    """Compares two recipes cell by cell."""
-    pairs = [
-        (a, b)
-        for a in found
-        for b in found
-        if (a.recipe, b.recipe) == (one, other) and (a.kind, a.site) == (b.kind, b.site)
-    ]
+    """Compares two recipes cell by cell, where both are comparable."""
+    ours = {(cell.kind, cell.site): cell for cell in found if cell.recipe == one}
+    theirs = {(cell.kind, cell.site): cell for cell in found if cell.recipe == other}
+    both = [(ours[key], theirs[key]) for key in ours if key in theirs]
+    pairs = [(a, b) for a, b in both if a.comparable and b.comparable]
+    seeded = [(a, b) for a, b in pairs if min(len(a.values), len(b.values)) > 1]
     differences = [a.mean - b.mean for a, b in pairs]
     return Contest(
         cells=len(pairs),
+        left_out=len(both) - len(pairs),
         lower=sum(d < 0 for d in differences),
-        clearly=sum(max(a.values) < min(b.values) for a, b in pairs),
-        clearly_higher=sum(min(a.values) > max(b.values) for a, b in pairs),
+        clearly=sum(max(a.values) < min(b.values) for a, b in seeded),
+        clearly_higher=sum(min(a.values) > max(b.values) for a, b in seeded),
         mean_difference=statistics.fmean(differences) if differences else 0.0,
     )

@@ -22,6 +22,8 @@ _SHOWN = (
     "log2 MSE without outliers",
     "log2 MSE, special tokens without outliers",
 )
+_ENOUGH_RATED = 30
+"""latents per recipe below which shares of scores are not compared"""
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -34,13 +36,13 @@ def write(
     steered: Run,
 ) -> dict[str, Any]:
     """Writes ``table.md``, ``claims.md``, ``errors.json``, figures and ``report.html``; returns the run's result."""
-    k = plan.trainings["FAST"].sae.k if spec.scale == "paper" else MATCHED_L0
-    found = {measure: cells(rows, measure, _k_of(rows, k)) for measure in MEASURES}
+    k = MATCHED_L0 if any(row.k == MATCHED_L0 for row in rows) else None  # the paper fixes coefficients instead
+    found = {measure: cells(rows, measure, k) for measure in MEASURES}
     contests = {
         measure: {other: contest(parts, "FAST", other) for other in RECIPES[:2]} for measure, parts in found.items()
     }
     scores = {name: run.result for name, run in rated.items()}
-    claims = _claims(contests, scores, steered.result)
+    claims = _claims(contests, k, scores, steered.result)
     drawn = {
         "errors": figures.errors({measure: found[measure] for measure in _SHOWN}),
         "curves": figures.curves(rows, "log2 MSE without outliers", min(row.seed for row in rows)),
@@ -68,11 +70,6 @@ def write(
     }
 
 
-def _k_of(rows: Sequence[Measured], k: int) -> int:
-    """The k that every recipe has with all of its seeds; the paper's coefficients have no k (0)."""
-    return k if any(row.k == k for row in rows) else min(row.k for row in rows)
-
-
 def _distribution(scores: Mapping[str, Any]) -> dict[int, int]:
     return {int(score): int(count) for score, count in scores["distribution"].items()}
 
@@ -87,18 +84,22 @@ def _write_text(path: Path, text: str) -> None:
 
 def _verdict(found: Sequence[Contest]) -> Verdict:
     """As claimed: lower in most cells against every other recipe, and nowhere clearly higher."""
+    if not all(c.cells for c in found):
+        return "not measured"
     if all(c.lower > c.cells / 2 and c.clearly_higher == 0 for c in found):
         return "as claimed"
     return "not as claimed" if all(c.lower <= c.cells / 2 for c in found) else "partly"
 
 
 def _claims(
-    contests: Mapping[str, Mapping[str, Contest]], scores: Mapping[str, Any], steered: Mapping[str, Any]
+    contests: Mapping[str, Mapping[str, Contest]], k: int | None, scores: Mapping[str, Any], steered: Mapping[str, Any]
 ) -> list[Claim]:
+    basis = "at equal coefficients, whatever the L0" if k is None else f"all at L0 {k}"
+
     def against(measure: str) -> tuple[str, Verdict]:
         found = contests[measure]
         words = "; ".join(f"against {other}: {c.words()}" for other, c in found.items())
-        return f"FAST's {measure}, at the same L0: {words}", _verdict(list(found.values()))
+        return f"FAST's {measure}, {basis}: {words}", _verdict(list(found.values()))
 
     claims = [
         Claim(
@@ -123,8 +124,9 @@ def _claims(
         Claim(
             "steering with latents of special tokens improves answers within a range of coefficients, and degrades "
             "them beyond it",
+            # Whether answers get better was not measured, so there is no other verdict.
             str(steered.get("finding", "")),
-            "partly" if steered.get("finding") else "not measured",
+            "not measured",
         )
     )
     return claims
@@ -146,10 +148,22 @@ def _rating_claim(scores: Mapping[str, Any]) -> Claim:
         for name, result in scores.items()
         if result["shuffled"] and result["shuffled"]["mean"] and result["real"]["mean"]
     )
-    few = " Too few latents and too small a judge for a verdict."
-    return Claim(
-        claim, f"{judge}: {words}. Mean score of shuffled against real contexts: {controls}.{few}", "not measured"
-    )
+    said = f"{judge}: {words}. Mean score of shuffled against real contexts: {controls}."
+    fewest = min(result["real"]["scored"] for result in scores.values())
+    deaf = [name for name, result in scores.items() if not _reads(result)]
+    if fewest < _ENOUGH_RATED or deaf:
+        why = f"{fewest} latents are too few for a verdict" if fewest < _ENOUGH_RATED else ""
+        unread = f"the judge was not shown to tell latents from shuffled contexts ({', '.join(deaf)})" if deaf else ""
+        return Claim(claim, f"{said} {'; '.join(part for part in (why, unread) if part)}.", "not measured")
+    high = {name: result["real"]["high"]["value"] for name, result in scores.items()}
+    best = all(high["FAST"] > high[other] for other in RECIPES[:2])
+    return Claim(claim, said, "as claimed" if best else "not as claimed")
+
+
+def _reads(result: Mapping[str, Any]) -> bool:
+    """Whether the judge scored latents above shuffled contexts, with the whole interval."""
+    above = result["real_above_shuffled"]
+    return above is not None and above["low"] is not None and above["low"] > 0
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -168,8 +182,10 @@ def _rows_of(found: Sequence[Cell]) -> list[list[str]]:
 
 
 def _cell_words(cell: Cell) -> str:
-    mark = "" if cell.matched else ", not at the common L0"
-    return f"{cell.mean:.3f} ± {cell.spread:.3f} (L0 {sum(cell.l0) / len(cell.l0):.1f}{mark})"
+    """`-1.234 ± 0.010 (L0 31.9)`: mean, spread over seeds where there are several, and the L0 on these very tokens."""
+    mark = "" if cell.comparable else "; not comparable"
+    spread = f" ± {cell.spread:.3f}" if len(cell.values) > 1 else ""
+    return f"{cell.mean:.3f}{spread} (L0 {sum(cell.own_l0) / len(cell.own_l0):.1f}{mark})"
 
 
 def _tables(found: Mapping[str, Sequence[Cell]]) -> str:
@@ -180,8 +196,9 @@ def _tables(found: Mapping[str, Sequence[Cell]]) -> str:
         lines += ["| " + " | ".join(row) + " |" for row in _rows_of(parts_found)]
         parts.append(f"### {measure}\n\n" + "\n".join(lines) + "\n")
     note = (
-        "Mean and standard deviation over seeds of log2 of the paper's error, moved to the same L0 along each recipe's "
-        "L0-MSE curve; in brackets the L0 that was measured. Lower is better.\n\n"
+        "Mean and standard deviation over seeds of log2 of the paper's error; in brackets the active latents per token "
+        "on these very tokens. Lower is better. Errors are moved to the same L0 over all tokens along each recipe's "
+        "L0-MSE curve; what cannot be moved there is marked, and counts in no comparison.\n\n"
     )
     return note + "\n".join(parts)
 
@@ -189,7 +206,7 @@ def _tables(found: Mapping[str, Sequence[Cell]]) -> str:
 def _summary(
     contests: Mapping[str, Mapping[str, Contest]], scores: Mapping[str, Any], rows: Sequence[Measured]
 ) -> list[list[Any]]:
-    found: list[list[Any]] = [["SAEs", len(rows), "trained and measured on the same held-out conversations"]]
+    found: list[list[Any]] = [["SAEs", len(rows), "all measured on the same held-out conversations"]]
     for measure in _SHOWN:
         for other, c in contests[measure].items():
             found.append([f"FAST against {other}", c.words(), measure])
@@ -218,7 +235,7 @@ def _html(
     note = steered.result.get("model_note") or ""
     told = {
         "errors": "Errors by layer. A point is one initialisation, the bar their mean; lower is better. All at the "
-        "same number of active latents, along each recipe's own curve.",
+        "same number of active latents over all tokens, along each recipe's own curve, unless marked in the tables.",
         "curves": "Errors over the number of active latents, one initialisation, without norm outliers.",
         "ratings": "The judge's scores, and the same judge's scores of contexts shuffled between latents.",
     }

@@ -10,6 +10,7 @@ from unweave.data.pack import PackSpec
 from unweave.jobs.specs import DataSpec, StreamSpec, TrainSpec
 from unweave.papers.instruct_saes.spec import LAYERS, InstructSaesSpec
 from unweave.sae.spec import SAESpec
+from unweave.tasks.special_tokens import PAPER_IDS
 
 RECIPES: tuple[str, ...] = ("BT(P)", "BT(F)", "FAST")
 """Block training on pre-training text, block training on conversations, whole conversations."""
@@ -40,6 +41,8 @@ class Plan:
     rated: int
     conversations: int
     """how many conversations maximum activations on special tokens are averaged over"""
+    special_ids: tuple[int, ...] = ()
+    """which ids are special; none: the tokenizer's, and the template's words for who speaks"""
 
 
 def plan_of(spec: InstructSaesSpec) -> Plan:
@@ -100,7 +103,7 @@ def _paper(spec: InstructSaesSpec) -> Plan:
     )
     trainings = _recipes(base, text, chat, PackSpec(packing="blocks", context=2048), PackSpec(context=8192))
     middle = layers[len(layers) // 2]
+    ids = PAPER_IDS["llama-3" if "Llama" in model else "qwen2.5"]
+    examined = f"resid_post.{middle}/fast-jumprelu-expansion8"
     # About the paper's 5,000 dialogues to measure on.
-    return Plan(
-        trainings, trainings["FAST"].data, 2_500_000, f"resid_post.{middle}/fast-jumprelu-expansion8", 128, 1000
-    )
+    return Plan(trainings, trainings["FAST"].data, 2_500_000, examined, 128, 1000, ids)

@@ -25,6 +25,7 @@ from unweave.papers.instruct_saes.compare import Measured
 from unweave.papers.instruct_saes.plan import Plan, plan_of
 from unweave.papers.instruct_saes.spec import InstructSaesSpec
 from unweave.sae.module import SAE
+from unweave.tasks.special_tokens import SpecialTokens
 
 VERSION = 1
 _RATED_TOKENS = 60_000
@@ -38,6 +39,8 @@ class _ErrorsQuestion(Spec):
     dtype: str
     data: DataSpec
     tokens: int
+    special_ids: tuple[int, ...] = ()
+    """which ids are special; none: the tokenizer's, and the template's words for who speaks"""
 
 
 def run(spec: InstructSaesSpec, runs: Path) -> Run:
@@ -97,9 +100,10 @@ def _measured(plan: Plan, trained: Mapping[str, Run], runs: Path) -> Run:
             for key, (name, row) in places.items():
                 saes[key] = SAE.load(train.sae_folder(trained[name], row["name"])).to(lm.device)
                 progress.advance()
-        errors = token_errors(lm, saes, store, range(store.n_rows))
+        special = SpecialTokens(plan.special_ids) if plan.special_ids else None
+        errors = token_errors(lm, saes, store, range(store.n_rows), special=special)
         rows = [
-            {"recipe": name, "kind": row["kind"], "site": row["site"], **_setting(row["name"]), "errors": _kept(found)}
+            {"recipe": name, "site": row["site"], **_setting(row), "errors": _kept(found)}
             for (name, row), found in zip(places.values(), errors.values(), strict=True)
         ]
         one = next(iter(errors.values()))
@@ -116,10 +120,12 @@ def _measured(plan: Plan, trained: Mapping[str, Run], runs: Path) -> Run:
     return run
 
 
-def _setting(name: str) -> dict[str, int]:
-    """k and seed of an SAE by its name in the training run; what its variants do not change is as in the plan."""
-    found = {key: re.search(rf"(?:^|[-/]){key}(\d+)(?=-|$)", name) for key in ("k", "seed")}
-    return {"k": int(found["k"][1]) if found["k"] else 0, "seed": int(found["seed"][1]) if found["seed"] else 0}
+def _setting(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Kind, k (0: none) and seed of an SAE, by its name in the training run. Different widths are different kinds."""
+    found = {key: re.search(rf"(?:^|[-/]){key}(\d+)(?=-|$)", row["name"]) for key in ("k", "seed", "expansion")}
+    number = {key: int(match[1]) if match else 0 for key, match in found.items()}
+    kind = f"{row['kind']} {number['expansion']}x" if number["expansion"] else row["kind"]
+    return {"kind": kind, "k": number["k"], "seed": number["seed"]}
 
 
 def _kept(found: TokenErrors) -> dict[str, Any]:
@@ -128,12 +134,13 @@ def _kept(found: TokenErrors) -> dict[str, Any]:
 
 
 def _rated(spec: InstructSaesSpec, plan: Plan, trained: Mapping[str, Run], runs: Path) -> dict[str, Run]:
-    """The rubric on one JumpReLU SAE per recipe: the same text, the same judge."""
+    """The rubric on one JumpReLU SAE per recipe: the same text, which none was trained on, and the same judge."""
     return {
         name: rubric.run(
             RubricSpec(
                 sae=train.sae_folder(part, plan.examined),
-                data=plan.trainings["FAST"].data,
+                data=plan.heldout,
+                split="heldout",
                 latents_tokens=_RATED_TOKENS if spec.scale == "smoke" else None,
                 latents=plan.rated,
                 judge=spec.judge,
@@ -149,7 +156,10 @@ def _steered(spec: InstructSaesSpec, plan: Plan, trained: Mapping[str, Run], run
     """Special tokens of the SAE that was trained on whole conversations: its latents, and steering with them."""
     return special_tokens.run(
         SpecialTokensSpec(
-            sae=train.sae_folder(trained["FAST"], plan.examined), samples=plan.conversations, device=spec.device
+            sae=train.sae_folder(trained["FAST"], plan.examined),
+            samples=plan.conversations,
+            special_ids=plan.special_ids,
+            device=spec.device,
         ),
         runs,
     )
