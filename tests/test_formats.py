@@ -422,6 +422,32 @@ def test_circuit_tracer(turned: bool, activation: str, tmp_path: Path) -> None:
         SAE.load(tmp_path / "layer_6.safetensors")
 
 
+def test_traps_19_and_21_bare_tensors_are_no_relu_until_something_says_so(tmp_path: Path) -> None:
+    """SAELens's tensors have the same names, whatever the activation; cfg.json says which, and may be lost."""
+    for architecture, more in (("standard", {}), ("topk", {"k": K})):
+        folder = saelens(tmp_path / architecture, v6(architecture, **more), base())
+        assert SAE.load(folder / "sae_weights.safetensors").kind == {"standard": "relu"}.get(architecture, architecture)
+        (folder / "cfg.json").unlink()
+        with pytest.raises(UnweaveError, match="nothing says which activation"):
+            SAE.load(folder / "sae_weights.safetensors")
+    ours = SAE.load(sparsify(tmp_path / "layers.1.mlp", skip=True, transcode=True)).save(tmp_path / "ours")
+    (ours / "cfg.json").unlink()  # a TopK transcoder with a skip
+    with pytest.raises(UnweaveError, match="nothing says which activation"):
+        SAE.load(ours / "sae_weights.safetensors")
+    alone = tmp_path / "alone/layer_2.safetensors"
+    alone.parent.mkdir()
+    save_file(base(), alone)
+    with pytest.raises(UnweaveError, match="nothing says which activation"):
+        SAE.load(alone)
+    z = X @ N["We"] + N["be"]
+    for extra, f in (
+        ({"k": torch.tensor(K)}, topk(z)), ({"activation_function.threshold": N["t"]}, jump(z, N["t"])),
+        ({"W_skip": N["skip"].T.contiguous()}, z.relu()),
+    ):  # fmt: skip
+        save_file(base() | extra, alone)
+        agrees(SAE.load(alone), f, None)
+
+
 def test_trap_24_a_cross_layer_transcoder_s_layer_only_encodes(tmp_path: Path, tiny) -> None:  # type: ignore[no-untyped-def]
     n = Numbers(d_in=32, d_sae=F)
     tensors = {"W_enc_1": n["We"].T.contiguous(), "b_enc_1": n["be"], "b_dec_1": n["bd"], "threshold_1": n["t"]}
@@ -456,6 +482,7 @@ def test_square_matrices_lie_as_their_format_says(tmp_path: Path) -> None:
     torch.save({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "square.pt")
     agrees(SAE.load(tmp_path / "square.pt"), off.relu(), off.relu() @ n["Wd"] + n["bd"])
     save_file(base(n) | {"W_enc": n["We"].T.contiguous()}, tmp_path / "layer_0.safetensors")
+    (tmp_path / "config.yaml").write_text("model_name: gpt2\n")
     agrees(SAE.load(tmp_path / "layer_0.safetensors"), z.relu(), z.relu() @ n["Wd"] + n["bd"])
     np.savez(tmp_path / "square.npz", **{k: v.numpy() for k, v in base(n).items()}, threshold=n["t"].numpy())
     f = jump(z, n["t"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +279,7 @@ def test_hub_names_fetch_one_sae_s_files(tmp_path: Path, monkeypatch: pytest.Mon
     sae = SAE.load("hub:google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")
     assert sae.read == Site("resid_post", 20) and sae.provenance["model"]["name"] == "google/gemma-2-2b"
     save_file(base() | {"W_enc": N["We"].T.contiguous()}, tmp_path / "0a1b2c/layer_6.safetensors")
+    (tmp_path / "0a1b2c/config.yaml").write_text("model_name: gpt2\n")
     assert SAE.load("hub:org/transcoders/layer_6.safetensors").d_sae == F
     with pytest.raises(UnweaveError, match="has no SAE at 'nowhere'"):
         SAE.load("hub:org/name/nowhere")
@@ -289,6 +292,35 @@ def test_hub_names_fetch_one_sae_s_files(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
     with pytest.raises(UnweaveError, match="cannot be fetched from the hub: no network"):
         SAE.load("hub:org/name")
+
+
+def test_trap_19_a_file_named_on_the_hub_comes_with_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A download that brings what was asked for and nothing else."""
+    remote, local = tmp_path / "remote", tmp_path / "0a1b2c"
+
+    def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        del repository, revision
+        shutil.rmtree(local, ignore_errors=True)
+        for path in sorted(path for path in remote.rglob("*") if path.is_file()):
+            name = path.relative_to(remote)
+            if any(fnmatch(name.as_posix(), pattern) for pattern in allow_patterns):
+                (local / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, local / name)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    mine = made("topk")
+    saelens(remote / "sub/a", v6("topk", k=K), base())
+    saelens(remote, v6("topk", k=K + 1), base())
+    mine.save(remote / "sub/layers.4", "sparsify")
+    for name, k in (("sub/a/", K), ("", K + 1)):
+        sae = SAE.load(f"hub:org/name/{name}sae_weights.safetensors")
+        assert isinstance(sae.activation, TopK) and sae.activation.k == k
+    sae = SAE.load("hub:org/name/sub/layers.4/sae.safetensors")
+    assert (sae.kind, sae.read, sae.policy) == ("topk", mine.read, mine.policy)  # the last two are in unweave.json
+    assert not (local / "sub/a").exists()
 
 
 def test_saelens_releases() -> None:

@@ -3,7 +3,8 @@
     f = relu(x W_enc^T + b_enc), or JumpReLU, or TopK        y = f W_dec + b_dec (+ x W_skip^T)
 
 Published files disagree on how W_dec lies, so shapes decide; where it is square, W_dec is [F, d]. Hooks come from
-``config.yaml`` beside the files, the layer from the file's name. A cross-layer transcoder's layer writes to many
+``config.yaml`` beside the files, the layer from the file's name. Four bare tensors are also what other tools write for
+other activations, so something must say that a file is of this format. A cross-layer transcoder's layer writes to many
 layers: its ``W_enc_N.safetensors`` gives an SAE that encodes and refuses to decode (trap 24).
 """
 
@@ -24,6 +25,8 @@ _NAMES = {name: (name,) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 _STATED = {"W_enc": "transposed", "W_dec": "as is"}
 _THRESHOLD = "activation_function.threshold"
 _CONFIGS = ("config.yaml", "config.yml")
+_SAELENS = "sae_weights.safetensors"
+"""Another tool's file, whose tensors have the same names: a W_skip does not tell them apart."""
 
 
 def recognise(source: Source) -> bool:
@@ -43,6 +46,13 @@ def load(source: Source) -> SAE:
     skip = tensors.maybe("W_skip")
     if skip is not None:
         parts.W_skip = oriented(skip, "W_skip", parts.d_in, len(parts.b_dec), stated="transposed", where=where)
+    told = config or "k" in tensors or _THRESHOLD in tensors or (skip is not None and source.path.name != _SAELENS)
+    if not told:
+        raise UnweaveError(
+            "nothing says which activation these weights go with",
+            where=where,
+            remedy="restore what lay beside them: config.yaml of circuit-tracer, or cfg.json of SAELens",
+        )
     _activation(config, tensors, parts)
     tensors.finish()
     match = re.search(r"(\d+)", source.path.stem)

@@ -27,8 +27,8 @@ _FILES = (
     "unweave.json",
 )
 """What an SAE's folder may hold, in any format."""
-_BESIDE = ("config.yaml", "config.json", "hyperparams.json")
-"""What may lie beside a single file, or at the repository's top."""
+_BESIDE = ("cfg.json", "config.yaml", "config.json", "hyperparams.json", "unweave.json")
+"""What may lie beside a single file, or at the repository's top: without it the file does not say what it is."""
 
 # (release, id) -> (repository, path). {0}, {1}, ... are the groups of both patterns in turn.
 _RELEASES: tuple[tuple[str, str, str, str], ...] = (
