@@ -215,6 +215,16 @@ def test_llama_scope(by_norm: bool, tmp_path: Path) -> None:
         sae = SAE.load(place)
         agrees(sae, f, (f @ N["Wd"] + N["bd"]) / s)
         assert sae.read == Site("resid_post", 19)
+    earlier = {k: v.clone() for k, v in tensors.items()} | {"encoder.bias": N["be"] - 0.5}
+    step = tmp_path / "checkpoints/step_5000.safetensors"
+    save_file({k: v.contiguous() for k, v in earlier.items()}, step)
+    torch.testing.assert_close(SAE.load(step).b_enc, N["be"] - 0.5)  # the file that was named, not the final one
+    torch.testing.assert_close(SAE.load(tmp_path / "checkpoints").b_enc, N["be"])
+    with pytest.raises(UnweaveError, match="no SAE in a format"):
+        SAE.load(tmp_path / "hyperparams.json")
+    (tmp_path / "hyperparams.json").write_text(json.dumps(config | {"act_fn": "topk", "top_k": None}))
+    with pytest.raises(UnweaveError, match="must say top_k"):
+        SAE.load(tmp_path)
     (tmp_path / "hyperparams.json").write_text(json.dumps(config | {"dataset_average_activation_norm": {}}))
     with pytest.raises(UnweaveError, match="does not hold it"):
         SAE.load(tmp_path)
@@ -266,7 +276,7 @@ def test_openmoss(tmp_path: Path) -> None:
     for n, (bad, says) in enumerate([
         ({"sae_type": "crosscoder"}, "crosscoder"), ({"use_glu_encoder": True}, "gated linear unit"),
         ({"norm_activation": "batch-wise"}, "batch-wise"), ({"act_fn": "batchtopk"}, "batchtopk"),
-        ({"act_fn": "relu", "norm_activation": "dataset-wise"}, "average norm"),
+        ({"act_fn": "relu", "norm_activation": "dataset-wise"}, "average norm"), ({"act_fn": "topk"}, "must say top_k"),
     ]):  # fmt: skip
         with pytest.raises(UnweaveError, match=says):
             SAE.load(openmoss(tmp_path / f"bad{n}", {"norm_activation": "inference"} | bad, direct))

@@ -11,6 +11,7 @@ layout's logarithms of thresholds are in units of scaled ones.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ _THRESHOLDS = ("log_jumprelu_threshold", "activation_function.log_jumprelu_thres
 
 
 def recognise(source: Source) -> bool:
-    """A folder with ``hyperparams.json``, or with ``config.json`` beside OpenMOSS's tensors."""
+    """A folder with ``hyperparams.json``, or with ``config.json`` beside OpenMOSS's tensors; or one of its files."""
     folder = source.folder
+    if source.path.is_file() and source.the_file(".safetensors") is None:
+        return False
     if (folder / HYPERPARAMETERS).is_file() or (folder.parent / HYPERPARAMETERS).is_file():
         return True
     path = source.file(WEIGHTS)
@@ -49,10 +52,8 @@ def load(source: Source) -> SAE:
     """Reads an SAE. Raises UnweaveError for cross-coders, GLU encoders, batch-wise scaling, and what does not fit."""
     old = source.config(HYPERPARAMETERS, f"../{HYPERPARAMETERS}")
     config = old or source.config(CONFIG)
-    path = (source.file(FINAL) or source.folder / FINAL.split("/")[-1]) if old else source.file(WEIGHTS)
+    path = _weights(source) if old else source.file(WEIGHTS)
     assert path is not None
-    if old and not path.is_file():
-        path = source.folder / FINAL
     where = str(path)
     _refuse(config, where)
     tensors = read_safetensors(path)
@@ -76,6 +77,21 @@ def load(source: Source) -> SAE:
         hook_out=None if hook_out == hook else hook_out,
         model=config.get("model_name"),
     )
+
+
+def _weights(source: Source) -> Path:
+    """Llama Scope's weights: the file that was named, which may be an earlier step's, or a folder's final ones."""
+    if source.path.is_file():
+        return source.path
+    beside = source.file(Path(FINAL).name)  # where checkpoints/ itself was named
+    return source.file(FINAL) or beside or source.folder / FINAL
+
+
+def _k(config: dict[str, Any], where: str) -> int:
+    k = config.get("top_k")
+    if not isinstance(k, int) or k < 1:
+        raise UnweaveError("the configuration must say top_k", where=where, remedy="restore the file")
+    return k
 
 
 def _width(config: dict[str, Any]) -> int | None:
@@ -125,7 +141,7 @@ def _activate(config: dict[str, Any], tensors: Tensors, parts: Parts, norms: dic
         if by_norm:
             parts.fold_jump_by_norm()
     elif function == "topk":
-        parts.k = int(config["top_k"])
+        parts.k = _k(config, tensors.where)
         if by_norm:
             parts.fold_rank_by_norm()
     elif function != "relu":
