@@ -317,12 +317,20 @@ def test_dictionary_learning(tmp_path: Path) -> None:
         sae = SAE.load(dictionary(tmp_path / kind, kind, tensors, **trainer))
         agrees(sae, f, f @ N["Wd"] + N["bd"])
         assert sae.read == Site("resid_post", 3), kind
+        assert "taken_for" not in sae.provenance["source"]
     config, step = (tmp_path / "AutoEncoder/config.json"), tmp_path / "AutoEncoder/checkpoints/ae_500.pt"
     step.parent.mkdir()
     torch.save(cases["AutoEncoder"][0], step)
     assert SAE.load(step).provenance["model"]["name"] == "EleutherAI/pythia-70m-deduped"
     config.unlink()
-    agrees(SAE.load(tmp_path / "AutoEncoder/ae.pt"), z.relu(), None)  # its tensors alone say what it is
+    alone = tmp_path / "AutoEncoder/ae.pt"
+    with pytest.warns(UnweaveWarning, match="taken for AutoEncoder: ReLU, b_dec is taken off"):  # trap 19
+        agrees(SAE.load(alone), z.relu(), None)
+    torch.save(cases["AutoEncoderNew"][0], alone)
+    with pytest.warns(UnweaveWarning, match="taken for AutoEncoderNew: ReLU, nothing is taken off"):
+        sae = SAE.load(alone)
+    agrees(sae, raw.relu(), None)
+    assert sae.provenance["source"]["taken_for"].startswith("AutoEncoderNew: ReLU")
     old = linear(encoder__bias=N["be"], b_dec=N["bd"])  # without k, which the configuration says
     agrees(SAE.load(dictionary(tmp_path / "old", "AutoEncoderTopK", old, k=K)), topk(z), None)
     for name, site in (("mlp_out_layer2", "mlp_out.2"), ("attn_out_layer_4", "attn_out.4"), ("odd", None)):
@@ -362,7 +370,8 @@ def test_bare_weights_of_other_publishers(tmp_path: Path) -> None:
         ("decoder", "weight", N["Wd"].T.contiguous()), ("decoder", "bias", N["bd"]),
     )}  # fmt: skip
     torch.save(wide, tmp_path / "Llama-3.1-8B-Instruct-SAE-l19.pth")
-    sae = SAE.load(tmp_path / "Llama-3.1-8B-Instruct-SAE-l19.pth")
+    with pytest.warns(UnweaveWarning, match="taken for AutoEncoderNew"):
+        sae = SAE.load(tmp_path / "Llama-3.1-8B-Instruct-SAE-l19.pth")
     agrees(sae, raw.relu(), raw.relu() @ N["Wd"] + N["bd"])
     assert sae.read == Site("resid_post", 19)
     turned = base() | {"W_enc": N["We"].T.contiguous(), "W_dec": N["Wd"].T.contiguous()}
@@ -490,7 +499,9 @@ def test_square_matrices_lie_as_their_format_says(tmp_path: Path) -> None:
     agrees(SAE.load(sparsify(tmp_path / "layers.1", n, num_latents=D)), f, f @ n["Wd"] + n["bd"])
     tensors = {"encoder.weight": n["We"].T, "encoder.bias": n["be"], "decoder.weight": n["Wd"].T, "bias": n["bd"]}
     torch.save({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "square.pt")
-    agrees(SAE.load(tmp_path / "square.pt"), off.relu(), off.relu() @ n["Wd"] + n["bd"])
+    with pytest.warns(UnweaveWarning, match="taken for AutoEncoder"):
+        square = SAE.load(tmp_path / "square.pt")
+    agrees(square, off.relu(), off.relu() @ n["Wd"] + n["bd"])
     save_file(base(n) | {"W_enc": n["We"].T.contiguous()}, tmp_path / "layer_0.safetensors")
     (tmp_path / "config.yaml").write_text("model_name: gpt2\n")
     agrees(SAE.load(tmp_path / "layer_0.safetensors"), z.relu(), z.relu() @ n["Wd"] + n["bd"])

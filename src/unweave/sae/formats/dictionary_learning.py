@@ -7,19 +7,21 @@
     BatchTopK, Matryoshka BatchTopK    relu((x - b) E + b_e) where it is above one stored threshold
     JumpReLU          relu(x E + b_e) where x E + b_e > threshold
 
-Which one a file is, its tensors' names say; TopK and BatchTopK share theirs, so the configuration must. Files of plain
-weights by others (Goodfire, qresearch, Qwen Scope, attention SAEs of GPT-2) are read here too.
+Which one a file is, its tensors' names say; TopK and BatchTopK share theirs, so the configuration must. Two linear
+layers without a configuration are taken for ReLU, with a warning: the names fit, but anybody's autoencoder may have
+them. Files of plain weights by others (Goodfire, qresearch, Qwen Scope, attention SAEs of GPT-2) are read here too.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unweave.core.errors import UnweaveError
+from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.run import atomic_write, write_json
 from unweave.core.site import Site
 from unweave.sae.activations import JumpReLU, TopK
@@ -61,6 +63,7 @@ def load(source: Source) -> SAE:
     agree("dict_size", trainer.get("dict_size"), parts.d_sae, where)
     if config.get("unweave"):
         return build_own(parts, config["unweave"])
+    taken_for = _taken_for(kind, trainer, where)
     site = _site(config, source)
     return build_foreign(
         parts,
@@ -69,7 +72,7 @@ def load(source: Source) -> SAE:
         hook=trainer.get("submodule_name"),
         sites=(site, site),
         model=trainer.get("lm_name"),
-        about={"dict_class": kind, "context": (config.get("buffer") or {}).get("ctx_len")},
+        about={"dict_class": kind, "taken_for": taken_for, "context": (config.get("buffer") or {}).get("ctx_len")},
     )
 
 
@@ -109,6 +112,21 @@ def _kind(tensors: Tensors, said: str | None, where: str) -> str:
     return said or found.pop()
 
 
+def _taken_for(kind: str, trainer: dict[str, Any], where: str) -> str | None:
+    """What a file is read as although nothing but its tensors' names says so, which is also warned of; else None."""
+    if kind not in ("AutoEncoder", "AutoEncoderNew") or trainer.get("dict_class") is not None:
+        return None
+    bias = "b_dec is taken off the input" if kind == "AutoEncoder" else "nothing is taken off the input"
+    taken_for = f"{kind}: ReLU, {bias}"
+    warnings.warn(
+        f"{where}: two linear layers, and no configuration says what is between them; taken for {taken_for}. Put "
+        f"{CONFIG} with trainer.dict_class beside it, or measure before you trust it",
+        UnweaveWarning,
+        stacklevel=2,
+    )
+    return taken_for
+
+
 def _parts(kind: str, tensors: Tensors, trainer: dict[str, Any], source: Source) -> Parts:
     where = tensors.where
     names = _NAMES
@@ -139,7 +157,7 @@ def _parts(kind: str, tensors: Tensors, trainer: dict[str, Any], source: Source)
                 remedy="train it past threshold_start_step, where the threshold is first estimated",
             )
         parts.threshold = torch.full_like(parts.b_enc, threshold)
-    if kind not in ("AutoEncoderNew", "JumpReluAutoEncoder", "Qwen Scope"):
+    if kind not in ("AutoEncoderNew", "JumpReluAutoEncoder"):
         parts.fold_input_bias()
     return parts
 
