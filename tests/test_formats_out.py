@@ -334,6 +334,14 @@ def test_saelens_releases() -> None:
             ("jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs", "v5_32k_layer_0.pt"),
         "gpt2-small-mlp-out-v5-128k/blocks.11.hook_mlp_out":
             ("jbloom/GPT2-Small-OAI-v5-128k-mlp-out-SAEs", "v5_128k_layer_11"),
+        "gpt2-small-resid-mid-v5-32k/blocks.4.hook_resid_mid":
+            ("jbloom/GPT2-Small-OAI-v5-32k-resid-mid-SAEs", "v5_32k_layer_4"),
+        "gpt2-small-attn-out-v5-32k/blocks.4.hook_attn_out":
+            ("jbloom/GPT2-Small-OAI-v5-32k-attn-out-SAEs", "v5_32k_layer_4"),
+        "pythia-70m-deduped-res-sm/blocks.0.hook_resid_post":
+            ("ctigges/pythia-70m-deduped__res-sm_processed", "0-res-sm"),
+        "pythia-70m-deduped-mlp-sm/blocks.2.hook_mlp_out":
+            ("ctigges/pythia-70m-deduped__mlp-sm_processed", "2-mlp-sm"),
         "pythia-70m-deduped-res-sm/blocks.0.hook_resid_pre":
             ("ctigges/pythia-70m-deduped__res-sm_processed", "e-res-sm"),
         "pythia-70m-deduped-att-sm/blocks.5.hook_attn_out":
@@ -347,6 +355,13 @@ def test_saelens_releases() -> None:
         "gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical",
         "nothing/x",
         "llama_scope_lxr_8x/9",
+        "llama_scope_lxr_8x/l15m_8x",  # kind and width of both halves must agree
+        "llama_scope_lxr_8x/l15r_32x",
+        "pythia-70m-deduped-att-sm/blocks.3.hook_mlp_out",
+        "pythia-70m-deduped-mlp-sm/blocks.0.hook_resid_pre",
+        "gpt2-small-mlp-out-v5-32k/blocks.3.hook_resid_post",
+        "gpt2-small-resid-post-v5-32k/blocks.3.hook_resid_mid",
+        "gpt2-small-resid-out-v5-32k/blocks.3.hook_resid_out",
     ):
         with pytest.raises(UnweaveError, match="not known here"):
             hub.released(f"saelens:{unknown}")

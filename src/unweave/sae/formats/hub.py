@@ -30,26 +30,27 @@ _FILES = (
 _BESIDE = ("cfg.json", "config.yaml", "config.json", "hyperparams.json", "unweave.json")
 """What may lie beside a single file, or at the repository's top: without it the file does not say what it is."""
 
-# (release, id) -> (repository, path). {0}, {1}, ... are the groups of both patterns in turn.
-_RELEASES: tuple[tuple[str, str, str, str], ...] = (
-    (r"(gemma-scope-(?:2b|9b)-(?:pt|it)-(?:res|mlp|att|transcoders))",
-     r"((?:layer_\d+|embedding)/width_\w+/average_l0_\d+)",
+# release/id -> (repository, path). {0}, {1}, ... are the pattern's groups; what both halves name must agree.
+_RELEASES: tuple[tuple[str, str, str], ...] = (
+    (r"(gemma-scope-(?:2b|9b)-(?:pt|it)-(?:res|mlp|att|transcoders))"
+     r"/((?:layer_\d+|embedding)/width_\w+/average_l0_\d+)",
      "google/{0}", "{1}"),
-    (r"llama_scope_lx([rma])_(8x|32x)", r"l(\d+)[rma]_(?:8x|32x)",
+    (r"llama_scope_lx([rma])_(8x|32x)/l(\d+)\1_\2",
      "fnlp/Llama3_1-8B-Base-LX{0}-{1}", "Llama3_1-8B-Base-L{2}{0}-{1}"),
-    (r"gpt2-small-resid-post-v5-32k", r"blocks\.(\d+)\.hook_resid_post",
+    (r"gpt2-small-resid-post-v5-32k/blocks\.(\d+)\.hook_resid_post",
      "jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs", "v5_32k_layer_{0}.pt"),
-    (r"gpt2-small-(resid-post|resid-mid|attn-out|mlp-out)-v5-(32k|128k)", r"blocks\.(\d+)\.hook_\w+",
-     "jbloom/GPT2-Small-OAI-v5-{1}-{0}-SAEs", "v5_{1}_layer_{2}"),
-    (r"gpt2-small-res-jb", r"(blocks\.\d+\.hook_resid_(?:pre|post))",
+    (r"gpt2-small-(?=resid-post|resid-mid|attn-out|mlp-out)([a-z]+)-([a-z]+)-v5-(32k|128k)/blocks\.(\d+)\.hook_\1_\2",
+     "jbloom/GPT2-Small-OAI-v5-{2}-{0}-{1}-SAEs", "v5_{2}_layer_{3}"),
+    (r"gpt2-small-res-jb/(blocks\.\d+\.hook_resid_(?:pre|post))",
      "jbloom/GPT2-Small-SAEs-Reformatted", "{0}"),
-    (r"pythia-70m-deduped-res-sm", r"blocks\.0\.hook_resid_pre",
+    (r"pythia-70m-deduped-res-sm/blocks\.0\.hook_resid_pre",
      "ctigges/pythia-70m-deduped__res-sm_processed", "e-res-sm"),
-    (r"pythia-70m-deduped-(att|mlp|res)-sm", r"blocks\.(\d+)\.hook_(?:attn_out|mlp_out|resid_post)",
-     "ctigges/pythia-70m-deduped__{0}-sm_processed", "{1}-{0}-sm"),
-    (r"gemma-2-2b-res-matryoshka-dc", r"(blocks\.\d+\.hook_resid_post)",
+    *((rf"pythia-70m-deduped-({kind})-sm/blocks\.(\d+)\.hook_{hook}",
+       "ctigges/pythia-70m-deduped__{0}-sm_processed", "{1}-{0}-sm")
+      for kind, hook in (("att", "attn_out"), ("mlp", "mlp_out"), ("res", "resid_post"))),
+    (r"gemma-2-2b-res-matryoshka-dc/(blocks\.\d+\.hook_resid_post)",
      "chanind/gemma-2-2b-batch-topk-matryoshka-saes-w-32k-l0-40", "standard/{0}"),
-    (r"gemma-2-9b-res-matryoshka-dc", r"(blocks\.\d+\.hook_resid_post)",
+    (r"gemma-2-9b-res-matryoshka-dc/(blocks\.\d+\.hook_resid_post)",
      "chanind/gemma-2-9b-batch-topk-matryoshka-saes-w-32k-l0-60", "{0}"),
 )  # fmt: skip
 
@@ -83,17 +84,17 @@ def parse(name: str) -> tuple[str, str | None, str]:
 
 def released(name: str) -> tuple[str, str]:
     """The repository and path of ``saelens:RELEASE/ID``. Raises UnweaveError for releases that are not known here."""
-    release, _, identity = name.removeprefix(SAELENS).partition("/")
-    for release_pattern, id_pattern, repository, path in _RELEASES:
-        of_release, of_id = re.fullmatch(release_pattern, release), re.fullmatch(id_pattern, identity)
-        if of_release is None or of_id is None:
+    asked = name.removeprefix(SAELENS)
+    for pattern, repository, path in _RELEASES:
+        match = re.fullmatch(pattern, asked)
+        if match is None:
             continue
-        groups = [*of_release.groups(), *of_id.groups()]
-        if release.startswith("llama_scope"):
+        groups = list(match.groups())
+        if asked.startswith("llama_scope"):
             groups[0] = groups[0].upper()
         return repository.format(*groups), path.format(*groups)
     raise UnweaveError(
-        f"the SAELens name {name.removeprefix(SAELENS)!r} is not known here",
+        f"the SAELens name {asked!r} is not known here",
         remedy="give the repository and path that SAELens lists for it: hub:org/name/path (docs/formats.md)",
     )
 
