@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -432,6 +433,9 @@ def test_circuit_tracer(turned: bool, activation: str, tmp_path: Path) -> None:
     agrees(sae, f, f @ N["Wd"] + N["bd"] + X @ N["skip"])
     assert (sae.read, sae.write) == (Site("mlp_in", 6), Site("mlp_add", 6))
     assert sae.provenance["model"]["name"] == "Qwen/Qwen3-4B"
+    for name, layer in (("qwen3-4b_layer_12", 12), ("27", 27), ("transcoder3", 3)):
+        shutil.copy(tmp_path / "layer_6.safetensors", tmp_path / f"{name}.safetensors")
+        assert SAE.load(tmp_path / f"{name}.safetensors").read == Site("mlp_in", layer)
     (tmp_path / "config.yaml").write_text(
         "feature_input_hook: ln2.hook_normalized\nfeature_output_hook: hook_mlp_out\n"
     )

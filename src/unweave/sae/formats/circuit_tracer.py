@@ -55,8 +55,13 @@ def load(source: Source) -> SAE:
         )
     _activation(config, tensors, parts)
     tensors.finish()
-    match = re.search(r"(\d+)", source.path.stem)
-    return _build(source, config, parts, None if match is None else int(match[1]))
+    return _build(source, config, parts, _layer(source.path.stem))
+
+
+def _layer(name: str) -> int | None:
+    """The number after ``layer_``, or else the first number of the name, which may begin with a model's size."""
+    match = re.search(r"layer_(\d+)", name) or re.search(r"(\d+)", name)
+    return None if match is None else int(match[1])
 
 
 def _activation(config: dict[str, Any], tensors: Tensors, parts: Parts) -> None:
