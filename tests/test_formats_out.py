@@ -385,9 +385,21 @@ def test_convert(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch:
     assert "SAE folder (dictionary_learning): a/b" in capfd.readouterr().out
     assert main(["convert", "a/b", "--to", "saelens", "--out", "mine"]) == 2
     assert "taken" in capfd.readouterr().err
+    Path("empty").mkdir()
+    for format in registry.WRITERS:  # into a folder that is there already
+        assert main(["convert", "mine", "--to", format, "--out", "empty"]) == 0
+        close(SAE.load("empty")(X), made("topk")(X))
+        for path in Path("empty").iterdir():
+            path.unlink()
+    with monkeypatch.context() as patch:  # whatever is written is too far off
+        patch.setattr("unweave.cli.convert._TOLERANCE", -1.0)
+        for out in ("off", "empty"):
+            assert main(["convert", "mine", "--to", "saelens", "--out", out]) == 2
+            assert "gives other reconstructions" in capfd.readouterr().err
+    assert not Path("off").exists() and not list(Path("empty").iterdir())
     made("relu", read=None).save(tmp_path / "nowhere")
     assert main(["convert", "nowhere", "--to", "sparsify"]) == 2
-    assert "TopK only" in capfd.readouterr().err
+    assert "TopK only" in capfd.readouterr().err and not Path("nowhere-sparsify").exists()
     assert main(["convert", "nowhere", "--to", "unweave", "--write", "mlp_add.1"]) == 2
     assert "--site" in capfd.readouterr().err
     assert main(["convert", "nowhere", "--to", "saelens", "--site", "mlp_in.2", "--write", "mlp_add.2"]) == 0

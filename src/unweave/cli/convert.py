@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,8 +55,7 @@ def convert(
     loaded = unweave.SAE.load(sae)
     if site is not None:
         loaded.at(site, write)
-    loaded.save(folder, to)
-    difference = _difference(loaded, unweave.SAE.load(folder))
+    difference = _write(loaded, folder, to)
     facts = {
         "sae": str(folder),
         "format": to,
@@ -71,6 +72,26 @@ def convert(
         print("its file names no site that is known: say where it belongs with --site")
     print(f"SAE folder ({to}): {folder}")
     return None
+
+
+def _write(sae: Any, folder: Path, to: Target) -> float:
+    """Writes the SAE and returns how far what was written is from it; nothing is left there if that is too far.
+
+    It is written inside the folder under another name, and gets its place when it was read again.
+    """
+    import unweave
+
+    new, temporary = not folder.exists(), folder / f".unfinished.{os.getpid()}"
+    try:
+        sae.save(temporary, to)
+        difference = _difference(sae, unweave.SAE.load(temporary))
+        for path in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".json"):  # weights first
+            os.replace(path, folder / path.name)
+        temporary.rmdir()
+    except BaseException:
+        shutil.rmtree(folder if new else temporary, ignore_errors=True)
+        raise
+    return difference
 
 
 def _difference(before: Any, after: Any) -> float:
