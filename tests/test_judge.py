@@ -132,6 +132,15 @@ def test_options_that_would_mean_nothing_are_refused(fields: dict[str, Any], mes
         JudgeSpec(**fields)
 
 
+@pytest.mark.parametrize("host", ["a", "localhost.example.org", "10.0.0.7", "[2001:db8::1]", "0.0.0.0"])
+def test_a_key_never_leaves_this_machine_unencrypted(host: str) -> None:
+    with pytest.raises(UnweaveError, match="unencrypted"):
+        JudgeSpec(base_url=f"http://{host}/v1", api_key_env="K")
+    JudgeSpec(base_url=f"http://{host}/v1")
+    for url in (f"https://{host}/v1", "http://localhost:8000/v1", "HTTP://127.0.0.3/v1", "http://[::1]:80/v1"):
+        assert JudgeSpec(base_url=url, api_key_env="K").base_url == url
+
+
 def test_a_key_in_place_of_its_variable_is_refused_and_not_repeated() -> None:
     with pytest.raises(UnweaveError, match="name of an environment variable") as caught:
         JudgeSpec(base_url="http://a/v1", api_key_env=KEY)
@@ -139,7 +148,7 @@ def test_a_key_in_place_of_its_variable_is_refused_and_not_repeated() -> None:
 
 
 def test_budgets_do_not_change_which_question_it_is() -> None:
-    one = JudgeSpec(base_url="http://a/v1", api_key_env="A_KEY")
+    one = JudgeSpec(base_url="https://a/v1", api_key_env="A_KEY")
     other = replace(one, budget_requests=3, budget_tokens=9, at_once=1, timeout=5.0)
     assert one.digest() == other.digest() != replace(one, model="other").digest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -22,7 +23,8 @@ class JudgeSpec(Spec):
     base_url: str | None = None
     """Address of an OpenAI-compatible server, e.g. https://api.openai.com/v1; without it the model runs here."""
     api_key_env: str | None = None
-    """The environment variable that holds the server's key. The key itself is never stored; without it none is sent."""
+    """The environment variable that holds the server's key; the address must then be https, or this machine's own. The
+    key itself is never stored; without it none is sent."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What a model that runs here computes in; by default float32, the fastest on most CPUs."""
     max_new_tokens: int = 160
@@ -57,6 +59,24 @@ class JudgeSpec(Spec):
                 where="judge.api_key_env",
                 remedy="e.g. OPENAI_API_KEY; the key itself belongs into that variable, nowhere else",
             )
+        if self.api_key_env is not None and self.base_url is not None and not _keeps_secrets(self.base_url):
+            raise UnweaveError(
+                "the key would go to another machine unencrypted, for all on the way to read",
+                where="judge.base_url",
+                remedy="use an https address; http is for this machine only (localhost), or without api_key_env",
+            )
+
+
+def _keeps_secrets(url: str) -> bool:
+    """Whether what is sent there can be read by nobody on the way: by https, or because it stays on this machine."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "https" or host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name, and nobody knows whose
+        return False
 
 
 def _check_url(url: str) -> None:
