@@ -93,6 +93,21 @@ def test_failing_one_after_the_other_stops_and_keeps_what_came(tmp_path: Path) -
     assert sum(r.text is None for r in CachedJudge(Scripted(mixed), None).ask(talks(10))) == 8
 
 
+def test_prompts_that_are_too_long_do_not_stop_the_others(tmp_path: Path) -> None:
+    class Short(Scripted):
+        """No room for six prompts in a row; the ones it does not answer besides are failures of its own."""
+
+        def answer(self, conversations: Any, budget: Budget) -> Iterator[tuple[int, Reply]]:
+            for i, reply in super().answer(conversations, budget):
+                long = 2 <= i < 8
+                yield i, Reply(None, "too long", of_prompt=True) if long else reply
+
+    replies = CachedJudge(Short(echo), tmp_path).ask(talks(10))
+    assert [r.text is None for r in replies] == [False] * 2 + [True] * 6 + [False] * 2
+    with pytest.raises(UnweaveError, match="5 times in a row: scripted failure"):  # two before, three after
+        CachedJudge(Short([None] * 11), None).ask(talks(11))
+
+
 def test_the_budget_of_requests_stops_and_asking_again_goes_on(tmp_path: Path) -> None:
     script = Scripted(echo)
     for have in (2, 4):
@@ -271,6 +286,13 @@ def test_a_refused_prompt_is_not_tried_again(server: Server) -> None:
     (reply,) = CachedJudge(server.connect()).ask([talk("q")])
     assert (reply.text, reply.failure) == (None, "the server answered 400: too long")
     assert len(server.requests) == 1
+    says = "This model's maximum context length is 64 tokens."
+    server.answer = lambda n, body: (400, {}, {"error": {"message": says}}) if n < 8 else (200, {}, completion("x"))
+    replies = CachedJudge(server.connect(at_once=1)).ask(talks(8))  # seven too long, and one that fits
+    assert [r.text for r in replies] == [None] * 7 + ["x"]
+    server.answer = lambda n, body: (400, {}, {"error": {"message": "unknown field"}})
+    with pytest.raises(UnweaveError, match="5 times in a row"):
+        CachedJudge(server.connect(at_once=1)).ask(talks(8))
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -442,6 +464,11 @@ def test_what_does_not_fit_is_a_failure_and_the_rest_is_answered(tiny_lm: Callab
     replies = judge.ask([talk("a"), talk("b" * 80), talk("c")])
     assert replies[0].text is not None and replies[2].text is not None
     assert "the model has 64 positions" in replies[1].failure
+    many = [talk("b" * (80 + n)) for n in range(7)]  # the longest come first
+    small = CachedJudge(LocalModel(tiny_lm(), max_new_tokens=4, at_once=2), budget=Budget(max_requests=2))
+    replies = small.ask([*many, talk("a"), talk("c")])
+    assert [r.text is None for r in replies] == [True] * 7 + [False] * 2
+    assert all("64 positions" in r.failure for r in replies[:7])
 
 
 def test_a_local_judge_stays_within_its_budget(tiny_lm: Callable[..., Any], tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ class Reply:
     """Whether the reply ended because it reached the length allowed."""
     kept: bool = False
     """Whether it was there from an earlier time, so that it cost nothing now."""
+    of_prompt: bool = False
+    """Whether the failure is this prompt's alone, because it is too long: others may be answered all the same."""
 
     @property
     def tokens(self) -> int:
@@ -127,7 +129,8 @@ class CachedJudge:
         """One reply per conversation, in order; the same conversation is asked once.
 
         Raises UnweaveError when the budget is spent, when the backend cannot be used, and when it fails for one
-        conversation after the other. What was answered until then is kept, and asking again goes on from there.
+        conversation after the other, those that are too long for it aside. What was answered until then is kept, and
+        asking again goes on from there.
         """
         keys = [self._key(conversation) for conversation in conversations]
         found: dict[str, Reply] = {}
@@ -154,7 +157,7 @@ class CachedJudge:
             self.budget.spend(reply.tokens)
             if reply.text is not None:
                 self._keep(keys[i], missing[keys[i]], reply)
-            in_a_row = 0 if reply.text is not None else in_a_row + 1
+            in_a_row = 0 if reply.text is not None else in_a_row + (not reply.of_prompt)
             if in_a_row == _GIVE_UP:
                 raise UnweaveError(
                     f"the judge failed {_GIVE_UP} times in a row: {reply.failure}",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -27,6 +28,9 @@ _LONGEST_WAIT = 60.0
 _PASSING = (408, 409, 425, 429)
 _HOPELESS = (401, 402, 403, 404)
 _NO_KEY = "none"
+_TOO_LARGE = 413
+_TOO_LONG = re.compile(r"context[ _](?:length|size|window)|too long", re.IGNORECASE)
+"""How OpenAI, vLLM and llama.cpp say that a prompt does not fit, besides answering 400."""
 
 
 class _Passing(Exception):
@@ -168,7 +172,7 @@ class ChatServer:
         if status in _HOPELESS:
             remedy = "check judge.model, judge.base_url and the key in the variable that judge.api_key_env names"
             raise UnweaveError(what, where=str(self.settings["base_url"]), remedy=remedy) from None
-        return Reply(None, what)
+        return Reply(None, what, of_prompt=status == _TOO_LARGE or _TOO_LONG.search(what) is not None)
 
     def _read(self, body: bytes) -> Reply:
         try:

@@ -61,26 +61,28 @@ class LocalModel:
         return cls(lm, max_new_tokens=spec.max_new_tokens, at_once=spec.at_once)
 
     def answer(self, conversations: Sequence[Conversation], budget: Budget) -> Iterator[tuple[int, Reply]]:
-        """Longest prompts first, so that what does not fit into memory shows at once, and padding stays short."""
+        """Longest prompts first, so that what does not fit into memory shows at once, and padding stays short.
+
+        Prompts with no room in the model are not asked, so they take nothing of the budget.
+        """
         plain = [_without_specials(conversation, self._lm.tokenizer) for conversation in conversations]
         rows = render_many(self._lm.tokenizer, plain, add_generation_prompt=True)
         ids = [row for row, _ in rows]
         order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
         limit = getattr(self._lm.model.config, "max_position_embeddings", None)
         room = max(map(len, ids), default=0) if limit is None else limit - self._max_new_tokens
-        beginning = self._beginning([row for row in ids if len(row) <= room])
-        for first in range(0, len(order), self._at_once):
-            batch = [i for i in order[first : first + self._at_once] if budget.take()]
+        fitting = [i for i in order if len(ids[i]) <= room]
+        for i in order[: len(order) - len(fitting)]:
+            n = len(ids[i]) + self._max_new_tokens
+            reason = f"prompt and reply need {n} tokens, the model has {limit} positions"
+            yield i, Reply(None, reason, of_prompt=True)
+        beginning = self._beginning([ids[i] for i in fitting])
+        for first in range(0, len(fitting), self._at_once):
+            batch = [i for i in fitting[first : first + self._at_once] if budget.take()]
             if not batch:
                 return
-            for i in batch:
-                if len(ids[i]) > room:
-                    n = len(ids[i]) + self._max_new_tokens
-                    yield i, Reply(None, f"prompt and reply need {n} tokens, the model has {limit} positions")
-            fitting = [i for i in batch if len(ids[i]) <= room]
-            if fitting:
-                new = self._generate([ids[i] for i in fitting], beginning)
-                yield from ((i, self._reply(len(ids[i]), row)) for i, row in zip(fitting, new, strict=True))
+            new = self._generate([ids[i] for i in batch], beginning)
+            yield from ((i, self._reply(len(ids[i]), row)) for i, row in zip(batch, new, strict=True))
 
     @torch.no_grad()
     def _beginning(self, rows: Sequence[list[int]]) -> _Beginning:
