@@ -9,6 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,18 @@ from unweave.judge.base import Budget, CachedJudge, Conversation, Reply
 from unweave.judge.scripted import Scripted
 from unweave.judge.spec import JudgeSpec
 from unweave.label import rubric as rules
-from unweave.label.rubric import Interval, Item, Rating, difference, eligible, parse, question, rate, summarise
+from unweave.label.rubric import (
+    Difference,
+    Interval,
+    Item,
+    Rating,
+    difference,
+    eligible,
+    parse,
+    question,
+    rate,
+    summarise,
+)
 from unweave.sae.contexts import RecordsSpec, find_contexts
 from unweave.sae.module import SAE
 from unweave.sae.records import Records
@@ -275,7 +288,7 @@ def test_few_scores_have_no_interval() -> None:
     assert summarise(rated(4)).mean == Interval(4.0, None, None)
     assert summarise([]).asked == 0
     assert difference(rated(4), rated(None)) is None
-    assert difference(rated(4), rated(3, 1)) == Interval(2.0, None, None)
+    assert difference(rated(4), rated(3, 1)) == Difference(2.0, None, None, None)
 
 
 def test_the_difference_is_that_of_the_means_with_a_wider_interval() -> None:
@@ -285,6 +298,36 @@ def test_the_difference_is_that_of_the_means_with_a_wider_interval() -> None:
     half = 1.96 * np.sqrt(np.var(a) / 80 + np.var(b) / 80)
     assert found.value == pytest.approx(2.0)
     assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), abs=0.03)
+
+
+def test_few_scores_that_are_all_alike_are_not_certain() -> None:
+    """A bootstrap of two equal scores has no width, whichever they are."""
+    for n, m in ((2, 2), (4, 40), (40, 4)):
+        found = difference(rated(*[5] * n), rated(*[1] * m))
+        assert found is not None and (found.value, found.low, found.p, found.shown) == (4.0, 4.0, None, False)
+    found = difference(rated(*[5] * 5), rated(*[1] * 5))
+    assert found is not None and found.p == pytest.approx(2 / 252, abs=0.004) and found.shown
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([5, 4, 4, 3, 5], [2, 4, 1, 3, 3, 2]),
+        ([5, 1, 5, 1, 5, 2], [3, 3, 2, 4, 3]),
+        ([2, 1, 1, 2, 1, 1], [3, 4, 5, 2, 4]),
+        ([3] * 5, [3] * 6),
+    ],
+)
+def test_the_p_value_is_that_of_every_relabelling(a: list[int], b: list[int]) -> None:
+    pooled, n, m = a + b, len(a), len(b)
+    apart = [
+        abs(Fraction(sum(chosen), n) - Fraction(sum(pooled) - sum(chosen), m)) for chosen in combinations(pooled, n)
+    ]
+    exact = sum(x >= abs(Fraction(sum(a), n) - Fraction(sum(b), m)) for x in apart) / len(apart)
+    found = difference(rated(*a), rated(*b))
+    assert found is not None and found.p == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 10_000) + 1e-4)
+    assert found.shown == (exact < 0.05 and sum(a) * m > sum(b) * n)
+    assert difference(rated(*a), rated(*b)) == found
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -439,6 +482,11 @@ def test_trap_39_a_judge_that_always_says_the_same_is_seen(trained: Run, tmp_pat
     knows = rubric.run(spec_of(trained), tmp_path / "knows").result
     assert knows["real_above_shuffled"]["value"] == 4
     assert knows["summary"][-1][2] == "the judge tells latents from shuffled contexts"
+    assert always["real_above_shuffled"]["p"] == 1 and knows["real_above_shuffled"]["p"] < 0.01
+    assert knows["summary"][-1][1].startswith("4.00 [4.00, 4.00], p = 0.00")
+    few = rubric.run(spec_of(trained, latents=3, shuffled=4), tmp_path / "few").result
+    assert few["real_above_shuffled"]["value"] == 4 and few["real_above_shuffled"]["p"] is None
+    assert few["summary"][-1][2] == "too few to tell"
 
 
 def test_interrupted_ratings_go_on_reply_by_reply(trained: Run, tmp_path: Path, panel: Panel) -> None:

@@ -17,6 +17,7 @@ from unweave.jobs.specs import LatentsSpec, RubricSpec
 from unweave.judge.base import Judge, check_judge, open_judge
 from unweave.judge.spec import DEFAULT_JUDGE
 from unweave.label.rubric import (
+    Difference,
     Interval,
     Rating,
     Scores,
@@ -28,7 +29,7 @@ from unweave.label.rubric import (
     summarise,
 )
 
-VERSION = 1
+VERSION = 2
 REPLIES = "judge-replies"
 """The folder under the runs' root with every judge's kept replies, shared by all runs."""
 
@@ -145,7 +146,7 @@ def _notes(spec: RubricSpec, judge: Judge) -> list[str]:
 
 
 def _summary(
-    judge: Judge, notes: Sequence[str], real: Scores, control: Scores | None, above: Interval | None
+    judge: Judge, notes: Sequence[str], real: Scores, control: Scores | None, above: Difference | None
 ) -> list[list[Any]]:
     rows: list[list[Any]] = [["judge", judge.name, "; ".join(notes)]]
     for name, scores in (("latents", real), ("shuffled", control)):
@@ -160,7 +161,8 @@ def _summary(
         counts = "  ".join(f"{score}: {count}" for score, count in scores.distribution.items())
         rows.append([f"{name}: how many", counts, "of each score"])
     if control is not None:
-        rows.append(["latents above shuffled", _shown(above), _verdict(above)])
+        chance = "" if above is None or above.p is None else f", p = {above.p:.2g}"
+        rows.append(["latents above shuffled", _shown(above) + chance, _verdict(above)])
     return rows
 
 
@@ -172,11 +174,11 @@ def _shown(interval: Interval | None) -> str:
     return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
-def _verdict(above: Interval | None) -> str:
+def _verdict(above: Difference | None) -> str:
     if above is None:
         return "nothing to compare"
-    if above.low is None:
+    if above.p is None:
         return "too few to tell"
-    if above.low > 0:
+    if above.shown:
         return "the judge tells latents from shuffled contexts"
     return "the judge was not shown to tell latents from shuffled contexts: do not build on its scores"
