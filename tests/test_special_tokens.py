@@ -260,6 +260,11 @@ def test_a_transcoders_outliers_are_found_where_it_writes_too(tiny_lm: Any) -> N
     bounds = [10 * norms[(len(norms) - 1) // 2] for norms in (reads, writes)]
     (found,) = batch_errors(lm, {"a": sae}, batches_of(lm, [3, 8])).values()
     assert [found.max_norm, found.max_norm_write] == pytest.approx(bounds, rel=1e-4)
+    assert (found.site_read, found.site) == ("mlp_in.1", "mlp_add.1")
+    assert [found.median_norm, found.median_norm_write] == pytest.approx([b / 10 for b in bounds], rel=1e-4)
+    assert found.median_norm_edited == found.median_norm_write
+    (plain,) = batch_errors(lm, {"a": make_sae()}, batches_of(lm, [3, 8])).values()
+    assert (plain.site_read, plain.median_norm_write, plain.median_norm_edited) == (plain.site, None, plain.median_norm)
     short = [t for t in table if t.norm <= bounds[0] and t.out <= bounds[1]]
     assert found.outliers == len(table) - len(short)
     assert_errors(found.without_outliers, short)
@@ -580,6 +585,22 @@ def test_the_stage_end_to_end(home: Path) -> None:
     assert len(table) == 1 + 2 * len(GROUPS) and table[0].startswith("tokens_of,group,tokens,sequences,mse")
     again = stage.run(asked, home / "runs")
     assert again.reused and again.path == run.path
+
+
+def test_a_transcoder_is_steered_in_units_of_where_it_writes(home: Path, tmp_path: Path) -> None:
+    trained = SAE.load(home / "sae")
+    sae = make_sae("topk", "mlp_in.1", write=Site("mlp_add", 1), provenance={"train": trained.provenance["train"]})
+    asked = SpecialTokensSpec(
+        sae=sae.save(tmp_path / "sae"), device="cpu", alphas=(2.0,), unit="median", questions=("Hi",), controls=1,
+        max_new_tokens=3, samples=20,
+    )  # fmt: skip
+    result = stage.run(asked, tmp_path / "runs").result
+    reads, writes = result["errors"]["median_norm"], result["errors"]["median_norm_write"]
+    assert abs(reads / writes - 1) > 0.1
+    assert [level["length"] for level in result["steering"]["levels"]] == pytest.approx([0, 2 * writes])
+    rows = {row[0]: row[1:] for row in result["summary"]}
+    assert rows["median norm"][0] == reads and rows["median norm"][1].startswith("at mlp_in.1, where the SAE reads")
+    assert rows["median norm, written"] == [writes, "at mlp_add.1, where it writes"]
 
 
 def test_the_stage_refuses_what_it_cannot_do(home: Path, tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ class TokenErrors:
     metric_set: str
     site: str
     """Where the SAE writes, and is compared."""
+    site_read: str
+    """Where it reads: the same, but for transcoders."""
     sequences: int
     special_ids: tuple[int, ...]
     """The ids that were taken for special,"""
@@ -57,6 +59,8 @@ class TokenErrors:
     """They are left out of the special tokens' ``mse``."""
     median_norm: float
     """Of the activations that the SAE reads."""
+    median_norm_write: float | None
+    """Of those that a transcoder writes; None for an SAE."""
     median_norm_special: float | None
     median_norm_first: float
     """Of the first tokens of the sequences, often attention sinks."""
@@ -74,6 +78,11 @@ class TokenErrors:
     """What a reader must know about these numbers."""
     firing_counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), repr=False, compare=False)
     """On how many tokens each latent is above zero, int64 [F]. Not part of ``to_dict``."""
+
+    @property
+    def median_norm_edited(self) -> float:
+        """Of the activations that adding a latent moves: those where the SAE writes."""
+        return self.median_norm if self.median_norm_write is None else self.median_norm_write
 
     @property
     def mse(self) -> float | None:

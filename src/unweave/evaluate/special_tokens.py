@@ -346,6 +346,7 @@ def _result(tally: _Tally, name: str, special: SpecialTokens, dtype: torch.dtype
     return TokenErrors(
         metric_set=METRIC_SET,
         site=str(tally.write),
+        site_read=str(tally.read),
         sequences=everything["all"].sequences,
         special_ids=special.ids,
         special_where=special.where,
@@ -353,6 +354,7 @@ def _result(tally: _Tally, name: str, special: SpecialTokens, dtype: torch.dtype
         without_outliers=tally.sums(name, ~outliers).groups(flat),
         sequences_without_special=everything["all"].sequences - everything["special"].sequences,
         median_norm=float(norms.median()),
+        median_norm_write=tally.medians[1] if tally.two else None,
         median_norm_special=float(of_special.median()) if len(of_special) else None,
         median_norm_first=float(norms[torch.cat(tally.begins)].median()),
         max_norm=limits[0],

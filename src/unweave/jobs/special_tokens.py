@@ -48,7 +48,7 @@ def run(spec: SpecialTokensSpec, runs: Path) -> Run:
             sae,
             latent,
             spec.alphas,
-            unit=1.0 if spec.unit == "absolute" else errors.median_norm,
+            unit=1.0 if spec.unit == "absolute" else errors.median_norm_edited,
             questions=spec.questions or QUESTIONS,
             controls=random_latents(latent, errors.firing_counts, spec.controls, spec.seed),
             max_new_tokens=spec.max_new_tokens,
@@ -206,8 +206,9 @@ def _result(
 def _summary(errors: TokenErrors, swept: AlphaSweep, reason: str) -> list[list[Any]]:
     rows: list[list[Any]] = [
         ["conversations", errors.sequences, f"{errors.everything['all'].tokens:,} tokens"],
-        ["median norm", errors.median_norm, f"at {errors.site}, where the SAE reads; first tokens: "
+        ["median norm", errors.median_norm, f"at {errors.site_read}, where the SAE reads; first tokens: "
          f"{errors.median_norm_first:.4g}"],
+        *_written(errors),
         ["norm outliers", errors.outliers, f"tokens longer than {errors.max_norm:.4g}"],
     ]  # fmt: skip
     for group in GROUPS:
@@ -223,6 +224,13 @@ def _summary(errors: TokenErrors, swept: AlphaSweep, reason: str) -> list[list[A
         words = f"distinct 3-grams {level.distinct.mean:.2f}, perplexity x {ratio.mean:.2f}" if ratio else "no text"
         rows.append([f"alpha {level.alpha:g}: words changed", level.words_changed.mean, words])
     return rows + [["note", "", note] for note in errors.notes]
+
+
+def _written(errors: TokenErrors) -> list[list[Any]]:
+    """A transcoder's other site, which is where a latent is added."""
+    if errors.median_norm_write is None:
+        return []
+    return [["median norm, written", errors.median_norm_write, f"at {errors.site}, where it writes"]]
 
 
 def _finding(

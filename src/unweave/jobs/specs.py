@@ -302,7 +302,7 @@ class SpecialTokensSpec(UseSpec):
     alphas: tuple[float, ...] = (0.0, 15.0, 25.0, 50.0, 100.0, 150.0, 200.0)
     """How far to move every position along the latent's direction; the default is the FAST paper's."""
     unit: Literal["absolute", "median"] = "absolute"
-    """What alpha counts: the activation's own units, or multiples of its median norm at the site."""
+    """What alpha counts: the activation's own units, or multiples of its median norm where the SAE writes."""
     controls: int = 3
     """With how many latents drawn at random to do the same beside it."""
     max_new_tokens: int = 60
