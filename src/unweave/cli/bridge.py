@@ -59,7 +59,7 @@ def execute(stage: Stage, config: Path | None, overrides: dict[str, Any], runs: 
             where=f"{processes} processes",
             remedy=f"start it without torchrun; {', '.join(_IN_SEVERAL)} can be started with it",
         )
-    if os.environ.get("RANK") not in (None, "", "0"):  # the first process speaks for all
+    if processes > 1 and os.environ.get("RANK") not in (None, "", "0"):  # the first process speaks for all
         stage.run(spec, runs)
         return None
     with show_progress(machine):

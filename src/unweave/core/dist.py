@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ from unweave.core.errors import UnweaveError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_PATIENCE = timedelta(days=1)
+"""how long a process waits for the others: the first may tokenise for hours before they meet"""
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,8 @@ SOLO = Group()
 def world() -> Group:
     """The processes that torchrun started (joined on the first call); ``SOLO`` where it did not.
 
-    Tensors on CPUs travel through gloo, those on GPUs through nccl. Raises UnweaveError when the environment is only
-    half set.
+    Tensors on CPUs travel through gloo, those on GPUs through nccl. Each process works on the GPU of its own number
+    where there are as many. Raises UnweaveError when the environment is only half set.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if os.environ.get(name)]
@@ -106,7 +110,30 @@ def world() -> Group:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        on_gpus = torch.cuda.is_available()
+        number = int(os.environ.get("LOCAL_RANK") or 0)
+        if on_gpus and number < torch.cuda.device_count():  # fewer GPUs than processes may all the same work on CPUs
+            torch.cuda.set_device(number)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_PATIENCE)
     return Group(dist.get_rank(), dist.get_world_size())
+
+
+def refuse_shared_device(device: str | None, group: Group) -> None:
+    """Raises UnweaveError where all processes of a group would work on one GPU: it was named by its number, or there
+    are fewer GPUs than processes. ``device`` as a user gives it; None: a GPU where there is one.
+    """
+    if group.size == 1 or (device is not None and not device.startswith("cuda")):
+        return
+    if device is not None and device != "cuda":
+        raise UnweaveError(
+            f"{group.size} processes would all work on {device}", where="device",
+            remedy="use device cuda, so that each takes a GPU of its own, cpu, or a single process",
+        )  # fmt: skip
+    import torch
+
+    here, number = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK") or 0)
+    if torch.cuda.is_available() and number >= here:
+        raise UnweaveError(
+            f"process {number} of this machine finds only {here} GPUs", where="device",
+            remedy=f"start at most {here} processes here, or use device cpu",
+        )  # fmt: skip
