@@ -199,6 +199,18 @@ def test_peek_takes_nothing(lm: LM, store: TokenStore) -> None:
     assert torch.equal(stream.next()[SITES[0]], other.next()[SITES[0]])
 
 
+def test_peek_gives_tokens_however_many_are_served(lm: LM, store: TokenStore) -> None:
+    """After a resumption everything may be served; a sample is measured all the same."""
+    stream = buffer(lm, store)
+    stream.next()
+    pool = stream._pool[SITES[0]][stream._order]
+    for cursor, n in ((len(pool), 100), (len(pool) - 10, 100), (5, 100), (0, 10**6)):
+        stream._cursor = cursor
+        found = stream.peek(n)[SITES[0]]
+        first = max(0, min(cursor, len(pool) - n))
+        assert torch.equal(found, pool[first : first + n]) and len(found) == min(n, len(pool))
+
+
 def test_too_little_text_or_buffer(lm: LM, store: TokenStore) -> None:
     with pytest.raises(UnweaveError, match="mixing buffer"):
         buffer(lm, store, batch=300)
@@ -247,3 +259,18 @@ def test_row_batches_serve_every_row_once_an_epoch_and_continue_exactly(store: T
     for where in after:
         torch.testing.assert_close(again.next()[1], where)
     assert RowBatches(store, 0, batch_tokens=40, seed=4).next()[1].tolist() != after[0].tolist()
+
+
+def test_row_batches_have_a_row_for_every_process(store: TokenStore) -> None:
+    few, one = (RowBatches(store, 0, batch_tokens=8, seed=3, min_rows=n) for n in (3, 1))
+    served = []
+    for _ in range(10):
+        tokens, where = few.next()
+        assert len(tokens) == 3  # all are longer than 4 tokens
+        served += [int(first) for first in where[:, 0]]
+    assert served == [int(one.next()[1][0, 0]) for _ in range(30)]  # in the same order
+    roomy = RowBatches(store, 0, batch_tokens=40, seed=3, min_rows=2)
+    roomy.outliers, roomy.nonfinite = 4, 2
+    again = RowBatches(store, 0, batch_tokens=40, seed=3, min_rows=2)
+    again.load_state_dict(roomy.state_dict())
+    assert (again.outliers, again.nonfinite) == (4, 2)

@@ -282,10 +282,14 @@ class MixingBuffer:
         return {site: x[chosen] for site, x in self._pool.items()}
 
     def peek(self, n: int) -> dict[Site, Tensor]:
-        """Up to n of the tokens that are next, without taking them: to initialise from."""
+        """n of the tokens that are next (all, where fewer are held), without taking them: to initialise from.
+
+        Where fewer than n are left to serve, the last ones served make up the number.
+        """
         if not len(self._order):
             self._refill()
-        chosen = self._order[self._cursor : self._cursor + n]
+        first = max(0, min(self._cursor, len(self._order) - n))
+        chosen = self._order[first : first + n]
         return {site: x[chosen] for site, x in self._pool.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -317,12 +321,16 @@ class MixingBuffer:
 class RowBatches:
     """Endless batches of whole rows of a token store, in an order drawn anew every epoch: for training end to end.
 
-    A batch holds as many rows as fit into about ``batch_tokens`` real tokens. The same seed gives the same batches.
+    A batch holds as many rows as fit into about ``batch_tokens`` real tokens, but at least ``min_rows``: one for each
+    process. The same seed gives the same batches. ``outliers`` and ``nonfinite`` are for whoever uses them: how many
+    tokens of the batches so far did not count, and why.
     """
 
-    def __init__(self, store: TokenStore, pad_id: int, *, batch_tokens: int, seed: int) -> None:
+    def __init__(self, store: TokenStore, pad_id: int, *, batch_tokens: int, seed: int, min_rows: int = 1) -> None:
         self.store, self.pad_id, self.batch_tokens, self.seed = store, pad_id, batch_tokens, seed
+        self.min_rows = min_rows
         self.epoch, self.position = 0, 0
+        self.outliers, self.nonfinite = 0, 0
         self._drawn: tuple[int, Tensor] | None = None
 
     def _order(self) -> Tensor:
@@ -338,7 +346,7 @@ class RowBatches:
         while True:
             row = int(self._order()[self.position])
             length = int(self.store.starts[row + 1] - self.store.starts[row])
-            if rows and count + length > self.batch_tokens:
+            if len(rows) >= self.min_rows and count + length > self.batch_tokens:
                 return self.store.batch(rows, self.pad_id)
             rows.append(row)
             count += length
@@ -348,8 +356,10 @@ class RowBatches:
 
     def state_dict(self) -> dict[str, int]:
         """Where the batches are."""
-        return {"epoch": self.epoch, "position": self.position}
+        place = {"epoch": self.epoch, "position": self.position}
+        return place | {"outliers": self.outliers, "nonfinite": self.nonfinite}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues where ``state`` was taken."""
         self.epoch, self.position = state["epoch"], state["position"]
+        self.outliers, self.nonfinite = state.get("outliers", 0), state.get("nonfinite", 0)
