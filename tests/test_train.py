@@ -161,14 +161,19 @@ def test_auxk_revives_latents_that_never_win() -> None:
 def test_trap_30_terms_have_their_values() -> None:
     y, x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 4.0]])
     assert float(objectives.reconstruction(y, x)) == pytest.approx((4 + 9) / 2)
-    assert float(objectives.fvu(y, x)) == pytest.approx(13 / (2 * 0.25 + 2 * 4))
-    assert float(objectives.variance(x)) == pytest.approx(0.25 + 4)
     f = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
     assert float(objectives.l1(f, 2)) == pytest.approx(3.0)
     z, theta = torch.tensor([[0.5, -1.0, 2.0], [0.1, 0.3, 2.5]]), torch.tensor([0.2, 0.2, 2.2])
     assert objectives.jump_relu(z, theta, 0.1).tolist() == [[0.5, 0.0, 0.0], [0.0, pytest.approx(0.3), 2.5]]
     assert float(objectives.l0(z, theta, 0.1, 2)) == pytest.approx(1.5)
     assert float(objectives.off_target(objectives.l0(z, theta, 0.1, 2), 3)) == pytest.approx(0.25)
+
+
+def test_trap_30_the_unexplained_share_is_the_definitions() -> None:
+    t, x = _trainer(), _data(50, seed=2)
+    y = t.to_sae()(x)
+    wanted = (y - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert t.step(x)["fvu"] == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_trap_30_auxk_has_its_value_and_its_weight_once() -> None:

@@ -62,7 +62,11 @@ def _train(case: str, group: Group) -> dict[str, Any]:
         rows.append(t.step(x[mine], None if goal is None else goal[mine]))
     trace = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64)
     named = {name: p.detach() for name, p in t.weights.named().items()}
-    return {"trace": trace, "clocks": t.dead_for, "weights": named, "tokens": t.tokens_seen, "steps": t.steps}
+    state = str(t.state.to_dict())
+    return {
+        "trace": trace, "clocks": t.dead_for, "weights": named, "tokens": t.tokens_seen, "steps": t.steps,
+        "state": state,
+    }  # fmt: skip
 
 
 def _predict(group: Group) -> dict[str, Tensor]:
@@ -105,6 +109,8 @@ def test_trap_29_two_processes_train_as_one_does(case: str, both: list[dict[str,
         assert found[case]["tokens"] == BATCH * STEPS and found[case]["steps"] == STEPS
         for name, p in alone["weights"].items():
             torch.testing.assert_close(found[case]["weights"][name], p, rtol=1e-5, atol=1e-7)
+    assert torch.equal(both[0][case]["trace"], both[1][case]["trace"])
+    assert both[0][case]["state"] == both[1][case]["state"]
     for name in alone["weights"]:  # to the last bit between processes
         assert torch.equal(both[0][case]["weights"][name], both[1][case]["weights"][name])
     assert bool((alone["trace"][:, 3] > 0).any()) or case in ("relu", "p-anneal", "gated")  # some had dead latents

@@ -35,7 +35,7 @@ _PARTS: dict[str, list[tuple[Any, str]]] = {
     "gradients of the weights": [(products, "transposed_rows"), (products, "latent_sums")],
     "optimiser": [(torch.optim.Adam, "step")],
     "norm constraint": [(init, "unit_rows"), (torch.linalg, "vecdot"), (torch.Tensor, "addcmul_")],
-    "loss": [(objectives, "reconstruction"), (objectives, "variance")],
+    "loss": [(objectives, "reconstruction")],
 }
 
 

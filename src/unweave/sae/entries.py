@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unweave.sae import kernels
+from unweave.sae import kernels, products
 from unweave.sae.kernels import Choice
 
 
@@ -34,7 +34,7 @@ class Entries:
 
     def of(self, per_latent: Tensor) -> Tensor:
         """What each entry's latent has in ``per_latent`` [F], laid out like the entries (or broadcast over them)."""
-        return per_latent if self.choice is None else per_latent.index_select(0, self.choice.indices)
+        return per_latent if self.choice is None else products.of_latents(per_latent, self.choice)
 
     def decode(self, values: Tensor, W: Tensor) -> Tensor:
         """``values``, laid out like the entries and zero elsewhere, times W [F, D]: [N, D]."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from unweave.core.dist import Group
+from unweave.core.errors import UnweaveError
 from unweave.sae import kernels, objectives, schedule
 from unweave.sae.entries import Entries
 from unweave.sae.objectives import total
@@ -86,9 +87,8 @@ class State:
         """After a step: ``l0`` of the whole batch, ``tokens_seen`` before it."""
         self.density, self.wait = l0 / n_latents, max(0, self.wait - 1)
         if found.smallest is not None:
-            first = self.batch_threshold is None
-            kept = found.smallest if first else self.batch_threshold or 0.0
-            self.batch_threshold = _EMA * kept + (1 - _EMA) * found.smallest if not first else kept
+            past, now = self.batch_threshold, found.smallest
+            self.batch_threshold = now if past is None else _EMA * past + (1 - _EMA) * now
         if spec.steered:
             error = math.log(max(l0, 1e-3) / spec.k)
             self.coefficient *= math.exp(_RATE * max(-1.0, min(1.0, error)))
@@ -124,7 +124,7 @@ class Found:
 
 def choose(spec: SAESpec, w: Weights, x: Tensor, state: State, group: Group) -> Entries | None:
     """The pre-activations that the kind selects of x [N, D], with a graph to x, W_enc and b_enc; None: all of them,
-    because too many are selected for sparse handling to pay."""
+    because too many are selected for sparse handling to pay, in this process or in another of the group."""
     W, b = w.W_enc.detach(), w.b_enc.detach()
     if spec.kind == "topk":
         k = spec.k if spec.multi_topk == 0 else min(_WIDER * spec.k, len(W))
@@ -136,6 +136,8 @@ def choose(spec: SAESpec, w: Weights, x: Tensor, state: State, group: Group) -> 
         found = None
         if state.density <= SPARSE_BELOW and state.wait == 0:
             found = kernels.choose_above(x.detach(), W, b, _bound(spec, w), limit=SPARSE_BELOW)
+            if group.size > 1 and int(group.max(torch.tensor(int(found is None), device=x.device))):
+                found = None  # all do the same, so that all remember the same
             state.wait = 0 if found is not None else _TRY_AGAIN
         if found is None:
             return None
@@ -170,10 +172,17 @@ def latents(spec: SAESpec, w: Weights, entries: Entries) -> Tensor:
 
 
 def group_sizes(spec: SAESpec, n_latents: int) -> list[int]:
-    """Matryoshka: how many latents each group adds, from the shares; at least one each."""
+    """Matryoshka: how many latents each group adds, from the shares. UnweaveError where a group would have none."""
     shares = torch.tensor(spec.groups, dtype=torch.float64).cumsum(0)
     ends = [round(float(share) * n_latents) for share in shares[:-1]] + [n_latents]
-    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    if min(sizes) < 1:
+        raise UnweaveError(
+            f"of {n_latents} latents, groups {spec.groups} have {sizes}: one has none",
+            where="groups",
+            remedy="use fewer or larger shares, or more latents",
+        )
+    return sizes
 
 
 def reconstructions(

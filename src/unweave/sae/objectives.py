@@ -33,26 +33,18 @@ class _MeanSquare(torch.autograd.Function):
 
 
 def total(share: Tensor, group: Group) -> Tensor:
-    """The sum over processes in value; in gradient one's own share, as gradients are summed over processes later."""
+    """The sum over processes in value; in gradient one's own share, as gradients are summed over processes later.
+
+    The value is the same to the last bit in all processes, since what it is added to is 0.
+    """
     if group.size == 1:
         return share
-    return share + (group.sum(share.detach().clone()) - share.detach())
+    return (share - share.detach()) + group.sum(share.detach().clone())
 
 
 def reconstruction(y: Tensor, target: Tensor) -> Tensor:
     """Squared error: the sum over dimensions, averaged over tokens. y, target [N, D]."""
     return _MeanSquare.apply(y, target)  # type: ignore[no-any-return]
-
-
-def variance(x: Tensor) -> Tensor:
-    """Squared distance to the batch's mean, averaged over tokens. x [N, D]."""
-    centred_at = x.mean(0)
-    return (torch.linalg.vector_norm(x).square() / len(x) - centred_at.square().sum()).clamp_min(0)
-
-
-def fvu(y: Tensor, target: Tensor) -> Tensor:
-    """Fraction of the batch's variance left unexplained: squared error over squared distance to the batch's mean."""
-    return (y - target).square().sum() / (target - target.mean(0)).square().sum()
 
 
 def l1(f: Tensor, rows: int) -> Tensor:

@@ -133,6 +133,24 @@ def latent_sums(values: Tensor, choice: Choice) -> Tensor:
     return values.new_zeros(choice.n_latents).index_add_(0, choice.indices, values)
 
 
+class _Of(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, per_latent: Tensor, choice: Choice) -> Tensor:
+        ctx.choice = choice
+        return per_latent.index_select(0, choice.indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return latent_sums(grads[0], ctx.choice), None
+
+
+def of_latents(per_latent: Tensor, choice: Choice) -> Tensor:
+    """What each entry's latent has in ``per_latent`` [F]: [nnz], with the gradient to it, as repeatable as
+    ``latent_sums`` (that of indexing adds up in any order on a GPU).
+    """
+    return _Of.apply(per_latent, choice)  # type: ignore[no-any-return]
+
+
 class _Encode(torch.autograd.Function):
     """Attaches values that were found without a graph to the weights and inputs they came from."""
 
