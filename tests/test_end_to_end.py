@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from unweave.core.dist import Group
 from unweave.core.errors import UnweaveError
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
@@ -147,3 +148,56 @@ def test_a_batch_in_which_nothing_counts_is_refused(lm: LM) -> None:
     tokens = Tokens.of(torch.full((2, 4), EXCLUDED))
     with pytest.raises(UnweaveError, match="no token"):
         end_to_end_step(lm, _trainer(lm), tokens, SITE, TokenPolicy((EXCLUDED,)))
+
+
+def test_rows_that_are_not_finite_stop_training_or_are_dropped_and_counted(lm: LM) -> None:
+    """Attention carries a NaN to the other tokens of its row: the others train as if it were not there."""
+    tokens, (wanted, t, *others) = _tokens(lm), [_trainer(lm) for _ in range(4)]
+    policy = _policy(lm, tokens)
+    lengths = tokens.mask.sum(1)
+    sound = Tokens(tokens.ids[1:], tokens.mask[1:], tokens.roles[1:])
+    row = end_to_end_step(lm, wanted, sound, SITE, policy, part_tokens=10_000)
+
+    def spoil(_module: Any, _args: Any, out: Any) -> Any:
+        first = (out[0] if isinstance(out, tuple) else out).clone()
+        first[: len(tokens) - 5, 4] = float("nan")  # of the first row, where there are six
+        return (first, *out[1:]) if isinstance(out, tuple) else first
+
+    handle = lm.layout.blocks[0].register_forward_hook(spoil)
+    for other, policy_here in zip(others, (policy, TokenPolicy((EXCLUDED,))), strict=True):
+        with pytest.raises(UnweaveError, match=r"NaN or infinite[\s\S]*resid_post\.0[\s\S]*nonfinite"):
+            end_to_end_step(lm, other, tokens, SITE, policy_here)
+    found = end_to_end_step(lm, t, tokens, SITE, policy, part_tokens=10_000, nonfinite="drop")
+    handle.remove()
+    assert found["nonfinite"] == int(lengths[0]) - 1  # all but the excluded one
+    assert {**found, "nonfinite": 0} == pytest.approx(row)
+    torch.testing.assert_close(t.weights.W_enc, wanted.weights.W_enc)
+
+
+def test_norm_outliers_are_counted(lm: LM) -> None:
+    tokens = _tokens(lm)
+    policy = _policy(lm, tokens)
+    with lm.taps(read=[SITE]) as seen:
+        lm(tokens)
+    ordinary = tokens.mask & (tokens.ids != EXCLUDED)
+    wanted = int((ordinary & (seen[SITE].norm(dim=-1) > (policy.max_norm or 0.0))).sum())
+    for part_tokens in (10_000, 30):
+        row = end_to_end_step(lm, _trainer(lm), tokens, SITE, policy, part_tokens=part_tokens)
+        assert row["outliers"] == wanted > 0 and row["nonfinite"] == 0
+
+
+class Neighbour(Group):
+    """As one of two processes sees it, of which the other has no rows."""
+
+    def max(self, t: Tensor) -> Tensor:
+        return torch.maximum(t, torch.zeros_like(t))
+
+
+def test_a_process_without_rows_stops_all(lm: LM) -> None:
+    none = _tokens(lm).rows(slice(0, 0))
+    with pytest.raises(UnweaveError, match="has no rows"):
+        end_to_end_step(lm, _trainer(lm), none, SITE)
+    t = _trainer(lm)
+    t.group = Neighbour(0, 2)
+    with pytest.raises(UnweaveError, match=r"has no rows[\s\S]*2 processes"):
+        end_to_end_step(lm, t, _tokens(lm), SITE)

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ def end_to_end_step(
     *,
     reconstruction: float = 0.0,
     part_tokens: int = 1024,
+    nonfinite: Literal["stop", "drop"] = "stop",
 ) -> dict[str, float]:
     """One optimiser step of ``trainer`` on the model's predictions over ``tokens``. Returns its row, and ``kl``.
 
@@ -40,19 +43,33 @@ def end_to_end_step(
     looks at a whole batch: BatchTopK's winners, and the L0 that a target compares with. Nested and multi-TopK
     reconstructions teach only through ``reconstruction``.
 
-    In a group, ``tokens`` are this process's rows, at least one. Raises UnweaveError where no token counts.
+    The row also has ``outliers``, counted tokens that the policy's norm leaves out, and ``nonfinite``, counted tokens
+    of rows in which the model's activations or predictions are NaN or infinite: attention carries those to the row's
+    other tokens, so such rows are left out whole (``drop``) or stop the work.
+
+    In a group, ``tokens`` are this process's rows, at least one. Raises UnweaveError, in all processes, where one has
+    no row, where no token counts, and for NaN or infinity.
     """
     site, group = lm.site(site), trainer.group
     policy = policy or TokenPolicy()
-    rows, kl = 0, 0.0
+    rows, kl, outliers, spoiled = 0, 0.0, 0, 0
     for part in _parts(tokens.to(lm.device), part_tokens, group):
         with lm.taps(read=[site]) as seen:
             logits = lm(part)
         assert logits is not None
-        kept = policy.keep(seen[site], part.ids, part.mask)
-        clean, attempts = logits[kept], list[Attempt]()
-        if int(group.sum(torch.tensor([-int(not kept.any())], device=kept.device))) < 0:
+        kept, found = _counted(seen[site], logits, part, policy)
+        silent, of_norm, bad = group.sum(found).tolist()
+        if bad and nonfinite == "stop":
+            raise UnweaveError(
+                f"{bad} tokens are in rows where the model's activations or predictions are NaN or infinite",
+                where=f"{site}, training step {trainer.steps}",
+                remedy="load the model in float32 or bfloat16, leave those documents out, or have such rows dropped "
+                "and counted (stream.nonfinite: drop)",
+            )
+        outliers, spoiled = outliers + of_norm, spoiled + bad
+        if silent:
             continue  # nothing counts in it, in some process
+        clean, attempts = logits[kept], list[Attempt]()
 
         def put(x: Tensor, at: At, kept: Tensor = kept, attempts: list[Attempt] = attempts) -> Tensor:
             attempt = trainer.attempt(x[kept])
@@ -69,7 +86,19 @@ def end_to_end_step(
         rows, kl = rows + attempt.rows, kl + float(divergence.detach())
     if rows == 0:
         raise UnweaveError("no token of this batch counts", where=str(site), remedy="give rows with ordinary tokens")
-    return trainer.apply(over=rows) | {"kl": kl / rows}
+    return trainer.apply(over=rows) | {"kl": kl / rows, "outliers": outliers, "nonfinite": spoiled}
+
+
+def _counted(x: Tensor, logits: Tensor, part: Tokens, policy: TokenPolicy) -> tuple[Tensor, Tensor]:
+    """Which tokens count, bool [B, P], from activations x [B, P, D] and predictions [B, P, V]; and int64 [3]: whether
+    none does, how many are norm outliers, and how many are in rows that are not finite.
+    """
+    finite = torch.isfinite(x).all(-1) & torch.isfinite(logits.amax(-1)).to(x.device)
+    whole = (finite | ~part.mask).all(1, keepdim=True)
+    inside = TokenPolicy(policy.exclude_ids).keep(x, part.ids, part.mask)
+    kept = policy.keep(x, part.ids, part.mask) & whole
+    found = [~kept.any(), (inside & whole & ~kept).sum(), (inside & ~whole).sum()]
+    return kept, torch.stack([count.long() for count in found])
 
 
 def _parts(tokens: Tokens, part_tokens: int, group: Group) -> list[Tokens]:
@@ -77,6 +106,10 @@ def _parts(tokens: Tokens, part_tokens: int, group: Group) -> list[Tokens]:
     n, width = tokens.ids.shape
     wanted = torch.tensor([-(-n * width // part_tokens), -n], device=tokens.ids.device)
     parts, fewest = group.max(wanted).tolist()
+    if fewest == 0:
+        raise UnweaveError(
+            "a process has no rows", where=f"{group.size} processes", remedy="give each at least one: larger batches"
+        )
     count = max(1, min(parts, -fewest))
     return [tokens.rows(slice(n * i // count, n * (i + 1) // count)) for i in range(count)]
 
