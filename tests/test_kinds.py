@@ -14,10 +14,13 @@ from torch import Tensor
 
 from test_kernels import largest_output
 from unweave.cli.fields import leaves
+from unweave.core.dist import Group
 from unweave.core.errors import UnweaveError
 from unweave.jobs.specs import TrainSpec
-from unweave.sae import init, kernels, kinds, objectives, resample, schedule
+from unweave.sae import init, kernels, kinds, objectives, products, resample, schedule
 from unweave.sae.activations import JumpReLU, ReLU, TopK
+from unweave.sae.choice import Choice
+from unweave.sae.entries import Entries
 from unweave.sae.module import SAE
 from unweave.sae.presets import PRESETS
 from unweave.sae.scaling import Affine
@@ -204,6 +207,54 @@ def test_sparse_handling_begins_when_few_are_active_and_rests_after_failing(monk
     assert kinds.choose(t.spec, t.weights, x, t.state, t.group) is not None
 
 
+class Quiet(Group):
+    """As one of several processes sees it: the others have nothing larger, and all together have a fixed sum."""
+
+    def max(self, t: Tensor) -> Tensor:
+        return t
+
+    def sum(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, 0.6742957234382629)
+
+
+class Crowded(Quiet):
+    """Another found too many active entries for sparse handling."""
+
+    def max(self, t: Tensor) -> Tensor:
+        return t.fill_(1)
+
+
+def test_processes_agree_on_sparse_handling() -> None:
+    t = _trainer("relu")
+    t.weights.b_enc.data -= 1.0
+    x = t._input(_data(50))
+    for group, sparse in ((Quiet(0, 2), True), (Crowded(0, 2), False)):
+        state = dataclasses.replace(t.state, density=0.01)
+        assert (kinds.choose(t.spec, t.weights, x, state, group) is not None) == sparse
+        assert (state.wait > 0) != sparse
+
+
+def test_sums_over_processes_have_one_value_and_ones_own_gradient() -> None:
+    """To the last bit: adding to one's own share what the others have rounds otherwise in every process."""
+    for value in (0.015218347311019897, 0.3, 0.6742957234382629):
+        leaf = torch.tensor(value, requires_grad=True)
+        found = objectives.total(leaf, Quiet(0, 3))
+        (gradient,) = torch.autograd.grad(found, leaf)
+        assert found.detach().tolist() == torch.tensor(0.6742957234382629).tolist() and float(gradient) == 1
+
+
+def test_what_entries_have_of_their_latents_is_summed_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU additions of the plain gradient come in any order."""
+    choice = Choice(torch.tensor([3, 0, 3, 1]), torch.tensor([0, 2, 4]), 5)
+    leaf, g = torch.arange(5.0).requires_grad_(), torch.tensor([1.0, 2.0, 4.0, 8.0])
+    calls, sums = [], products.latent_sums
+    monkeypatch.setattr(products, "latent_sums", lambda *args: calls.append(1) or sums(*args))
+    found = Entries(torch.ones(4), choice).of(leaf)
+    assert found.tolist() == [3, 0, 3, 1]
+    (gradient,) = torch.autograd.grad(found, leaf, g)
+    assert gradient.tolist() == [2, 8, 0, 5, 0] and calls
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_step_holds_more_than_a_chunk_of_dense_latents(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the parameters; the batch's latents would be eight times a chunk, and the first step is a dense one."""
@@ -225,6 +276,11 @@ def test_matryoshka_with_one_group_is_batch_topk() -> None:
     assert torch.equal(plain.weights.W_enc, nested.weights.W_enc)
     assert not torch.allclose(plain.weights.W_enc, three.weights.W_enc)
     assert kinds.group_sizes(SAESpec(kind="matryoshka"), 96) == [3, 6, 12, 24, 51]
+
+
+def test_matryoshka_groups_without_latents_are_refused() -> None:
+    with pytest.raises(UnweaveError, match=r"of 96 latents[\s\S]*\[0, 96\]: one has none"):
+        _trainer("matryoshka", groups=[0.001, 0.999])
 
 
 def test_matryoshka_makes_its_first_latents_reconstruct_alone() -> None:
@@ -486,6 +542,36 @@ def test_an_sae_that_does_not_fit_is_refused() -> None:
         begin("jumprelu", _random_sae(ReLU()), threshold_parameter="log")
 
 
+@pytest.mark.parametrize(
+    "options", [{"init": "data"}, {"bias_init": "mean"}, {"kind": "jumprelu", "threshold_init": 0.1}]
+)
+def test_trap_31_where_to_begin_means_nothing_to_an_sae_that_has_begun(options: dict[str, Any]) -> None:
+    x, (name, *_) = _data(300), [name for name in options if name != "kind"]
+    spec = _spec(**({"kind": "relu"} | options))
+    with pytest.raises(UnweaveError, match=rf"{name} = .* would have no effect"):
+        SAETrainer(spec, D, init_x=x, start=_random_sae(ReLU()))
+    assert SAETrainer(_spec(spec.kind), D, init_x=x, start=_random_sae(ReLU())).d_sae == 96
+    if name == "threshold_init":  # which resampled latents begin with
+        SAETrainer(dataclasses.replace(spec, resample_every=500), D, init_x=x, start=_random_sae(ReLU()))
+
+
+def test_trap_31_a_skip_that_is_there_is_not_fitted() -> None:
+    start, x = _random_sae(ReLU(), d_out=7), _data(300)
+    with pytest.raises(UnweaveError, match="skip = 'fit' would have no effect"):
+        SAETrainer(_spec("relu", skip="fit"), D, init_x=x, init_target=start(x), start=start)
+
+
+def test_latents_that_are_no_multiple_of_the_width_come_from_the_start() -> None:
+    whole = _random_sae(ReLU())
+    part = [whole.W_enc[:, :90], whole.b_enc[:90], whole.W_dec[:90], whole.b_dec]
+    start, x = SAE(*part, ReLU()), _data(300)
+    t = SAETrainer(_spec("relu"), D, init_x=x, start=start)  # whose expansion 8 is the default
+    t.step(x[:50])
+    assert t.d_sae == t.to_sae().d_sae == len(t.dead_for) == 90
+    with pytest.raises(UnweaveError, match="90 latents, which is no multiple of its width 12: expansion 7"):
+        SAETrainer(_spec("relu", expansion=7), D, init_x=x, start=start)
+
+
 # -- what comes out --------------------------------------------------------------------------------------------------
 
 
@@ -655,6 +741,13 @@ REFUSED = [
     ("jumprelu", {"penalty": "step", "sparsity": 0.1, "k": 7}), ("relu", {"threshold_parameter": "log"}),
     ("jumprelu", {"penalty": "step", "sparsity_warmup": 0.1}),
 ]  # fmt: skip
+
+
+def test_thresholds_begin_at_zero_or_above() -> None:
+    assert SAESpec(kind="jumprelu", threshold_init=0.0).threshold_init == 0
+    for options in ({"threshold_init": -1e-31}, {"threshold_init": 0.0, "threshold_parameter": "log"}):
+        with pytest.raises(UnweaveError, match="makes no sense"):
+            SAESpec.from_dict({"kind": "jumprelu", **options})
 
 
 @pytest.mark.parametrize(("kind", "options"), REFUSED)

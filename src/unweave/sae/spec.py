@@ -120,7 +120,8 @@ class SAESpec(Spec):
         name = values["preset"]
         if name not in PRESETS:
             raise UnweaveError(f"there is no preset {name!r}", where=where, remedy=f"presets: {', '.join(PRESETS)}")
-        kept = {} if base is None else _changed(base, ("tokens", "batch"))
+        said = {} if base is None else changed(base)
+        kept = {name: said[name] for name in ("tokens", "batch") if name in said}
         return super().from_dict({**PRESETS[name], **kept, **given}, where=where)
 
     @property
@@ -141,8 +142,9 @@ class SAESpec(Spec):
 
     def __post_init__(self) -> None:
         require(self, self._limits())
+        said = changed(self)
         for name, uses in self._uses().items():
-            if not uses and name in _changed(self, (name,)):
+            if not uses and name in said:
                 raise UnweaveError(
                     f"{name} = {getattr(self, name)!r} would have no effect", where=f"SAESpec of kind {self.kind}",
                     remedy=f"leave {name} out, or see docs/kinds.md for what uses it",
@@ -171,7 +173,7 @@ class SAESpec(Spec):
                 "p_end": 0 < self.p_end <= 1,
                 "anneal_end": self.anneal_start <= self.anneal_end <= 1,
                 "threshold_init": self.threshold_init is None
-                or self.threshold_init > (0 if self.threshold_parameter == "log" else -1e-30),
+                or (self.threshold_init > 0 if self.threshold_parameter == "log" else self.threshold_init >= 0),
             }
         )
 
@@ -196,7 +198,16 @@ class SAESpec(Spec):
         }  # fmt: skip
 
 
-def _changed(spec: Spec, names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the named fields that are not what the class has."""
-    defaults = {f.name: f.default for f in fields(spec)}
-    return {name: getattr(spec, name) for name in names if getattr(spec, name) != defaults[name]}
+def changed(spec: SAESpec) -> dict[str, Any]:
+    """The fields that are not what the class has, by name."""
+    return {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != f.default}
+
+
+def said_beside_presets(spec: SAESpec) -> dict[str, Any]:
+    """What is left to say of a spec that begins with the defaults, or with a preset where that leaves less to say."""
+    found = changed(spec)
+    for preset in PRESETS:
+        other = SAESpec.from_dict({"preset": preset})
+        left = {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != getattr(other, f.name)}
+        found = min(found, left, key=len)
+    return found

@@ -29,7 +29,7 @@ from unweave.sae import init, kernels, kinds, objectives, resample, schedule, we
 from unweave.sae.attempt import Attempt, Tally
 from unweave.sae.module import SAE
 from unweave.sae.scaling import Affine
-from unweave.sae.spec import SAESpec
+from unweave.sae.spec import SAESpec, changed
 
 _FIT_ROWS = 2048
 """rows of init_x, at most, on which the encoder's first scale is fitted"""
@@ -57,15 +57,19 @@ class SAETrainer:
         """``init_x`` [N, d_in]: a sample of activations (thousands) for the centre, the scale and the decoder's start.
 
         With ``init_target`` [N, d_out] a transcoder is trained: targets are another site's activations. ``start`` is an
-        SAE to go on training; the spec must be of a kind, an expansion and a k that it has. ``dtype`` is float32 or
-        float64. In a ``group``, ``init_x`` may differ between processes: what the first measures counts.
+        SAE to go on training; the spec must be of a kind, an expansion and a k that it has. Where its latents are no
+        whole multiple of ``d_in``, expansion keeps its default and has no meaning. ``dtype`` is float32 or float64. In
+        a ``group``, ``init_x`` may differ between processes: what the first measures counts.
         """
         _check_width(init_x, d_in, "init_x")
         if len(init_x) == 0:
             raise UnweaveError("no activations to start from", remedy="give init_x a few thousand rows")
         if dtype not in (torch.float32, torch.float64):
             raise UnweaveError(f"training is in float32 or float64, not {dtype}", remedy="activations may be of any")
-        self.spec, self.d_in, self.d_sae = spec, d_in, spec.expansion * d_in
+        self.spec, self.d_in = spec, d_in
+        self.d_sae = spec.expansion * d_in if start is None else _latents_of(start, spec, d_in)
+        if spec.kind == "matryoshka":
+            kinds.group_sizes(spec, self.d_sae)
         if spec.aims and spec.k > self.d_sae:
             raise UnweaveError(f"k = {spec.k} of only {self.d_sae} latents", remedy="lower k or raise expansion")
         if spec.skip != "none" and init_target is None:
@@ -109,6 +113,17 @@ class SAETrainer:
             self.group.broadcast(parameter.data)
 
     def _refuse_unfit(self, start: SAE) -> None:
+        said = changed(self.spec)
+        idle = ("init", "bias_init") if self.spec.resample_every else ("init", "bias_init", "threshold_init")
+        for name in (name for name in idle if name in said):
+            raise UnweaveError(
+                f"{name} = {said[name]!r} would have no effect: weights are those of the SAE to start from",
+                remedy=f"leave {name} out; beside a preset, set it to {str(getattr(SAESpec(), name)).lower()}",
+            )
+        if self.spec.skip == "fit" and start.W_skip is not None:
+            raise UnweaveError(
+                "skip = 'fit' would have no effect: the SAE to start from has its skip", remedy="use skip: zero"
+            )
         wanted = (self.d_in, self.d_sae, self.d_out)
         if (start.d_in, start.d_sae, start.d_out) != wanted:
             raise UnweaveError(
@@ -333,6 +348,19 @@ class SAETrainer:
             self.spec, self.weights, threshold, self._input, self._output,
             read=read, write=write, policy=policy, provenance=provenance,
         )  # fmt: skip
+
+
+def _latents_of(start: SAE, spec: SAESpec, d_in: int) -> int:
+    """The latents of an SAE to go on with, where expansion can say how many those are; else what expansion says."""
+    if start.d_in != d_in or start.d_sae % d_in == 0:
+        return spec.expansion * d_in
+    if "expansion" in changed(spec):
+        raise UnweaveError(
+            f"the SAE to start from has {start.d_sae} latents, which is no multiple of its width {d_in}: "
+            f"expansion {spec.expansion} cannot be meant",
+            remedy=f"leave expansion out, or set it to {SAESpec().expansion}: it then says nothing",
+        )
+    return start.d_sae
 
 
 def _fastest(device: torch.device) -> dict[str, bool]:
