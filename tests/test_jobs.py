@@ -116,7 +116,7 @@ def test_training_makes_an_sae_that_knows_where_it_comes_from(trained: Run, home
     sae = SAE.load(trained.path / "sae")
     assert (str(sae.read), sae.d_in, sae.d_sae, sae.kind) == ("resid_post.1", 32, 128, "topk")
     about = sae.provenance
-    assert about["train"] == spec_of(home).to_dict()
+    assert TrainSpec.from_dict(about["train"]) == spec_of(home)
     assert about["reference"]["l0"] == pytest.approx(4, abs=0.1)
     assert 0 < about["reference"]["unexplained_variance"] < 0.9
     assert set(sae.policy.exclude_ids) == {0, 1, 2, 3} and sae.policy.max_norm is not None

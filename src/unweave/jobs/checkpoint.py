@@ -6,6 +6,7 @@ The last is written when all others are there, so a kill at any moment leaves ei
 from __future__ import annotations
 
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,34 @@ from unweave.core.run import Run, atomic_write, read_json, write_json
 _INDEX = "checkpoint.json"
 
 
-def save(run: Run, state: dict[str, Any], tokens: int, group: Group, writes: bool) -> None:
+def save(run: Run, state: dict[str, Any], step: int, group: Group, writes: bool) -> None:
     """Writes this process's state (if it ``writes``); all processes of ``group`` must call it at the same step."""
     if writes:
-        with atomic_write(run.path / f"checkpoint-{tokens}-{group.rank}.pt") as temporary:
+        with atomic_write(run.path / _name(step, group.rank)) as temporary:
             torch.save(state, temporary)
-    group.barrier()
+    written = torch.cat(group.gather(torch.tensor([int(writes)])))  # and all files are there
     if group.rank == 0:
-        files = sorted(path.name for path in run.path.glob(f"checkpoint-{tokens}-*.pt"))
-        write_json(run.path / _INDEX, {"tokens": tokens, "files": files})
+        files = [_name(step, rank) for rank in written.nonzero().flatten().tolist()]
+        write_json(run.path / _INDEX, {"step": step, "files": files})
         for path in run.path.glob("checkpoint-*.pt"):
             if path.name not in files:
                 path.unlink(missing_ok=True)
     group.barrier()
 
 
-def load(run: Run) -> dict[str, Any] | None:
-    """The last whole checkpoint: every trainer's state, whichever process had it; None where there is none."""
+def load(run: Run, names: Collection[str]) -> dict[str, Any] | None:
+    """The last whole checkpoint with the trainers of these names, whichever process had them; None where there is none.
+
+    Tensors are on CPUs, wherever they were; one file is held at a time.
+    """
     if not (run.path / _INDEX).exists():
         return None
-    parts = [_read(run.path / name) for name in read_json(run.path / _INDEX)["files"]]
-    return parts[0] | {"trainers": {name: state for part in parts for name, state in part["trainers"].items()}}
+    found: dict[str, Any] = {}
+    for file in read_json(run.path / _INDEX)["files"]:
+        part = _read(run.path / file)
+        trainers = {name: state for name, state in part.pop("trainers").items() if name in names}
+        found = part | found | {"trainers": found.get("trainers", {}) | trainers}
+    return found
 
 
 def remove(run: Run) -> None:
@@ -47,9 +55,13 @@ def remove(run: Run) -> None:
         path.unlink(missing_ok=True)
 
 
+def _name(step: int, rank: int) -> str:
+    return f"checkpoint-{step}-{rank}.pt"
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         raise UnweaveError(
             f"the checkpoint is damaged: {str(error).splitlines()[0]}",

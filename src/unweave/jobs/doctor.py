@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,17 @@ import torch
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.pack import pack
+from unweave.jobs import start
 from unweave.jobs.common import documents_of, load_lm, refuse_long_rows
+from unweave.jobs.members import Member, members
 from unweave.jobs.specs import DoctorSpec
-from unweave.jobs.train import Member, members
 from unweave.lm.model import LM, Tokens
+from unweave.sae.end_to_end import end_to_end_step
 from unweave.sae.train import SAETrainer
 
 _FP32 = 4
+_CALIBRATION = 32_768
+"""tokens that end-to-end training harvests, at least, before it begins"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def run(spec: DoctorSpec, runs: Path) -> Checkup:
         _try(problems, lambda: refuse_long_rows(lm, spec.data.pack.context))
         found_members = _try(problems, lambda: members(spec, lm))
         if found_members:
-            found |= _cost(spec, lm, found_members, problems)
+            found |= _try(problems, lambda: _cost(spec, lm, found_members)) or {}
         _look_at_text(spec, lm, problems)
     _look_at_folder(runs, problems)
     found["disk_free_gb"] = round(shutil.disk_usage(_existing(runs)).free / 1e9, 1)
@@ -98,15 +102,10 @@ def _memory_gb() -> float:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
 
 
-def _cost(spec: DoctorSpec, lm: LM, asked: list[Member], problems: list[str]) -> dict[str, Any]:
+def _cost(spec: DoctorSpec, lm: LM, asked: list[Member]) -> dict[str, Any]:
     """Times one harvest batch and a few training steps of every SAE."""
     sites = sorted({site for member in asked for site in (member.read, member.write)})
-    context = spec.data.pack.context
-    limit = getattr(lm.model.config, "max_position_embeddings", context)
-    rows = max(1, spec.stream.batch_tokens // context)
-    tokens = Tokens.of(
-        torch.randint(0, lm.vocab_size, (rows, min(context, limit)), generator=torch.Generator().manual_seed(0))
-    )
+    tokens = _random_tokens(spec, lm, spec.stream.batch_tokens)
     seconds = 0.0
     for _ in range(2):  # the first is for warming up
         started = time.perf_counter()
@@ -115,12 +114,17 @@ def _cost(spec: DoctorSpec, lm: LM, asked: list[Member], problems: list[str]) ->
         seconds = time.perf_counter() - started
     harvest = tokens.n_tokens / seconds
     x = {site: seen[site].flatten(0, 1).float() for site in sites}
-    train = spec.sae.batch / sum(_step_seconds(member, x) for member in asked)
+    found = [_timed(spec, lm, member, x) for member in asked]
+    train = spec.sae.batch / sum(seconds for _, seconds in found)
     width = sum(found.shape[1] for found in x.values())
-    latents = sum(x[member.read].shape[1] * member.spec.expansion for member in asked)
-    parameters = sum(x[m.read].shape[1] * m.spec.expansion * (x[m.read].shape[1] + x[m.write].shape[1]) for m in asked)
-    cached = spec.data.tokens * width * _FP32 if spec.stream.cache else 0
-    harvested = spec.data.tokens if spec.stream.cache else spec.sae.tokens
+    latents = sum(n for n, _ in found)
+    widths = [x[member.read].shape[1] + x[member.write].shape[1] for member in asked]
+    parameters = sum(n * both for (n, _), both in zip(found, widths, strict=True))
+    end_to_end = spec.objective == "end-to-end"  # which harvests no more than it begins from
+    begun = min(spec.data.tokens, max(_CALIBRATION, spec.stream.buffer_tokens))
+    distinct = begun if end_to_end else spec.data.tokens
+    harvested = distinct if spec.stream.cache or end_to_end else spec.sae.tokens
+    cached = distinct * width * _FP32 if spec.stream.cache else 0
     model = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     memory = model + 4 * parameters * _FP32 + 3 * spec.stream.buffer_tokens * width * _FP32 + 1e9
     return {
@@ -137,14 +141,31 @@ def _cost(spec: DoctorSpec, lm: LM, asked: list[Member], problems: list[str]) ->
     }
 
 
-def _step_seconds(member: Member, x: dict[Site, torch.Tensor]) -> float:
-    goal = None if member.read == member.write else x[member.write]
-    trainer = SAETrainer(member.spec, x[member.read].shape[1], init_x=x[member.read], init_target=goal)
-    count = len(x[member.read])
-    chosen = torch.randint(0, count, (member.spec.batch,), generator=torch.Generator().manual_seed(0))
+def _random_tokens(spec: DoctorSpec, lm: LM, count: int) -> Tokens:
+    """About ``count`` random tokens in rows as long as the text's."""
+    context = spec.data.pack.context
+    limit = getattr(lm.model.config, "max_position_embeddings", context)
+    shape = (max(1, count // context), min(context, limit))
+    return Tokens.of(torch.randint(0, lm.vocab_size, shape, generator=torch.Generator().manual_seed(0)))
+
+
+def _timed(spec: DoctorSpec, lm: LM, member: Member, x: dict[Site, torch.Tensor]) -> tuple[int, float]:
+    """How many latents a member has, and how many seconds a batch of it takes. UnweaveError where it cannot start."""
+    first, _ = start.opened(spec, lm, member.name, member.read, member.write)
+    inputs, goal = x[member.read], None if member.read == member.write else x[member.write]
+    batch, text = member.spec.batch, _random_tokens(spec, lm, member.spec.batch)
+    enough = 4 * max(batch, text.n_tokens)  # a step more than are taken
+    own = replace(member.spec, tokens=max(member.spec.tokens, enough))
+    trainer = SAETrainer(own, inputs.shape[1], init_x=inputs, init_target=goal, device=lm.device, start=first)
+    chosen = torch.randint(0, len(inputs), (batch,), generator=torch.Generator().manual_seed(0))
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        trainer.step(x[member.read][chosen], None if goal is None else goal[chosen])
+        if spec.objective == "end-to-end":
+            end_to_end_step(lm, trainer, text, member.read, nonfinite="drop")
+        else:
+            trainer.step(inputs[chosen], None if goal is None else goal[chosen])
         times.append(time.perf_counter() - started)
-    return min(times)
+    if spec.objective == "end-to-end":
+        return trainer.d_sae, min(times) * batch / text.n_tokens
+    return trainer.d_sae, min(times)

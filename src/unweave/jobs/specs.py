@@ -141,7 +141,10 @@ class TrainSpec(Spec):
     objective: Literal["reconstruction", "end-to-end"] = "reconstruction"
     """Learn to reconstruct activations, or to leave the model's predictions as they are (KL divergence)."""
     start: Path | None = None
-    """Go on training this autoencoder (a folder), or those of this training run's sae/ folder, site by site."""
+    """Go on training this autoencoder (any that can be read: docs/formats.md), or those of this training run's sae/
+    folder, site by site."""
+    accept_mismatch: str | None = field(default=None, metadata={"result": False})
+    """Go on training an autoencoder of another model, for this reason; what was measured is recorded."""
     epochs: float = 4.0
     """How often each distinct token may be trained on at most; a larger sae.tokens is refused."""
     seed: int = 0
@@ -151,6 +154,10 @@ class TrainSpec(Spec):
 
     def __post_init__(self) -> None:
         require(self, {"sites": len(self.sites) > 0, "epochs": self.epochs > 0})
+        if self.accept_mismatch is not None and self.start is None:
+            raise UnweaveError(
+                "accept_mismatch has nothing to accept", where=type(self).__name__, remedy="it goes with start"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,48 +18,40 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from unweave.core.dist import Group, world
+from unweave.core.dist import Group, refuse_shared_device, world
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.progress import task
 from unweave.core.run import Run, peak_memory_gb, read_json
 from unweave.core.site import Site
-from unweave.core.spec import digest
 from unweave.data.policy import TokenPolicy
 from unweave.data.stream import ActivationSource, MixingBuffer, Norms, RowBatches, calibrate
 from unweave.data.tokens import TokenStore
-from unweave.jobs import checkpoint
-from unweave.jobs.common import activation_source, load_lm, sae_digest, stamps, token_store
+from unweave.jobs import checkpoint, start
+from unweave.jobs.common import activation_source, load_lm, stamps, token_store
+from unweave.jobs.members import Member, members
 from unweave.jobs.specs import TrainSpec
-from unweave.jobs.variants import variants_of
 from unweave.lm.model import LM
 from unweave.sae import provenance
 from unweave.sae.module import SAE
-from unweave.sae.spec import SAESpec
 from unweave.sae.train import SAETrainer
 
 VERSION = 2
 _INIT_TOKENS = 16_384
 _LOG_EVERY_TOKENS = 20_000
 _GAMMA_LIMIT = 3.0
-
-
-@dataclass(frozen=True)
-class Member:
-    """One SAE of a training run. ``name`` is its folder under ``sae/``: site, variant, both, or "" for only one."""
-
-    name: str
-    read: Site
-    write: Site
-    spec: SAESpec
+_SLICE = 1 << 22
+"""tokens that are looked at at a time where all are"""
 
 
 def run(spec: TrainSpec, runs: Path) -> Run:
     """Trains every variant at every site. The run holds ``sae/`` (several: ``sae/<site>/<variant>``) and the log."""
     group = world()
-    inputs = stamps(spec.model, spec.data) | ({} if spec.start is None else {"start": _start_digest(spec.start)})
+    refuse_shared_device(spec.device, group)
+    inputs = stamps(spec.model, spec.data) | start.inputs(spec)
     with _entered(Run.open(runs, "train", spec, version=VERSION, inputs=inputs), group) as run:
         if run.done:
             return run
@@ -69,6 +61,7 @@ def run(spec: TrainSpec, runs: Path) -> Run:
             store, store_run = token_store(lm, spec.model, spec.data, "train", spec.data.tokens, runs)
             heldout, _ = token_store(lm, spec.model, spec.data, "heldout", spec.data.heldout_tokens, runs)
         found = members(spec, lm)
+        _refuse_empty_shares(spec, found, group)
         sites = sorted({site for member in found for site in (member.read, member.write)})
         source = activation_source(lm, store, store_run, sites, spec.stream, spec.dtype, runs, group)
         _refuse_too_little(spec, store, source)
@@ -84,21 +77,18 @@ def run(spec: TrainSpec, runs: Path) -> Run:
     return run
 
 
-def members(spec: TrainSpec, lm: LM) -> list[Member]:
-    """The SAEs that a spec asks for in a model, in the order of sites. UnweaveError for a pattern that fits no site."""
-    pairs = lm.matching(spec.sites)
-    variants = variants_of(spec.sae, spec.variants)
-    found = []
-    for read, write in sorted(pairs):
-        site = str(read) if read == write else f"{read}-{write}"
-        for variant, sae in variants.items():
-            parts = [site] if len(pairs) > 1 or variant else []
-            found.append(Member("/".join([*parts, variant] if variant else parts), read, write, sae))
-    if spec.objective == "end-to-end" and any(member.read != member.write for member in found):
+def _divided(found: list[Member], group: Group) -> bool:
+    """Whether each process trains members of its own."""
+    return 1 < group.size <= len(found)
+
+
+def _refuse_empty_shares(spec: TrainSpec, found: list[Member], group: Group) -> None:
+    if not _divided(found, group) and spec.sae.batch < group.size:
         raise UnweaveError(
-            "transcoders are not trained end to end", where="objective", remedy="use objective: reconstruction"
+            f"batches of {spec.sae.batch} tokens cannot be divided among {group.size} processes",
+            where="sae.batch",
+            remedy="use larger batches or fewer processes",
         )
-    return found
 
 
 def sae_folder(run: Run, name: str = "") -> Path:
@@ -112,15 +102,6 @@ def _entered(run: Run, group: Group) -> Iterator[Run]:
     with run if group.rank == 0 else contextlib.nullcontext(run) as entered:
         group.barrier()
         yield entered
-
-
-def _start_digest(start: Path) -> str:
-    folders = sorted(path.parent for path in Path(start).rglob("cfg.json"))
-    if not folders:
-        raise UnweaveError(
-            "there is no SAE to start from", where=str(start), remedy="give an SAE folder, or a run's sae/"
-        )
-    return digest([[str(folder.relative_to(start)), sae_digest(folder)] for folder in folders])
 
 
 def _saved(run: Run, found: list[Member]) -> dict[str, Any]:
@@ -153,8 +134,11 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float]:
 
 def _refuse_too_little(spec: TrainSpec, store: TokenStore, source: ActivationSource) -> None:
     """Trap 10: no silent further epoch over too little text."""
-    ids = torch.from_numpy(store.ids.astype("int64"))
-    counted = len(ids) - sum(int((ids == excluded).sum()) for excluded in source.exclude_ids)
+    excluded = sum(
+        int(np.isin(store.ids[first : first + _SLICE], source.exclude_ids).sum())
+        for first in range(0, store.n_tokens, _SLICE)
+    )
+    counted = store.n_tokens - excluded
     if spec.sae.tokens > spec.epochs * counted:
         raise UnweaveError(
             f"{spec.sae.tokens} training tokens are {spec.sae.tokens / max(1, counted):.1f} epochs over the {counted} "
@@ -177,10 +161,11 @@ class _Work:
     group: Group
 
     def __post_init__(self) -> None:
-        self.divided = 1 < self.group.size <= len(self.members)
+        self.divided = _divided(self.members, self.group)
         self.own = self.members[self.group.rank :: self.group.size] if self.divided else self.members
         self.shared = Group() if self.divided else self.group  # who trains an SAE together
         self.writes = self.divided or self.group.rank == 0
+        self.accepted: dict[str, dict[str, Any]] = {}  # what was measured of SAEs to start from
 
     def train(self) -> dict[str, Any]:
         self.norms: dict[Site, Norms] = calibrate(self.source, self.spec.stream.max_norm_ratio)
@@ -194,13 +179,20 @@ class _Work:
             seed=self.spec.seed,
             policies=self.policies,
         )
-        self.rows = RowBatches(self.store, self.lm.pad_id, batch_tokens=self.spec.sae.batch, seed=self.spec.seed)
-        saved = checkpoint.load(self.run)
+        self.rows = RowBatches(
+            self.store,
+            self.lm.pad_id,
+            batch_tokens=self.spec.sae.batch,
+            seed=self.spec.seed,
+            min_rows=self.shared.size,
+        )
+        saved = checkpoint.load(self.run, [member.name for member in self.own])
         if saved is not None:
             self.buffer.load_state_dict(saved["stream"])
             self.rows.load_state_dict(saved["rows"])
         sample = self.buffer.peek(_INIT_TOKENS)  # what a trainer measures on its first sample is part of its state
         self.trainers = {member.name: self._trainer(member, sample) for member in self.own}
+        del sample
         if saved is not None:
             for name, trainer in self.trainers.items():
                 trainer.load_state_dict(saved["trainers"][name])
@@ -212,23 +204,16 @@ class _Work:
     def _trainer(self, member: Member, sample: dict[Site, Tensor]) -> SAETrainer:
         x, device = sample[member.read].to(self.lm.device), self.lm.device
         goal = None if member.read == member.write else sample[member.write].to(device)
-        start = None
-        if self.spec.start is not None:
-            folder = Path(self.spec.start)
-            start = SAE.load(folder if (folder / "cfg.json").exists() else folder / member.name).to(device)
-            if start.read != member.read:
-                raise UnweaveError(
-                    f"the SAE to start from is of {start.read or 'no named site'}, not of {member.read}",
-                    where=member.name,
-                    remedy="name its own site with --sites, or give the SAE of this one",
-                )
-            start.verify(self.lm)
+        first, accepted = start.opened(self.spec, self.lm, member.name, member.read, member.write)
+        if accepted is not None:
+            self.accepted[member.name] = accepted
         return SAETrainer(
-            member.spec, x.shape[1], init_x=x, init_target=goal, device=device, start=start, group=self.shared
+            member.spec, x.shape[1], init_x=x, init_target=goal, device=device, start=first, group=self.shared
         )
 
     @property
     def tokens_seen(self) -> int:
+        """The same for every trainer in every process."""
         return next(iter(self.trainers.values())).tokens_seen
 
     def _warn_of_norms(self) -> None:
@@ -273,12 +258,21 @@ class _Work:
 
             tokens, _ = self.rows.next()
             mine = tokens.rows(self.shared.share(len(tokens)))
-            return {
+            found = {
                 member.name: end_to_end_step(
-                    self.lm, self.trainers[member.name], mine, member.read, self.policies[member.read]
+                    self.lm,
+                    self.trainers[member.name],
+                    mine,
+                    member.read,
+                    self.policies[member.read],
+                    nonfinite=self.spec.stream.nonfinite,
                 )
                 for member in self.own
             }
+            lost = [[int(row.pop(name)) for name in ("outliers", "nonfinite")] for row in found.values()]
+            self.rows.outliers += lost[0][0]  # the same for every member, since all are at one site
+            self.rows.nonfinite += lost[0][1]
+            return found
         batch = {site: x.to(self.lm.device) for site, x in self.buffer.next().items()}
         mine = self.shared.share(self.spec.sae.batch)
         return {
@@ -300,7 +294,8 @@ class _Work:
             "rows": self.rows.state_dict(),
             "trainers": {name: trainer.state_dict() for name, trainer in self.trainers.items()},
         }
-        checkpoint.save(self.run, state, self.tokens_seen, self.group, self.writes)
+        step = next(iter(self.trainers.values())).steps
+        checkpoint.save(self.run, state, step, self.group, self.writes)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -323,6 +318,9 @@ class _Work:
             sae = trainer.to_sae(read=member.read, write=member.write, policy=policy)
             inside = TokenPolicy(max_norm=policy.max_norm).keep(sample.x[member.read])  # excluded ids are out already
             x, goal = (sample.x[site][inside].to(self.lm.device) for site in (member.read, member.write))
+            asked = self.spec.to_dict() | {"sae": member.spec.to_dict()}
+            if asked["accept_mismatch"] is None:
+                del asked["accept_mismatch"]
             sae.provenance = {
                 "model": provenance.describe_model(self.lm, sae),
                 "data": {
@@ -331,11 +329,13 @@ class _Work:
                     "begins_with_bos": self._begins_with_bos(),
                     **self.store.meta,
                 },
-                "train": self.spec.to_dict() | {"sae": member.spec.to_dict()},
+                "train": asked,
                 "tokens": trainer.tokens_seen,
                 "distinct_tokens": self.store.n_tokens,
                 "reference": _reference(sae, x, goal),
             }
+            if member.name in self.accepted:
+                sae.provenance["start_accepted"] = self.accepted[member.name]
             sae.save(sae_folder(self.run, member.name))
         self.group.barrier()
 
@@ -347,12 +347,17 @@ class _Work:
 
     def _result(self) -> dict[str, Any]:
         counted = {str(s): asdict(n) for s, n in self.norms.items()}
+        rows, buffer = self.rows, self.buffer
+        if self.spec.objective == "end-to-end":
+            served, lost = rows.epoch + rows.position / self.store.n_rows, (rows.outliers, rows.nonfinite)
+        else:
+            served, lost = buffer.epoch + buffer.position / self.source.n_chunks, (buffer.outliers, buffer.nonfinite)
         return {
             "tokens": self.tokens_seen,
             "distinct_tokens": self.store.n_tokens,
-            "epochs": self.buffer.epoch + self.buffer.position / self.source.n_chunks,
-            "outliers_dropped": self.buffer.outliers,
-            "nonfinite_dropped": self.buffer.nonfinite,
+            "epochs": served,
+            "outliers_dropped": lost[0],
+            "nonfinite_dropped": lost[1],
             "text": {name: value for name, value in self.store.meta.items() if name != "tokenizer"},
             "norms": counted,
             "sites": [str(s) for s in self.source.sites],

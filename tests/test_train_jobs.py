@@ -1,0 +1,316 @@
+"""What training runs refuse, how they go on with an SAE, several variants, checkpoints, and what doctor looks at."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import build_tiny, build_tiny_tokenizer
+from test_jobs import home, spec_of  # noqa: F401  (home is a fixture)
+from unweave.core.dist import SOLO, Group
+from unweave.core.errors import UnweaveError
+from unweave.core.run import Run, read_json, write_json
+from unweave.core.site import Site
+from unweave.data.stream import RowBatches
+from unweave.jobs import checkpoint, doctor, start, train
+from unweave.jobs.members import members
+from unweave.jobs.specs import DoctorSpec, TrainSpec
+from unweave.jobs.variants import variants_of
+from unweave.lm.model import LM
+from unweave.sae.activations import ReLU, TopK
+from unweave.sae.module import SAE
+from unweave.sae.presets import PRESETS
+from unweave.sae.spec import SAESpec
+
+SITE = Site("resid_post", 1)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return LM(build_tiny("llama"), None)
+
+
+def small(home: Path, **changes: Any) -> TrainSpec:  # noqa: F811
+    """Ten steps."""
+    base = spec_of(home, checkpoint_seconds=60.0)
+    return replace(base, sae=replace(base.sae, tokens=640), **changes)
+
+
+def random_sae(n_latents: int = 128, **options: Any) -> SAE:
+    g = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(n_latents, 32, generator=g), dim=1)
+    tensors = torch.randn(32, n_latents, generator=g), 0.1 * torch.randn(n_latents, generator=g), rows, torch.ones(32)
+    return SAE(*tensors, options.pop("activation", TopK(4)), **options)
+
+
+# -- end to end -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sites": ("resid_post.{0,1}",)}, r"one site at a time, not at 2: resid_post\.0, resid_post\.1"),
+        ({"sites": ("mlp_in.1->mlp_add.1",)}, "transcoders"),
+        ({"sae": SAESpec(kind="matryoshka")}, "take no part"),
+        ({"variants": ({"kind": "topk", "multi_topk": [0.0, 0.1]},)}, "take no part"),
+    ],
+)
+def test_trap_31_what_end_to_end_training_would_ignore(
+    lm: LM, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    spec = spec_of(tmp_path, objective="end-to-end", **changes)
+    with pytest.raises(UnweaveError, match=says):
+        members(spec, lm)
+    assert members(replace(spec, objective="reconstruction"), lm)
+
+
+def test_end_to_end_reports_what_its_own_rows_lost(
+    home: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoint, "remove", lambda run: None)
+    base = small(home, objective="end-to-end")
+    spec = replace(base, stream=replace(base.stream, max_norm_ratio=1.3), sae=replace(base.sae, tokens=4000))
+    run = train.run(spec, tmp_path)
+    (folder,) = (p for p in tmp_path.glob("tokens-*") if read_json(p / "spec.json")["spec"]["split"] == "train")
+    store = train.TokenStore.open(folder / "store")
+    found = LM.load(spec.model)
+    limit = SAE.load(run.path / "sae").policy.max_norm
+    rows, counted, outliers, steps = RowBatches(store, found.pad_id, batch_tokens=64, seed=spec.seed), 0, 0, 0
+    while counted < 4000:
+        tokens, _ = rows.next()
+        with found.taps(read=[SITE]) as seen:
+            found(tokens)
+        ordinary = tokens.mask & ~torch.isin(tokens.ids, torch.arange(4))
+        inside = ordinary & (seen[SITE].norm(dim=-1) <= limit)
+        counted, steps = counted + int(inside.sum()), steps + 1
+        outliers += int((ordinary & ~inside).sum())
+    assert run.result["tokens"] == counted
+    assert run.result["outliers_dropped"] == outliers > 100
+    assert run.result["epochs"] == pytest.approx(rows.epoch + rows.position / store.n_rows)
+    assert [path.name for path in run.path.glob("checkpoint-*.pt")] == [f"checkpoint-{steps}-0.pt"]
+
+
+END_TO_END = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from test_train_jobs import small
+from unweave.jobs import train
+spec = small(Path(sys.argv[2]), objective="end-to-end")
+train.run(replace(spec, sae=replace(spec.sae, batch=4, tokens=300)), Path(sys.argv[3]))
+"""
+
+
+def test_two_processes_train_end_to_end_on_rows_longer_than_a_batch(home: Path, tmp_path: Path) -> None:  # noqa: F811
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    common["MASTER_PORT"] = str(random.SystemRandom().randint(20_000, 60_000))
+    command = [sys.executable, "-c", END_TO_END, str(Path(__file__).parent), str(home), str(tmp_path)]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **common, "RANK": str(i)}, stderr=subprocess.PIPE) for i in (0, 1)
+    ]
+    errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    (path,) = tmp_path.glob("train-*")
+    assert Run.at(path).result["processes"] == 2
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_batches_smaller_than_the_processes_are_refused(home: Path, lm: LM) -> None:  # noqa: F811
+    spec = replace(spec_of(home), sae=SAESpec(batch=3, tokens=300))
+    found = members(spec, lm)
+    with pytest.raises(UnweaveError, match=r"batches of 3 tokens cannot be divided among 4 processes"):
+        train._refuse_empty_shares(spec, found, Group(0, 4))
+    train._refuse_empty_shares(spec, found, Group(0, 3))
+    train._refuse_empty_shares(spec, found * 4, Group(0, 4))  # whole batches each
+
+
+def test_trap_10_excluded_tokens_are_counted_in_slices(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(train, "_SLICE", 7)
+    ids = np.random.default_rng(0).integers(0, 9, 100).astype(np.uint32)
+    counted = sum(int(i) not in (2, 5) for i in ids)
+    store, source = cast(Any, SimpleNamespace(ids=ids, n_tokens=100)), cast(Any, SimpleNamespace(exclude_ids=(2, 5)))
+    spec = replace(spec_of(home), epochs=1.0)
+    train._refuse_too_little(replace(spec, sae=replace(spec.sae, tokens=counted)), store, source)
+    with pytest.raises(UnweaveError, match=f"over the {counted} distinct tokens"):
+        train._refuse_too_little(replace(spec, sae=replace(spec.sae, tokens=counted + 1)), store, source)
+
+
+def test_checkpoints_hold_for_each_process_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, asked, load = Run.open(tmp_path, "train", SAESpec()), [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **how: asked.append(how) or load(*args, **how))
+    assert checkpoint.load(run, ["a"]) is None
+    state = {"stream": {"x": torch.arange(3)}, "trainers": {"a": {"w": torch.ones(2)}, "b": {"w": torch.zeros(2)}}}
+    torch.save({"trainers": {"b": {"w": torch.full((2,), 9.0)}}}, run.path / "checkpoint-5-1.pt")  # of another time
+    checkpoint.save(run, state, 5, SOLO, True)
+    assert sorted(path.name for path in run.path.glob("checkpoint-*.pt")) == ["checkpoint-5-0.pt"]
+    found = checkpoint.load(run, ["b"])
+    assert found is not None
+    assert list(found["trainers"]) == ["b"] and found["trainers"]["b"]["w"].tolist() == [0, 0]
+    assert found["stream"]["x"].tolist() == [0, 1, 2]
+    torch.save({"stream": {"x": torch.zeros(3)}, "trainers": {"c": {}}}, run.path / "checkpoint-5-1.pt")
+    write_json(run.path / "checkpoint.json", {"step": 5, "files": ["checkpoint-5-0.pt", "checkpoint-5-1.pt"]})
+    found = checkpoint.load(run, ["a", "c"])
+    assert found is not None and set(found["trainers"]) == {"a", "c"}
+    assert found["stream"]["x"].tolist() == [0, 1, 2]  # the first process's
+    assert asked and all(str(how["map_location"]) == "cpu" for how in asked)  # of a GPU that may be another's now
+
+
+# -- going on with an SAE ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base_sae(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:  # noqa: F811
+    yield train.run(small(home), tmp_path_factory.mktemp("base")).path / "sae"
+
+
+def test_trap_25_going_on_in_another_model_is_refused_unless_accepted_and_then_recorded(
+    home: Path,  # noqa: F811
+    base_sae: Path,
+    tmp_path: Path,
+) -> None:
+    build_tiny("llama", seed=3).save_pretrained(tmp_path / "other")
+    build_tiny_tokenizer().save_pretrained(tmp_path / "other")
+    spec = small(home, model=str(tmp_path / "other"), start=base_sae)
+    with pytest.raises(UnweaveError, match=r"trained on[\s\S]*--accept-mismatch"):
+        train.run(spec, tmp_path)
+    run = train.run(replace(spec, accept_mismatch="base model's SAE"), tmp_path)
+    about = SAE.load(run.path / "sae").provenance
+    assert about["start_accepted"]["reason"] == about["train"]["accept_mismatch"] == "base model's SAE"
+    assert about["start_accepted"]["distance"] > 0.01
+    other = train.run(replace(spec, accept_mismatch="for another reason"), tmp_path)
+    assert other.path != run.path  # what is recorded is another
+    with pytest.raises(UnweaveError, match="nothing to accept"):
+        replace(spec, start=None, accept_mismatch="why not")
+
+
+def test_accepting_leaves_the_digests_of_specs_as_they_were(home: Path) -> None:  # noqa: F811
+    spec = spec_of(home, start=Path("x"))
+    assert replace(spec, accept_mismatch="y").digest() == spec.digest()
+    assert start.inputs(spec_of(home)) == {}
+    assert "accept_mismatch" not in spec.to_dict(result_only=True)
+
+
+def test_an_sae_of_any_format_is_a_start(home: Path, base_sae: Path, tmp_path: Path) -> None:  # noqa: F811
+    foreign = SAE.load(base_sae).save(tmp_path / "foreign", "dictionary_learning")
+    assert not list(foreign.rglob("cfg.json"))
+    spec = small(home, start=foreign)
+    run = train.run(replace(spec, sae=replace(spec.sae, tokens=64, lr=1e-9)), tmp_path)
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    after, before = SAE.load(run.path / "sae"), SAE.load(base_sae)
+    torch.testing.assert_close(after.encode(x), before.encode(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_start_of_another_site_is_refused_by_what_it_reads_and_writes(
+    home: Path,  # noqa: F811
+    lm: LM,
+    tmp_path: Path,
+) -> None:
+    read, write = Site("mlp_in", 1), Site("mlp_add", 1)
+    random_sae(read=read, write=write).save(tmp_path / "transcoder")
+    spec = spec_of(home, start=tmp_path / "transcoder")
+    with pytest.raises(UnweaveError, match=r"is of mlp_in\.1->mlp_add\.1, not of mlp_in\.1"):
+        start.opened(spec, lm, "", read, read)
+    assert start.opened(spec, lm, "", read, write)[0] is not None
+    random_sae().save(tmp_path / "nameless")
+    found, _ = start.opened(replace(spec, start=tmp_path / "nameless"), lm, "", SITE, SITE)
+    assert found is not None and found.read == found.write == SITE
+
+
+def test_a_start_of_any_width_trains(home: Path, tmp_path: Path) -> None:  # noqa: F811
+    random_sae(100, read=SITE).save(tmp_path / "uneven")  # of 32 dimensions
+    spec = small(home, start=tmp_path / "uneven")
+    plain = replace(spec.sae, expansion=SAESpec().expansion)
+    assert SAE.load(train.run(replace(spec, sae=plain), tmp_path).path / "sae").d_sae == 100
+    with pytest.raises(UnweaveError, match="100 latents, which is no multiple of its width 32: expansion 4"):
+        train.run(spec, tmp_path)
+
+
+# -- variants ---------------------------------------------------------------------------------------------------------
+
+
+def test_presets_as_variants_share_the_stream_and_what_sae_says_itself() -> None:
+    both = [{"preset": ["fast-jumprelu", "fast-relu"]}]
+    for base in (SAESpec(), SAESpec(tokens=5000, batch=100, lr=1e-3, expansion=4)):
+        found = variants_of(base, both)
+        assert [spec.kind for spec in found.values()] == ["jumprelu", "relu"]
+        for spec in found.values():
+            assert (spec.tokens, spec.batch) == (base.tokens, base.batch)
+            assert spec.lr == (1e-3 if base.expansion == 4 else 7e-5) and spec.expansion == base.expansion
+            assert (spec.sparsity_warmup, spec.init) == (10_000 / 320_000, "independent")
+    # What the variant says itself wins over both.
+    (wide,) = variants_of(SAESpec(expansion=4), [{"preset": "fast-relu", "expansion": 2}]).values()
+    assert wide.expansion == 2
+    # A preset as the base says nothing beside itself, and another one replaces it.
+    base = SAESpec.from_dict({"preset": "fast-jumprelu", "tokens": 5000})
+    found = variants_of(base, [{"preset": ["fast-jumprelu", "fast-relu"], "expansion": [8, 16]}])
+    assert found["fast-relu-expansion16"] == SAESpec.from_dict({"preset": "fast-relu", "tokens": 5000, "expansion": 16})
+    assert found["fast-jumprelu-expansion8"] == base
+
+
+def test_trap_31_what_sae_says_and_a_preset_cannot_honour_is_an_error() -> None:
+    with pytest.raises(UnweaveError, match=r"preset fast-relu does not go with what sae says itself \(k\).*no effect"):
+        variants_of(SAESpec(k=8), [{"preset": "fast-relu"}])
+    (spec,) = variants_of(SAESpec(k=8), [{"preset": "fast-relu", "k": 32}]).values()
+    assert spec.sparsity == PRESETS["fast-relu"]["sparsity"]
+    with pytest.raises(UnweaveError, match="no preset 'fast'"):
+        variants_of(SAESpec(k=8), [{"preset": "fast"}])
+
+
+def test_a_variant_of_a_list_is_a_list_of_lists() -> None:
+    base = SAESpec(kind="matryoshka")
+    with pytest.raises(UnweaveError, match=r"groups is a list itself[\s\S]*groups: \[\[0\.5, 0\.5\]\]"):
+        variants_of(base, [{"groups": [0.5, 0.5]}])
+    found = variants_of(base, [{"groups": [[0.5, 0.5], [0.25, 0.75]]}])
+    assert [spec.groups for spec in found.values()] == [(0.5, 0.5), (0.25, 0.75)]
+
+
+# -- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def doctor_of(spec: TrainSpec) -> DoctorSpec:
+    return DoctorSpec(**{f.name: getattr(spec, f.name) for f in fields(TrainSpec)})
+
+
+def test_doctor_lists_what_training_would_refuse(home: Path, tmp_path: Path) -> None:  # noqa: F811
+    base = spec_of(home)
+    too_many = doctor.run(doctor_of(replace(base, sae=replace(base.sae, k=1000))), tmp_path).result["problems"]
+    assert any("k = 1000 of only 128" in problem for problem in too_many)
+    random_sae(activation=ReLU(), read=Site("resid_post", 0)).save(tmp_path / "other")
+    elsewhere = doctor.run(doctor_of(replace(base, start=tmp_path / "other")), tmp_path).result["problems"]
+    assert any("is of resid_post.0, not of resid_post.1" in problem for problem in elsewhere)
+    random_sae(100, read=SITE).save(tmp_path / "uneven")
+    uneven = replace(base, start=tmp_path / "uneven", sae=replace(base.sae, expansion=SAESpec().expansion))
+    found = doctor.run(doctor_of(uneven), tmp_path).result
+    assert found["problems"] == ["none found"] and found["latents"] == 100
+
+
+def test_doctor_times_short_trainings_and_those_end_to_end(
+    home: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = spec_of(home)
+    short = replace(base, sae=replace(base.sae, tokens=64))  # a single step
+    assert doctor.run(doctor_of(short), tmp_path).result["problems"] == ["none found"]
+    calls, step = [], doctor.end_to_end_step
+    monkeypatch.setattr(doctor, "end_to_end_step", lambda *args, **how: calls.append(1) or step(*args, **how))
+    found = doctor.run(doctor_of(replace(short, objective="end-to-end")), tmp_path).result
+    assert found["problems"] == ["none found"] and len(calls) == 3 and found["train_tokens_per_second"] > 0
