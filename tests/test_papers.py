@@ -185,17 +185,17 @@ def test_the_page_of_paper_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scored", "low", "verdict", "says"),
+    ("scored", "p", "verdict", "says"),
     [
-        (8, 0.5, "not measured", "8 latents are too few"),
-        (128, -0.1, "not measured", "not shown to tell latents from shuffled"),
-        (128, 0.5, "as claimed", "FAST 50 %"),
+        (8, 0.01, "not measured", "8 latents are too few"),
+        (128, 0.2, "not measured", "not shown to tell latents from shuffled"),
+        (128, 0.01, "as claimed", "FAST 50 %"),
     ],
 )
-def test_ratings_get_a_verdict_only_from_a_judge_that_reads(scored: int, low: float, verdict: str, says: str) -> None:
+def test_ratings_get_a_verdict_only_from_a_judge_that_reads(scored: int, p: float, verdict: str, says: str) -> None:
     def result(high: float) -> dict:
         real = {"scored": scored, "high": {"value": high}, "mean": {"value": 3.0}}
-        above = {"value": 1.0, "low": low, "high": 2.0}
+        above = {"value": 1.0, "low": 0.5, "high": 2.0, "p": p}
         shuffled = {"mean": {"value": 2.0}}
         return {"judge": {"model": "j"}, "real": real, "shuffled": shuffled, "real_above_shuffled": above}
 

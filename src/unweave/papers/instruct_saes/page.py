@@ -161,9 +161,9 @@ def _rating_claim(scores: Mapping[str, Any]) -> Claim:
 
 
 def _reads(result: Mapping[str, Any]) -> bool:
-    """Whether the judge scored latents above shuffled contexts, with the whole interval."""
+    """Whether the judge scored latents above shuffled contexts, more than chance would."""
     above = result["real_above_shuffled"]
-    return above is not None and above["low"] is not None and above["low"] > 0
+    return above is not None and above["p"] is not None and above["p"] < 0.05 and above["value"] > 0
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
