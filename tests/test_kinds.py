@@ -563,8 +563,8 @@ def test_trap_31_a_skip_that_is_there_is_not_fitted() -> None:
 
 def test_latents_that_are_no_multiple_of_the_width_come_from_the_start() -> None:
     whole = _random_sae(ReLU())
-    part = [whole.W_enc[:, :90], whole.b_enc[:90], whole.W_dec[:90], whole.b_dec]
-    start, x = SAE(*part, ReLU()), _data(300)
+    start = SAE(whole.W_enc[:, :90], whole.b_enc[:90], whole.W_dec[:90], whole.b_dec, ReLU())
+    x = _data(300)
     t = SAETrainer(_spec("relu"), D, init_x=x, start=start)  # whose expansion 8 is the default
     t.step(x[:50])
     assert t.d_sae == t.to_sae().d_sae == len(t.dead_for) == 90

@@ -88,6 +88,7 @@ def test_end_to_end_reports_what_its_own_rows_lost(
     store = train.TokenStore.open(folder / "store")
     found = LM.load(spec.model)
     limit = SAE.load(run.path / "sae").policy.max_norm
+    assert limit is not None
     rows, counted, outliers, steps = RowBatches(store, found.pad_id, batch_tokens=64, seed=spec.seed), 0, 0, 0
     while counted < 4000:
         tokens, _ = rows.next()

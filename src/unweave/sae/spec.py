@@ -198,7 +198,7 @@ class SAESpec(Spec):
         }  # fmt: skip
 
 
-def changed(spec: SAESpec) -> dict[str, Any]:
+def changed(spec: Spec) -> dict[str, Any]:
     """The fields that are not what the class has, by name."""
     return {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != f.default}
 
