@@ -367,7 +367,7 @@ def test_help_teaches(train: Callable[..., tuple[int, str, str]]) -> None:
     assert status == 0
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
     for words in (
-        "Train a sparse autoencoder",
+        "Train sparse autoencoders",
         "unweave train my.yaml --sae.k 64",
         "--model TEXT Which model. [must be given]",
         "--kind topk|relu Which activation function. [default: topk]",

@@ -320,7 +320,7 @@ FETCHES = "train.run("
 
 @pytest.fixture
 def at_home(home: Path, trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder in which the snippets' paths exist, a tiny model whatever name is loaded, and a judge with one answer."""
+    """A folder in which the snippets' paths exist, a tiny model whatever name is loaded, a judge with one answer."""
     (home / "mine.jsonl").write_text((home / "pairs.jsonl").read_text())
     for stage, found in (("train", sae_of(trained).parent), ("latents", next((home / "runs").glob("latents-*")))):
         name = home / "runs" / f"{stage}-0123456789ab"
