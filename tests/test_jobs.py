@@ -165,6 +165,8 @@ def test_variants_by_pattern_share_a_stream_and_equal_runs_of_their_own(home: Pa
         one = run.path / "sae" / site / "topk-seed1-k3" / "sae_weights.safetensors"
         assert one.read_bytes() == (other.path / "sae" / site / "sae_weights.safetensors").read_bytes()
         assert SAE.load(one.parent).provenance["train"]["sae"]["seed"] == 1
+    shown = {row[0] for row in run.result["summary"]}
+    assert names <= shown
     first, second = (run.path / "sae/resid_post.0" / f"topk-seed{i}-k3" / "sae_weights.safetensors" for i in (0, 1))
     assert first.read_bytes() != second.read_bytes()
 

@@ -43,6 +43,7 @@ VERSION = 2
 _INIT_TOKENS = 16_384
 _LOG_EVERY_TOKENS = 20_000
 _GAMMA_LIMIT = 3.0
+_SHOWN_SAES = 12
 _SLICE = 1 << 22
 """tokens that are looked at at a time where all are"""
 
@@ -71,6 +72,7 @@ def run(spec: TrainSpec, runs: Path) -> Run:
         if group.rank == 0:
             result |= _saved(run, found)
             result["peak_memory_gb"] = peak_memory_gb()
+            result["summary"] = _summary(result)
             run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
             checkpoint.remove(run)
         group.barrier()
@@ -113,6 +115,30 @@ def _saved(run: Run, found: list[Member]) -> dict[str, Any]:
         site = str(member.read) if member.read == member.write else f"{member.read}->{member.write}"
         rows.append({"name": member.name, "site": site, "kind": member.spec.kind, "reference": reference})
     return {"saes": rows, "reference": {row["name"] or row["site"]: row["reference"] for row in rows}}
+
+
+def _summary(result: Mapping[str, Any]) -> list[list[Any]]:
+    """The rows that the terminal shows: [name, value, meaning]. What was left out is shown where it is not 0."""
+    counts = result["text"].get("counts", {})
+    packing, dedup = counts.get("packing", {}), counts.get("dedup", {})
+    left_out = {
+        "near duplicates left out": dedup.get("dropped", 0),
+        "conversations without an answer left out": packing.get("unanswered_conversations", 0),
+        "conversations the template refused": packing.get("rejected_conversations", 0),
+        "documents cut off": packing.get("truncated_documents", 0),
+        "norm outliers left out": result["outliers_dropped"],
+        "tokens not finite left out": result["nonfinite_dropped"],
+    }
+    rows: list[list[Any]] = [
+        ["training tokens", result["tokens"], f"{result['distinct_tokens']:,} distinct ones"],
+        *([name, count, ""] for name, count in left_out.items() if count),
+        ["memory, GB", result["peak_memory_gb"], "at most, of the first process"],
+    ]
+    for row in result["saes"][:_SHOWN_SAES]:
+        about = row["reference"]
+        rows.append([row["name"] or row["site"], about["unexplained_variance"], f"unexplained; L0 {about['l0']:.1f}"])
+    more = len(result["saes"]) - _SHOWN_SAES
+    return [*rows, [f"... and {more} more", "", "in result.json"]] if more > 0 else rows
 
 
 def _reference(sae: SAE, x: Tensor, goal: Tensor) -> dict[str, float]:
