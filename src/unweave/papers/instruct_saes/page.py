@@ -24,6 +24,11 @@ _SHOWN = (
 )
 _ENOUGH_RATED = 30
 """latents per recipe below which shares of scores are not compared"""
+_STYLE = (
+    ".uw main{display:block;max-width:76rem;margin:0 auto;padding:2rem 1.5rem}.uw main>section{display:block}"
+    ".uw main figure{margin:1.5em 0;max-width:none}.uw main img{max-width:100%}.uw main figcaption{max-width:60rem}"
+)
+"""wider than the report's column of text: the figures are many panels, the tables have long cells"""
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -260,7 +265,7 @@ def _html(
         )
         for name, result in scores.items()
     )
-    style = palette_css() + asset("pieces.css") + asset("page.css") + "figure{margin:1.5em 0}img{max-width:100%}"
+    style = palette_css() + asset("pieces.css") + asset("page.css") + _STYLE
     per = f"{training.sae.tokens:,} tokens per SAE, the same for all"
     return (
         '<!DOCTYPE html>\n<html lang="en" class="uw" data-theme="light"><head><meta charset="utf-8">'
