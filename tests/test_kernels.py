@@ -78,6 +78,17 @@ def _leaves(problem: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return {name: t.to(dtype, copy=True).requires_grad_(name != "goal") for name, t in problem.items()}
 
 
+def _assert_same_gradients(ours: dict[str, Tensor], oracle: dict[str, Tensor], sparse: Tensor, dense: Tensor) -> None:
+    """Losses and their gradients to every leaf agree to 1e-5, those of float32 with those of float64."""
+    dense.backward()
+    sparse.backward()
+    torch.testing.assert_close(sparse.double(), dense, rtol=1e-5, atol=1e-6)
+    for name in ("x", "W", "b", "V"):
+        got, wanted = ours[name].grad, oracle[name].grad
+        assert got is not None and wanted is not None
+        assert (got.double() - wanted).norm() <= 1e-5 * wanted.norm(), name
+
+
 def _dense_loss(p: dict[str, Tensor], kept: Tensor) -> Tensor:
     f = torch.relu(p["x"] @ p["W"].T + p["b"]) * kept
     return (f @ p["V"] - p["goal"]).square().sum(1).mean()
@@ -99,13 +110,7 @@ def test_sparse_gradients_are_the_dense_ones(kind: str, chunk: int | None) -> No
     limit = z.topk(k, dim=1).values[:, -1:] if kind == "topk" else z.flatten().topk(k * len(z)).values[-1]
     oracle, ours = _leaves(problem, torch.float64), _leaves(problem, torch.float32)
     dense, sparse = _dense_loss(oracle, (z >= limit).double()), _sparse_loss(ours, values, choice)
-    dense.backward()
-    sparse.backward()
-    torch.testing.assert_close(sparse.double(), dense, rtol=1e-5, atol=1e-6)
-    for name in ("x", "W", "b", "V"):
-        got, wanted = ours[name].grad, oracle[name].grad
-        assert got is not None and wanted is not None
-        assert (got.double() - wanted).norm() <= 1e-5 * wanted.norm(), name
+    _assert_same_gradients(ours, oracle, sparse, dense)
 
 
 def test_plain_operations_agree_with_bags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,13 +326,7 @@ def test_gradients_of_entries_above_a_bound_are_the_dense_ones(
     assert kept[:, 7:9].sum(0).tolist() == [1, 1]
     oracle, ours = _leaves(problem, torch.float64), _leaves(problem, torch.float32)
     dense, sparse = _dense_loss(oracle, kept.double()), _sparse_loss(ours, *found)
-    dense.backward()
-    sparse.backward()
-    torch.testing.assert_close(sparse.double(), dense, rtol=1e-5, atol=1e-6)
-    for name in ("x", "W", "b", "V"):
-        got, wanted = ours[name].grad, oracle[name].grad
-        assert got is not None and wanted is not None
-        assert (got.double() - wanted).norm() <= 1e-5 * wanted.norm(), name
+    _assert_same_gradients(ours, oracle, sparse, dense)
     assert bool(found[1]._by_rows) is blocks and bool(found[1]._by_latents) is blocks
 
 

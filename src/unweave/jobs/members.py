@@ -22,6 +22,11 @@ class Member:
     spec: SAESpec
 
 
+def sites_named(read: Site | None, write: Site | None) -> str:
+    """``resid_post.9``, or ``mlp_in.9->mlp_add.9`` of a transcoder, as ``--sites`` takes it."""
+    return str(read) if read == write else f"{read}->{write}"
+
+
 def members(spec: TrainSpec, lm: LM) -> list[Member]:
     """The SAEs that a spec asks for in a model, in the order of sites. UnweaveError for a pattern that fits no site."""
     pairs = lm.matching(spec.sites)

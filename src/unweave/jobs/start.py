@@ -9,6 +9,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.core.spec import digest
 from unweave.jobs.common import sae_digest
+from unweave.jobs.members import sites_named
 from unweave.jobs.specs import TrainSpec
 from unweave.lm.model import LM
 from unweave.sae.module import SAE
@@ -51,9 +52,9 @@ def opened(spec: TrainSpec, lm: LM, name: str, read: Site, write: Site) -> tuple
     if sae.read is None:
         sae.at(read, write)
     if (sae.read, sae.write) != (read, write):
-        own = _named(sae.read, sae.write)
+        own = sites_named(sae.read, sae.write)
         raise UnweaveError(
-            f"the SAE to start from is of {own}, not of {_named(read, write)}",
+            f"the SAE to start from is of {own}, not of {sites_named(read, write)}",
             where=name,
             remedy=f"name its own with --sites {own!r}, or give the SAE of this one",
         )
@@ -61,7 +62,3 @@ def opened(spec: TrainSpec, lm: LM, name: str, read: Site, write: Site) -> tuple
         sae.verify(lm)
         return sae, None
     return sae, sae.accept(lm, spec.accept_mismatch)
-
-
-def _named(read: Site | None, write: Site | None) -> str:
-    return str(read) if read == write else f"{read}->{write}"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unweave.core.dist import Group, refuse_shared_device, world
+from unweave.core.dist import SOLO, Group, refuse_shared_device, world
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.progress import task
 from unweave.core.run import Run, peak_memory_gb, read_json
@@ -32,10 +32,11 @@ from unweave.data.stream import ActivationSource, MixingBuffer, Norms, RowBatche
 from unweave.data.tokens import TokenStore
 from unweave.jobs import checkpoint, start
 from unweave.jobs.common import activation_source, load_lm, stamps, token_store
-from unweave.jobs.members import Member, members
+from unweave.jobs.members import Member, members, sites_named
 from unweave.jobs.specs import TrainSpec
 from unweave.lm.model import LM
 from unweave.sae import provenance
+from unweave.sae.end_to_end import end_to_end_step
 from unweave.sae.module import SAE
 from unweave.sae.train import SAETrainer
 
@@ -112,7 +113,7 @@ def _saved(run: Run, found: list[Member]) -> dict[str, Any]:
     for member in found:
         folder = sae_folder(run, member.name)
         reference = read_json(folder / "cfg.json")["metadata"]["unweave"]["provenance"]["reference"]
-        site = str(member.read) if member.read == member.write else f"{member.read}->{member.write}"
+        site = sites_named(member.read, member.write)
         rows.append({"name": member.name, "site": site, "kind": member.spec.kind, "reference": reference})
     return {"saes": rows, "reference": {row["name"] or row["site"]: row["reference"] for row in rows}}
 
@@ -189,7 +190,7 @@ class _Work:
     def __post_init__(self) -> None:
         self.divided = _divided(self.members, self.group)
         self.own = self.members[self.group.rank :: self.group.size] if self.divided else self.members
-        self.shared = Group() if self.divided else self.group  # who trains an SAE together
+        self.shared = SOLO if self.divided else self.group  # who trains an SAE together
         self.writes = self.divided or self.group.rank == 0
         self.accepted: dict[str, dict[str, Any]] = {}  # what was measured of SAEs to start from
 
@@ -280,8 +281,6 @@ class _Work:
     def _step(self) -> dict[str, dict[str, float]]:
         """One optimiser step of every trainer here."""
         if self.spec.objective == "end-to-end":
-            from unweave.sae.end_to_end import end_to_end_step
-
             tokens, _ = self.rows.next()
             mine = tokens.rows(self.shared.share(len(tokens)))
             found = {

@@ -51,13 +51,13 @@ def run(spec: InstructSaesSpec, runs: Path) -> Run:
         if done.done and (done.path / "report.html").exists():
             return done
         done.reused = False
-        seconds: dict[str, float] = {}
         trained = {}
         for name, training in plan.trainings.items():
-            trained[name] = _timed(seconds, f"train {name}", lambda training=training: train.run(training, runs))
-        measured = _timed(seconds, "measure", lambda: _measured(plan, trained, runs))
-        steered = _timed(seconds, "special tokens", lambda: _steered(spec, plan, trained, runs))
-        rated = _timed(seconds, "rate", lambda: _rated(spec, plan, trained, runs)) if spec.rubric else {}
+            trained[name] = train.run(training, runs)
+            gc.collect()  # a recipe's SAEs and activations take gigabytes
+        measured = _measured(plan, trained, runs)
+        steered = _steered(spec, plan, trained, runs)
+        rated = _rated(spec, plan, trained, runs) if spec.rubric else {}
         rows = [Measured(**row) for row in measured.result["rows"]]
         found = page.write(done.path, spec, plan, rows, rated, steered)
         done.finish(
@@ -66,21 +66,20 @@ def run(spec: InstructSaesSpec, runs: Path) -> Run:
                 "runs": {name: part.path.name for name, part in trained.items()}
                 | {"errors": measured.path.name, "special tokens": steered.path.name}
                 | {f"rubric {name}": part.path.name for name, part in rated.items()},
-                "seconds": {name: round(value, 1) for name, value in seconds.items()},
+                "seconds": _seconds(trained, measured, steered, rated),
                 "peak_memory_gb": peak_memory_gb(),
             }
         )
     return done
 
 
-def _timed(seconds: dict[str, float], name: str, work: Any) -> Any:
-    """A part's result; its own seconds, also where an earlier run spent them."""
-    started = time.monotonic()
-    part = work()
-    spent = part.result.get("seconds") if isinstance(part, Run) else None
-    seconds[name] = spent if isinstance(spent, (int, float)) else time.monotonic() - started
-    gc.collect()  # a recipe's SAEs and activations take gigabytes
-    return part
+def _seconds(trained: Mapping[str, Run], measured: Run, steered: Run, rated: Mapping[str, Run]) -> dict[str, float]:
+    """What each part took, also where an earlier call spent it."""
+    found: dict[str, float] = {f"train {name}": part.result["seconds"] for name, part in trained.items()}
+    found |= {"measure": measured.result["seconds"], "special tokens": steered.result["seconds"]}
+    if rated:
+        found["rate"] = round(sum(part.result["seconds"] for part in rated.values()), 1)
+    return found
 
 
 def _measured(plan: Plan, trained: Mapping[str, Run], runs: Path) -> Run:
