@@ -1,4 +1,4 @@
-"""The three activations that every published kind of SAE folds into: pre-activations [..., F] to latents [..., F]."""
+"""The three activations that every published kind of SAE folds into, and none: pre-activations to latents [..., F]."""
 
 from __future__ import annotations
 
@@ -45,4 +45,11 @@ class TopK(nn.Module):
         return f"k={self.k}"
 
 
-Activation = ReLU | JumpReLU | TopK
+class Identity(nn.Module):
+    """f = z: no SAE, but neurons as latents (``sae/neurons.py``)."""
+
+    def forward(self, pre: Tensor) -> Tensor:
+        return pre
+
+
+Activation = ReLU | JumpReLU | TopK | Identity

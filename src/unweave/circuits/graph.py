@@ -1,0 +1,171 @@
+"""A circuit: effects of nodes, weights of edges, and what they were measured on (Marks et al. 2024, sec. 3).
+
+1. A node is a latent or the error of an SAE at one site; with positions kept, at one position of it. Its effect is how
+   the metric changes when the node goes from its clean to its patch value.
+2. An edge from an upstream to a downstream node is the part of the downstream node's effect that comes from the
+   upstream node's change, along paths that touch no other node.
+3. Everything is averaged over examples. ``above`` and ``edges_above`` tell what passes thresholds.
+
+A slot numbers a site's nodes: slots 0 to F-1 are latents, slot F is the error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from unweave.core.errors import UnweaveError
+from unweave.core.run import atomic_write
+from unweave.core.site import Site
+
+VERSION = 1
+_EDGE = " -> "
+Y = "y"
+"""the metric, as the downstream end of edges"""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node above a threshold. ``slot`` F (``is_error``) is the error; ``position`` None: summed over positions."""
+
+    site: Site
+    slot: int
+    position: int | None
+    effect: float
+    is_error: bool
+
+    @property
+    def name(self) -> str:
+        """``resid_post.9/123``, or ``resid_post.9/error``; with its position in front where positions are kept."""
+        inner = f"{self.site}/{'error' if self.is_error else self.slot}"
+        return inner if self.position is None else f"{self.position}, {inner}"
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Edges between two sites. up and down int64 [E, 2], (position, slot), the position 0 where summed; weight [E].
+
+    Where the downstream end is the metric, ``down`` is all zeros.
+    """
+
+    up: Tensor
+    down: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+
+@dataclass(frozen=True, repr=False)
+class Circuit:
+    """Mean effects over ``n_examples`` examples.
+
+    ``nodes`` {site: effects [P, F + 1]}, with P = 1 where effects were summed over positions (``positions`` is False).
+    ``edges`` {(upstream site, downstream site or None for the metric): Edges}. ``about`` says what was asked and what
+    was measured, in plain values (task, method, steps, rule, thresholds, metric values, reports).
+    """
+
+    nodes: dict[Site, Tensor]
+    edges: dict[tuple[Site, Site | None], Edges]
+    positions: bool
+    n_examples: int
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        n_edges = sum(map(len, self.edges.values()))
+        where = "at each position" if self.positions else "summed over positions"
+        return f"Circuit({len(self.nodes)} sites {where}, {n_edges:,} edges, mean of {self.n_examples} examples)"
+
+    def above(self, threshold: float) -> list[Node]:
+        """Nodes with |effect| above the threshold, site by site, each site's largest first."""
+        found = []
+        for site, effects in self.nodes.items():
+            places = (effects.abs() > threshold).nonzero()
+            order = effects[places.unbind(1)].abs().argsort(descending=True)
+            last = effects.shape[1] - 1
+            for position, slot in places[order].tolist():
+                value = float(effects[position, slot])
+                found.append(Node(site, slot, position if self.positions else None, value, slot == last))
+        return found
+
+    def counts(self, threshold: float) -> dict[str, int]:
+        """How many latents and how many errors are above a threshold."""
+        nodes = self.above(threshold)
+        errors = sum(node.is_error for node in nodes)
+        return {"latents": len(nodes) - errors, "errors": errors}
+
+    def edges_above(self, node_threshold: float, edge_threshold: float) -> list[tuple[Node, Node | None, float]]:
+        """(upstream node, downstream node or None for the metric, weight): both ends and |weight| above thresholds."""
+        kept = {(n.site, n.position or 0, n.slot): n for n in self.above(node_threshold)}
+        found = []
+        for (up_site, down_site), edges in self.edges.items():
+            strong = (edges.weight.abs() > edge_threshold).nonzero()[:, 0]
+            rows = zip(
+                edges.up[strong].tolist(), edges.down[strong].tolist(), edges.weight[strong].tolist(), strict=True
+            )
+            for up, down, weight in rows:
+                u = kept.get((up_site, *up))
+                d = None if down_site is None else kept.get((down_site, *down))
+                if u is not None and (down_site is None or d is not None):
+                    found.append((u, d, float(weight)))
+        return found
+
+    # -- storage --------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Writes one safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {f"nodes/{site}": effects for site, effects in self.nodes.items()}
+        for (up, down), edges in self.edges.items():
+            name = f"edges/{up}{_EDGE}{Y if down is None else down}"
+            tensors |= {f"{name}/up": edges.up, f"{name}/down": edges.down, f"{name}/weight": edges.weight}
+        about = {"version": VERSION, "positions": self.positions, "n_examples": self.n_examples, "about": self.about}
+        with atomic_write(Path(path)) as temporary:
+            held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(held, temporary, {"unweave.circuit": json.dumps(about, ensure_ascii=False, allow_nan=False)})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads what ``save`` wrote. UnweaveError when it is missing, damaged or something else."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as handle:
+                about = json.loads((handle.metadata() or {})["unweave.circuit"])
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+            if about["version"] != VERSION:
+                raise ValueError(f"written in version {about['version']}, this is version {VERSION}")
+            return cls(*_taken_apart(tensors), about["positions"], int(about["n_examples"]), about["about"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UnweaveError(
+                f"cannot read a circuit: {error}",
+                where=str(path),
+                remedy="give a circuit.safetensors, or make it anew",
+            ) from error
+
+
+def _taken_apart(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[Site, Tensor], dict[tuple[Site, Site | None], Edges]]:
+    nodes = {Site.parse(name[6:]): value for name, value in tensors.items() if name.startswith("nodes/")}
+    names = {name.rpartition("/")[0] for name in tensors if name.startswith("edges/")}
+    edges = {}
+    for name in names:
+        up, _, down = name.removeprefix("edges/").partition(_EDGE)
+        pair = (Site.parse(up), None if down == Y else Site.parse(down))
+        edges[pair] = Edges(*(tensors[f"{name}/{part}"] for part in ("up", "down", "weight")))
+    ordered = sorted(edges, key=lambda pair: (pair[1] is None, pair[1] or pair[0], pair[0]))
+    return dict(sorted(nodes.items())), {pair: edges[pair] for pair in ordered}
+
+
+def slots_of(effects: Mapping[Site, Any]) -> dict[Site, Tensor]:
+    """Effects of latents [B, P, F] and errors [B, P] side by side: {site: [B, P, F + 1]}."""
+    return {site: torch.cat([e.latents, e.error.unsqueeze(-1)], -1) for site, e in effects.items()}
