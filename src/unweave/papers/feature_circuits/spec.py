@@ -1,0 +1,41 @@
+"""What ``unweave paper feature-circuits`` can be asked. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from unweave.core.errors import UnweaveError
+from unweave.core.spec import Spec, operational
+
+MODELS = ("EleutherAI/pythia-70m-deduped", "google/gemma-2-2b")
+"""The paper's models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureCircuitsSpec(Spec):
+    """Sparse feature circuits: agreement, SHIFT, behaviours."""
+
+    scale: Literal["smoke", "paper"] = "smoke"
+    """smoke: SmolLM2-135M with SAEs that are trained first, about an hour and a half on two cores; paper: its models
+    with the published SAEs."""
+    model: str | None = None
+    """paper scale: one of its models, by default EleutherAI/pythia-70m-deduped. The smoke scale has one model."""
+    device: str | None = operational(None)
+    """cpu, cuda, cuda:1...; by default a GPU where there is one."""
+    biographies: str | None = None
+    """Biographies for SHIFT as `unweave circuit shift` takes them; by default templated ones at smoke scale and
+    LabHC/bias_in_bios at paper scale."""
+    annotations: Path | None = None
+    """paper scale: a file of annotations that says which latents SHIFT is to ablate; by default a rule decides."""
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.scale != "paper":
+            raise UnweaveError(
+                "the smoke scale has its own model", where="model", remedy="leave model out, or give scale: paper"
+            )
+        if self.model is not None and self.model not in MODELS:
+            raise UnweaveError(
+                f"{self.model!r} is not one of the paper's models", where="model", remedy=f"models: {', '.join(MODELS)}"
+            )
