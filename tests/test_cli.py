@@ -25,9 +25,12 @@ from unweave.core import progress
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
 from unweave.core.spec import Spec, operational
+from unweave.jobs.circuit.specs import OfSAEsSpec
 from unweave.jobs.specs import OfSAESpec
 
-REAL_STAGES = dict(stages.STAGES)
+REAL_STAGES = dict(stages.STAGES) | {
+    stage.command: stage for _, inner in stages.GROUPS.values() for stage in inner.values()
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +247,29 @@ def test_an_unknown_command_is_refused_with_a_suggestion(capfd: pytest.CaptureFi
     assert '"train"' in capfd.readouterr().err
 
 
+def test_commands_in_a_group_are_parsed_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any) -> None:
+    """Exits, output and mistakes are those of any command, and messages name the whole command."""
+    here = f"{__name__}:"
+    stage = replace(stages.CIRCUITS["find"], spec_home=f"{here}PretendSpec", run_home=f"{here}pretend")
+    monkeypatch.setitem(stages.CIRCUITS, "find", stage)
+    line = ["circuit", "find", "--runs", str(tmp_path / "runs"), "--model", "m"]
+    assert main([*line, "--json"]) == 0
+    assert asked(capfd.readouterr().out)["model"] == "m"
+    assert main(line) == 0
+    assert "unweave circuit find" in capfd.readouterr().out
+    for words, where, hint in (
+        (["circuit", "fnd"], "where: unweave circuit\n", '"find"'),
+        (["circuit", "find", "--modle", "m"], "where: unweave circuit find\n", "--model"),
+        (["paper", "instruct"], "where: unweave paper\n", "instruct-saes"),
+    ):
+        assert main(words) == 2
+        err = capfd.readouterr().err
+        assert where in err and hint in err, err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(line) == 2
+    assert "circuit find does not divide" in capfd.readouterr().err
+
+
 # How it ends
 
 
@@ -405,7 +431,7 @@ def test_every_field_of_every_stage_can_be_set_and_is_explained(name: str) -> No
 @pytest.mark.parametrize("name", REAL_STAGES)
 def test_naming_a_group_leaves_its_other_fields_as_help_shows_them(name: str) -> None:
     spec = REAL_STAGES[name].spec()
-    required = {"sae": "x"} if "sae" in {f.name for f in fields(spec)} and issubclass(spec, OfSAESpec) else {}
+    required = {"sae": "x"} if issubclass(spec, OfSAESpec) else {"saes": ["x"]} if issubclass(spec, OfSAEsSpec) else {}
     for field_ in fields(spec):
         if isinstance(field_.default, Spec):
             assert getattr(spec.from_dict({**required, field_.name: {}}), field_.name) == field_.default
@@ -416,7 +442,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_and_import_load_no_heavy_library() -> None:
-    commands = (*stages.STAGES, "models", "dedup", "convert")
+    commands = (*stages.STAGES, *stages.GROUPS, "circuit find", "models", "dedup", "convert")
     names = ["--help", *(f"{name} --help" for name in commands), "models", "--version"]
     done = python(
         "import sys, unweave\n"

@@ -25,7 +25,7 @@ from unweave.cli import bridge
 from unweave.cli.app import build_app
 from unweave.cli.convert import convert
 from unweave.cli.fields import leaves
-from unweave.cli.stages import PAPERS, STAGES
+from unweave.cli.stages import GROUPS, STAGES
 from unweave.core.errors import UnweaveError
 from unweave.core.site import LAYER_POINTS, MODEL_POINTS, Site
 from unweave.core.spec import read_mapping
@@ -178,8 +178,9 @@ def test_command_lines_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             check_target(line)
     for code in inline(page):
         if code.startswith("unweave "):
-            assert code.split()[1] in (*STAGES, "models", "dedup", "convert", "paper", "COMMAND", "--help"), code
-            assert code.split()[1] != "paper" or code.split()[2:3] in ([], *([name] for name in PAPERS)), code
+            first, inner = code.split()[1], code.split()[2:3]
+            assert first in (*STAGES, *GROUPS, "models", "dedup", "convert", "COMMAND", "--help"), code
+            assert first not in GROUPS or inner in ([], *([name] for name in GROUPS[first][1])), code
         elif re.match(r"make \w", code):
             check_target(code)
 
@@ -194,7 +195,7 @@ def check_target(line: str) -> None:
 def options() -> frozenset[str]:
     """Every option of every command, and of the scripts in benchmarks and examples."""
     found = {"--runs", "--json", "--help", "--config", "--version"}
-    for stage in (*STAGES.values(), *PAPERS.values()):
+    for stage in (*STAGES.values(), *(stage for _, inner in GROUPS.values() for stage in inner.values())):
         found |= {f"--{leaf.name.replace('_', dash)}" for leaf in leaves(stage.spec()) for dash in "_-"}
     found |= {f"--{name}" for name in inspect.signature(convert).parameters}
     for script in (*EXAMPLES, *(ROOT / "benchmarks").glob("*.py")):

@@ -27,7 +27,7 @@ from unweave.cli.dedup import dedup
 from unweave.cli.models import HELP as MODELS_HELP
 from unweave.cli.models import models
 from unweave.cli.output import nothing_on_stdout, print_json
-from unweave.cli.stages import PAPERS, STAGES
+from unweave.cli.stages import GROUPS, STAGES
 from unweave.core.errors import UnweaveError, UnweaveWarning
 
 OUR_FAULT, USERS_MISTAKE, INTERRUPTED = 1, 2, 130
@@ -37,8 +37,6 @@ _HELP = (
     "Start with 'unweave demo': ten minutes from a real model to a report. The other commands are its steps, for "
     "your own model, data and site; 'unweave COMMAND --help' explains each."
 )
-
-_PAPER_HELP = "Run a paper's recipe: its trainings, measurements, table and figures, beside what it claims."
 
 
 def build_app() -> App:
@@ -52,12 +50,13 @@ def build_app() -> App:
     for i, stage in enumerate(STAGES.values()):
         home, usage = f"unweave.cli.stages:command_{stage.name}", f"Usage: unweave {stage.name} [CONFIG] [OPTIONS]"
         app.command(home, name=stage.name, help=stage.help, usage=usage, sort_key=i)
-    papers = App(name="paper", help=_PAPER_HELP, help_format="plaintext", sort_key=len(STAGES))
-    for stage in PAPERS.values():
-        home = f"unweave.cli.stages:paper_{stage.name.replace('-', '_')}"
-        usage = f"Usage: unweave paper {stage.name} [CONFIG] [OPTIONS]"
-        papers.command(home, name=stage.name, help=stage.help, usage=usage)
-    app.command(papers)
+    for group, (text, inner) in GROUPS.items():
+        commands = App(name=group, help=text, help_format="plaintext", sort_key=len(STAGES))
+        for i, stage in enumerate(inner.values()):
+            home = f"unweave.cli.stages:{group}_{stage.name.replace('-', '_')}"
+            usage = f"Usage: unweave {stage.command} [CONFIG] [OPTIONS]"
+            commands.command(home, name=stage.name, help=stage.help, usage=usage, sort_key=i)
+        app.command(commands)
     app.command(models, name="models", help=MODELS_HELP, sort_key=len(STAGES))
     app.command(dedup, name="dedup", help=DEDUP_HELP, sort_key=len(STAGES) + 1)
     app.command(convert, name="convert", help=CONVERT_HELP, sort_key=len(STAGES) + 2)
@@ -102,7 +101,7 @@ def as_user_error(error: Exception, tokens: Sequence[str]) -> UnweaveError | Non
     if isinstance(error, UnweaveError):
         return error
     if isinstance(error, CycloptsError):
-        asked = f"unweave {tokens[0]}" if tokens and tokens[0] in (*STAGES, "models", "dedup", "convert") else "unweave"
+        asked = _asked(tokens)
         return UnweaveError(str(error), where=asked, remedy=f"'{asked} --help' lists what there is")
     if isinstance(error, OSError) and error.errno in _SYSTEM_REMEDIES:
         what, remedy = _SYSTEM_REMEDIES[error.errno]
@@ -113,6 +112,14 @@ def as_user_error(error: Exception, tokens: Sequence[str]) -> UnweaveError | Non
             remedy="ask 'unweave doctor' with the same fields what the run needs; make batches smaller",
         )
     return None
+
+
+def _asked(tokens: Sequence[str]) -> str:
+    """The command that a command line names, as far as there is one: ``unweave circuit find``."""
+    first, second, *_ = [*tokens, "", ""]
+    if first in GROUPS:
+        return f"unweave {first} {second}" if second in GROUPS[first][1] else f"unweave {first}"
+    return f"unweave {first}" if first in (*STAGES, "models", "dedup", "convert") else "unweave"
 
 
 _SYSTEM_REMEDIES = {

@@ -53,9 +53,9 @@ def execute(stage: Stage, config: Path | None, overrides: dict[str, Any], runs: 
     """Makes the Spec, runs the stage, and shows the outcome to people or returns it for machines."""
     spec = stage.spec().from_file(config, overrides)
     processes = int(os.environ.get("WORLD_SIZE") or 1)
-    if processes > 1 and stage.name not in _IN_SEVERAL:
+    if processes > 1 and stage.command not in _IN_SEVERAL:
         raise UnweaveError(
-            f"{stage.name} does not divide its work between processes",
+            f"{stage.command} does not divide its work between processes",
             where=f"{processes} processes",
             remedy=f"start it without torchrun; {', '.join(_IN_SEVERAL)} can be started with it",
         )
@@ -66,7 +66,7 @@ def execute(stage: Stage, config: Path | None, overrides: dict[str, Any], runs: 
         outcome = stage.run(spec, runs)
     if machine:
         return for_machines(outcome)
-    show_outcome(stage.name, outcome)
+    show_outcome(stage.command, outcome)
     return None
 
 

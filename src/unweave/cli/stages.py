@@ -26,7 +26,10 @@ class Outcome(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. ``spec_home`` and ``run_home`` are ``module:name``; ``run(spec, runs)`` does the work."""
+    """One command. ``spec_home`` and ``run_home`` are ``module:name``; ``run(spec, runs)`` does the work.
+
+    ``group`` is the command that it stands under, as ``paper``.
+    """
 
     name: str
     summary: str
@@ -34,6 +37,12 @@ class Stage:
     examples: tuple[str, ...]
     spec_home: str
     run_home: str
+    group: str = ""
+
+    @property
+    def command(self) -> str:
+        """What is typed after ``unweave``: ``train``, ``paper instruct-saes``."""
+        return f"{self.group} {self.name}".strip()
 
     @property
     def help(self) -> str:
@@ -171,16 +180,53 @@ _PAPERS = (
         ),
         spec_home="unweave.papers.instruct_saes.spec:InstructSaesSpec",
         run_home="unweave.papers.instruct_saes.recipe:run",
+        group="paper",
     ),
 )
 PAPERS: dict[str, Stage] = {stage.name: stage for stage in _PAPERS}
 
 
+def _circuit(name: str, summary: str, about: str, *examples: str) -> Stage:
+    return Stage(
+        name,
+        summary,
+        about,
+        examples,
+        spec_home=f"unweave.jobs.circuit.specs:Circuit{name.title()}Spec",
+        run_home=f"unweave.jobs.circuit.{name}:run",
+        group="circuit",
+    )
+
+
+_CIRCUITS = (
+    _circuit(
+        "find",
+        "Find the latents and errors that cause a behaviour, and how they act on one another.",
+        "Integrated gradients over minimal pairs, or over single texts with ablation, give every latent's effect at "
+        "every autoencoder's site; then the edges between those above a threshold. Keep positions for sentences of one "
+        "template, sum over them for texts of any length. Examples run in batches that fit the memory; after an "
+        "interruption the same command goes on where it was.",
+        "unweave circuit find --saes runs/train-0123456789ab/sae --task across_pp",
+        "unweave circuit find --saes runs/train-0123456789ab/sae --inputs contexts.jsonl --summed positions",
+    ),
+)
+CIRCUITS: dict[str, Stage] = {stage.name: stage for stage in _CIRCUITS}
+
+GROUPS: dict[str, tuple[str, dict[str, Stage]]] = {
+    "circuit": (
+        "Find the circuits of a model's behaviours in latents, check them, draw them and change them.",
+        CIRCUITS,
+    ),
+    "paper": ("Run a paper's recipe: its trainings, measurements, table and figures, beside what it claims.", PAPERS),
+}
+"""Commands that hold others: {name: (help, its stages)}."""
+
+
 def __getattr__(name: str) -> Any:
-    """``unweave.cli.stages:command_train`` builds that command, ``paper_instruct_saes`` that of a paper; the command
-    line asks for them by these names."""
+    """``unweave.cli.stages:command_train`` builds that command, ``paper_instruct_saes`` and ``circuit_find`` those in
+    a group; the command line asks for them by these names."""
     kind, _, written = name.partition("_")
-    known = {"command": STAGES, "paper": PAPERS}.get(kind, {})
+    known = STAGES if kind == "command" else GROUPS.get(kind, ("", {}))[1]
     stage = known.get(written) or known.get(written.replace("_", "-"))
     if stage is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

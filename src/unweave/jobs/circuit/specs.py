@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from unweave.core.errors import UnweaveError
-from unweave.core.spec import Spec, operational
+from unweave.core.spec import Spec, operational, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,3 +36,118 @@ class OfSAEsSpec(Spec):
             raise UnweaveError("sites and accept_mismatch say something about saes, and there are none", where="saes")
         if self.neurons and not self.saes and self.model is None:
             raise UnweaveError("neurons alone do not say of which model", where="model", remedy="name it with --model")
+
+
+CONVENTIONS: dict[str, dict[str, str]] = {
+    "unweave": {"rule": "midpoint", "metric": "neg-log-p"},
+    "paper": {"rule": "right", "metric": "neg-log-p"},
+    "code": {"rule": "left", "metric": "neg-logit"},
+}
+"""Where Marks et al. 2024 and their released code differ: the end of each step of integrated gradients at which the
+gradient is taken (the paper's eq. 4, and the code's), and the metric of single inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitFindSpec(OfSAEsSpec):
+    """Finding the circuit of a behaviour."""
+
+    shorthands = {
+        "convention": (
+            Literal["unweave", "paper", "code"] | None,
+            "Rule and metric by name. unweave: midpoint, -log p; paper: right, -log p; code, as the authors released "
+            "it: left, -logit. Fields that are given replace them.",
+        )
+    }
+
+    task: Literal["simple", "within_rc", "across_rc", "across_pp"] | None = None
+    """Subject-verb agreement: alone, within or across a relative clause, or across a prepositional phrase (default)."""
+    pairs: Path | None = field(default=None, metadata={"result": False})
+    """Pairs of your own instead: JSON lines with clean_prefix, patch_prefix, clean_answer, patch_answer."""
+    inputs: Path | None = field(default=None, metadata={"result": False})
+    """Single texts instead: JSON lines with context and answer; latents are ablated to zero."""
+    examples: int = 100
+    """How many examples. A file may hold fewer."""
+    split: Literal["train", "test"] = "train"
+    """Which of the task's words: no sentence is in both."""
+    seed: int = 0
+    """Choice of examples."""
+    method: Literal["ig", "attribution", "exact"] = "ig"
+    """Integrated gradients; attribution patching, which is one step of it; or exact effects, for tiny models."""
+    steps: int = 10
+    """Steps of integrated gradients."""
+    rule: Literal["left", "midpoint", "right"] = "midpoint"
+    """Where in each step the gradient is taken."""
+    metric: Literal["neg-log-p", "neg-logit"] = "neg-log-p"
+    """Of single inputs: -log p(answer), or -logit(answer). Of pairs it is always logit(patch) - logit(clean)."""
+    summed: Literal["none", "positions"] | None = None
+    """Keep positions, for sentences of equal length, or sum over them; by default kept for pairs, summed for inputs."""
+    skip_first: int = 0
+    """How many first tokens of each text are left as they are, as 1 for a BOS token."""
+    node_threshold: float = 0.1
+    """Nodes whose mean effect on the metric is larger, in either direction, are in the circuit and get edges."""
+    edge_threshold: float = 0.01
+    """Edges of larger weight, in either direction, are kept; 0 keeps all."""
+    upstream: Literal["above", "all"] = "above"
+    """Edges from nodes above the threshold only, or from all."""
+    edges: bool = True
+    """Whether to find edges; nodes alone are much quicker and all that `evaluate` needs."""
+    max_tokens: int = operational(4096)
+    """Tokens that go through the model at once at most; halved while memory is too small for them."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "", base: Spec | None = None) -> Self:
+        """As ``Spec.from_dict``; ``convention`` stands for rule and metric."""
+        if "convention" not in values:
+            return super().from_dict(values, where=where, base=base)
+        given = {name: value for name, value in values.items() if name != "convention"}
+        name = values["convention"]
+        if name not in CONVENTIONS:
+            known = ", ".join(CONVENTIONS)
+            raise UnweaveError(f"there is no convention {name!r}", where=where, remedy=f"conventions: {known}")
+        meant = dict(CONVENTIONS[name])
+        if given.get("inputs") is None:
+            meant.pop("metric")  # pairs have one metric only
+        if given.get("method", "ig") != "ig":
+            meant.pop("rule")
+        return super().from_dict({**meant, **given}, where=where, base=base)
+
+    @property
+    def keeps_positions(self) -> bool:
+        return self.summed == "none" or (self.summed is None and self.inputs is None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = {name: getattr(self, name) > 0 for name in ("examples", "steps", "max_tokens")}
+        least = {name: getattr(self, name) >= 0 for name in ("skip_first", "node_threshold", "edge_threshold")}
+        require(self, whole | least)
+        named = [name for name in ("task", "pairs", "inputs") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise UnweaveError(
+                f"{' and '.join(named)} are both given", where=type(self).__name__, remedy="name one of them"
+            )
+        uses = {
+            "metric": self.inputs is not None,
+            "split": named in ([], ["task"]),
+            "steps": self.method == "ig",
+            "rule": self.method == "ig",
+            "edge_threshold": self.edges,
+            "upstream": self.edges,
+        }
+        _unused(self, uses)
+        if self.edges and self.method == "exact":
+            raise UnweaveError(
+                "exact effects have no gradient, and edges need one",
+                where="method",
+                remedy="use ig, or --no-edges",
+            )
+
+
+def _unused(spec: Spec, uses: Mapping[str, bool]) -> None:
+    """Raises UnweaveError for a field that is set and would have no effect."""
+    for name, used in uses.items():
+        if not used and getattr(spec, name) != type(spec).__dataclass_fields__[name].default:
+            raise UnweaveError(
+                f"{name} = {getattr(spec, name)!r} would have no effect",
+                where=type(spec).__name__,
+                remedy=f"leave {name} out",
+            )
