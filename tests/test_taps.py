@@ -272,3 +272,123 @@ def test_logit_lens_is_the_final_norm_and_unembedding(tiny) -> None:  # type: ig
     centred = d - d.mean(-1, keepdim=True)
     expected = centred / (centred.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt() * norm.weight
     torch.testing.assert_close(lm.logit_lens(d), expected @ lm.model.lm_head.weight.T, rtol=1e-4, atol=1e-4)
+
+
+# -- beginning in the middle ------------------------------------------------------------------------------------------
+
+# Every place where a pass may begin: (site, blocks that do not run)
+BEGINNINGS = [("embed", 0), ("resid_pre.0", 0), ("resid_post.0", 1), ("resid_pre.2", 2), ("resid_post.2", 3)]
+
+
+def padded() -> Tokens:
+    return Tokens.pad([([5, 6, 7, 8, 9], [4] * 5), ([11, 12, 13], [4] * 3)], 0, "left")
+
+
+def value_at(lm: LM, site: str, tokens: Tokens) -> torch.Tensor:
+    with lm.taps(read=[site], stop=site) as seen:
+        lm(tokens)
+    return seen[site]
+
+
+@pytest.mark.parametrize(("site", "skipped"), BEGINNINGS)
+def test_a_pass_that_begins_in_the_middle_ends_alike(lm: LM, site: str, skipped: int) -> None:
+    """Same logits bit for bit, padding on the left included; what lies below is not computed; all is put back."""
+    blocks = lm.layout.blocks
+    ran: list[int] = []
+    parts = [block.get_submodule(lm.layout.family.mlp) for block in blocks]
+    handles = [part.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, part in enumerate(parts)]
+    for tokens in (padded(), Tokens.of(IDS)):
+        before, value = logits(lm, tokens), value_at(lm, site, tokens)
+        ran.clear()
+        with lm.taps(start=(site, value), read=[site, "final_norm"]) as seen:
+            other = Tokens(tokens.ids.flip(1), tokens.mask, tokens.roles)  # which tokens they are no longer matters
+            assert torch.equal(logits(lm, other), before)
+        assert ran == list(range(skipped, 3))
+        assert torch.equal(seen[site], value)
+        assert not any("forward" in vars(block) for block in blocks)
+        assert torch.equal(logits(lm, tokens), before)
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("site", "skipped"), BEGINNINGS)
+def test_gradients_at_a_beginning_are_those_of_the_whole_pass(lm: LM, site: str, skipped: int) -> None:
+    tokens = padded()
+    shift = torch.zeros(2, 5, 32, requires_grad=True)
+    with lm.taps(edit={site: lambda x, at: x + shift}, grad=True):
+        (expected,) = torch.autograd.grad(logits(lm, tokens)[:, -1, 3].sum(), shift)
+    value = value_at(lm, site, tokens).requires_grad_()
+    with lm.taps(start=(site, value), grad=True):
+        (found,) = torch.autograd.grad(logits(lm, tokens)[:, -1, 3].sum(), value)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert found.abs().sum() > 0
+
+
+def test_edits_reads_and_stops_above_a_beginning_work(lm: LM) -> None:
+    shift = torch.randn(32, generator=torch.Generator().manual_seed(2))
+    edit = {site: lambda x, at: x + shift for site in ("resid_post.0", "mlp_add.1", "resid_post.1")}
+    with lm.taps(edit=edit, read=["attn_in.1", "resid_post.1"]) as whole:
+        before = logits(lm)
+    value = value_at(lm, "resid_post.0", Tokens.of(IDS))
+    with lm.taps(read=["resid_pre.1"]) as outer, lm.taps(start=("resid_post.0", value), edit=edit, read=whole) as seen:
+        assert torch.equal(logits(lm), before)
+    assert all(torch.equal(seen[site], whole[site]) for site in whole)
+    assert torch.equal(outer["resid_pre.1"], value)  # opened before, and still the value that the pass begins with
+    with lm.taps(start=("resid_post.0", value), read=["resid_post.0"], stop="resid_post.0") as seen:
+        assert lm(IDS) is None
+    assert torch.equal(seen["resid_post.0"], value)
+
+
+def test_what_lies_below_a_beginning_is_refused(lm: LM) -> None:
+    blocks, value = lm.layout.family.blocks, torch.zeros(2, 12, 32)
+    begin = ("resid_post.1", value)
+    below = ["embed", "resid_pre.0", "resid_post.0", "mlp_add.1", "resid_pre.1", f"path.{blocks}.0"]
+    for site in below:
+        for taken in ({"read": [site]}, {"edit": {site: lambda x, at: None}}, {"stop": site}):
+            with pytest.raises(UnweaveError, match=r"lies below resid_post\.1"), lm.taps(start=begin, **taken):
+                pass
+        with pytest.raises(UnweaveError, match="lies below"), lm.taps(read=[site]), lm.taps(start=begin):
+            pass
+        with pytest.raises(UnweaveError, match="lies below"), lm.taps(start=begin), lm.taps(read=[site]):
+            pass
+    with pytest.raises(UnweaveError, match="lies below"), lm.taps(["embed"], start=("resid_pre.0", value)):
+        pass
+    for site in ("mlp_add.1", "final_norm", "logits", f"path.{blocks}.1"):
+        with pytest.raises(UnweaveError, match="cannot begin at"), lm.taps(start=(site, value)):
+            pass
+    with pytest.raises(UnweaveError, match="start= once"), lm.taps(start=begin), lm.taps(start=begin):
+        pass
+    for wrong in (value[:1], value[:, 1:], value[..., 1:]):
+        with pytest.raises(UnweaveError, match="one row per row"), lm.taps(start=("resid_post.1", wrong)):
+            lm(IDS)
+    with pytest.raises(UnweaveError, match="with a cache"), lm.taps(start=begin):
+        lm.generate_ids(Tokens.of(IDS), max_new_tokens=2)
+    assert not lm.sessions
+
+
+def test_a_model_is_whole_again_after_an_error(lm: LM) -> None:
+    before = logits(lm)
+    own = lm.layout.blocks[0].forward
+    lm.layout.blocks[0].forward = lambda *a, **k: own(*a, **k)  # someone else's, which must stay
+    theirs = lm.layout.blocks[0].forward
+
+    def fails(x: torch.Tensor, at: object) -> torch.Tensor:
+        raise RuntimeError("no")
+
+    with (
+        pytest.raises(RuntimeError, match="no"),
+        lm.taps(start=("resid_post.1", torch.zeros(2, 12, 32)), edit={"mlp_add.2": fails}),
+    ):
+        lm(IDS)
+    assert lm.layout.blocks[0].forward is theirs
+    assert not any("forward" in vars(block) for block in lm.layout.blocks[1:])
+    assert torch.equal(logits(lm), before)
+    assert not lm.sessions
+
+
+def test_a_beginning_takes_the_models_precision(tiny) -> None:  # type: ignore[no-untyped-def]
+    lm = LM(tiny("llama").bfloat16(), None)
+    before, value = logits(lm), value_at(lm, "resid_post.0", Tokens.of(IDS))
+    with lm.taps(start=("resid_post.0", value.double())):
+        found = logits(lm)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, before)

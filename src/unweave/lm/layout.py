@@ -114,6 +114,8 @@ class Layout:
         self.model, self.family = model, family
         self.blocks = list(model.get_submodule(family.blocks).children())
         self.parallel = bool(getattr(config, "use_parallel_residual", False))
+        self.wrapped = [False] * len(self.blocks)
+        """whether each block returns a tuple; loading finds out, since it varies with the version of transformers"""
 
     @property
     def n_layers(self) -> int:

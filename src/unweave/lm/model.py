@@ -234,14 +234,15 @@ class LM:
         edit: _taps.Edits | None = None,
         stop: str | Site | None = None,
         grad: bool = False,
+        start: _taps.Start | None = None,
     ) -> AbstractContextManager[_taps.Seen]:
-        """Reads and edits activations in the forward passes of a ``with`` block; see ``lm/taps.py``.
+        """Reads and edits activations in the forward passes of a ``with`` block (``lm/taps.py``), or begins them midway.
 
         >>> with lm.taps(read=["resid_post.9"], stop="resid_post.9") as seen:
         ...     lm(lm.tokenize(["The keys to the cabinet"]))
         >>> seen["resid_post.9"].shape                               # [batch, position, d_model]
         """
-        return _taps.taps(self, read, edit, stop, grad)
+        return _taps.taps(self, read, edit, stop, grad, start)
 
     def __call__(self, tokens: Tokens | Tensor, *, keep_logits: int = 0) -> Tensor | None:
         """Logits [B, P, V] of a forward pass, or None where taps stopped it.
@@ -350,7 +351,8 @@ class LM:
     def _confirm_layout(self) -> None:
         layers = range(self.n_layers)
         points = ("resid_pre", "attn_add", "mlp_add", "resid_post")
-        with self.taps(read=[Site(p, layer) for p in points for layer in layers]) as seen:
+        reads = [Site(p, layer) for p in points for layer in layers]
+        with self.taps(read=reads) as seen, _taps.what_blocks_return(self) as self.layout.wrapped:
             self(self._probe(8))
         tolerance = _RESIDUAL_TOLERANCE.get(self.dtype, 2e-2)
         for layer in layers:

@@ -3,23 +3,26 @@
 1. ``taps`` registers plain PyTorch hooks at the sites that are read or edited, and removes them in ``finally``.
 2. At a site, edits run first, in the order given; a read sees the edited value, as the rest of the model does.
 3. ``stop`` ends the forward pass at a site, after its edits and reads, so later blocks cost nothing.
-4. Every value is checked against the shape [batch, position, width]; an edit that changes its input in place is
+4. ``start`` begins the forward pass at a residual site: the blocks below return what they are given, and the value
+   takes the stream's place before the first block that runs. The model makes masks and position embeddings as ever.
+5. Every value is checked against the shape [batch, position, width]; an edit that changes its input in place is
    refused, since whatever was read before it would silently change too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.chat import Role
+from unweave.lm.layout import Tap
 
 if TYPE_CHECKING:
     from unweave.lm.model import LM, Tokens
@@ -65,6 +68,9 @@ class SiteEdit(Protocol):
     def __call__(self, x: Tensor, at: At) -> Tensor | None: ...
 
 
+Start = tuple["str | Site", Tensor]
+"""Where a forward pass begins (resid_pre.l, resid_post.l or embed), and the value [B, P, D] that it begins with."""
+
 Edits = SiteEdit | Iterable[SiteEdit] | Mapping[Any, EditFn]
 
 
@@ -102,6 +108,9 @@ class Session:
     lm: LM
     grad: bool
     seen: Seen
+    begins: Begins | None = None
+    taken: dict[Site, nn.Module] = field(default_factory=dict)
+    """the sites read, edited or stopped at, with the module that each hangs on"""
     step: int = -1
     batch: tuple[Tensor, Tensor, Tensor] | None = None  # ids, mask, roles of the forward pass under way
     handles: list[Any] = field(default_factory=list)
@@ -128,6 +137,86 @@ class Session:
             raise UnweaveError("taps saw an activation outside a forward pass of the whole model", where=str(site))
         ids, mask, roles = self.batch
         return At(site, ids, mask, roles, self.step, self.seen)
+
+
+@dataclass(frozen=True, eq=False)
+class Begins:
+    """Where the forward passes of a session begin: before ``tap``'s module, with ``skipped`` blocks left out."""
+
+    site: Site
+    value: Tensor
+    tap: Tap
+    skipped: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, lm: LM, start: Start) -> Begins:
+        site, value = lm.site(start[0]), start[1]
+        layout = lm.layout
+        if site.point == "embed":
+            return cls(site, value, layout.tap(site), ())
+        if site.point not in ("resid_pre", "resid_post") or site.layer is None:
+            raise UnweaveError(
+                f"a forward pass cannot begin at {site}", remedy="begin at resid_pre.L, resid_post.L or embed"
+            )
+        first = site.layer + (site.point == "resid_post")  # the first block that runs
+        above = lm.model.get_submodule(layout.family.final_norm) if first == lm.n_layers else layout.blocks[first]
+        return cls(site, value, Tap(above, "in"), tuple(layout.blocks[:first]))
+
+    def attach(self, session: Session) -> None:
+        """Replaces what the skipped blocks do, and puts the value in before anything else sees the stream there."""
+        for block, wrapped in zip(self.skipped, session.lm.layout.wrapped, strict=False):
+            session.handles.append(_Skipped(block, wrapped))
+
+        def put(x: Tensor) -> Tensor:
+            wanted = tuple(x.shape)
+            if not isinstance(self.value, Tensor) or tuple(self.value.shape) != wanted:
+                raise UnweaveError(
+                    f"the forward pass begins with {list(getattr(self.value, 'shape', ()))}, not with {list(wanted)}",
+                    where=str(self.site),
+                    remedy="give one row per row of tokens",
+                )
+            return self.value.to(x.dtype)
+
+        _hook(session, self.tap, self.site, put, first=True)
+
+    def reached(self, lm: LM) -> set[nn.Module]:
+        """The modules that are run, and on what comes of the value."""
+        runs = (*lm.layout.blocks[len(self.skipped) :], lm.model.get_submodule(lm.layout.family.final_norm))
+        wholes = (*runs, lm.model.get_output_embeddings(), self.tap.module)
+        return {part for whole in wholes for part in whole.modules()}
+
+
+class _Skipped:
+    """A block that returns its input, as its family's blocks return it, until ``remove``."""
+
+    def __init__(self, block: nn.Module, wrapped: bool) -> None:
+        self.block, self.own = block, block.__dict__.get("forward")
+
+        def forward(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Any:
+            return (hidden_states,) if wrapped else hidden_states
+
+        block.__dict__["forward"] = forward
+
+    def remove(self) -> None:
+        del self.block.__dict__["forward"]
+        if self.own is not None:
+            self.block.__dict__["forward"] = self.own
+
+
+def _check_begins(lm: LM) -> None:
+    """What any open session reads or edits must lie where the forward pass still goes."""
+    begun = [session.begins for session in lm.sessions if session.begins is not None]
+    if len(begun) > 1:
+        raise UnweaveError("two taps say where the pass begins", remedy="give start= once")
+    for begins in begun:
+        reached = None if begins.site.point == "embed" else begins.reached(lm)
+        for session in lm.sessions:
+            for site, module in session.taken.items():
+                if reached is not None and module not in reached:
+                    raise UnweaveError(
+                        f"site {site} lies below {begins.site}, where the pass begins",
+                        remedy="begin lower, or read and edit above",
+                    )
 
 
 def _check(site: Site, x: Any, session: Session) -> Tensor:
@@ -164,8 +253,19 @@ def _first(out: Any) -> Any:
     return out[0] if isinstance(out, (tuple, list)) else out
 
 
+def _tap(session: Session, site: Site) -> Tap:
+    """Where a site is tapped: where the pass begins after a block, that block's output is the next module's input."""
+    begins = session.begins
+    return begins.tap if begins is not None and site == begins.site else session.lm.layout.tap(site)
+
+
 def _attach(session: Session, site: Site, work: Callable[[Tensor], Tensor | None]) -> None:
-    tap = session.lm.layout.tap(site)
+    tap = _tap(session, site)
+    session.taken[site] = tap.module
+    _hook(session, tap, site, work)
+
+
+def _hook(session: Session, tap: Tap, site: Site, work: Callable[[Tensor], Tensor | None], first: bool = False) -> None:
     if tap.side == "out":
 
         def on_output(_module: Any, _args: Any, out: Any) -> Any:
@@ -174,7 +274,7 @@ def _attach(session: Session, site: Site, work: Callable[[Tensor], Tensor | None
                 return None
             return (new, *out[1:]) if isinstance(out, (tuple, list)) else new
 
-        session.handles.append(tap.module.register_forward_hook(on_output))
+        session.handles.append(tap.module.register_forward_hook(on_output, prepend=first))
     else:
 
         def on_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -184,7 +284,7 @@ def _attach(session: Session, site: Site, work: Callable[[Tensor], Tensor | None
                 return None
             return (args, {**kwargs, "hidden_states": new}) if named else ((new, *args[1:]), kwargs)
 
-        session.handles.append(tap.module.register_forward_pre_hook(on_input, with_kwargs=True))
+        session.handles.append(tap.module.register_forward_pre_hook(on_input, with_kwargs=True, prepend=first))
 
 
 def _attach_edit(session: Session, site: Site, work: Callable[[Tensor], Tensor | None]) -> None:
@@ -236,15 +336,18 @@ def taps(
     edit: Edits | None = None,
     stop: str | Site | None = None,
     grad: bool = False,
+    start: Start | None = None,
 ) -> Iterator[Seen]:
     """Hooks a model for the forward passes inside the ``with`` block; see the module's first lines.
 
-    With ``grad`` the values read keep their graph; otherwise they are detached and nothing is recorded.
+    With ``grad`` the values read keep their graph; otherwise they are detached and nothing is recorded. With ``start``
+    the forward pass begins at a site with the value given, [B, P, D] (cast to the stream's dtype, gradients flow to
+    it): blocks below it are not computed, and sites below it can be neither read nor edited.
     """
     edits = _by_site(lm, edit)
     reads = sorted({lm.site(s) for s in read} | {site for _, _, needs in edits for site in needs})
     seen = Seen(reads)
-    session = Session(lm, grad, seen)
+    session = Session(lm, grad, seen, None if start is None else Begins.of(lm, start))
 
     def keep(site: Site) -> Callable[[Tensor], None]:
         return lambda x: seen._put(site, x if grad else x.detach())
@@ -257,19 +360,41 @@ def taps(
 
     def begin(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        if session.begins is not None and (kwargs.get("use_cache") or kwargs.get("past_key_values") is not None):
+            raise UnweaveError("a forward pass with a cache cannot begin above its blocks", remedy="generate without")
         session.begin(ids, kwargs.get("attention_mask"))
 
     lm.sessions.append(session)
     try:
         session.handles.append(lm.model.register_forward_pre_hook(begin, with_kwargs=True))
+        if session.begins is not None:
+            session.begins.attach(session)
         for site, fn, _ in edits:
             _attach_edit(session, site, change(site, fn))
         for site in reads:
             _attach(session, site, keep(site))
         if stop is not None:
             _attach(session, lm.site(stop), halt)
+        _check_begins(lm)
         yield seen
     finally:
         for handle in session.handles:
             handle.remove()
         lm.sessions.remove(session)
+
+
+@contextmanager
+def what_blocks_return(lm: LM) -> Iterator[list[bool]]:
+    """Whether each block returns a tuple (trap 13), filled in by a forward pass in the ``with`` block."""
+    wrapped = [False] * lm.n_layers
+
+    def look(place: int) -> Callable[[Any, Any, Any], None]:
+        def on_output(_module: Any, _args: Any, out: Any) -> None:
+            wrapped[place] = isinstance(out, (tuple, list))
+
+        return on_output
+
+    with ExitStack() as stack:
+        for place, block in enumerate(lm.layout.blocks):
+            stack.callback(block.register_forward_hook(look(place)).remove)
+        yield wrapped
