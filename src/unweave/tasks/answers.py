@@ -1,0 +1,180 @@
+"""Single inputs: a text and the word that should follow it, to be explained by ablation (Marks et al. 2024, sec. 5).
+
+    {"context": "The capital of France is", "answer": " Paris"}              one object a line
+    {"context": ["The", " capital"], "answer": " of"}                        the tokens' texts, joined
+    {"17": {"context": ..., "answer": ...}, "18": ...}                       the paper's form: one object
+
+The metric is what the model loses when the answer becomes less likely: -log p(answer), as in the paper, or
+-logit(answer), as in its released code. A node's effect is positive where ablating it hurts the answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from unweave.core.errors import UnweaveError
+from unweave.core.run import atomic_write
+from unweave.lm.chat import encode_text
+from unweave.lm.model import LM, Tokens
+
+AnswerMetric = Literal["neg-log-p", "neg-logit"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A text and what follows it; the answer usually begins with a space."""
+
+    context: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class AnswerLoss:
+    """The metric m = -log p(answer) in nats, or m = -logit(answer), at the last token.
+
+    ``answers`` are token ids [B]. Called with logits [R, V] and the example of each row [R].
+    """
+
+    answers: Tensor
+    kind: AnswerMetric = "neg-log-p"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("neg-log-p", "neg-logit"):
+            raise UnweaveError(f"unknown metric {self.kind!r}", remedy="use neg-log-p or neg-logit")
+
+    def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
+        ids = self.answers[rows.to(self.answers.device)].to(logits.device).unsqueeze(1)
+        values = torch.log_softmax(logits, -1) if self.kind == "neg-log-p" else logits
+        return -values.gather(1, ids).squeeze(1)
+
+
+def problem_of(tokenizer: Any, given: Input) -> str | None:
+    """Why an input cannot be used with a tokenizer, or None: its answer must be a single token that leaves the
+    context's own tokens as they are."""
+    ids = encode_text(tokenizer, given.context)[0]
+    whole = encode_text(tokenizer, given.context + given.answer)[0]
+    if not ids:
+        return "the context has no tokens"
+    if whole[: len(ids)] != ids:
+        return "the context is tokenised differently once the answer follows it"
+    return None if len(whole) == len(ids) + 1 else "the answer is not a single token"
+
+
+def usable(lm: LM | Any, candidates: Iterable[Input]) -> tuple[list[Input], dict[str, int]]:
+    """The inputs that suit the tokenizer (an LM's, or the one given), and how many were left out for which reason."""
+    tokenizer = _tokenizer_of(lm)
+    kept: list[Input] = []
+    problems: Counter[str] = Counter()
+    for given in candidates:
+        problem = problem_of(tokenizer, given)
+        if problem is None:
+            kept.append(given)
+        else:
+            problems[problem] += 1
+    return kept, dict(problems)
+
+
+def batches(
+    lm: LM,
+    chosen: Sequence[Input],
+    *,
+    metric: AnswerMetric = "neg-log-p",
+    pad: bool = False,
+    max_rows: int | None = None,
+) -> list[tuple[Tokens, None, AnswerLoss]]:
+    """Inputs as (tokens, no patch, metric), shortest first.
+
+    Each batch holds rows of one length; with ``pad``, rows of any lengths, padded on the right, which is for effects
+    that are summed over positions. Raises UnweaveError for an input that does not suit the tokenizer.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise UnweaveError(f"batches of {max_rows} rows", remedy="give at least one row")
+    tokenizer = _tokenizer_of(lm)
+    made: list[tuple[tuple[list[int], list[int]], int]] = []
+    for number, given in enumerate(chosen):
+        problem = problem_of(tokenizer, given)
+        if problem is not None:
+            where = f"input {number}: {given.context!r}, {given.answer!r}"
+            raise UnweaveError(problem, where=where, remedy="keep the good ones: usable(lm, inputs)")
+        answer = encode_text(tokenizer, given.context + given.answer)[0][-1]
+        made.append((encode_text(tokenizer, given.context), answer))
+    made.sort(key=lambda row: len(row[0][0]))
+    found = []
+    start = 0
+    while start < len(made):
+        width = len(made[start][0][0])
+        group = made[start : start + (max_rows or len(made))]
+        if not pad:
+            group = [row for row in group if len(row[0][0]) == width]
+        answers = torch.tensor([answer for _, answer in group])
+        found.append((Tokens.pad([row for row, _ in group], lm.pad_id), None, AnswerLoss(answers, metric)))
+        start += len(group)
+    return found
+
+
+def save(path: str | Path, chosen: Iterable[Input]) -> None:
+    """Writes inputs as JSON lines."""
+    lines = [json.dumps(asdict(given), ensure_ascii=False) for given in chosen]
+    with atomic_write(Path(path)) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def load(path: str | Path) -> list[Input]:
+    """Reads inputs from JSON lines, or from one object of the paper's form. Other keys are passed over.
+
+    Raises UnweaveError that names the bad line or entry.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnweaveError(f"cannot read the inputs: {error}", where=str(path), remedy="check the path") from None
+    whole = _papers_form(text)
+    if whole is not None:
+        found = [_input(value, f"{path}, entry {name}") for name, value in whole.items()]
+    else:
+        found = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                try:
+                    value = json.loads(line)
+                except ValueError as error:
+                    raise UnweaveError(f"not JSON: {error}", where=where, remedy="one object a line") from None
+                found.append(_input(value, where))
+    if not found:
+        raise UnweaveError("the file holds no inputs", where=str(path), remedy="one JSON object a line")
+    return found
+
+
+def _papers_form(text: str) -> dict[str, Any] | None:
+    """The entries of {id: {"context", "answer"}}; None where the text is something else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and not {"context", "answer"} & set(value) else None
+
+
+def _input(value: Any, where: str) -> Input:
+    context, answer = (value.get(name) if isinstance(value, dict) else None for name in ("context", "answer"))
+    if isinstance(context, list) and all(isinstance(token, str) for token in context):
+        context = "".join(context)
+    if not isinstance(context, str) or not isinstance(answer, str):
+        remedy = 'each needs "context" (text, or a list of tokens\' texts) and "answer" (text)'
+        raise UnweaveError("context or answer is missing or no text", where=where, remedy=remedy)
+    return Input(context, answer)
+
+
+def _tokenizer_of(lm: LM | Any) -> Any:
+    tokenizer = lm.tokenizer if isinstance(lm, LM) else lm
+    if tokenizer is None:
+        raise UnweaveError("this LM has no tokenizer", remedy="make it with LM(model, tokenizer)")
+    return tokenizer
