@@ -236,7 +236,7 @@ class LM:
         grad: bool = False,
         start: _taps.Start | None = None,
     ) -> AbstractContextManager[_taps.Seen]:
-        """Reads and edits activations in the forward passes of a ``with`` block (``lm/taps.py``), or begins them midway.
+        """Reads and edits activations in the forward passes of a ``with`` block; see ``lm/taps.py``.
 
         >>> with lm.taps(read=["resid_post.9"], stop="resid_post.9") as seen:
         ...     lm(lm.tokenize(["The keys to the cabinet"]))
