@@ -119,7 +119,7 @@ def _gemma() -> Plan:
 
 
 def nearest_l0(files: Sequence[str], width: str, l0: int) -> dict[int, str]:
-    """Of files such as ``layer_3/width_16k/average_l0_59/params.npz``: each layer's folder with the L0 nearest ``l0``."""
+    """Each layer's folder with the L0 nearest to ``l0``, of files named layer_3/width_16k/average_l0_59/params.npz."""
     found: dict[int, tuple[int, str]] = {}
     for file in files:
         match = re.fullmatch(rf"(layer_(\d+)/width_{width}/average_l0_(\d+))/params\.npz", file)
