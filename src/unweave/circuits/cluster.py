@@ -1,0 +1,174 @@
+"""Examples that a model treats alike: clusters of vectors by their directions (Marks et al. 2024, app. G.3).
+
+``spectral`` clusters all pairs' angular similarity 1 - arccos(cos) / pi and is meant for up to about 8,192 vectors;
+``kmeans`` works on unit vectors in small batches and scales to 100,000. Vectors are rows, dense or in SciPy's CSR form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse as sp
+
+from unweave.core.errors import UnweaveError
+
+Method = Literal["spectral", "kmeans"]
+Vectors = Any
+"""float [N, D]: a NumPy array or a SciPy CSR array."""
+
+_SPECTRAL_MOST = 20_000
+"""rows beyond which the pairs alone take gigabytes"""
+_CONTROLS = 20
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Clusters 0 to K-1, the best first. Coherence is the mean cosine between a cluster's vectors and their mean.
+
+    ``control`` is what coherence is for equally many vectors drawn at random, and ``spread`` its standard deviation
+    over draws: small clusters are coherent by themselves, so only the excess says something.
+    """
+
+    labels: np.ndarray
+    """int64 [N]: each vector's cluster; -1 for vectors without a direction (all zero)"""
+    sizes: np.ndarray
+    coherence: np.ndarray
+    control: np.ndarray
+    spread: np.ndarray
+    stability: float | None
+    """adjusted Rand index with the clusters that another seed finds: 1 the same, 0 no more alike than chance"""
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def members(self, cluster: int) -> np.ndarray:
+        """The rows of one cluster, int64."""
+        return np.flatnonzero(self.labels == cluster)
+
+
+def cluster(
+    vectors: Vectors,
+    n_clusters: int,
+    *,
+    method: Method = "spectral",
+    rank: Literal["coherence", "size"] = "coherence",
+    seed: int = 0,
+    stability: bool = True,
+) -> Clusters:
+    """Clusters of rows, ranked by how much more coherent they are than by chance, or by size.
+
+    Raises UnweaveError for more clusters than vectors with a direction, NaN, and too many vectors for ``spectral``.
+    """
+    units, kept = unit_rows(vectors)
+    n = len(kept)
+    if not 1 <= n_clusters <= n:
+        raise UnweaveError(
+            f"{n_clusters} clusters of {n} contexts cannot be made"
+            + (f" ({vectors.shape[0] - n} have a vector of zeros)" if n < vectors.shape[0] else ""),
+            where="clusters",
+            remedy="ask for fewer clusters, or find more contexts: more tokens, a larger max_loss",
+        )
+    if method == "spectral" and n > _SPECTRAL_MOST:
+        raise UnweaveError(
+            f"spectral clustering compares all pairs, and {n:,} contexts have too many",
+            where="method",
+            remedy=f"use kmeans, or at most {_SPECTRAL_MOST:,} contexts",
+        )
+    groups = _Groups(units, n_clusters, method)
+    found = groups.find(seed)
+    agree = _agreement(found, groups.find(seed + 1)) if stability and n_clusters > 1 else None
+    return _ranked(units, kept, vectors.shape[0], found, rank, seed, agree)
+
+
+def angular_similarity(vectors: Vectors) -> np.ndarray:
+    """1 - arccos(cos) / pi of all pairs of rows, float64 [N, N]: 1 for the same direction, 0 for the opposite one.
+
+    Rows without a direction are at a right angle to all others. The diagonal is 1.
+    """
+    units = _normalised(vectors)
+    cosines = units @ units.T
+    cosines = np.asarray(cosines.todense() if sp.issparse(cosines) else cosines, dtype=np.float64)
+    similar = 1 - np.arccos(np.clip(cosines, -1.0, 1.0)) / np.pi
+    np.fill_diagonal(similar, 1.0)  # the arccosine magnifies rounding near 1
+    return similar
+
+
+def unit_rows(vectors: Vectors) -> tuple[Vectors, np.ndarray]:
+    """The rows that are not zero, each of length 1, and which they are. UnweaveError for NaN or infinity."""
+    values = vectors.data if sp.issparse(vectors) else np.asarray(vectors)
+    if not np.isfinite(values).all():
+        raise UnweaveError("vectors to cluster hold NaN or infinity", remedy="load the model in float32")
+    kept = np.flatnonzero(_lengths(vectors) > 0)
+    return _normalised(vectors[kept]), kept
+
+
+def _lengths(vectors: Vectors) -> np.ndarray:
+    if sp.issparse(vectors):
+        return np.sqrt(np.asarray(vectors.multiply(vectors).sum(axis=1), dtype=np.float64)).ravel()
+    return np.linalg.norm(np.asarray(vectors, dtype=np.float64), axis=1)
+
+
+def _normalised(vectors: Vectors) -> Vectors:
+    lengths = _lengths(vectors)
+    scale = np.where(lengths > 0, 1 / np.where(lengths > 0, lengths, 1), 0)
+    if sp.issparse(vectors):
+        return sp.csr_array(sp.diags_array(scale) @ vectors)
+    return np.asarray(vectors) * scale[:, None].astype(np.asarray(vectors).dtype)
+
+
+class _Groups:
+    """Clusters of the same vectors with several seeds; the pairs' similarities are made once."""
+
+    def __init__(self, units: Vectors, n_clusters: int, method: Method) -> None:
+        self.units, self.n_clusters, self.method = units, n_clusters, method
+        self.affinity = angular_similarity(units) if method == "spectral" and n_clusters > 1 else None
+
+    def find(self, seed: int) -> np.ndarray:
+        from sklearn.cluster import MiniBatchKMeans, SpectralClustering
+
+        n = self.units.shape[0]
+        if self.n_clusters in (1, n):  # nothing to find out, and scikit-learn's solvers refuse
+            return np.arange(n) if self.n_clusters == n else np.zeros(n, np.int64)
+        if self.affinity is not None:
+            model = SpectralClustering(
+                self.n_clusters, affinity="precomputed", assign_labels="kmeans", random_state=seed
+            )
+            return model.fit_predict(self.affinity).astype(np.int64)
+        model = MiniBatchKMeans(self.n_clusters, random_state=seed, batch_size=max(1024, 2 * self.n_clusters), n_init=3)
+        return model.fit_predict(self.units).astype(np.int64)
+
+
+def _agreement(a: np.ndarray, b: np.ndarray) -> float:
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(adjusted_rand_score(a, b))
+
+
+def coherence(units: Vectors) -> float:
+    """The mean cosine between unit vectors and their mean: the length of their mean."""
+    mean = np.asarray(units.mean(axis=0), dtype=np.float64).ravel()
+    return float(np.linalg.norm(mean))
+
+
+def _ranked(
+    units: Vectors, kept: np.ndarray, n: int, found: np.ndarray, rank: str, seed: int, agree: float | None
+) -> Clusters:
+    """Clusters numbered anew from the best on; k-means can leave some empty, which are dropped."""
+    rng = np.random.default_rng(seed)
+    names = np.unique(found)
+    sizes = np.array([(found == name).sum() for name in names])
+    own = np.array([coherence(units[np.flatnonzero(found == name)]) for name in names])
+    chance: dict[int, tuple[float, float]] = {}
+    for size in np.unique(sizes).tolist():
+        draws = [coherence(units[rng.choice(len(found), size, replace=False)]) for _ in range(_CONTROLS)]
+        chance[size] = (float(np.mean(draws)), float(np.std(draws)))
+    control, spread = (np.array([chance[int(size)][i] for size in sizes]) for i in (0, 1))
+    # A single context is always wholly coherent: its excess says nothing, so such clusters come last.
+    excess = np.where(sizes > 1, own - control, -np.inf)
+    best = np.lexsort((names, -excess, -sizes)) if rank == "size" else np.lexsort((names, -sizes, -excess))
+    place = {int(names[old]): new for new, old in enumerate(best)}
+    labels = np.full(n, -1, dtype=np.int64)
+    labels[kept] = [place[int(name)] for name in found]
+    return Clusters(labels, sizes[best], own[best], control[best], spread[best], agree)
