@@ -30,7 +30,8 @@ def test_whatever_is_appended_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, text: str, ratings: tuple, relevant: bool | None
 ) -> None:
     path = tmp_path_factory.mktemp("a") / "new" / "annotations.jsonl"
-    one = Annotation("resid_post.24/3036", text, text[::-1], *ratings, relevant, "0123456789ab")
+    clear, complex_ = ratings
+    one = Annotation("resid_post.24/3036", text, text[::-1], clear, complex_, relevant, "0123456789ab")
     other = Annotation("embed/5")
     for annotation in (other, one):
         notes.append(path, annotation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import build_tiny
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.site import Site
@@ -344,6 +345,43 @@ def test_logit_effects_only_where_directions_lie_in_the_stream(tiny_lm: Any) -> 
         records = build(tiny_lm(family), make_sae(9, site), data.codes, data.where, data.store, spec)
         assert (records.written is not None) == there, (family, site)
         assert (records.latent(4).promoted != ()) == there
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6), which=st.sets(st.integers(0, 8), min_size=1, max_size=9), levels=st.none() | st.just(2)
+)
+def test_records_of_some_latents_are_those_among_all(seed: int, which: set[int], levels: int | None) -> None:
+    data, sae, lm_ = case(seed, levels=levels), make_sae(9), LM(build_tiny("llama"), None)
+    chosen = sorted(which)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnweaveWarning)
+        whole = build(lm_, sae, data.codes, data.where, data.store, SPEC)  # type: ignore[arg-type]
+        codes = data.codes.of(torch.tensor(chosen))
+        some = build(lm_, sae, codes, data.where, data.store, SPEC, latents=chosen)  # type: ignore[arg-type]
+    torch.testing.assert_close(codes.dense(), data.f[:, chosen], rtol=0, atol=0)
+    assert len(some) == len(chosen)
+    for j in chosen:
+        a, b = some.latent(j), whole.latent(j)
+        assert [p[0] for p in a.promoted] == [p[0] for p in b.promoted]
+        assert replace(a, promoted=(), suppressed=()) == replace(b, promoted=(), suppressed=())
+    for j in set(range(10)) - which:
+        with pytest.raises(UnweaveError, match=f"no record of latent {j}"):
+            some.latent(j)
+
+
+def test_records_of_some_latents_are_saved_and_wrong_choices_refused(lm: LM, tmp_path: Path) -> None:
+    data, sae = case(3), make_sae(9)
+    codes = data.codes.of(torch.tensor([2, 7]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnweaveWarning)
+        records = build(lm, sae, codes, data.where, data.store, SPEC, latents=[2, 7])  # type: ignore[arg-type]
+    loaded = Records.load(records.save(tmp_path))
+    assert loaded.latents is not None and loaded.latents.tolist() == [2, 7]
+    assert loaded.latent(7) == records.latent(7)
+    for wrong in ([7, 2], [2, 9], [-1, 2], [2], [2, 2], []):
+        with pytest.raises(UnweaveError, match="cannot be made"):
+            build(lm, sae, codes, data.where, data.store, SPEC, latents=wrong)  # type: ignore[arg-type]
 
 
 # -- storage ----------------------------------------------------------------------------------------------------------

@@ -59,6 +59,15 @@ class Codes:
         first, last = int(offsets[0]), int(offsets[-1])
         return Codes(offsets - first, self.indices[first:last], self.values[first:last], self.n_latents)
 
+    def of(self, latents: Tensor) -> Codes:
+        """Only some latents (ascending numbers), which are numbered anew from 0; the rows stay."""
+        place = self.indices.new_full((self.n_latents,), -1)
+        place[latents.to(place.device)] = torch.arange(len(latents), device=place.device)
+        columns = place[self.indices]
+        kept = columns >= 0
+        lengths = torch.bincount(self.row_of_each()[kept], minlength=self.n_rows)
+        return Codes(_offsets(lengths), columns[kept], self.values[kept], len(latents))
+
     def row_of_each(self) -> Tensor:
         """The row of each stored value, int64 [nnz]."""
         return torch.repeat_interleave(torch.arange(self.n_rows, device=self.offsets.device), self.offsets.diff())

@@ -13,7 +13,7 @@ window token of the latents under way (at most 8 million non-zeros, unless one l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -126,17 +126,31 @@ class _Text:
         return self.row_of_sorted[places], self.sorted[places] == tokens
 
 
-def find_contexts(codes: Codes, where: Array, store: TokenStore, spec: RecordsSpec) -> Contexts:
+@dataclass(frozen=True)
+class Chosen:
+    """Some of an autoencoder's latents: column i of the codes is latent ``latents[i]`` (ascending) of ``n_latents``."""
+
+    latents: Array
+    n_latents: int
+
+
+def find_contexts(
+    codes: Codes, where: Array, store: TokenStore, spec: RecordsSpec, chosen: Chosen | None = None
+) -> Contexts:
     """The contexts of every latent. ``where`` int64 [N] is the store's token of each row of the codes.
 
-    Raises UnweaveError when they do not fit together.
+    With ``chosen`` the codes are of these latents alone; their contexts are what they are among those of all latents.
+    Raises UnweaveError when the parts do not fit together.
     """
     text = _text(codes, where, store)
     generator = np.random.default_rng(spec.seed)
     strata = spec.bands * spec.per_band
-    # Drawn for all latents at once, so that how the latents are split into blocks changes nothing.
-    uniform = generator.random((codes.n_latents, strata))
-    random_rows = generator.integers(0, len(text.where), (codes.n_latents, spec.random))
+    n_latents = codes.n_latents if chosen is None else chosen.n_latents
+    # Drawn for all latents at once, so that neither blocks nor a choice of latents change anything.
+    uniform = generator.random((n_latents, strata))
+    random_rows = generator.integers(0, len(text.where), (n_latents, spec.random))
+    if chosen is not None:
+        uniform, random_rows = uniform[chosen.latents], random_rows[chosen.latents]
     # One context per document: which document is told by the token's row in the store.
     document_of_row = text.documents[text.store_row(text.where)]
     _, group = np.unique(document_of_row, return_inverse=True)
@@ -147,9 +161,10 @@ def find_contexts(codes: Codes, where: Array, store: TokenStore, spec: RecordsSp
     for first, last in _blocks(codes.counts().cpu().numpy()):
         inside = (latent >= first) & (latent < last) & (value > 0)
         firings = _Firings(latent[inside].astype(np.int64) - first, row[inside], value[inside])
-        chosen = _choose(firings, group, last - first, spec, uniform[first:last], random_rows[first:last])
-        parts.append(_windows(firings, text, first, last - first, chosen, spec))
-    return Contexts.cat(parts)
+        drawn = _choose(firings, group, last - first, spec, uniform[first:last], random_rows[first:last])
+        parts.append(_windows(firings, text, first, last - first, drawn, spec))
+    found = Contexts.cat(parts)
+    return found if chosen is None else replace(found, latent=chosen.latents[found.latent].astype(np.int32))
 
 
 def _text(codes: Codes, where: Array, store: TokenStore) -> _Text:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -22,9 +22,9 @@ from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.progress import task
 from unweave.core.run import atomic_write
-from unweave.core.site import Site
 from unweave.lm.chat import Role
-from unweave.sae.contexts import KINDS, Array, Contexts, RecordsSpec, find_contexts
+from unweave.sae.contexts import KINDS, Array, Chosen, Contexts, RecordsSpec, find_contexts
+from unweave.sae.written import Written, logit_effects, writes_into_stream
 
 if TYPE_CHECKING:
     from unweave.data.tokens import TokenStore
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from unweave.sae.module import SAE
 
 _VERSION = 1
-_LENS_ELEMENTS = 1 << 24
 _SPECIAL_SHARE = 0.25
 
 __all__ = ["Context", "LatentRecord", "Records", "RecordsSpec", "build", "collect", "logit_effects"]
@@ -46,16 +45,6 @@ class Source(Protocol):
 
     def chunk(self, i: int, /) -> Any:
         """Something with ``x`` {site: [n, D]} and ``where`` int64 [n], the store's token of each row."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """Tokens whose logit latents change most: ids int64 [F, k] and scores float32 [F, k], strongest first."""
-
-    promoted: Array
-    promoted_scores: Array
-    suppressed: Array
-    suppressed_scores: Array
 
 
 @dataclass(frozen=True)
@@ -128,7 +117,7 @@ class LatentRecord:
 
 @dataclass(frozen=True, repr=False)
 class Records:
-    """Every latent's record, as columns. count int64 [F], maximum and mean_active float32 [F]."""
+    """Latents' records, as columns. count int64 [n], maximum and mean_active float32 [n], n all latents or some."""
 
     n_tokens: int
     """Over how many tokens."""
@@ -141,6 +130,8 @@ class Records:
     token_texts: Mapping[int, str]
     """The text of every token that occurs in the records; empty without a tokenizer."""
     spec: RecordsSpec
+    latents: Array | None = None
+    """Which latents these are, ascending int64 [n]; None where they are all of the autoencoder's."""
 
     def __len__(self) -> int:
         return len(self.count)
@@ -165,9 +156,8 @@ class Records:
         return self.token_texts.get(int(token_id), f"<{int(token_id)}>")
 
     def latent(self, j: int) -> LatentRecord:
-        """One latent's record. Raises UnweaveError when there is no such latent."""
-        if not 0 <= j < len(self):
-            raise UnweaveError(f"latent {j} does not exist", where="records", remedy=f"use 0 to {len(self) - 1}")
+        """One latent's record. Raises UnweaveError when there is no such latent, or no record of it."""
+        place = self._place(j)
         first, last = np.searchsorted(self.contexts.latent, [j, j + 1])
         kinds: dict[str, list[Context]] = {kind: [] for kind in KINDS}
         for c in range(int(first), int(last)):
@@ -175,20 +165,31 @@ class Records:
         special = [context.role is Role.SPECIAL for context in kinds["top"]]
         return LatentRecord(
             latent=int(j),
-            count=int(self.count[j]),
-            rate=float(self.rate[j]),
-            maximum=float(self.maximum[j]),
-            mean_active=float(self.mean_active[j]),
+            count=int(self.count[place]),
+            rate=float(self.rate[place]),
+            maximum=float(self.maximum[place]),
+            mean_active=float(self.mean_active[place]),
             special_share=sum(special) / len(special) if special else None,
-            promoted=self._pairs(j, "promoted"),
-            suppressed=self._pairs(j, "suppressed"),
+            promoted=self._pairs(place, "promoted"),
+            suppressed=self._pairs(place, "suppressed"),
             **{kind: tuple(contexts) for kind, contexts in kinds.items()},
         )
 
-    def _pairs(self, j: int, name: str) -> tuple[tuple[str, float], ...]:
+    def _place(self, j: int) -> int:
+        """Where latent j stands in the columns."""
+        if self.latents is None:
+            if not 0 <= j < len(self):
+                raise UnweaveError(f"latent {j} does not exist", where="records", remedy=f"use 0 to {len(self) - 1}")
+            return j
+        place = int(np.searchsorted(self.latents, j))
+        if place == len(self) or self.latents[place] != j:
+            raise UnweaveError(f"there is no record of latent {j}", where="records", remedy="collect records of it too")
+        return place
+
+    def _pairs(self, place: int, name: str) -> tuple[tuple[str, float], ...]:
         if self.written is None:
             return ()
-        ids, scores = getattr(self.written, name)[j], getattr(self.written, f"{name}_scores")[j]
+        ids, scores = getattr(self.written, name)[place], getattr(self.written, f"{name}_scores")[place]
         return tuple((self.text(i), float(score)) for i, score in zip(ids, scores, strict=True))
 
     def _context(self, c: int) -> Context:
@@ -215,7 +216,7 @@ class Records:
         import pyarrow.parquet as pq
 
         latents: dict[str, Any] = {
-            "latent": pa.array(np.arange(len(self), dtype=np.int32)),
+            "latent": pa.array(np.arange(len(self)) if self.latents is None else self.latents, pa.int32()),
             "count": pa.array(self.count),
             "rate": pa.array(self.rate),
             "maximum": pa.array(self.maximum),
@@ -234,6 +235,7 @@ class Records:
             elif f.name != "offsets":
                 contexts[f.name] = pa.array(column)
         about = {"version": _VERSION, "n_tokens": self.n_tokens, "spec": self.spec.to_dict()}
+        about["all_latents"] = self.latents is None
         about["token_texts"] = {str(i): text for i, text in self.token_texts.items()}
         tables = {
             "contexts.parquet": pa.table(contexts),
@@ -284,6 +286,7 @@ class Records:
             written=written,
             token_texts={int(i): text for i, text in about["token_texts"].items()},
             spec=RecordsSpec.from_dict(about["spec"]),
+            latents=None if about.get("all_latents", True) else latents.column("latent").to_numpy().astype(np.int64),
         )
 
 
@@ -325,22 +328,33 @@ def collect(
 
 
 def build(
-    lm: LM, sae: SAE, codes: Codes, where: Tensor | Array, store: TokenStore, spec: RecordsSpec | None = None
+    lm: LM,
+    sae: SAE,
+    codes: Codes,
+    where: Tensor | Array,
+    store: TokenStore,
+    spec: RecordsSpec | None = None,
+    *,
+    latents: Sequence[int] | None = None,
 ) -> Records:
     """The records of latents whose codes over N tokens are known; ``where`` int64 [N] are those tokens in the store.
 
-    Warns when special and template tokens crowd the top contexts (trap 4).
+    With ``latents`` (ascending) the codes are of these alone, in this order (``Codes.of``); the records are the same
+    as among those of all latents. Warns when special and template tokens crowd the top contexts (trap 4).
     """
     spec = spec or RecordsSpec()
     places = np.asarray(where, dtype=np.int64)
-    contexts = find_contexts(codes, places, store, spec)
+    some = None if latents is None else _chosen(latents, sae, codes)
+    contexts = find_contexts(codes, places, store, spec, some)
     count = codes.counts().cpu().numpy()
     fires = codes.values > 0
     total = torch.zeros(codes.n_latents, dtype=torch.float64, device=codes.values.device)
     total.index_add_(0, codes.indices[fires], codes.values[fires].double())
     maximum = codes.maxima().clamp(min=0).float().cpu().numpy()
     mean = (total.cpu().numpy() / np.maximum(count, 1)).astype(np.float32)
-    written = logit_effects(lm, sae, spec.logits) if _writes_into_stream(lm, sae.write, sae.d_out) else None
+    written = None
+    if writes_into_stream(lm, sae.write, sae.d_out):
+        written = logit_effects(lm, sae, spec.logits, None if some is None else torch.from_numpy(some.latents))
     used = [np.unique(contexts.ids)]
     if written is not None:
         used += [np.unique(written.promoted), np.unique(written.suppressed)]
@@ -348,7 +362,8 @@ def build(
     texts: dict[int, str] = {}
     if lm.tokenizer is not None:
         texts = dict(zip(token_ids.tolist(), lm.token_strings(token_ids.tolist()), strict=True))
-    records = Records(codes.n_rows, count, maximum, mean, contexts, written, texts, spec)
+    which = None if some is None else some.latents
+    records = Records(codes.n_rows, count, maximum, mean, contexts, written, texts, spec, which)
     base = float((np.asarray(store.roles)[places] == Role.SPECIAL).mean())
     if records.special_share > max(_SPECIAL_SHARE, 2 * base):
         warnings.warn(
@@ -360,29 +375,14 @@ def build(
     return records
 
 
-def logit_effects(lm: LM, sae: SAE, k: int = 8) -> Written:
-    """The k tokens that each latent's direction promotes and suppresses most, through final norm and unembedding.
-
-    Only some directions at a time, so that at most 16 million logits are held.
-    """
-    k = min(k, lm.vocab_size)
-    step = max(1, _LENS_ELEMENTS // lm.vocab_size)
-    found: list[list[Tensor]] = [[], [], [], []]
-    with task("logit lens", total=sae.d_sae, unit="latents") as progress:
-        for directions in sae.W_dec.split(step):
-            logits = lm.logit_lens(directions).float()
-            up, down = logits.topk(k), logits.topk(k, largest=False)
-            for column, values in zip(found, (up.indices, up.values, down.indices, down.values), strict=True):
-                column.append(values.cpu())
-            progress.advance(len(directions))
-    return Written(*(torch.cat(column).numpy() for column in found))
-
-
-def _writes_into_stream(lm: LM, site: Site | None, width: int) -> bool:
-    """Whether a site's directions are directions of the residual stream, which the final norm and unembedding read."""
-    if site is None or width != lm.d_model:
-        return False
-    if site.point in ("attn_out", "mlp_out"):  # unless a post-norm comes between
-        added = Site(site.point.replace("_out", "_add"), site.layer)
-        return lm.layout.tap(site).module is lm.layout.tap(added).module
-    return site.point == "embed" or site.point.startswith("resid") or site.point.endswith("_add")
+def _chosen(latents: Sequence[int], sae: SAE, codes: Codes) -> Chosen:
+    """UnweaveError for latents that are not ascending, that do not exist, or that the codes are not of."""
+    which = np.asarray(latents, dtype=np.int64)
+    inside = len(which) > 0 and which[0] >= 0 and which[-1] < sae.d_sae and bool((np.diff(which) > 0).all())
+    if not inside or codes.n_latents != len(which):
+        raise UnweaveError(
+            f"records of {len(which)} latents from codes of {codes.n_latents} cannot be made",
+            where="records",
+            remedy=f"give different latents of 0 to {sae.d_sae - 1} in ascending order, and codes of these alone",
+        )
+    return Chosen(which, sae.d_sae)
