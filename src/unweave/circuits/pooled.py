@@ -1,0 +1,153 @@
+"""A classifier's view of a set of texts: the activation at one site, averaged over each text's tokens.
+
+1. Texts are tokenised once and put into batches of similar length.
+2. One pass up to the site gives the pooled activations of the model as it is, and keeps the residual stream where the
+   lowest autoencoder's block begins. Everything that does not change the model shares them.
+3. With edits the pass begins at that stream, unless something below it (the embedding) is edited, and ends at the
+   site. The cost of an ablation is that of the blocks it can change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from unweave.core.errors import UnweaveError
+from unweave.core.progress import Task, task
+from unweave.core.site import Site
+from unweave.lm.chat import encode_text
+from unweave.lm.model import LM, Tokens
+from unweave.lm.taps import EditFn, SiteEdit
+
+Edit = SiteEdit
+
+
+def pool(x: Tensor, tokens: Tokens, skip_first: int) -> Tensor:
+    """Means [B, D] of activations x [B, P, D] over each row's tokens, without its first ``skip_first``.
+
+    The first token of a text is an attention sink in many models: its activation is huge, and says nothing of the text.
+    Sums are taken in float32 at least.
+    """
+    counted = pooled_positions(tokens, skip_first)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    weights = counted.to(wide.dtype).unsqueeze(-1)
+    return (wide * weights).sum(1) / weights.sum(1)
+
+
+def pooled_positions(tokens: Tokens, skip_first: int) -> Tensor:
+    """The tokens that a mean is taken over, bool [B, P]: not padding, and not among the first ``skip_first``."""
+    return tokens.mask & (tokens.mask.cumsum(1) > skip_first)
+
+
+class Pooled:
+    """Texts and their pooled activations. ``clean`` [N, D] is computed once; ``edited`` once per call.
+
+    ``begin`` is the block below which no edit but the embedding's lies. Raises UnweaveError for a text of no more than
+    ``skip_first`` tokens.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        texts: Sequence[str],
+        site: Site,
+        *,
+        begin: int | None = None,
+        skip_first: int = 1,
+        max_length: int = 128,
+        batch_tokens: int = 2048,
+    ) -> None:
+        self.lm, self.site, self.skip_first, self.batch_tokens = lm, lm.site(site), skip_first, batch_tokens
+        if lm.tokenizer is None:
+            raise UnweaveError("texts need a tokenizer", where=lm.name, remedy="use a model that comes with one")
+        self.rows = [tuple(part[:max_length] for part in encode_text(lm.tokenizer, text)) for text in texts]
+        for row, text in zip(self.rows, texts, strict=True):
+            if len(row[0]) <= skip_first:
+                raise UnweaveError(
+                    f"no token is left to average over without the first {skip_first}",
+                    where=repr(text[:60]),
+                    remedy="leave the text out, or skip fewer",
+                )
+        self.begin = None if begin is None else Site("resid_pre", begin)
+        self._streams: dict[int, Tensor] = {}
+        self._clean: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, rows: Sequence[int], copies: int = 1) -> Iterator[list[int]]:
+        """``rows`` sorted by length, in groups whose padded size times ``copies`` keeps to ``batch_tokens``."""
+        group: list[int] = []
+        for row in sorted(rows, key=lambda i: (len(self.rows[i][0]), i)):
+            if group and (len(group) + 1) * len(self.rows[row][0]) * copies > self.batch_tokens:
+                yield group
+                group = []
+            group.append(row)
+        if group:
+            yield group
+
+    def tokens(self, rows: Sequence[int]) -> Tokens:
+        """The tokens of some texts, padded on the right."""
+        return Tokens.pad([self.rows[i] for i in rows], self.lm.pad_id)
+
+    @property
+    def clean(self) -> Tensor:
+        """Pooled activations [N, D] of the model as it is, on the CPU."""
+        if self._clean is None:
+            with task("read texts", total=len(self), unit="texts") as shown:
+                self._clean = self._read(range(len(self)), (), shown)
+        return self._clean
+
+    def edited(self, edits: Sequence[Edit], rows: Sequence[int] | None = None, name: str = "ablate") -> Tensor:
+        """Pooled activations [n, D] of ``rows`` (all by default) with edits in place, on the CPU."""
+        rows = range(len(self)) if rows is None else rows
+        if not edits:
+            return self.clean[list(rows)]
+        with task(name, total=len(rows), unit="texts") as shown:
+            return self._read(rows, edits, shown)
+
+    def _read(self, rows: Sequence[int], edits: Sequence[Edit], shown: Task) -> Tensor:
+        lm, place = self.lm, {row: i for i, row in enumerate(rows)}
+        out: list[tuple[list[int], Tensor]] = []
+        above = bool(edits) and self._above(edits)
+        for group in self.batches(rows):
+            tokens = self.tokens(group).to(lm.device)
+            start = (self._begin_site(), self._stream(group, tokens)) if above else None
+            keep = [self.begin] if self.begin is not None and not edits else []
+            with lm.taps(read=[*keep, self.site], edit=list(edits), stop=self.site, start=start) as seen:
+                lm(tokens)
+            for site in keep:
+                for i, row in enumerate(group):
+                    self._streams[row] = seen[site][i, : len(self.rows[row][0])].clone()
+            out.append(([place[row] for row in group], pool(seen[self.site], tokens, self.skip_first).cpu()))
+            shown.advance(len(group))
+        width = out[0][1].shape[1]
+        found = out[0][1].new_zeros(len(rows), width)
+        for places, values in out:
+            found[places] = values
+        return found
+
+    def _begin_site(self) -> Site:
+        assert self.begin is not None
+        return self.begin
+
+    def _above(self, edits: Sequence[Edit]) -> bool:
+        """Whether no edit changes, or reads, anything below the block where a pass can begin."""
+        if self.begin is None:
+            return False
+        touched = [site for edit in edits for site in (edit.site, *edit.needs)]
+        return all(site.layer is not None and site >= self.begin for site in touched)
+
+    def _stream(self, group: Sequence[int], tokens: Tokens) -> Tensor:
+        """The kept residual stream [B, P, D] of some texts, zero at padding."""
+        self.clean  # noqa: B018 (fills what is kept)
+        first = self._streams[group[0]]
+        stream = first.new_zeros(*tokens.ids.shape, first.shape[-1])
+        for i, row in enumerate(group):
+            stream[i, : len(self._streams[row])] = self._streams[row]
+        return stream
+
+
+__all__ = ["EditFn", "Pooled", "pool", "pooled_positions"]

@@ -1,0 +1,114 @@
+"""A linear classifier on mean-pooled activations, and how right it is about two labels at once.
+
+    logit(x) = w . pooled(x) + b,   pooled(x) = mean over a text's tokens of the activation at one site
+
+Trained as in Marks et al. 2024, app. E.1: logistic regression by AdamW, learning rate 0.01, one epoch, batches of 32,
+in the order in which the examples come. One thing differs, unless told otherwise: activations are centred and scaled
+by the training set's mean and standard deviation first, which is folded into w and b afterwards. In some models (the
+default one too) a few dimensions are hundreds of times larger than the rest, and one epoch then learns nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unweave.core.errors import UnweaveError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a probe is trained; the defaults are the paper's, ``standardise`` aside."""
+
+    lr: float = 1e-2
+    epochs: int = 1
+    batch: int = 32
+    weight_decay: float = 0.01
+    standardise: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and self.epochs > 0 and self.batch > 0 and self.weight_decay >= 0):
+            raise UnweaveError(f"a probe cannot be trained so: {self}", remedy="give positive numbers")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``weight`` [D] and ``bias`` []: the logit of label 1 is ``x @ weight + bias``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits [...] of pooled activations x [..., D]; above 0 means label 1."""
+        return x @ self.weight.to(x.dtype) + self.bias.to(x.dtype)
+
+
+def fit(x: Tensor, labels: Tensor, recipe: Recipe | None = None, *, seed: int = 0) -> Probe:
+    """The probe of examples x [N, D] with labels [N] of 0 and 1. ``seed`` decides the first weights.
+
+    Raises UnweaveError for one label only, and for NaN.
+    """
+    recipe = recipe or Recipe()
+    if x.ndim != 2 or labels.shape != x.shape[:1]:
+        raise UnweaveError(f"{list(x.shape)} activations and {list(labels.shape)} labels do not go together")
+    if set(labels.tolist()) != {0, 1}:
+        raise UnweaveError("a probe needs examples of both labels, 0 and 1", remedy="give some of each")
+    if not bool(torch.isfinite(x).all()):
+        raise UnweaveError("the activations hold NaN or infinity", remedy="use another dtype or site")
+    shift, scale = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+    if recipe.standardise:
+        shift, scale = x.mean(0), x.std(0, correction=0)
+        scale = torch.where(scale > 1e-6 * scale.max(), scale, torch.ones_like(scale))
+    weight, bias = _trained((x - shift) / scale, labels.to(x.dtype), recipe, seed)
+    weight = weight / scale
+    return Probe(weight, bias - shift @ weight)
+
+
+def _trained(x: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    bound = x.shape[1] ** -0.5  # as torch.nn.Linear begins
+    first = (torch.rand(x.shape[1] + 1, generator=generator, dtype=torch.float64) * 2 - 1) * bound
+    weight, bias = (nn.Parameter(part.to(x)) for part in (first[:-1], first[-1]))
+    optimiser = torch.optim.AdamW([weight, bias], lr=recipe.lr, weight_decay=recipe.weight_decay)
+    with torch.enable_grad():
+        for _ in range(recipe.epochs):
+            for rows, wanted in zip(x.split(recipe.batch), labels.split(recipe.batch), strict=True):
+                optimiser.zero_grad()
+                F.binary_cross_entropy_with_logits(rows @ weight + bias, wanted).backward()
+                optimiser.step()
+    return weight.detach(), bias.detach()
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Shares of a test set. ``wanted`` and ``unwanted``: how often the classifier says the one label, and the other.
+
+    ``by_group`` {(wanted label, unwanted label): share in which the wanted label is said}; ``worst`` is the least.
+    """
+
+    n: int
+    wanted: float
+    unwanted: float
+    worst: float
+    by_group: dict[tuple[int, int], float]
+
+
+def accuracies(logits: Tensor, wanted: Sequence[int], unwanted: Sequence[int]) -> Accuracies:
+    """How right logits [N] are, with the wanted and the unwanted label of each example.
+
+    Raises UnweaveError unless all four combinations of labels occur.
+    """
+    said = (logits > 0).long().cpu()
+    labels = torch.tensor([list(wanted), list(unwanted)])
+    right = (said == labels).double()
+    groups: dict[tuple[int, int], float] = {}
+    for group in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        here = (labels == torch.tensor(group).unsqueeze(1)).all(0)
+        if not bool(here.any()):
+            raise UnweaveError(f"no test example has the labels {group}", remedy="test on all four groups")
+        groups[group] = float(right[0, here].mean())
+    return Accuracies(len(said), float(right[0].mean()), float(right[1].mean()), min(groups.values()), groups)
