@@ -10,8 +10,9 @@ clean to its patch value and the rest stays clean (Marks et al. 2024, eq. 1 to 4
    dm/df = g W_dec^T and dm/de = g. This is what autograd finds through the splice x + (y - stop(y)), y = decode(f) + e,
    without decoding anything.
 3. ``node_effects`` takes g on the clean run (attribution patching: one forward and backward pass for all sites), or its
-   mean over points x + alpha (x' - x) on the way to the patch state (integrated gradients: site by site, the other
-   sites untouched), and multiplies by (f' - f) and (e' - e).
+   mean over points x + alpha (x' - x) on the way to the patch state (integrated gradients: each site on its own, the
+   others untouched; ``runner`` begins passes at the site and lets sites share batches), and multiplies by (f' - f) and
+   (e' - e).
 4. The exact effect needs a forward pass per node. ``exact_effects`` moves one latent at all positions, skips examples
    in which it does not change, and fills batches with the rest.
 
@@ -20,7 +21,7 @@ Gradients are asked for from the site upward only; model and SAE are frozen and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,14 +31,15 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
-from unweave.lm.taps import At, EditFn
+from unweave.sae.choice import Choice
 from unweave.sae.module import SAE
+from unweave.sae.products import dot_rows
+from unweave.sae.runner import Metric, Path, Runner
 from unweave.sae.states import (
     SAEs,
     State,
     by_site_of,
     change_of,
-    chunks,
     line_up,
     moved_positions,
     reads_of,
@@ -50,10 +52,8 @@ Rule = Literal["left", "midpoint", "right"]
 """Where in each of the equal steps from clean to patch a gradient is taken. The paper's eq. 4 has the right end, its
 released code the left end; both err in first order of the step, the midpoint in second order."""
 
-Metric = Callable[[Tensor, Tensor], Tensor]
-"""``metric(out [R, V], rows int64 [R]) -> [R]``: one number per row from the logits at its last token. ``rows`` says
-which example of the batch each row is: methods run examples several times and in other groups. With ``metric_at``
-given, ``out`` is that site's value [R, P, D] instead."""
+_FEW = 1 / 16
+"""The share of latents that change from which one dense product is faster than one product per latent that does."""
 
 
 @dataclass(frozen=True)
@@ -105,28 +105,80 @@ def node_effects(
     run = Runner(lm, clean, metric, metric_at, max_tokens)
     moved = moved_positions(clean, positions)
     patch_states = states(lm, by_site, patch, max_tokens=max_tokens) if patch is not None else None
-    gradients: dict[Site, Tensor] = {}
-    if method == "attribution":
-        gradients, values = run.gradients(by_site)
-        clean_states = take_apart(by_site, values, clean)
+    alphas = fractions(steps, rule) if method == "ig" else []
+    reads = {reads_of(sae, site) for site, sae in by_site.items()}
+    at_clean: dict[Site, Tensor] = {}
+    if method == "attribution" or 0.0 in alphas:  # a path's first point is the clean run: one pass for all sites
+        needed = run.needs(by_site) if method == "ig" else set()
+        at_clean, values = run.gradients(list(by_site), reads | needed)
+        run.know({site: values[site] for site in needed})
     else:
-        clean_states = states(lm, by_site, clean, max_tokens=max_tokens)
-    effects = {}
-    for site, sae in by_site.items():
-        start = clean_states[site]
-        change = change_of(sae, start, None if patch_states is None else patch_states[site], moved)
-        if method == "exact":
-            effects[site] = _exact_nodes(run, site, sae, start, change)
-            continue
-        if method == "ig":
-            gradients[site] = run.path_gradient(site, start.x, change.x, fractions(steps, rule))
-        g = gradients[site].to(sae.W_dec.dtype)
+        values = run.clean_values(by_site, reads)
+    starts = take_apart(by_site, values, clean)
+    del values
+    changes = {
+        site: change_of(sae, starts[site], None if patch_states is None else patch_states[site], moved)
+        for site, sae in by_site.items()
+    }
+    if method == "exact":
+        return {site: _exact_nodes(run, site, sae, starts[site], changes[site]) for site, sae in by_site.items()}
+    gradients = at_clean
+    if method == "ig":
+        gradients = _path_means(run, starts, changes, alphas, at_clean)
+    _check_gradients(gradients)
+    return {site: effects_of(sae, gradients[site], changes[site]) for site, sae in by_site.items()}
+
+
+def effects_of(sae: SAE, gradient: Tensor, change: State) -> SiteEffects:
+    """Effects at one site: the metric's gradient there [B, P, D], times how every latent and the error change.
+
+    Raises UnweaveError where they are NaN or infinite.
+    """
+    g = gradient.to(sae.W_dec.dtype)
+    rows, columns = change.latents.flatten(0, 1).nonzero(as_tuple=True)
+    if len(rows) < _FEW * change.latents.numel():
+        ends = torch.bincount(rows, minlength=g.shape[0] * g.shape[1]).cumsum(0)
+        choice = Choice(columns, torch.cat([ends.new_zeros(1), ends]), sae.d_sae)
+        latents = torch.zeros_like(change.latents)
+        moves = change.latents.flatten(0, 1)[rows, columns]
+        latents.flatten(0, 1)[rows, columns] = dot_rows(g.flatten(0, 1), choice, sae.W_dec) * moves
+    else:
+        latents = (g @ sae.W_dec.T) * change.latents
+    error = (g * change.error).sum(-1)
+    if not bool(torch.isfinite(latents.sum() + error.sum())):
+        raise UnweaveError("effects are NaN or infinite", where=str(sae.write), remedy="check the SAE and the model")
+    return SiteEffects(latents, error, g)
+
+
+def _path_means(
+    run: Runner,
+    starts: Mapping[Site, State],
+    changes: Mapping[Site, State],
+    alphas: Sequence[float],
+    at_clean: Mapping[Site, Tensor],
+) -> dict[Site, Tensor]:
+    """The gradients' means over ``alphas`` on each site's way from clean to patch; ``at_clean`` is that at alpha 0."""
+    rest = [alpha for alpha in alphas if alpha != 0 or not at_clean]
+    if not rest:
+        return dict(at_clean)
+    paths = [Path(site, starts[site].x, changes[site].x, run.all_rows) for site in starts]
+    means = dict(zip(starts, run.path_gradients(paths, rest), strict=True))
+    if not at_clean:
+        return means
+    return {site: (at_clean[site] + len(rest) * mean) / len(alphas) for site, mean in means.items()}
+
+
+def _check_gradients(gradients: Mapping[Site, Tensor]) -> None:
+    for site, g in gradients.items():
         if not bool(torch.isfinite(g).all()):
             raise UnweaveError(
                 "the metric's gradient holds NaN or infinity", where=str(site), remedy="check the metric"
             )
-        effects[site] = SiteEffects((g @ sae.W_dec.T) * change.latents, (g * change.error).sum(-1), g)
-    return effects
+    if not any(bool(g.any()) for g in gradients.values()):
+        raise UnweaveError(
+            "the metric's gradient is zero at every site: it is constant",
+            remedy="check the answers that it compares",
+        )
 
 
 def exact_effects(
@@ -192,7 +244,7 @@ def alone_effects(
         moves = change.latents[..., latent]
         rows = (moves != 0).any(1).nonzero()[:, 0]
         shift = moves[rows].unsqueeze(-1) * sae.W_dec[latent]
-        mean = run.path_gradient(site, start.x[rows], shift, fractions(steps, rule), rows)
+        (mean,) = run.path_gradients([Path(site, start.x[rows], shift, rows)], fractions(steps, rule))
         effects[place, rows] = (mean * shift).sum((1, 2)).to(effects.dtype)
     return effects
 
@@ -225,110 +277,6 @@ def fractions(steps: int, rule: Rule) -> list[float]:
     return [(k + {"left": 0.0, "midpoint": 0.5, "right": 1.0}[rule]) / steps for k in range(steps)]
 
 
-class Runner:
-    """Runs one batch of examples with a site set to given values, and evaluates the metric, within ``max_tokens``."""
-
-    def __init__(self, lm: LM, tokens: Tokens, metric: Metric, metric_at: Site | None, max_tokens: int) -> None:
-        self.lm, self.tokens, self.metric, self.max_tokens = lm, tokens, metric, max_tokens
-        self.metric_at = None if metric_at is None else lm.site(metric_at)
-
-    def chunks(self, n_rows: int) -> Iterator[slice]:
-        return chunks(n_rows, self.tokens.ids.shape[1], self.max_tokens)
-
-    def metric_of(self, rows: Tensor, edits: Mapping[Site, EditFn], grad: bool) -> Tensor:
-        """The metric [R] of the examples ``rows`` [R] with edits in place."""
-        lm, whole = self.lm, self.tokens
-        batch = Tokens(whole.ids[rows], whole.mask[rows], whole.roles[rows])
-        with torch.set_grad_enabled(grad):
-            if self.metric_at is not None:
-                with lm.taps(read=[self.metric_at], edit=edits, stop=self.metric_at, grad=grad) as seen:
-                    lm(batch)
-                out = seen[self.metric_at]
-            else:
-                width = batch.ids.shape[1]
-                last = width - 1 - batch.mask.flip(1).int().argmax(1)
-                keep = width - int(last.min())
-                with lm.taps(edit=edits, grad=grad):
-                    logits = lm(batch, keep_logits=keep)
-                assert logits is not None
-                out = logits[torch.arange(len(rows), device=logits.device), last - (width - keep)]
-            value = self.metric(out.float() if out.dtype in (torch.bfloat16, torch.float16) else out, rows)
-        if value.shape != rows.shape:
-            raise UnweaveError(
-                f"the metric gave shape {list(value.shape)} for {len(rows)} rows",
-                remedy="return one number per row: metric(out [R, V], rows [R]) -> [R]",
-            )
-        return value
-
-    def gradients(self, by_site: Mapping[Site, SAE]) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
-        """The metric's gradients [B, P, D] at the SAEs' sites from one pass, and the values of all sites they need."""
-        sites = list(by_site)
-        reads = {reads_of(sae, site) for site, sae in by_site.items()} - set(sites)
-        gradients: dict[Site, list[Tensor]] = {site: [] for site in sites}
-        values: dict[Site, list[Tensor]] = {site: [] for site in (*sites, *reads)}
-        for part in self.chunks(len(self.tokens)):
-            found: dict[Site, Tensor] = {}
-
-            def probe(x: Tensor, at: At, found: dict[Site, Tensor] = found) -> Tensor:
-                # A node of its own, since the model may use the same tensor elsewhere too (the residual stream is also
-                # the MLP's input in post-norm families); at the first site it is the leaf where the graph begins.
-                found[at.site] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-                return found[at.site]
-
-            def look(x: Tensor, at: At, found: dict[Site, Tensor] = found) -> None:
-                found[at.site] = x
-
-            rows = torch.arange(len(self.tokens), device=self.lm.device)[part]
-            value = self.metric_of(rows, dict.fromkeys(reads, look) | dict.fromkeys(sites, probe), grad=True)
-            for site, g in zip(sites, self._grad(value, [found.get(s) for s in sites], sites), strict=True):
-                gradients[site].append(g)
-            for site in values:
-                values[site].append(found[site].detach())
-        return _cat(gradients), _cat(values)
-
-    def path_gradient(
-        self, site: Site, start: Tensor, shift: Tensor, alphas: Sequence[float], rows: Tensor | None = None
-    ) -> Tensor:
-        """The mean over ``alphas`` of the metric's gradient at ``start + alpha shift`` [N, P, D], of examples ``rows``.
-
-        Points of the path fill the batches beside the examples; only one mean gradient per example is kept.
-        """
-        rows = torch.arange(len(self.tokens), device=self.lm.device) if rows is None else rows
-        mean = torch.zeros_like(start)
-        points = torch.tensor(alphas, dtype=start.dtype, device=start.device).repeat_interleave(len(rows))
-        index = torch.arange(len(rows), device=start.device).repeat(len(alphas))
-        for part in self.chunks(len(points)):
-            here = index[part]
-            leaf = (start[here] + points[part, None, None] * shift[here]).requires_grad_()
-            value = self.metric_of(rows[here], {site: lambda x, _at, leaf=leaf: leaf.to(x.dtype)}, grad=True)
-            mean.index_add_(0, here, self._grad(value, [leaf], [site])[0])
-        return mean / len(alphas)
-
-    def values_at(self, site: Site, base: Tensor, changed: tuple[Tensor, Callable[[slice], Tensor]] | None) -> Tensor:
-        """The metric [N] with the site at ``base`` [B, P, D]; or at ``base[rows] + shift(slice of rows)``, N rows."""
-        rows = torch.arange(len(base), device=base.device) if changed is None else changed[0]
-        found = [base.new_zeros(0)]
-        for part in self.chunks(len(rows)):
-            value = base[rows[part]] if changed is None else base[rows[part]] + changed[1](part)
-            found.append(
-                self.metric_of(rows[part], {site: lambda x, _at, value=value: value.to(x.dtype)}, False).to(base.dtype)
-            )
-        return torch.cat(found)
-
-    def _grad(self, value: Tensor, at: Sequence[Tensor | None], sites: Sequence[Site]) -> list[Tensor]:
-        reached = [x for x in at if x is not None]
-        found: Sequence[Tensor | None] = []
-        if len(reached) == len(at) and value.requires_grad:
-            found = torch.autograd.grad(value.sum(), reached, allow_unused=True)
-        gradients = [g for g in found if g is not None]
-        if len(gradients) < len(at):
-            missing = [str(s) for s, g in zip(sites, found or [None] * len(at), strict=True) if g is None]
-            raise UnweaveError(
-                f"the metric does not depend on {', '.join(missing)}", remedy="use sites that lie before what it reads"
-            )
-        return gradients
-
-
 def _one_site(
     lm: LM,
     sae: SAE,
@@ -343,9 +291,9 @@ def _one_site(
     by_site = by_site_of(lm, sae)
     (site,) = by_site
     clean, patch = line_up(lm, clean, patch)
-    start = states(lm, by_site, clean, max_tokens=max_tokens)[site]
-    end = None if patch is None else states(lm, by_site, patch, max_tokens=max_tokens)[site]
     run = Runner(lm, clean, metric, metric_at, max_tokens)
+    start = take_apart(by_site, run.clean_values(by_site, [reads_of(sae, site)]), clean)[site]
+    end = None if patch is None else states(lm, by_site, patch, max_tokens=max_tokens)[site]
     return run, site, start, change_of(sae, start, end, moved_positions(clean, positions))
 
 
@@ -368,7 +316,3 @@ def _exact_nodes(run: Runner, site: Site, sae: SAE, start: State, change: State)
     nodes = change.error.any(-1).nonzero()
     error[nodes.unbind(1)] = moved(nodes, lambda n: change.error[n.unbind(1)])
     return SiteEffects(latents, error, None)
-
-
-def _cat(parts: Mapping[Site, list[Tensor]]) -> dict[Site, Tensor]:
-    return {site: torch.cat(found) for site, found in parts.items()}

@@ -6,7 +6,7 @@ norm outliers) belong wholly to the error: f = 0 there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,15 +67,22 @@ def states(lm: LM, saes: SAEs, tokens: Tokens, *, max_tokens: int = 1024) -> dic
     """The state of every SAE's site on ``tokens``; at most ``max_tokens`` tokens in a forward pass."""
     by_site = by_site_of(lm, saes)
     tokens = tokens.to(lm.device)
-    sites = sorted({*by_site, *(reads_of(sae, site) for site, sae in by_site.items())})
+    sites = {*by_site, *(reads_of(sae, site) for site, sae in by_site.items())}
+    return take_apart(by_site, values_of(lm, sites, tokens, max_tokens=max_tokens), tokens)
+
+
+def values_of(lm: LM, sites: Iterable[Site], tokens: Tokens, *, max_tokens: int = 1024) -> dict[Site, Tensor]:
+    """The values [B, P, D] of sites on ``tokens``; at most ``max_tokens`` tokens in a forward pass."""
+    wanted = sorted(sites)
     # Where a module path lies is not known from its name, so such sites need the whole forward pass.
-    stop = None if any(site.point == "path" for site in sites) else sites[-1]
+    stop = None if any(site.point == "path" for site in wanted) else wanted[-1]
+    keep = 0 if Site("logits") in wanted else 1
     parts = []
     for rows in chunks(len(tokens), tokens.ids.shape[1], max_tokens):
-        with lm.taps(read=sites, stop=stop) as seen:
-            lm(tokens.rows(rows))
-        parts.append({site: seen[site] for site in sites})
-    return take_apart(by_site, {site: torch.cat([part[site] for part in parts]) for site in sites}, tokens)
+        with lm.taps(read=wanted, stop=stop) as seen:
+            lm(tokens.rows(rows), keep_logits=keep)
+        parts.append({site: seen[site] for site in wanted})
+    return {site: torch.cat([part[site] for part in parts]) for site in wanted}
 
 
 def site_of(sae: SAE) -> Site:
