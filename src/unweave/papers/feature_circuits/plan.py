@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from unweave.core.errors import UnweaveError
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
-from unweave.jobs.specs import DEFAULT_MODEL, DataSpec, TrainSpec
+from unweave.jobs.specs import DEFAULT_MODEL, DataSpec, StreamSpec, TrainSpec
 from unweave.papers.feature_circuits.spec import MODELS, FeatureCircuitsSpec
 from unweave.sae.spec import SAESpec
 
@@ -56,6 +56,8 @@ def _smoke(spec: FeatureCircuitsSpec) -> Plan:
     training = TrainSpec(
         sites=sites,
         data=DataSpec(sources=sources, pack=pack, tokens=250_000, heldout_tokens=10_000),
+        # the MLP of layer 27 undoes the first token's attention sink, 7 medians long: it would swamp that site's batches
+        stream=StreamSpec(max_norm_ratio=5.0),
         sae=SAESpec(kind="batchtopk", expansion=8, k=64, tokens=999_424, batch=1024),
         device=spec.device,
         checkpoint_seconds=240.0,
