@@ -56,7 +56,7 @@ def _smoke(spec: FeatureCircuitsSpec) -> Plan:
     training = TrainSpec(
         sites=sites,
         data=DataSpec(sources=sources, pack=pack, tokens=250_000, heldout_tokens=10_000),
-        # the MLP of layer 27 undoes the first token's attention sink, 7 medians long: it would swamp that site's batches
+        # layer 27's MLP undoes the first token's attention sink with vectors of 7 medians, which would swamp its SAE
         stream=StreamSpec(max_norm_ratio=5.0),
         sae=SAESpec(kind="batchtopk", expansion=8, k=64, tokens=999_424, batch=1024),
         device=spec.device,
