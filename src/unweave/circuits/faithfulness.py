@@ -1,0 +1,252 @@
+"""How much of a behaviour a circuit carries: everything outside it is ablated (Marks et al. 2024, sec. 3.3).
+
+1. From ``start_layer`` on, every node outside the circuit C takes a fixed value at its position: its mean over the
+   patch inputs of the examples that are evaluated (or over the clean ones, or zero). One forward pass does it: at each
+   site latents are computed from the stream as it is there, already changed below, x' = decode(f') + e'.
+2. F(C) = (m(C) - m(empty)) / (m(M) - m(empty)), with the metric's mean m over the examples, the whole model M, and the
+   empty circuit: 1 for all nodes, 0 for none. The same of M without C says what C misses (completeness: low is good).
+3. The stream at ``start_layer`` is computed once, and circuits share batches beside the examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unweave.core.errors import UnweaveError
+from unweave.core.progress import Task, task
+from unweave.core.site import Site
+from unweave.lm.model import LM, Tokens
+from unweave.lm.taps import At, EditFn
+from unweave.sae.comparison import Batch
+from unweave.sae.module import SAE
+from unweave.sae.states import SAEs, State, by_site_of, chunks, reads_of, states, take_apart
+
+Ablation = Literal["patch", "clean", "zero"]
+Kept = Mapping[Site, Tensor]
+"""A circuit's nodes: bool [P or 1, F + 1] at each site, the error last."""
+
+_SAME = 1e-5
+"""m(M) and m(empty) nearer than this, relative to the metric's size, differ by rounding only"""
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """The metric of every example: [C, N] with everything but a circuit ablated, [N] of the model and of no nodes."""
+
+    circuits: Tensor
+    model: Tensor
+    empty: Tensor
+
+    @property
+    def faithfulness(self) -> Tensor:
+        """F of each circuit, [C]. UnweaveError where m(M) = m(empty)."""
+        model, empty = self.model.mean(), self.empty.mean()
+        size = float(torch.cat([self.model, self.empty]).abs().max())
+        if not abs(float(model - empty)) > _SAME * size:
+            raise UnweaveError(
+                f"the metric is {float(model):.4g} in the whole model and {float(empty):.4g} with every node ablated: "
+                "nothing is left for a circuit to carry",
+                where="faithfulness",
+                remedy="take an earlier start layer, more sites, or examples in which the metric changes",
+            )
+        return (self.circuits.mean(1) - empty) / (model - empty)
+
+
+def ablated_sites(lm: LM, saes: SAEs, start_layer: int = 0) -> dict[Site, SAE]:
+    """The SAEs whose nodes are ablated: those in blocks from ``start_layer`` on; -1 takes in the embedding."""
+    found = by_site_of(lm, saes)
+    strange = [str(site) for site in found if site.layer is None and site.point != "embed"]
+    if strange:
+        raise UnweaveError(f"{', '.join(strange)} lies in no layer", remedy="leave it out, or name its layer's site")
+    kept = {site: sae for site, sae in found.items() if (-1 if site.layer is None else site.layer) >= start_layer}
+    if not kept:
+        raise UnweaveError(f"no site lies in layer {start_layer} or later", where="start_layer", remedy="start earlier")
+    return kept
+
+
+def ablate_outside(
+    lm: LM,
+    saes: SAEs,
+    batches: Sequence[Batch],
+    kept: Sequence[Kept],
+    *,
+    start_layer: int = 0,
+    ablation: Ablation = "patch",
+    max_tokens: int = 1024,
+) -> Ablated:
+    """The metric with everything outside each of ``kept`` ablated, beside that of the model and of no nodes.
+
+    Means are taken position by position over all examples of one length. Kept sets of one position hold at all.
+    Raises UnweaveError for kept sets that miss a site or have the wrong shape.
+    """
+    by_site = ablated_sites(lm, saes, start_layer)
+    if not batches:
+        raise UnweaveError("there are no examples", remedy="give at least one batch")
+    if ablation not in ("patch", "clean", "zero"):
+        raise UnweaveError(f"unknown ablation {ablation!r}", remedy="use patch, clean or zero")
+    empty = {site: torch.zeros(1, sae.d_sae + 1, dtype=torch.bool) for site, sae in by_site.items()}
+    stacked = _Circuits(lm, by_site, [empty, *kept])
+    by_width: dict[int, list[int]] = {}
+    for place, (clean, _, _) in enumerate(batches):
+        by_width.setdefault(clean.ids.shape[1], []).append(place)
+    values: dict[int, list[Tensor]] = {}
+    n = sum(len(clean) for clean, _, _ in batches)
+    with task("ablation", total=n * (len(kept) + 2), unit="passes") as shown:
+        for places in by_width.values():
+            means = _means(lm, by_site, [batches[place] for place in places], ablation, max_tokens)
+            for place in places:
+                run = _Run(lm, by_site, batches[place], means, start_layer, max_tokens)
+                values[place] = [run.unchanged(shown), run.ablated(stacked, shown)]
+    model = torch.cat([values[i][0] for i in range(len(batches))])
+    circuits = torch.cat([values[i][1] for i in range(len(batches))], 1)
+    return Ablated(circuits[1:], model, circuits[0])
+
+
+class _Circuits:
+    """Kept sets of several circuits side by side: bool [C, P or 1, F + 1] at each site, on the model's device."""
+
+    def __init__(self, lm: LM, by_site: Mapping[Site, SAE], kept: Sequence[Kept]) -> None:
+        self.n = len(kept)
+        self.at: dict[Site, Tensor] = {}
+        for site, sae in by_site.items():
+            found = [one.get(site) for one in kept]
+            for one in found:
+                if one is None or one.dtype != torch.bool or one.ndim != 2 or one.shape[1] != sae.d_sae + 1:
+                    what = "misses it" if one is None else f"is {one.dtype} {list(one.shape)}"
+                    raise UnweaveError(
+                        f"a kept set {what}, not bool [positions or 1, {sae.d_sae + 1}]",
+                        where=str(site),
+                        remedy="give one truth value for every latent, and one for the error",
+                    )
+            width = max(one.shape[0] for one in found if one is not None)
+            self.at[site] = torch.stack([one.expand(width, -1) for one in found if one is not None]).to(lm.device)
+
+    def rows(self, site: Site, which: Tensor, width: int) -> Tensor:
+        """The kept sets [R, width or 1, F + 1] of circuits ``which`` [R]."""
+        found = self.at[site]
+        if found.shape[1] not in (1, width):
+            raise UnweaveError(
+                f"a circuit with {found.shape[1]} positions cannot be kept in texts of {width} tokens",
+                where=str(site),
+                remedy="evaluate on texts of the length it was found on, or sum effects over positions",
+            )
+        return found[which]
+
+
+def _means(
+    lm: LM, by_site: Mapping[Site, SAE], group: Sequence[Batch], ablation: Ablation, max_tokens: int
+) -> dict[Site, State]:
+    """What ablated nodes are set to, at each site and position: latents [P, F] and error [P, D]."""
+    sums: dict[Site, State] = {}
+    count = torch.zeros(group[0][0].ids.shape[1], 1, device=lm.device, dtype=torch.int64)
+    for clean, patch, _ in group:
+        tokens = clean if ablation != "patch" else patch
+        if tokens is None:
+            raise UnweaveError(
+                "these examples have no patch inputs to take means over",
+                where="ablation",
+                remedy="use clean (means over the inputs themselves) or zero",
+            )
+        for rows in chunks(len(tokens), tokens.ids.shape[1], max_tokens):
+            part = tokens.rows(rows).to(lm.device)
+            there = part.mask.unsqueeze(-1)
+            count += there.sum(0)
+            for site, state in states(lm, by_site, part, max_tokens=max_tokens).items():
+                new = [(value * there).sum(0) for value in (state.x, state.latents, state.error)]
+                old = sums.get(site)
+                sums[site] = State(*new) if old is None else State(
+                    old.x + new[0], old.latents + new[1], old.error + new[2]
+                )  # fmt: skip
+    if ablation == "zero":
+        return {site: State(s.x * 0, s.latents * 0, s.error * 0) for site, s in sums.items()}
+    count = count.clamp(min=1)
+    return {site: State(s.x / count, s.latents / count, s.error / count) for site, s in sums.items()}
+
+
+class _Run:
+    """One batch of examples, run from the start layer on with nodes ablated."""
+
+    def __init__(
+        self,
+        lm: LM,
+        by_site: Mapping[Site, SAE],
+        batch: Batch,
+        means: Mapping[Site, State],
+        start_layer: int,
+        max_tokens: int,
+    ) -> None:
+        self.lm, self.by_site, self.means, self.max_tokens = lm, by_site, means, max_tokens
+        self.tokens, self.metric = batch[0].to(lm.device), batch[2]
+        self.reads = sorted({reads_of(sae, site) for site, sae in by_site.items()} - set(by_site))
+        self.start: Site | None = None
+        if start_layer > 0 and all((site.layer or 0) >= start_layer for site in self.reads):
+            self.start = Site("resid_pre", start_layer)
+            with lm.taps(read=[self.start], stop=self.start) as seen:
+                found = []
+                for part in self._chunks(len(self.tokens)):
+                    lm(self.tokens.rows(part))
+                    found.append(seen[self.start])
+            self.stream = torch.cat(found)
+
+    def _chunks(self, n: int) -> list[slice]:
+        return list(chunks(n, self.tokens.ids.shape[1], self.max_tokens))
+
+    def unchanged(self, shown: Task) -> Tensor:
+        """The metric [N] of the model as it is."""
+        rows = torch.arange(len(self.tokens), device=self.lm.device)
+        found = []
+        for part in self._chunks(len(rows)):
+            found.append(self._metric(rows[part], {}))
+            shown.advance(len(rows[part]))
+        return torch.cat(found)
+
+    def ablated(self, circuits: _Circuits, shown: Task) -> Tensor:
+        """The metric [C, N] with everything outside each circuit ablated."""
+        n = len(self.tokens)
+        which = torch.arange(circuits.n, device=self.lm.device).repeat_interleave(n)
+        rows = torch.arange(n, device=self.lm.device).repeat(circuits.n)
+        found = []
+        for part in self._chunks(len(rows)):
+            edits = {site: self._edit(site, sae, circuits, which[part]) for site, sae in self.by_site.items()}
+            found.append(self._metric(rows[part], edits))
+            shown.advance(len(rows[part]))
+        return torch.cat(found).view(circuits.n, n)
+
+    def _edit(self, site: Site, sae: SAE, circuits: _Circuits, which: Tensor) -> EditFn:
+        mean = self.means[site]
+        source = reads_of(sae, site)
+
+        def edit(x: Tensor, at: At) -> Tensor:
+            values = {site: x, source: x if source == site else at.read[source]}
+            state = take_apart({site: sae}, values, Tokens(at.ids, at.mask, at.roles))[site]
+            out = ~circuits.rows(site, which, x.shape[1])
+            # As a change of x, so that a circuit that keeps everything leaves the model's own value bit for bit.
+            change = torch.where(out[..., :-1], mean.latents - state.latents, 0) @ sae.W_dec
+            change = change + torch.where(out[..., -1:], mean.error - state.error, 0)
+            return (state.x + change * at.mask.unsqueeze(-1)).to(x.dtype)
+
+        return edit
+
+    def _metric(self, rows: Tensor, edits: Mapping[Site, EditFn]) -> Tensor:
+        whole = self.tokens
+        batch = Tokens(whole.ids[rows], whole.mask[rows], whole.roles[rows])
+        width = batch.ids.shape[1]
+        last = width - 1 - batch.mask.flip(1).int().argmax(1)
+        keep = width - int(last.min())
+        start = None if self.start is None else (self.start, self.stream[rows])
+        with torch.no_grad(), self.lm.taps(read=self.reads, edit=edits, start=start):
+            logits = self.lm(batch, keep_logits=keep)
+            assert logits is not None
+            out = logits[torch.arange(len(rows), device=logits.device), last - (width - keep)]
+            value = self.metric(out.float() if out.dtype in (torch.bfloat16, torch.float16) else out, rows)
+        if value.shape != rows.shape or not bool(torch.isfinite(value).all()):
+            raise UnweaveError(
+                f"the metric gave {list(value.shape)} for {len(rows)} rows, or values that are not finite",
+                remedy="return one finite number per row: metric(out [R, V], rows [R]) -> [R]",
+            )
+        return value
