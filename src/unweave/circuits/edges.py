@@ -1,0 +1,293 @@
+"""Edges of a circuit: how much of a node's effect comes from each node before it (Marks et al. 2024, sec. 3.1).
+
+The weight of an edge from u_i to d_j is
+
+    dm/dd_j . dd_j/du_i . (u_i' - u_i)
+
+with the metric's (mean) gradient at d_j, the Jacobian along paths that touch no other node, and the change of u_i from
+clean to patch. It is what a backward pass from d_j finds where every node is a leaf, a pass per node d_j. Here these
+passes are taken apart:
+
+1. A node's gradient with respect to its SAE's input is known without any pass: for a latent that is active on the clean
+   input dm/dd_j W_enc[:, j], for the error g - sum over active k of (g . W_dec[k]) W_enc[:, k], with g the metric's
+   gradient at the site. A latent that is not active has none, and so no edges from below.
+2. These vectors go down as ``paths`` says, many at a time, through the parts of blocks that lie between and no others.
+3. Where one arrives as c at an upstream site, its edges are c . W_dec[i] (f_i' - f_i) and c . (e' - e). Most latents do
+   not change, so products are made with the decoder rows of those that do.
+
+Tokens that an SAE's policy excludes belong wholly to the error, which is there the activation up to a constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unweave.circuits.arrivals import Arrivals, Changes, changes_of
+from unweave.circuits.graph import Edges
+from unweave.circuits.paths import Emit, Paths, Plan, Rows, where
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.lm.model import LM, Tokens
+from unweave.sae.activations import Identity
+from unweave.sae.attribution import SiteEffects
+from unweave.sae.module import SAE
+from unweave.sae.states import by_site_of, change_of, line_up, moved_positions, reads_of, states, take_apart
+
+Summed = Literal["none", "positions"]
+Found = dict[tuple[Site, Site | None], Edges]
+_BUFFER = 1 << 25
+"""how many sums one block of downstream nodes may need at one upstream site (128 MB in float32)"""
+_MOST = 100_000_000
+"""how many edges one batch may have"""
+
+
+def edge_effects(
+    lm: LM,
+    saes: Mapping[Site, SAE],
+    clean: Tokens,
+    patch: Tokens | None,
+    effects: Mapping[Site, SiteEffects],
+    *,
+    threshold: float,
+    positions: Tensor | None = None,
+    max_tokens: int = 1024,
+    summed: Summed = "none",
+    upstream: Mapping[Site, Tensor] | None = None,
+) -> Found:
+    """Weights of all edges into nodes with |effect| > ``threshold``, added up over the batch's examples.
+
+    ``clean``, ``patch``, ``positions`` and ``effects`` are what ``node_effects`` was given and returned (attribution or
+    integrated gradients). The threshold holds for every example and position alone. ``summed="positions"`` adds up over
+    the positions of both ends as well. ``upstream`` (bool [P or 1, F + 1] by site) limits the upstream ends. Sites not
+    in it are not limited. ``max_tokens`` bounds the tokens of one pass.
+
+    The edges to the metric, ``(site, None)``, are the node effects of the last site in the residual stream. Edges with
+    a weight of exactly 0 are left out, and so are pairs of sites without edges.
+
+    Raises UnweaveError for sites and SAEs whose edges are not defined, effects without gradients, NaN, and more edges
+    than memory should hold.
+    """
+    by_site = by_site_of(lm, saes)
+    plan = Plan(lm, by_site)
+    clean, patch = line_up(lm, clean, patch)
+    _check(by_site, effects, clean, threshold, summed, upstream)
+    with torch.no_grad():
+        paths = Paths(lm, plan, by_site, clean, max_tokens)
+        patched = None if patch is None else states(lm, by_site, patch, max_tokens=max_tokens)
+        moved = moved_positions(clean, positions)
+        changes: dict[Site, Changes] = {}
+        retained: dict[Site, _Retained] = {}
+        for site, sae in by_site.items():
+            state = take_apart({site: sae}, paths.values, clean)[site]
+            change = change_of(sae, state, None if patched is None else patched.pop(site), moved)
+            changes[site] = changes_of(sae, change, (upstream or {}).get(site))
+            if where(site) != ("stream", -1):
+                retained[site] = _retained(sae, site, state.latents, paths, effects[site], threshold)
+        found: Found = {}
+        for site, nodes in retained.items():
+            found |= _into(site, nodes, paths, changes, max_tokens, summed)
+            if sum(map(len, found.values())) > _MOST:
+                raise UnweaveError(
+                    f"more than {_MOST:,} edges", where=str(site), remedy="raise the node threshold, or limit upstream"
+                )
+        found[plan.last, None] = _to_metric(effects[plan.last], summed, (upstream or {}).get(plan.last))
+    return {pair: edges for pair, edges in found.items() if len(edges)}
+
+
+def merge(parts: Sequence[Found]) -> Found:
+    """Edges of several batches as one: equal entries are added. Entries that add up to exactly 0 stay."""
+    found: Found = {}
+    for pair in dict.fromkeys(pair for part in parts for pair in part):
+        several = [part[pair] for part in parts if pair in part]
+        if len(several) == 1:
+            found[pair] = several[0]
+            continue
+        ends = torch.cat([torch.cat([edges.up, edges.down], 1) for edges in several])
+        ends, place = ends.unique(dim=0, return_inverse=True)
+        weight = torch.cat([edges.weight for edges in several])
+        weight = weight.new_zeros(len(ends)).index_add_(0, place, weight)
+        found[pair] = Edges(ends[:, :2].contiguous(), ends[:, 2:].contiguous(), weight)
+    return found
+
+
+def _check(
+    by_site: Mapping[Site, SAE],
+    effects: Mapping[Site, SiteEffects],
+    clean: Tokens,
+    threshold: float,
+    summed: Summed,
+    upstream: Mapping[Site, Tensor] | None,
+) -> None:
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise UnweaveError(f"a threshold of {threshold} retains nothing or everything", remedy="give 0 or more")
+    if summed not in ("none", "positions"):
+        raise UnweaveError(f"edges cannot be summed over {summed!r}", remedy="use none or positions")
+    for site, sae in by_site.items():
+        if site not in effects:
+            raise UnweaveError("this site has no node effects", where=str(site), remedy="find the nodes of all sites")
+        gradient, latents = effects[site].gradient, effects[site].latents
+        if gradient is None:
+            raise UnweaveError(
+                "edges start from gradients, and exact effects have none",
+                where=str(site),
+                remedy="find the nodes by attribution or ig",
+            )
+        wanted = (*clean.ids.shape, sae.d_sae)
+        if tuple(latents.shape) != wanted or tuple(gradient.shape) != (*clean.ids.shape, sae.d_out):
+            raise UnweaveError(
+                f"node effects {list(latents.shape)} do not belong to these inputs and SAE ({list(wanted)})",
+                where=str(site),
+                remedy="give the effects of the same batch",
+            )
+        if not bool(torch.isfinite(gradient).all() & torch.isfinite(latents).all()):
+            raise UnweaveError("node effects hold NaN or infinity", where=str(site), remedy="check the metric")
+    for site, slots in (upstream or {}).items():
+        widths = (1, clean.ids.shape[1])
+        sae = by_site.get(site)
+        if sae is None or slots.dtype != torch.bool or slots.ndim != 2 or slots.shape[0] not in widths:
+            raise UnweaveError(
+                "upstream slots are bool [positions or 1, latents + 1] of sites with SAEs", where=str(site)
+            )
+        if slots.shape[1] != sae.d_sae + 1:
+            raise UnweaveError(f"{slots.shape[1]} upstream slots, not {sae.d_sae + 1}", where=str(site))
+
+
+# -- downstream nodes -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Retained:
+    """Downstream nodes of one site whose gradient is not 0, n of them, and what their gradients are made of.
+
+    ``token`` (of all examples' tokens), ``position``, ``slot`` int64 [n]. ``gradient`` [T, D] is the metric's at the
+    site. ``through`` [E, d_in] is the errors' gradient through the encoder, ``which`` [n] says whose, -1 for latents.
+    """
+
+    sae: SAE
+    read: Site
+    token: Tensor
+    position: Tensor
+    slot: Tensor
+    gradient: Tensor
+    through: Tensor
+    which: Tensor
+
+    def cotangents(self, write: Site, rows: Tensor) -> dict[Site, Tensor]:
+        """Gradients [n, 1, D] of some of the nodes, by the site where they begin: where the SAE reads, and writes."""
+        slot, which = self.slot[rows], self.which[rows]
+        g = self.gradient[self.token[rows]]
+        is_error = (which >= 0).unsqueeze(1)
+        latent = slot.clamp(max=self.sae.d_sae - 1)
+        left = (g * self.sae.W_dec[latent]).sum(-1, keepdim=True)
+        read = left * self.sae.W_enc[:, latent].T
+        if len(self.through):
+            read = torch.where(is_error, self.through[which.clamp(min=0)], read)
+        if self.read == write:
+            return {write: (read + g * is_error).unsqueeze(1)}
+        return {self.read: read.unsqueeze(1), write: (g * is_error).unsqueeze(1)}
+
+
+def _retained(sae: SAE, site: Site, latents: Tensor, paths: Paths, effects: SiteEffects, threshold: float) -> _Retained:
+    """``latents`` [B, P, F] are the clean ones."""
+    read = reads_of(sae, site)
+    tokens = paths.tokens
+    if isinstance(sae.activation, Identity):
+        kept = sae.policy.keep(paths.values[read], tokens.ids, tokens.mask)
+        active = kept.flatten().unsqueeze(1).expand(-1, sae.d_sae)
+    else:
+        active = latents.flatten(0, 1) != 0
+    assert effects.gradient is not None
+    g = effects.gradient.flatten(0, 1).to(sae.W_dec.dtype)
+    token, slot = ((effects.latents.abs() > threshold).flatten(0, 1) & active).nonzero().unbind(1)
+    error = (effects.error.abs() > threshold).flatten().nonzero()[:, 0]
+    through = [-((g[some] @ sae.W_dec.T) * active[some]) @ sae.W_enc.T for some in error.split(1024)]
+    which = torch.cat([torch.full_like(token, -1), torch.arange(len(error), device=token.device)])
+    token, slot = torch.cat([token, error]), torch.cat([slot, torch.full_like(error, sae.d_sae)])
+    width = tokens.ids.shape[1]
+    return _Retained(
+        sae, read, token, token % width, slot, g, torch.cat(through) if through else g.new_zeros(0, sae.d_in), which
+    )
+
+
+# -- edges into one site ----------------------------------------------------------------------------------------------
+
+
+def _into(
+    site: Site, nodes: _Retained, paths: Paths, changes: Mapping[Site, Changes], max_tokens: int, summed: Summed
+) -> Found:
+    """All edges into one site's retained nodes."""
+    if not len(nodes.token):
+        return {}
+    width = paths.tokens.ids.shape[1]
+    by_position = summed == "none"
+    keys = nodes.slot + (nodes.position * (nodes.sae.d_sae + 1) if by_position else 0)
+    keys, column = keys.unique(return_inverse=True)
+    slots, places = keys % (nodes.sae.d_sae + 1), keys // (nodes.sae.d_sae + 1)
+    widest = max(c.width for c in changes.values()) * (width if by_position else 1)
+    parts: dict[Site, list[Edges]] = {}
+    for begin, rows in _blocks(column, max(1, _BUFFER // widest)):
+        arrivals: dict[Site, Arrivals] = {}
+        n_columns = int(column[rows].max()) + 1 - begin
+
+        def emit(up: Site, arrived: Rows, arrivals: dict[Site, Arrivals] = arrivals, n: int = n_columns) -> None:
+            if up not in arrivals:
+                arrivals[up] = Arrivals(changes[up], n, by_position and arrived.spread)
+            arrivals[up].add(arrived)
+
+        # What shares a sequence comes together; otherwise tokens at like positions, whose sequences are equally short.
+        first = nodes.position if by_position else nodes.token // width
+        rows = rows[first[rows].argsort(stable=True)]
+        for part in rows.split(max_tokens):
+            start = Rows(
+                nodes.gradient.new_zeros(0),
+                nodes.token[part] // width,
+                nodes.position[part, None],
+                column[part] - begin,
+            )
+            _send(site, start, nodes.cotangents(site, part), paths, emit)
+        for up, arrived in arrivals.items():
+            at, place, slot, weight = arrived.entries()
+            if by_position and not arrived.by_position:
+                place = places[at + begin]
+            down = torch.stack([places[at + begin], slots[at + begin]], 1)
+            parts.setdefault(up, []).append(Edges(torch.stack([place, slot], 1), down, weight))
+    return {(up, site): _joined(several) for up, several in parts.items()}
+
+
+def _blocks(column: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """``size`` downstream columns at a time: the first column, and the nodes that belong to them."""
+    for begin in range(0, int(column.max()) + 1, size):
+        yield begin, ((column >= begin) & (column < begin + size)).nonzero()[:, 0]
+
+
+def _send(site: Site, rows: Rows, cots: dict[Site, Tensor], paths: Paths, emit: Emit) -> None:
+    kind, layer = where(site)
+    if kind == "attn":
+        paths.from_attention(rows, cots, layer, emit)
+    elif kind == "mlp":
+        paths.from_mlp(rows, cots, layer, emit)
+    else:
+        paths.from_stream(rows.holding(cots[site]), layer, emit)
+
+
+def _joined(several: list[Edges]) -> Edges:
+    if len(several) == 1:
+        return several[0]
+    return Edges(*(torch.cat([getattr(e, name) for e in several]) for name in ("up", "down", "weight")))
+
+
+def _to_metric(effects: SiteEffects, summed: Summed, allowed: Tensor | None) -> Edges:
+    """Node effects as edges, added up over examples."""
+    weights = torch.cat([effects.latents, effects.error.unsqueeze(-1)], -1)
+    if allowed is not None:
+        weights = weights * allowed.to(weights.device)
+    weights = weights.sum(0)
+    weights = weights.sum(0, keepdim=True) if summed == "positions" else weights
+    up = weights.nonzero()
+    return Edges(up, torch.zeros_like(up), weights[up.unbind(1)])
