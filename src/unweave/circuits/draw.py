@@ -1,0 +1,383 @@
+"""A circuit as a picture (SVG) and as plain values, in the manner of Marks et al. 2024, figs. 3 and 12.
+
+Layers go up, from the embedding to the metric, a diamond; token positions stand side by side where they were kept.
+Rectangles are latents and triangles are errors, what an autoencoder leaves unexplained. Blue is a positive and red a
+negative effect or weight, stronger as it is larger; negative edges are dashed too, so that print without colour shows
+them. A latent is labelled with its annotation, where there is one, else with its site and number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from unweave.circuits.annotations import Annotation, name_of
+from unweave.circuits.graph import Circuit, Node, Y
+from unweave.circuits.picture import DIAMOND, Layout, Selection, place, select
+from unweave.report.pieces import esc, number, visible
+
+POSITIVE, NEGATIVE = (33, 102, 172), (178, 24, 43)
+_INK, _SOFT, _LINE, _BAND, _PAPER = "#1e2124", "#5a5e63", "#d9d5cc", "#f5f3ee", "#ffffff"
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+_ROOM = 118.0
+"""How much of a node's width is for its label, pixels."""
+_WIDE, _NARROW = "mwMWOQ@%&\u2026", "iljtfrI.,:;'|!()[] "
+_HEAD, _FOOT = 62.0, 74.0
+
+
+def draw_svg(
+    circuit: Circuit,
+    *,
+    node_threshold: float,
+    edge_threshold: float,
+    annotations: Mapping[str, Annotation] | None = None,
+    tokens: Sequence[str] | None = None,
+    title: str | None = None,
+    max_nodes: int = 150,
+    max_edges: int = 500,
+) -> str:
+    """The picture as one SVG document that stands on its own and loads nothing.
+
+    Drawn are nodes of |effect| and edges of |weight| above the thresholds, at most ``max_nodes`` and ``max_edges``, the
+    strongest; the picture says how many that leaves out. ``tokens`` (by default the circuit's own, ``about["tokens"]``)
+    label the columns. UnweaveError where nothing is above the threshold, or a threshold is no number of 0 or more.
+    """
+    selection = select(circuit, node_threshold, edge_threshold, max_nodes, max_edges)
+    words = {} if annotations is None else annotations
+    return svg_of(circuit, selection, node_threshold, edge_threshold, words, tokens, title)
+
+
+def to_json(
+    circuit: Circuit,
+    *,
+    node_threshold: float,
+    edge_threshold: float,
+    annotations: Mapping[str, Annotation] | None = None,
+    tokens: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Every node and edge above the thresholds as plain values, strongest first, ready for JSON.
+
+    Nodes have a ``name`` that edges refer to; ``"y"`` is the metric. ``about`` is what the circuit says of itself.
+    """
+    selection = select(circuit, node_threshold, edge_threshold, 1 << 30, 1 << 30)
+    words = annotations or {}
+    shown = tokens_of(circuit, tokens)
+    nodes = [_node_values(node, words, shown) for node in sorted(selection.nodes, key=lambda n: -abs(n.effect))]
+    names = [node.name for node in selection.nodes]
+    edges = [{"from": names[u], "to": Y if d is None else names[d], "weight": w} for u, d, w in selection.edges]
+    return {
+        "format": 1,
+        "positions": circuit.positions,
+        "tokens": list(shown) if shown is not None else None,
+        "n_examples": circuit.n_examples,
+        "node_threshold": node_threshold,
+        "edge_threshold": edge_threshold,
+        "sites": [str(site) for site in circuit.nodes],
+        "nodes": nodes,
+        "edges": edges,
+        "about": circuit.about,
+    }
+
+
+def threshold_for(circuit: Circuit, n_nodes: int = 60) -> float:
+    """The threshold above which about ``n_nodes`` nodes remain; 0 where there are no more than that."""
+    import torch
+
+    sizes = torch.cat([effects.detach().abs().flatten().cpu() for effects in circuit.nodes.values()])
+    found = sizes[sizes > 0].sort(descending=True).values
+    return 0.0 if len(found) <= n_nodes else float(found[n_nodes - 1 : n_nodes + 1].mean())
+
+
+def edge_threshold_for(circuit: Circuit, node_threshold: float, n_edges: int = 150) -> float:
+    """The threshold above which about ``n_edges`` edges remain between the nodes above theirs; 0 for no more."""
+    weights = sorted((abs(w) for _, _, w in circuit.edges_above(node_threshold, 0.0)), reverse=True)
+    return 0.0 if len(weights) <= n_edges else (weights[n_edges - 1] + weights[n_edges]) / 2
+
+
+def tokens_of(circuit: Circuit, tokens: Sequence[str] | None) -> Sequence[str] | None:
+    """The words over the columns: those given, else the circuit's own; None without any, or without columns."""
+    given = tokens if tokens is not None else circuit.about.get("tokens")
+    return [str(token) for token in given] if circuit.positions and isinstance(given, (list, tuple)) else None
+
+
+def title_of(circuit: Circuit, title: str | None) -> str:
+    """The title given, else the circuit's task."""
+    return title or str(circuit.about.get("title") or circuit.about.get("task") or "Circuit")
+
+
+def key_of(node: Node) -> str:
+    """The node's name among annotations: without its position."""
+    return name_of(node.site, None if node.is_error else node.slot)
+
+
+def words_of(node: Node, annotations: Mapping[str, Annotation]) -> str:
+    """What was written about the node; empty where nothing was."""
+    said = annotations.get(key_of(node))
+    return "" if said is None else said.annotation.strip()
+
+
+def counts_text(circuit: Circuit, selection: Selection, node_threshold: float, edge_threshold: float) -> str:
+    """What the picture holds and what it leaves out, in words."""
+    errors = sum(node.is_error for node in selection.nodes)
+    parts = [
+        f"{_many(len(selection.nodes) - errors, 'latent')} and {_many(errors, 'error')} with |effect| above "
+        f"{node_threshold:.3g}, {_many(len(selection.edges), 'edge')} with |weight| above {edge_threshold:.3g}; "
+        f"mean of {_many(circuit.n_examples, 'example')}"
+    ]
+    left = [
+        f"{_many(n, f'weaker {kind}')}"
+        for n, kind in ((selection.nodes_left_out, "node"), (selection.edges_left_out, "edge"))
+        if n
+    ]
+    return ". ".join(parts + ([f"Left out for want of room: {' and '.join(left)}"] if left else [])) + "."
+
+
+def svg_of(
+    circuit: Circuit,
+    selection: Selection,
+    node_threshold: float,
+    edge_threshold: float,
+    annotations: Mapping[str, Annotation],
+    tokens: Sequence[str] | None,
+    title: str | None,
+    link: str = "",
+) -> str:
+    """The picture of a selection. With ``link`` a node is a link to ``#<link><its number>``."""
+    shown = tokens_of(circuit, tokens)
+    tall = any(_length(words_of(node, annotations), 11) > _ROOM for node in selection.nodes)
+    layout = place(circuit, selection, node_height=48.0 if tall else 34.0)
+    width = max(layout.width, 560.0)
+    height = layout.height + _HEAD + _FOOT
+    name = title_of(circuit, title)
+    told = counts_text(circuit, selection, node_threshold, edge_threshold)
+    shift = (width - layout.width) / 2
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="{_FONT}" role="{"group" if link else "img"}" '
+        f'aria-label="{esc(name)}. {esc(told)}">',
+        f'<rect width="100%" height="100%" fill="{_PAPER}"/>',
+        _heading(name, told, width),
+        f'<g transform="translate({shift:.1f} {_HEAD:.0f})">',
+        _ground(layout, shown),
+        '<g fill="none" stroke-linecap="round">',
+        *_edges(selection, layout),
+        "</g>",
+        _metric(layout),
+        *(_node(i, node, selection, layout, annotations, shown, link) for i, node in enumerate(selection.nodes)),
+        "</g>",
+        _legend(selection, height - _FOOT, width),
+        "</svg>",
+    ]
+    return "".join(parts)
+
+
+def _many(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _node_values(node: Node, annotations: Mapping[str, Annotation], tokens: Sequence[str] | None) -> dict[str, Any]:
+    said = annotations.get(key_of(node))
+    there = tokens is not None and node.position is not None and node.position < len(tokens)
+    return {
+        "name": node.name,
+        "site": str(node.site),
+        "latent": None if node.is_error else node.slot,
+        "error": node.is_error,
+        "position": node.position,
+        "token": tokens[node.position] if there and tokens and node.position is not None else None,
+        "effect": node.effect,
+        "annotation": said.annotation if said else None,
+        "notes": said.notes if said else None,
+        "interpretability": said.interpretability if said else None,
+        "complexity": said.complexity if said else None,
+        "relevant": said.relevant if said else None,
+    }
+
+
+def _shade(value: float, largest: float) -> tuple[str, str]:
+    """The fill for a value, and black or white for what is written on it."""
+    strength = 0.10 + 0.90 * min(1.0, abs(value) / largest)
+    full = POSITIVE if value > 0 else NEGATIVE
+    mixed = [round(255 + (c - 255) * strength) for c in full]
+    light = 0.299 * mixed[0] + 0.587 * mixed[1] + 0.114 * mixed[2]
+    return _hex(mixed), _INK if light > 140 else "#ffffff"
+
+
+def _hex(colour: Sequence[int]) -> str:
+    return "#" + "".join(f"{c:02x}" for c in colour)
+
+
+def _text(
+    x: float, y: float, text: str, size: float, fill: str = _INK, anchor: str = "middle", weight: int = 400
+) -> str:
+    heavy = f' font-weight="{weight}"' if weight != 400 else ""
+    where = f'x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" text-anchor="{anchor}"'
+    return f'<text {where} fill="{fill}"{heavy}>{esc(text)}</text>'
+
+
+def _length(text: str, size: float) -> float:
+    """About how many pixels a text is wide, rather too many, since the reader's font is not known."""
+    letters = (0.92 if c in _WIDE else 0.40 if c in _NARROW else 0.72 if c.isupper() else 0.62 for c in text)
+    return size * sum(letters)
+
+
+def _cut(text: str, room: float, size: float) -> str:
+    """As much of a text as there is room for."""
+    if _length(text, size) <= room:
+        return text
+    kept = next((n for n in range(len(text), 0, -1) if _length(text[:n] + "\u2026", size) <= room), 1)
+    return text[:kept].rstrip() + "\u2026"
+
+
+def _wrapped(text: str, room: float, size: float) -> list[str]:
+    """A text on two lines at most."""
+    words, line = text.split(), ""
+    while words and (not line or _length(f"{line} {words[0]}", size) <= room):
+        line = f"{line} {words.pop(0)}".strip()
+    return [_cut(line, room, size)] + ([_cut(" ".join(words), room, size)] if words else [])
+
+
+def _heading(name: str, told: str, width: float) -> str:
+    """Title and counts; the latter on two lines where the picture is narrow."""
+    room = width - 48
+    title = _text(24, 28, _cut(name, room, 16), 16, weight=600, anchor="start")
+    lines = _wrapped(told, room, 11.5)
+    rows = "".join(_text(24, 46 + 14 * k, line, 11.5, _SOFT, "start") for k, line in enumerate(lines))
+    return f"<g><title>{esc(name)}</title>{title}</g><g><title>{esc(told)}</title>{rows}</g>"
+
+
+def _ground(layout: Layout, tokens: Sequence[str] | None) -> str:
+    """Bands with the names of their sites, columns with their tokens."""
+    parts = []
+    for k, band in enumerate(layout.bands):
+        top, bottom = band.top - 14, band.bottom + 14
+        if k % 2 == 0:
+            parts.append(
+                f'<rect x="0" y="{top:.1f}" width="{layout.width:.1f}" height="{bottom - top:.1f}" fill="{_BAND}"/>'
+            )
+        middle = (band.top + band.bottom) / 2 + 4
+        parts.append(_text(12, middle, _cut(str(band.site), 92, 12), 12, _SOFT, "start", 600))
+    for k, column in enumerate(layout.columns):
+        if k:
+            way = f"M{column.left:.1f} {layout.bands[0].top - 24:.1f}V{layout.height - 26:.1f}"
+            parts.append(f'<path d="{way}" stroke="{_LINE}" stroke-dasharray="2 4"/>')
+        if column.position is None:
+            continue
+        known = tokens is not None and column.position < len(tokens)
+        label = f"{column.position}" if not known or tokens is None else visible(tokens[column.position].strip() or " ")
+        middle = (column.left + column.right) / 2
+        note = f"position {column.position}" + (f": {tokens[column.position]!r}" if known and tokens else "")
+        text = _text(middle, layout.height - 8, _cut(label, column.right - column.left - 8, 13), 13, weight=600)
+        parts.append(f"<g><title>{esc(note)}</title>{text}</g>")
+    return "".join(parts)
+
+
+def _edges(selection: Selection, layout: Layout) -> list[str]:
+    """Weakest first, so that the strongest lie on top."""
+    largest = selection.largest[1]
+    names = [node.name for node in selection.nodes]
+    parts = []
+    for (u, d, weight), path in reversed(list(zip(selection.edges, layout.paths, strict=True))):
+        share = min(1.0, abs(weight) / largest)
+        full = POSITIVE if weight > 0 else NEGATIVE
+        dash = "" if weight > 0 else ' stroke-dasharray="6 4"'
+        told = f"{names[u]} \u2192 {Y if d is None else names[d]}: {_signed(weight)}"
+        parts.append(
+            f'<path d="{path}" stroke="{_hex(full)}" stroke-width="{0.7 + 4.8 * share:.2f}" '
+            f'stroke-opacity="{0.35 + 0.5 * share:.2f}"{dash} data-u="{u}" data-d="{"y" if d is None else d}">'
+            f"<title>{esc(told)}</title></path>"
+        )
+    return parts
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{number(value)}"
+
+
+def _metric(layout: Layout) -> str:
+    x, y = layout.metric
+    r = DIAMOND
+    points = f"{x:.1f},{y - r:.1f} {x + 1.5 * r:.1f},{y:.1f} {x:.1f},{y + r:.1f} {x - 1.5 * r:.1f},{y:.1f}"
+    return (
+        f'<g data-n="y"><title>the metric</title><polygon points="{points}" fill="#fff" stroke="{_INK}" '
+        f'stroke-width="1.4"/>{_text(x, y + 5, Y, 14, weight=600)}</g>'
+    )
+
+
+def _node(
+    i: int,
+    node: Node,
+    selection: Selection,
+    layout: Layout,
+    annotations: Mapping[str, Annotation],
+    tokens: Sequence[str] | None,
+    link: str,
+) -> str:
+    fill, ink = _shade(node.effect, selection.largest[0])
+    edge = _hex(POSITIVE if node.effect > 0 else NEGATIVE)
+    words = words_of(node, annotations)
+    at = f" at position {node.position}" if node.position is not None else ""
+    if node.position is not None and tokens is not None and node.position < len(tokens):
+        at += f" ({tokens[node.position].strip()})"
+    said = annotations.get(key_of(node))
+    notes = f". {said.notes}" if said and said.notes else ""
+    told = f"{key_of(node)}{at}: effect {_signed(node.effect)}" + (f". {words}" if words else "") + notes
+    x, y = layout.places[i]
+    draw = _triangle if node.is_error else _rectangle
+    inside = draw(x, y, layout, fill, ink, edge, words, f"{node.site}/{node.slot}", _signed(node.effect))
+    shape = f'<g data-n="{i}"><title>{esc(told)}</title>{inside}</g>'
+    return f'<a href="#{esc(link)}{i}" aria-label="{esc(told)}">{shape}</a>' if link else shape
+
+
+def _rectangle(
+    x: float, y: float, layout: Layout, fill: str, ink: str, edge: str, words: str, name: str, effect: str
+) -> str:
+    w, h = layout.node_width, layout.node_height
+    box = (
+        f'<rect x="{x - w / 2:.1f}" y="{y - h / 2:.1f}" width="{w:.1f}" height="{h:.1f}" rx="3" fill="{fill}" '
+        f'stroke="{edge}" stroke-width="1.1"/>'
+    )
+    lines = _wrapped(words, _ROOM, 11) if words else [_cut(name, _ROOM, 11)]
+    small = f"latent {name.rpartition('/')[2]}, {effect}" if words else effect
+    top = y - (len(lines) * 12.5 + 11) / 2 + 10
+    rows = [_text(x, top + 12.5 * k, line, 11, ink) for k, line in enumerate(lines)]
+    return box + "".join(rows) + _text(x, top + 12.5 * len(lines) - 0.5, small, 9, ink)
+
+
+def _triangle(
+    x: float, y: float, layout: Layout, fill: str, ink: str, edge: str, words: str, name: str, effect: str
+) -> str:
+    del ink, words, name
+    h = layout.node_height
+    foot = y + h / 2 - 12
+    points = f"{x:.1f},{y - h / 2:.1f} {x + 19:.1f},{foot:.1f} {x - 19:.1f},{foot:.1f}"
+    shape = f'<polygon points="{points}" fill="{fill}" stroke="{edge}" stroke-width="1.1" stroke-linejoin="round"/>'
+    plate = f'<rect x="{x - 26:.1f}" y="{foot + 1:.1f}" width="52" height="11" fill="{_PAPER}" fill-opacity=".8"/>'
+    return f"{shape}{plate}{_text(x, foot + 10, effect, 9)}"
+
+
+def _legend(selection: Selection, top: float, width: float) -> str:
+    """What shapes, colours and lines mean, and what the deepest colour and the thickest line stand for."""
+    effect, weight = selection.largest
+    blue, red = _hex(POSITIVE), _hex(NEGATIVE)
+    y = top + 26
+    items = [
+        (f'<rect x="0" y="-9" width="22" height="12" rx="2" fill="#fff" stroke="{_SOFT}"/>', 28, "latent"),
+        (f'<polygon points="11,-11 22,3 0,3" fill="#fff" stroke="{_SOFT}"/>', 28, "error: what is not explained"),
+        (f'<polygon points="11,-12 24,-3 11,6 -2,-3" fill="#fff" stroke="{_SOFT}"/>', 30, "the metric"),
+        (f'<rect x="0" y="-9" width="22" height="12" rx="2" fill="{blue}"/>', 28, "raises it when patched"),
+        (f'<rect x="0" y="-9" width="22" height="12" rx="2" fill="{red}"/>', 28, "lowers it when patched"),
+    ]
+    x, line, parts = 24.0, 0, []
+    for shape, room, words in items:
+        wide = room + _length(words, 11) + 18
+        if x + wide > width and x > 24:
+            x, line = 24.0, line + 1
+        inside = shape + _text(room, 1, words, 11, _SOFT, "start")
+        parts.append(f'<g transform="translate({x:.0f} {y + 16 * line:.0f})">{inside}</g>')
+        x += wide
+    told = f"Deepest colour: effect \u00b1{number(effect)}."
+    if selection.edges:
+        told += f" Thickest line: weight \u00b1{number(weight)}; negative weights are red and dashed."
+    parts.append(_text(24, y + 16 * (line + 1) + 3, told, 11, _SOFT, "start"))
+    return f'<g><path d="M24 {top + 4:.1f}H{width - 24:.1f}" stroke="{_LINE}"/>{"".join(parts)}</g>'
