@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -74,19 +75,23 @@ def by_hand(
     def layer(site: Site) -> int:
         return -1 if site.layer is None else site.layer
 
+    reads = [sae.read for sae in saes.values() if sae.read is not None]
     means: dict[tuple[Site, int], tuple[Tensor, Tensor]] = {}
+    seen: list[dict[Site, Tensor]] = []
+    for row in range(0 if means_over is None else N):
+        with lm.taps(read=[*saes, *reads]) as values_here:
+            lm(means_over.rows(slice(row, row + 1)))  # type: ignore[union-attr]
+        seen.append(dict(values_here))
     for site, sae in saes.items():
         for position in range(clean.ids.shape[1]):
             if means_over is None:
                 means[site, position] = torch.zeros(sae.d_sae).double(), torch.zeros(sae.d_out).double()
                 continue
             found = []
-            for row in range(len(means_over)):
-                with lm.taps(read=[site, sae.read or site]) as seen:
-                    lm(means_over.rows(slice(row, row + 1)))
+            for row, at in enumerate(seen):
                 token = int(means_over.ids[row, position])
-                found.append(parts(sae, seen[sae.read or site][0, position], seen[site][0, position], token))
-            means[site, position] = sum(f for f, _ in found) / len(found), sum(e for _, e in found) / len(found)
+                found.append(parts(sae, at[sae.read or site][0, position], at[site][0, position], token))
+            means[site, position] = sum(f for f, _ in found) / N, sum(e for _, e in found) / N
     values = []
     for row in range(len(clean)):
 
@@ -103,7 +108,6 @@ def by_hand(
             return new
 
         edits = {site: edit for site in saes if layer(site) >= first}
-        reads = [sae.read for sae in saes.values() if sae.read is not None]
         with lm.taps(read=reads, edit=edits):
             logits = lm(clean.rows(slice(row, row + 1)))
         assert logits is not None
@@ -140,7 +144,8 @@ def test_ablation_is_what_it_is_by_hand(tiny: Any, family: str) -> None:
 def test_other_means_and_transcoders(tiny: Any) -> None:
     lm = LM(tiny("gpt2").double(), None)
     saes = saes_of(lm, ("resid_post.0", "resid_post.1")) | {
-        Site("mlp_add", 1): make_sae(lm, "mlp_add.1", 5, read="mlp_in.1")
+        Site("mlp_add", 1): make_sae(lm, "mlp_add.1", 5, read="mlp_in.1"),
+        Site("mlp_add", 2): make_sae(lm, "mlp_add.2", 4, read="resid_post.1"),  # an edited site
     }
     clean, patch = pair()
     kept = kept_sets(saes, P, 3)
@@ -170,7 +175,7 @@ def test_all_is_one_none_is_nought_and_batches_do_not_matter(tiny: Any) -> None:
     a = ablate_outside(lm, saes, whole, [everything, some, nothing])
     b = ablate_outside(lm, saes, split, [everything, some, nothing], max_tokens=1)
     close(a.faithfulness[[0, 2]], torch.tensor([1.0, 0.0], dtype=torch.float64), 1e-7)
-    assert 0.02 < abs(float(a.faithfulness[1]) - 0.5) or float(a.faithfulness[1]) not in (0.0, 1.0)
+    assert float(a.faithfulness[1]) not in (0.0, 1.0)
     close(a.faithfulness, b.faithfulness, 1e-6)
     close(a.circuits[:, [4, 0, 1, 2, 5, 6, 7, 3]], b.circuits, 1e-6)
     assert torch.equal(a.model, a.circuits[0]) or float((a.model - a.circuits[0]).abs().max()) < 1e-6
@@ -208,7 +213,7 @@ def test_what_does_not_fit_is_refused(tiny: Any) -> None:
     refused("layer 2", start_layer=2)
     refused("median", ablation="median")
     refused("no patch", batches=[(clean, None, difference)])
-    refused("not finite", batches=[(clean, patch, lambda out, rows: out[:, 0] / 0)])
+    refused("NaN or infinite", batches=[(clean, patch, lambda out, rows: out[:, 0] / 0)])
     clean_means = ablate_outside(lm, saes, [(clean, None, difference)], [good], ablation="clean")
     assert clean_means.circuits.shape == (1, N)
 
@@ -312,7 +317,7 @@ def test_thresholds_are_spread_over_the_range_of_effects(swept: Any) -> None:
     counts = [sum(int((circuit.nodes[site].abs() > t).sum()) for site in sites) for t in found]
     changing = sum(int((circuit.nodes[site] != 0).sum()) for site in sites)
     assert (counts[0], counts[-1], len(counts)) == (1, changing, 8)
-    steps = [math.log(b / a) for a, b in zip(counts[2:], counts[3:], strict=False)]
+    steps = [math.log(b / a) for a, b in pairwise(counts[2:])]
     assert max(steps) < 1.3 * min(steps)
     assert PAPER_THRESHOLDS[0] == pytest.approx(1e-4) and PAPER_THRESHOLDS[-1] == 1.0 and len(PAPER_THRESHOLDS) == 15
 

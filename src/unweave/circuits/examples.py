@@ -11,8 +11,8 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
-from unweave.sae.attribution import Metric, Runner
 from unweave.sae.comparison import Batch
+from unweave.sae.runner import Metric, Runner
 
 
 def metric_values(
@@ -20,8 +20,7 @@ def metric_values(
 ) -> Tensor:
     """The metric [B] of inputs as they are."""
     run = Runner(lm, tokens.to(lm.device), metric, metric_at, max_tokens)
-    rows = torch.arange(len(tokens), device=lm.device)
-    return torch.cat([run.metric_of(rows[part], {}, False) for part in run.chunks(len(tokens))])
+    return torch.cat([run.metric_of(run.all_rows[part], {}, False) for part in run.chunks(len(tokens))])
 
 
 def moved(tokens: Tokens, skip_first: int) -> Tensor | None:

@@ -24,6 +24,7 @@ from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At, EditFn
 from unweave.sae.comparison import Batch
 from unweave.sae.module import SAE
+from unweave.sae.runner import Runner
 from unweave.sae.states import SAEs, State, by_site_of, chunks, reads_of, states, take_apart
 
 Ablation = Literal["patch", "clean", "zero"]
@@ -77,6 +78,7 @@ def ablate_outside(
     *,
     start_layer: int = 0,
     ablation: Ablation = "patch",
+    metric_at: Site | None = None,
     max_tokens: int = 1024,
 ) -> Ablated:
     """The metric with everything outside each of ``kept`` ablated, beside that of the model and of no nodes.
@@ -100,7 +102,7 @@ def ablate_outside(
         for places in by_width.values():
             means = _means(lm, by_site, [batches[place] for place in places], ablation, max_tokens)
             for place in places:
-                run = _Run(lm, by_site, batches[place], means, start_layer, max_tokens)
+                run = _Run(lm, by_site, batches[place], means, start_layer, metric_at, max_tokens)
                 values[place] = [run.unchanged(shown), run.ablated(stacked, shown)]
     model = torch.cat([values[i][0] for i in range(len(batches))])
     circuits = torch.cat([values[i][1] for i in range(len(batches))], 1)
@@ -178,29 +180,29 @@ class _Run:
         batch: Batch,
         means: Mapping[Site, State],
         start_layer: int,
+        metric_at: Site | None,
         max_tokens: int,
     ) -> None:
-        self.lm, self.by_site, self.means, self.max_tokens = lm, by_site, means, max_tokens
-        self.tokens, self.metric = batch[0].to(lm.device), batch[2]
-        self.reads = sorted({reads_of(sae, site) for site, sae in by_site.items()} - set(by_site))
+        self.lm, self.by_site, self.means = lm, by_site, means
+        self.tokens = batch[0].to(lm.device)
+        self.runner = Runner(lm, self.tokens, batch[2], metric_at, max_tokens)
+        self.sources = {reads_of(sae, site) for site, sae in by_site.items() if reads_of(sae, site) != site}
+        self.reads = sorted(self.sources - set(by_site))
         self.start: Site | None = None
         if start_layer > 0 and all((site.layer or 0) >= start_layer for site in self.reads):
             self.start = Site("resid_pre", start_layer)
             with lm.taps(read=[self.start], stop=self.start) as seen:
                 found = []
-                for part in self._chunks(len(self.tokens)):
+                for part in self.runner.chunks(len(self.tokens)):
                     lm(self.tokens.rows(part))
                     found.append(seen[self.start])
             self.stream = torch.cat(found)
 
-    def _chunks(self, n: int) -> list[slice]:
-        return list(chunks(n, self.tokens.ids.shape[1], self.max_tokens))
-
     def unchanged(self, shown: Task) -> Tensor:
         """The metric [N] of the model as it is."""
-        rows = torch.arange(len(self.tokens), device=self.lm.device)
+        rows = self.runner.all_rows
         found = []
-        for part in self._chunks(len(rows)):
+        for part in self.runner.chunks(len(rows)):
             found.append(self._metric(rows[part], {}))
             shown.advance(len(rows[part]))
         return torch.cat(found)
@@ -209,44 +211,35 @@ class _Run:
         """The metric [C, N] with everything outside each circuit ablated."""
         n = len(self.tokens)
         which = torch.arange(circuits.n, device=self.lm.device).repeat_interleave(n)
-        rows = torch.arange(n, device=self.lm.device).repeat(circuits.n)
+        rows = self.runner.all_rows.repeat(circuits.n)
         found = []
-        for part in self._chunks(len(rows)):
-            edits = {site: self._edit(site, sae, circuits, which[part]) for site, sae in self.by_site.items()}
+        for part in self.runner.chunks(len(rows)):
+            read: dict[Site, Tensor] = {}
+            edits: dict[Site, EditFn] = dict.fromkeys(self.reads, lambda x, at, read=read: read.update({at.site: x}))
+            for site, sae in self.by_site.items():
+                edits[site] = self._edit(site, sae, circuits, which[part], read)
             found.append(self._metric(rows[part], edits))
             shown.advance(len(rows[part]))
         return torch.cat(found).view(circuits.n, n)
 
-    def _edit(self, site: Site, sae: SAE, circuits: _Circuits, which: Tensor) -> EditFn:
+    def _edit(self, site: Site, sae: SAE, circuits: _Circuits, which: Tensor, read: dict[Site, Tensor]) -> EditFn:
         mean = self.means[site]
         source = reads_of(sae, site)
 
         def edit(x: Tensor, at: At) -> Tensor:
-            values = {site: x, source: x if source == site else at.read[source]}
+            values = {site: x, source: x if source == site else read[source]}
             state = take_apart({site: sae}, values, Tokens(at.ids, at.mask, at.roles))[site]
             out = ~circuits.rows(site, which, x.shape[1])
             # As a change of x, so that a circuit that keeps everything leaves the model's own value bit for bit.
             change = torch.where(out[..., :-1], mean.latents - state.latents, 0) @ sae.W_dec
             change = change + torch.where(out[..., -1:], mean.error - state.error, 0)
-            return (state.x + change * at.mask.unsqueeze(-1)).to(x.dtype)
+            new = (state.x + change * at.mask.unsqueeze(-1)).to(x.dtype)
+            if site in self.sources:
+                read[site] = new
+            return new
 
         return edit
 
     def _metric(self, rows: Tensor, edits: Mapping[Site, EditFn]) -> Tensor:
-        whole = self.tokens
-        batch = Tokens(whole.ids[rows], whole.mask[rows], whole.roles[rows])
-        width = batch.ids.shape[1]
-        last = width - 1 - batch.mask.flip(1).int().argmax(1)
-        keep = width - int(last.min())
         start = None if self.start is None else (self.start, self.stream[rows])
-        with torch.no_grad(), self.lm.taps(read=self.reads, edit=edits, start=start):
-            logits = self.lm(batch, keep_logits=keep)
-            assert logits is not None
-            out = logits[torch.arange(len(rows), device=logits.device), last - (width - keep)]
-            value = self.metric(out.float() if out.dtype in (torch.bfloat16, torch.float16) else out, rows)
-        if value.shape != rows.shape or not bool(torch.isfinite(value).all()):
-            raise UnweaveError(
-                f"the metric gave {list(value.shape)} for {len(rows)} rows, or values that are not finite",
-                remedy="return one finite number per row: metric(out [R, V], rows [R]) -> [R]",
-            )
-        return value
+        return self.runner.metric_of(rows, edits, False, start)

@@ -30,7 +30,7 @@ from unweave.core.progress import task
 from unweave.core.run import peak_memory_gb
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
-from unweave.sae.attribution import Method, Rule, SiteEffects, fractions, node_effects
+from unweave.sae.attribution import Method, Rule, SiteEffects, effects_of, fractions, node_effects
 from unweave.sae.comparison import Batch
 from unweave.sae.memory import halving
 from unweave.sae.states import SAEs, by_site_of, change_of, line_up, moved_positions, states
@@ -265,7 +265,7 @@ class _Finder:
         for site, sae in self.saes.items():
             g = gradients[site].to(lm.device)
             change = change_of(sae, start[site], None if end is None else end[site], at)
-            found[site] = SiteEffects((g @ sae.W_dec.T) * change.latents, (g * change.error).sum(-1), g)
+            found[site] = effects_of(sae, g, change)
         return found
 
     # -- memory and time ------------------------------------------------------------------------------------------

@@ -85,6 +85,7 @@ def sweep(
     ablation: Ablation = "patch",
     draws: int = 1,
     seed: int = 0,
+    metric_at: Site | None = None,
     max_tokens: int = 1024,
 ) -> Sweep:
     """F of the circuit at each threshold, of everything but it, and of ``draws`` random circuits of its size.
@@ -110,7 +111,7 @@ def sweep(
     drawn = [_handled(_drawn(effects, kept, generator), errors) for kept in above for _ in range(draws)]
     found = ablate_outside(
         lm, saes, batches, [*circuits, *others, *drawn], start_layer=start_layer, ablation=ablation,
-        max_tokens=max_tokens,
+        metric_at=metric_at, max_tokens=max_tokens,
     )  # fmt: skip
     f = found.faithfulness.double().tolist()
     n = len(ordered)
