@@ -146,11 +146,11 @@ def strongest(mean: Mapping[Site, Tensor], *, threshold: float = 0.0, top: int |
 
 
 def random_latents(
-    effects: Mapping[Site, Tensor], chosen: Sequence[Strong | Verdict], seed: int
+    mean: Mapping[Site, Tensor], chosen: Sequence[Strong | Verdict], seed: int
 ) -> list[tuple[Site, int]]:
     """As many latents at each site as ``chosen`` has there, drawn from the others that are active in the examples.
 
-    Fewer where a site has fewer. A latent is active where its effect on some example is not 0.
+    Fewer where a site has fewer. A latent is active where its effect {site: [F + 1]} is not exactly 0.
     """
     taken: dict[Site, set[int]] = {}
     for each in chosen:
@@ -158,7 +158,7 @@ def random_latents(
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for site in sorted(taken):
-        active = (effects[site][:, :-1] != 0).any(0).nonzero()[:, 0].tolist()
+        active = mean[site][:-1].nonzero()[:, 0].tolist()
         others = sorted(set(active) - taken[site])
         order = torch.randperm(len(others), generator=generator)[: len(taken[site])]
         drawn += [(site, others[i]) for i in sorted(order.tolist())]

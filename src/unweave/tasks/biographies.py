@@ -36,6 +36,7 @@ AMBIGUOUS: tuple[Group, ...] = ((0, 0), (1, 1))
 """Male professors and female nurses: here gender and profession say the same."""
 
 TEMPLATED = "templated"
+TEMPLATED_NOTE = "templated biographies, written by this package from word lists: plainer than real ones"
 _TEST_SHARE = 0.3
 _SURNAMES = 0.4
 """how often a sentence that could begin with He or She begins with the surname"""
@@ -89,7 +90,7 @@ def sets(source: str, *, pool: int, test: int, seed: int = 0) -> Sets:
         raise UnweaveError(f"{pool} to train on and {test} to test on make no sets", remedy="ask for at least one")
     if source == TEMPLATED:
         parts = {split: templated(n, split=split, seed=seed) for split, n in _sizes(pool, test)}
-        note = "templated biographies, written by this package from word lists: easier to read than real ones"
+        note = TEMPLATED_NOTE
     else:
         parts = {split: read(source, n, split=split, seed=seed) for split, n in _sizes(pool, test)}
         note = ""
