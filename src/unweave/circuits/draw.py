@@ -22,7 +22,7 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 
 _ROOM = 118.0
 """How much of a node's width is for its label, pixels."""
 _WIDE, _NARROW = "mwMWOQ@%&\u2026", "iljtfrI.,:;'|!()[] "
-_HEAD, _FOOT = 62.0, 74.0
+_HEAD, _FOOT = 66.0, 74.0
 
 
 def draw_svg(
@@ -142,12 +142,14 @@ def svg_of(
     title: str | None,
     link: str = "",
 ) -> str:
-    """The picture of a selection. With ``link`` a node is a link to ``#<link><its number>``."""
+    """The picture of a selection. With ``link`` a node is a link to ``#<link><its number>``, and the title is left to the
+    page around."""
     shown = tokens_of(circuit, tokens)
     tall = any(_length(words_of(node, annotations), 11) > _ROOM for node in selection.nodes)
     layout = place(circuit, selection, node_height=48.0 if tall else 34.0)
+    head = 8.0 if link else _HEAD
     width = max(layout.width, 560.0)
-    height = layout.height + _HEAD + _FOOT
+    height = layout.height + head + _FOOT
     name = title_of(circuit, title)
     told = counts_text(circuit, selection, node_threshold, edge_threshold)
     shift = (width - layout.width) / 2
@@ -156,8 +158,8 @@ def svg_of(
         f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="{_FONT}" role="{"group" if link else "img"}" '
         f'aria-label="{esc(name)}. {esc(told)}">',
         f'<rect width="100%" height="100%" fill="{_PAPER}"/>',
-        _heading(name, told, width),
-        f'<g transform="translate({shift:.1f} {_HEAD:.0f})">',
+        "" if link else _heading(name, told, width),
+        f'<g transform="translate({shift:.1f} {head:.0f})">',
         _ground(layout, shown),
         '<g fill="none" stroke-linecap="round">',
         *_edges(selection, layout),

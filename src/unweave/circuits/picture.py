@@ -280,7 +280,7 @@ class _Grid:
     def _lane(
         self, node: int, x: float, y: float, towards: float, spread: float, *, leaving: bool
     ) -> tuple[list[str], tuple[float, float]]:
-        """Path pieces between a node and the edge of its band, and the point there; none where nothing is in between."""
+        """Path pieces between a node and the edge of its band, and the point there; none with nothing between."""
         band = self.band_of[self.selection.nodes[node].site]
         goal = band.top if leaving else band.bottom
         highest, lowest = self._own_rows[node]

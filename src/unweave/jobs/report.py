@@ -13,7 +13,8 @@ from unweave.jobs.common import sae_digest
 from unweave.jobs.specs import ReportSpec
 from unweave.report import model as page
 from unweave.report.page import render
-from unweave.sae.records import Context, LatentRecord, Records
+from unweave.report.records import entry_of
+from unweave.sae.records import Records
 
 VERSION = 1
 _STAGES = ("eval", "latents", "trace", "steer")
@@ -80,7 +81,7 @@ def gather(spec: ReportSpec, found: dict[str, Run | None]) -> page.ReportData:
         evaluation=_measures(evaluation),
         density=page.DensityHistogram(**density) if density else None,
         training=_curve(trained, config["d_sae"], own.get("read")),
-        latents=[_latent(records.latent(j)) for j in _shown(records, spec.latents)] if records else None,
+        latents=[entry_of(records.latent(j)) for j in _shown(records, spec.latents)] if records else None,
         attribution=_attribution(found["trace"]),
         steering=_steering(found["steer"]),
         settings={stage: one.spec for stage, one in {"train": trained, **found}.items() if one is not None},
@@ -130,23 +131,6 @@ def _curve(trained: Run | None, latents: int, site: str | None) -> page.Training
 
 def _shown(records: Records, limit: int | None) -> Iterable[int]:
     return range(len(records) if limit is None else min(limit, len(records)))
-
-
-def _latent(record: LatentRecord) -> page.LatentEntry:
-    kinds = (("top", record.top), ("quantile", record.quantile), ("random", record.random))
-    return page.LatentEntry(
-        index=record.latent,
-        firing_rate=record.rate,
-        max_activation=record.maximum,
-        promoted=record.promoted,
-        suppressed=record.suppressed,
-        contexts=[_context(kind, context) for kind, contexts in kinds for context in contexts],
-    )
-
-
-def _context(kind: str, context: Context) -> page.ContextEntry:
-    label = "" if context.band is None else f"band {context.band + 1}, strongest first"
-    return page.ContextEntry(kind, context.texts, context.values, context.focus, label)
 
 
 def _attribution(run: Run | None) -> page.Attribution | None:

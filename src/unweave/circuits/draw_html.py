@@ -1,0 +1,174 @@
+"""A circuit as a page to look around in: the picture, and beside it a card for the node that is pointed at.
+
+A card holds the node's effect, what was said about it, its strongest edges, the tokens it promotes and its contexts.
+Every node is a link to its card, so that the page works by keyboard and without scripts; ``draw.js`` adds pointing.
+The page is one file and a content policy forbids every connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+
+from unweave.circuits.annotations import Annotation
+from unweave.circuits.draw import counts_text, key_of, svg_of, title_of, tokens_of, words_of
+from unweave.circuits.graph import Circuit, Node
+from unweave.circuits.picture import Selection, select
+from unweave.core.site import Site
+from unweave.report.pieces import chips, contexts_html, esc, number, percent, rate_text, table
+from unweave.report.records import entry_of
+from unweave.report.theme import asset, palette_css
+from unweave.sae.records import LatentRecord, Records
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+_EDGES = 6
+"""How many edges a card shows in each direction."""
+_LINK = "node-"
+
+
+def draw_html(
+    circuit: Circuit,
+    *,
+    node_threshold: float,
+    edge_threshold: float,
+    annotations: Mapping[str, Annotation] | None = None,
+    records: Mapping[Site, Records] | None = None,
+    tokens: Sequence[str] | None = None,
+    title: str | None = None,
+    note: str = "",
+    max_nodes: int = 150,
+    max_edges: int = 500,
+) -> str:
+    """The page as a complete HTML document; equal arguments give an equal string.
+
+    ``records`` {site: Records} show what latents respond to, where there is a record of them; ``note`` is a sentence
+    under the title. The rest is as for ``draw_svg``.
+    """
+    selection = select(circuit, node_threshold, edge_threshold, max_nodes, max_edges)
+    words = annotations or {}
+    name = title_of(circuit, title)
+    told = counts_text(circuit, selection, node_threshold, edge_threshold)
+    picture = svg_of(circuit, selection, node_threshold, edge_threshold, words, tokens, title, link=_LINK)
+    shown = tokens_of(circuit, tokens)
+    cards = "".join(
+        _card(i, node, selection, words, _record(node, records or {}), shown) for i, node in enumerate(selection.nodes)
+    )
+    styles = palette_css() + asset("pieces.css") + _own("draw.css")
+    return (
+        '<!DOCTYPE html>\n<html lang="en" class="uw"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"<title>{esc(name)}</title><style>{styles}</style></head><body>"
+        f'<header class="uw-circuit-top"><h1>{esc(name)}</h1><p>{esc(told)}{" " + esc(note) if note else ""}</p>'
+        '<p class="uw-circuit-how">Point at a node to see its edges; click it, or reach it with the Tab key, to read '
+        'about it. Esc lets go.</p></header><main class="uw-circuit"><div class="uw-circuit-picture" tabindex="0" '
+        f'role="region" aria-label="The circuit">{picture}</div><aside class="uw-circuit-cards" aria-live="polite">'
+        f'<p class="uw-circuit-hint">Choose a node.</p>{cards}</aside></main>'
+        f'<section class="uw-circuit-all"><details><summary>All nodes as a table</summary>'
+        f"{_all_nodes(selection, words, shown)}</details></section>"
+        f"<script>{_own('draw.js')}</script></body></html>\n"
+    )
+
+
+def _own(name: str) -> str:
+    return resources.files("unweave.circuits").joinpath(name).read_text(encoding="utf-8")
+
+
+def _record(node: Node, records: Mapping[Site, Records]) -> LatentRecord | None:
+    """The node's record, None for errors and latents without one."""
+    found = records.get(node.site)
+    if found is None or node.is_error:
+        return None
+    there = found.latents is None or node.slot in found.latents
+    return found.latent(node.slot) if there else None
+
+
+def _at(node: Node, tokens: Sequence[str] | None) -> str:
+    if node.position is None:
+        return ""
+    known = tokens is not None and node.position < len(tokens)
+    return f"position {node.position}" + (f", {tokens[node.position].strip()!r}" if known and tokens else "")
+
+
+def _short(node: Node, annotations: Mapping[str, Annotation]) -> str:
+    """A node's name where others are listed: what it stands for, and where."""
+    words, where = words_of(node, annotations), key_of(node)
+    return f"{words} ({where})" if words else where
+
+
+def _card(
+    i: int,
+    node: Node,
+    selection: Selection,
+    annotations: Mapping[str, Annotation],
+    record: LatentRecord | None,
+    tokens: Sequence[str] | None,
+) -> str:
+    words, said = words_of(node, annotations), annotations.get(key_of(node))
+    facts = [key_of(node), _at(node, tokens), f"effect {'+' if node.effect > 0 else ''}{number(node.effect)}"]
+    parts = [f'<p class="uw-facts">{esc("; ".join(fact for fact in facts if fact))}</p>']
+    if node.is_error:
+        parts.append('<p class="uw-facts">What the autoencoder does not explain of its site.</p>')
+    if said is not None:
+        parts.append(_said(said))
+    body = _edges(i, selection, annotations)
+    if record is not None:
+        entry = entry_of(record, kinds=("top", "quantile"))
+        fires = rate_text(entry.firing_rate)
+        parts.append(f'<p class="uw-facts">{esc(fires)}; strongest activation {number(entry.max_activation)}</p>')
+        rows = [("Raises", entry.promoted), ("Lowers", entry.suppressed)]
+        logits = "".join(f"<dt>{label}</dt><dd>{chips(pairs)}</dd>" for label, pairs in rows if pairs)
+        body += (f'<dl class="uw-logits">{logits}</dl>' if logits else "") + contexts_html(entry)
+    return (
+        f'<article class="uw-card" id="{_LINK}{i}" tabindex="-1"><header><h3>{esc(words or key_of(node))}</h3>'
+        f"{''.join(parts)}</header>{body}</article>"
+    )
+
+
+def _said(said: Annotation) -> str:
+    """Notes, ratings and relevance of an annotation; the text itself is the card's heading."""
+    ratings = [
+        f"{name} {value:g} of 100"
+        for name, value in (("interpretability", said.interpretability), ("complexity", said.complexity))
+        if value is not None
+    ]
+    if said.relevant is not None:
+        ratings.append("relevant to the task" if said.relevant else "not relevant to the task")
+    notes = f'<p class="uw-note">{esc(said.notes)}</p>' if said.notes else ""
+    return notes + (f'<p class="uw-facts">{esc("; ".join(ratings))}</p>' if ratings else "")
+
+
+def _edges(i: int, selection: Selection, annotations: Mapping[str, Annotation]) -> str:
+    """The strongest edges into and out of a node, as links."""
+    nodes = selection.nodes
+    into = [(u, weight) for u, d, weight in selection.edges if d == i]
+    out = [(d, weight) for u, d, weight in selection.edges if u == i]
+    parts = []
+    for heading, found in (("Strongest edges in", into), ("Strongest edges out", out)):
+        if not found:
+            continue
+        rows = []
+        for other, weight in sorted(found, key=lambda edge: -abs(edge[1]))[:_EDGES]:
+            sign = "uw-up" if weight > 0 else "uw-down"
+            at = "" if other is None or nodes[other].position is None else f" at {nodes[other].position}"
+            named = (
+                "the metric"
+                if other is None
+                else f'<a href="#{_LINK}{other}">{esc(_short(nodes[other], annotations))}</a>{at}'
+            )
+            rows.append(f'<li><b class="{sign}">{"+" if weight > 0 else ""}{number(weight)}</b> {named}</li>')
+        more = f" ({len(found) - _EDGES} more)" if len(found) > _EDGES else ""
+        parts.append(f'<h4 class="uw-kind">{heading}{more}</h4><ul class="uw-circuit-edges">{"".join(rows)}</ul>')
+    return "".join(parts)
+
+
+def _all_nodes(selection: Selection, annotations: Mapping[str, Annotation], tokens: Sequence[str] | None) -> str:
+    total = sum(abs(node.effect) for node in selection.nodes) or 1.0
+    order = sorted(range(len(selection.nodes)), key=lambda i: -abs(selection.nodes[i].effect))
+    rows = []
+    for i in order:
+        node = selection.nodes[i]
+        link = f'<a href="#{_LINK}{i}">{esc(key_of(node))}</a>'
+        share = percent(abs(node.effect) / total)
+        rows.append([link, esc(_at(node, tokens)), esc(words_of(node, annotations)), number(node.effect), share])
+    return table(["Node", "Where", "Annotation", "Effect", "Share of all |effects| shown"], rows, numeric=(3, 4))
