@@ -121,7 +121,7 @@ class _Finder:
         ]
         self.n = sum(len(clean) for clean, _, _ in batches)
         self.parts = Parts(keep)
-        self.share = 1.0  # of a piece and of max_tokens, as memory has allowed so far
+        self.max_tokens = options.max_tokens  # as memory has allowed so far
         widths = [clean.ids.shape[1] for clean, _, _ in batches]
         self.about: dict[str, Any] = {
             "options": asdict(options) | {"metric_at": str(options.metric_at) if options.metric_at else None},
@@ -276,24 +276,23 @@ class _Finder:
         Passes hold fewer tokens where parts hold fewer examples: else points of a path would fill them up again.
         """
         n, width = piece[0].ids.shape
-        bound = self.options.max_tokens
+        first = max(1, min(n, self.max_tokens // width))
+        size = first
 
         def one(rows: slice) -> _T:
-            share = min(self.share, (rows.stop - rows.start) / n)
-            return work(rows_of(piece, rows), rows, max(width, int(bound * share)))
+            nonlocal size
+            if rows.stop < n:  # the last part may be small for want of examples
+                size = min(size, rows.stop - rows.start)
+            return work(rows_of(piece, rows), rows, max(width, self.max_tokens * size // first))
 
-        first = max(1, int(n * self.share))
         found, rows = halving(n, first, one)
         if rows < first:
-            self.share = min(self.share, rows / n)
+            self.max_tokens = max(1, self.max_tokens * rows // first)
         return found
 
     def _close(self, part: str, began: float) -> None:
         self.about["seconds"][part] = round(time.perf_counter() - began, 2)
-        self.about["memory"] |= {
-            "max_tokens_used": int(self.options.max_tokens * self.share),
-            "peak_gb": peak_memory_gb(),
-        }
+        self.about["memory"] |= {"max_tokens_used": self.max_tokens, "peak_gb": peak_memory_gb()}
         if self.lm.device.type == "cuda":
             self.about["memory"]["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated(self.lm.device) / 1e9, 2)
 
