@@ -142,7 +142,7 @@ def svg_of(
     title: str | None,
     link: str = "",
 ) -> str:
-    """The picture of a selection. With ``link`` a node is a link to ``#<link><its number>``, and the title is left to the
+    """The picture of a selection. With ``link`` a node links to ``#<link><its number>``, and the title is left to the
     page around."""
     shown = tokens_of(circuit, tokens)
     tall = any(_length(words_of(node, annotations), 11) > _ROOM for node in selection.nodes)

@@ -209,6 +209,15 @@ _CIRCUITS = (
         "unweave circuit find --saes runs/train-0123456789ab/sae --task across_pp",
         "unweave circuit find --saes runs/train-0123456789ab/sae --inputs contexts.jsonl --summed positions",
     ),
+    _circuit(
+        "draw",
+        "Draw a circuit: layers upward, token positions across, as SVG, as a page to look around in, and as JSON.",
+        "Rectangles are latents, triangles are errors; blue raises the metric when patched, red lowers it. Latents are "
+        "labelled from an annotation file, as 'unweave annotate' writes it. circuit.html shows every node's effect and "
+        "strongest edges, and with --contexts what it responds to. Without thresholds about 60 nodes are drawn.",
+        "unweave circuit draw --circuit runs/circuit-find-0123456789ab --annotations annotations.jsonl --contexts",
+        "unweave circuit draw --circuit circuit.safetensors --node-threshold 0.1 --edge-threshold 0.01",
+    ),
 )
 CIRCUITS: dict[str, Stage] = {stage.name: stage for stage in _CIRCUITS}
 

@@ -145,14 +145,53 @@ class CircuitFindSpec(OfSAEsSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CircuitDrawSpec(Spec):
+    """Drawing a circuit that was found."""
+
+    circuit: Path = field(metadata={"result": False})
+    """A run of `unweave circuit find`, or any circuit.safetensors. Its content decides which drawing is reused."""
+    nodes: int = 60
+    """About how many of the strongest nodes to draw where no node_threshold is given."""
+    node_threshold: float | None = None
+    """Draw nodes whose effect is larger, in either direction; by default as nodes says, but none without edges
+    because it was too weak for the circuit's own threshold."""
+    edge_threshold: float | None = None
+    """Draw edges whose weight is larger, in either direction; by default so that about 2.5 for each node remain."""
+    max_nodes: int = 150
+    """Never draw more nodes than this; the picture says how many it leaves out."""
+    annotations: Path | None = field(default=None, metadata={"result": False})
+    """What to write on latents: JSON lines as `unweave annotate` makes them, or in the paper's form."""
+    contexts: bool = False
+    """Show in circuit.html what each latent drawn responds to. This reads text, which may take minutes."""
+    tokens: int | None = None
+    """How many tokens contexts are taken from; by default 200,000, or all there are."""
+    title: str | None = None
+    """What stands above the picture; by default the circuit's task."""
+    saes: tuple[str, ...] = field(default=(), metadata={"result": False})
+    """For contexts: where the autoencoders are; by default where the circuit's run found them."""
+    model: str | None = None
+    """For contexts: the model; by default that of the circuit's run."""
+    device: str | None = operational(None)
+    """For contexts: cpu, cuda, cuda:1...; by default a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        limits = {name: getattr(self, name) for name in ("node_threshold", "edge_threshold")}
+        least = {name: value is None or value >= 0 for name, value in limits.items()}
+        whole = {name: getattr(self, name) > 0 for name in ("nodes", "max_nodes")}
+        require(self, least | whole | {"tokens": self.tokens is None or self.tokens > 0})
+        _unused(self, {"nodes": self.node_threshold is None, "tokens": self.contexts, "device": self.contexts})
+
+
+@dataclass(frozen=True, kw_only=True)
 class CircuitBehavioursSpec(OfSAEsSpec):
     """Discovering behaviours in a text, and the circuit of each."""
 
     data: DataSpec | None = None
-    """The text to look through; by default that of the autoencoders' training, with documents as rows."""
+    """The text to look through; by default that of the autoencoders' training: each document's beginning, two
+    windows long."""
     split: Literal["train", "heldout"] = "train"
     """Which documents of that text: those to train on, or those held out."""
-    tokens: int = 100_000
+    tokens: int = 40_000
     """How many tokens to look through."""
     max_loss: float = 0.3
     """The model is sure of a token whose cross-entropy is below this, in nats; the paper has 0.1 or 0.3."""
@@ -163,7 +202,7 @@ class CircuitBehavioursSpec(OfSAEsSpec):
     repeats: Literal["bigram", "word", "answer"] = "bigram"
     """Which tokens are left out as repetition: where the pair (token before, answer) occurred earlier in the context,
     as in the paper; or also where it did in another case; or where the answer itself did."""
-    per_document: int = 4
+    per_document: int = 8
     """The most tokens of one document, drawn at random."""
     contexts: int = 1500
     """The most contexts to cluster, drawn at random."""

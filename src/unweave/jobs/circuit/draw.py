@@ -1,0 +1,240 @@
+"""Pictures of a circuit that was found: circuit.svg, circuit.html and circuit.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unweave.circuits import annotations as annotated
+from unweave.circuits.annotations import Annotation
+from unweave.circuits.draw import counts_text, draw_svg, edge_threshold_for, threshold_for, to_json
+from unweave.circuits.draw_html import draw_html
+from unweave.circuits.graph import Circuit, Node
+from unweave.circuits.picture import Selection, select
+from unweave.core.errors import UnweaveError
+from unweave.core.run import Run, atomic_write, read_json
+from unweave.core.site import Site
+from unweave.jobs.circuit.records import records_of
+from unweave.jobs.circuit.saes import digest_of, found_saes, open_saes
+from unweave.jobs.circuit.specs import CircuitDrawSpec, OfSAEsSpec
+from unweave.sae.module import SAE
+
+VERSION = 1
+FILE = "circuit.safetensors"
+_EDGES_A_NODE = 2.5
+
+
+@dataclass(frozen=True)
+class Found:
+    """A circuit on disk: its file, what it holds, and the question that it answers, where its run says so."""
+
+    path: Path
+    circuit: Circuit
+    asked: dict[str, Any]
+    result: dict[str, Any]
+
+    def saes_spec(
+        self, saes: tuple[str, ...] = (), model: str | None = None, device: str | None = None
+    ) -> OfSAEsSpec | None:
+        """The question about autoencoders that the circuit's run asked, with what is given in its place; None where
+        neither says where they are."""
+        known = {f.name: self.asked[f.name] for f in dataclasses.fields(OfSAEsSpec) if f.name in self.asked}
+        given = {"saes": list(saes), "model": model, "device": device}
+        values = known | {name: value for name, value in given.items() if value}
+        return OfSAEsSpec.from_dict(values) if values.get("saes") or values.get("neurons") else None
+
+
+def open_circuit(place: Path) -> Found:
+    """The circuit of a run's folder, or of a file. UnweaveError where there is none."""
+    path = place / FILE if place.is_dir() else place
+    if not path.is_file():
+        raise UnweaveError(
+            "there is no circuit here",
+            where=str(place),
+            remedy="give the folder that `unweave circuit find` printed, or a circuit.safetensors",
+        )
+    folder = path.parent
+    asked = read_json(folder / "spec.json").get("spec", {}) if (folder / "spec.json").is_file() else {}
+    result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
+    return Found(path, Circuit.load(path), asked, result)
+
+
+def content_of(path: Path) -> str:
+    """Twelve digits over a file's bytes. UnweaveError where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise UnweaveError(f"cannot read it: {error.strerror}", where=str(path), remedy="check the path") from error
+
+
+def run(spec: CircuitDrawSpec, runs: Path) -> Run:
+    """Writes the three files into the run's folder."""
+    found = open_circuit(spec.circuit)
+    of = found.saes_spec(spec.saes, spec.model, spec.device)
+    inputs = {"circuit": content_of(found.path)}
+    if spec.annotations is not None:
+        inputs["annotations"] = content_of(spec.annotations)
+    if spec.contexts:
+        if of is None:
+            raise UnweaveError(
+                "this circuit does not say where its autoencoders are",
+                where=str(found.path),
+                remedy="name them with --saes, or leave --contexts out",
+            )
+        inputs |= digest_of(of)
+    with Run.open(runs, "circuit-draw", spec, version=VERSION, inputs=inputs) as run:
+        if run.done and (run.path / "circuit.html").exists():
+            return run
+        run.reused = False
+        started = time.monotonic()
+        result = _draw(spec, found, of, run.path, runs)
+        run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
+    return run
+
+
+def _draw(spec: CircuitDrawSpec, found: Found, of: OfSAEsSpec | None, folder: Path, runs: Path) -> dict[str, Any]:
+    circuit = found.circuit
+    node_threshold, edge_threshold, why = _thresholds(spec, found)
+    selection = select(circuit, node_threshold, edge_threshold, spec.max_nodes)
+    said = annotated.load(spec.annotations, circuit.nodes) if spec.annotations is not None else {}
+    _check(said, of, str(spec.annotations))
+    records = None
+    if spec.contexts and of is not None:
+        opened = open_saes(of)
+        annotated.refuse_strangers(said, {s: sae.digest() for s, sae in opened.saes.items()}, str(spec.annotations))
+        records = records_of(opened, None, spec.tokens, runs, latents_of(selection.nodes), model=of.model)
+    tokens = _tokens(found)
+    title = spec.title or _title(found)
+    svg = draw_svg(
+        circuit,
+        node_threshold=node_threshold,
+        edge_threshold=edge_threshold,
+        annotations=said,
+        tokens=tokens,
+        title=title,
+        max_nodes=spec.max_nodes,
+    )
+    page = draw_html(
+        circuit,
+        node_threshold=node_threshold,
+        edge_threshold=edge_threshold,
+        annotations=said,
+        records=records,
+        tokens=tokens,
+        title=title,
+        note=_example(found),
+        max_nodes=spec.max_nodes,
+    )
+    values = to_json(
+        circuit, node_threshold=node_threshold, edge_threshold=edge_threshold, annotations=said, tokens=tokens
+    )
+    texts = {"circuit.svg": svg, "circuit.json": json.dumps(values, ensure_ascii=False, indent=1), "circuit.html": page}
+    for name, text in texts.items():
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return _result(circuit, selection, said, node_threshold, edge_threshold, why)
+
+
+def _thresholds(spec: CircuitDrawSpec, found: Found) -> tuple[float, float, str]:
+    """Node and edge threshold, and how the former was chosen."""
+    circuit = found.circuit
+    if spec.node_threshold is not None:
+        node, why = spec.node_threshold, "as asked"
+    else:
+        wanted, own = threshold_for(circuit, spec.nodes), _own_threshold(circuit)
+        node = max(wanted, own)
+        why = "the circuit's own" if own > wanted else f"chosen so that about {spec.nodes} nodes remain"
+    edge = spec.edge_threshold
+    if edge is None:
+        n_nodes = min(len(circuit.above(node)), spec.max_nodes)
+        edge = edge_threshold_for(circuit, node, round(_EDGES_A_NODE * n_nodes))
+    return node, edge, why
+
+
+def _own_threshold(circuit: Circuit) -> float:
+    """The threshold below which no edges were looked for; 0 where the circuit has none."""
+    options = circuit.about.get("options")
+    own = options.get("node_threshold", 0.0) if isinstance(options, Mapping) and circuit.edges else 0.0
+    return float(own) if circuit.counts(float(own)) != {"latents": 0, "errors": 0} else 0.0
+
+
+def latents_of(nodes: tuple[Node, ...] | list[Node]) -> dict[Site, list[int]]:
+    """The latents among nodes, by site, in the nodes' order and each once."""
+    chosen: dict[Site, dict[int, None]] = {}
+    for node in nodes:
+        if not node.is_error:
+            chosen.setdefault(node.site, {})[node.slot] = None
+    return {site: list(some) for site, some in chosen.items()}
+
+
+def _check(said: Mapping[str, Annotation], of: OfSAEsSpec | None, where: str) -> None:
+    """Refuses annotations of other autoencoders, as far as these can be found and the annotations say which."""
+    named = {annotation.site for annotation in said.values() if annotation.sae is not None}
+    if not named or of is None or not all(Path(name).exists() for _, name in found_saes(of)):
+        return
+    digests: dict[Site, str] = {}
+    for site, name in found_saes(of):
+        sae = SAE.load(name)
+        place = site or sae.write
+        if place in named and place is not None:
+            digests[place] = sae.digest()
+    annotated.refuse_strangers(said, digests, where)
+
+
+def _tokens(found: Found) -> list[str] | None:
+    """The words of the first example, one for each position, as the circuit's run noted them."""
+    words = found.result.get("example_tokens")
+    return [str(word) for word in words] if isinstance(words, list) else None
+
+
+def _title(found: Found) -> str | None:
+    task = found.result.get("task") or found.asked.get("task")
+    return str(task) if task else None
+
+
+def _example(found: Found) -> str:
+    """The first example in a sentence."""
+    lines = found.result.get("example")
+    if not isinstance(lines, list):
+        return ""
+    return "For example, " + "; ".join(f"{name}: {text!r}" for name, text in lines) + "."
+
+
+def _result(
+    circuit: Circuit,
+    selection: Selection,
+    said: Mapping[str, Annotation],
+    node_threshold: float,
+    edge_threshold: float,
+    why: str,
+) -> dict[str, Any]:
+    errors = sum(node.is_error for node in selection.nodes)
+    labelled = sum(f"{node.site}/{node.slot}" in said for node in selection.nodes)
+    shown = counts_text(circuit, selection, node_threshold, edge_threshold)
+    rows = [
+        ["nodes drawn", len(selection.nodes), f"{errors} of them errors, {labelled} labelled"],
+        ["node threshold", node_threshold, why],
+        ["edges drawn", len(selection.edges), ""],
+        ["edge threshold", edge_threshold, ""],
+        ["left out", f"{selection.nodes_left_out:,} nodes, {selection.edges_left_out:,} edges", "for want of room"],
+    ]
+    return {
+        "summary": rows,
+        "shown": shown,
+        "node_threshold": node_threshold,
+        "edge_threshold": edge_threshold,
+        "chosen": why,
+        "nodes": len(selection.nodes),
+        "errors": errors,
+        "edges": len(selection.edges),
+        "nodes_left_out": selection.nodes_left_out,
+        "labelled": labelled,
+        "report": "circuit.html",
+        "files": ["circuit.svg", "circuit.html", "circuit.json"],
+    }
