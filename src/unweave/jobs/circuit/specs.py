@@ -93,7 +93,7 @@ class CircuitFindSpec(OfSAEsSpec):
     """Edges from nodes above the threshold only, or from all."""
     edges: bool = True
     """Whether to find edges; nodes alone are much quicker and all that `evaluate` needs."""
-    max_tokens: int = operational(4096)
+    max_tokens: int = operational(1024)
     """Tokens that go through the model at once at most; halved while memory is too small for them."""
 
     @classmethod

@@ -1,0 +1,126 @@
+"""The circuit of a behaviour: nodes, edges, and what they were found on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from unweave.circuits.find import Options, find_circuit, find_nodes
+from unweave.circuits.graph import Circuit, Node, Y
+from unweave.core.run import Run, write_json
+from unweave.jobs.circuit.examples import Examples, examples_of, file_digests
+from unweave.jobs.circuit.saes import digest_of, open_saes
+from unweave.jobs.circuit.specs import CircuitFindSpec
+
+VERSION = 1
+CIRCUIT = "circuit.safetensors"
+_PER_SITE, _EDGES = 5, 20
+"""nodes of each site, and edges, that the result lists"""
+
+
+def run(spec: CircuitFindSpec, runs: Path) -> Run:
+    """Effects of all nodes over all examples, then edges; saved as circuit.safetensors, with what is above the
+    thresholds in circuit.json and the examples beside it."""
+    inputs = digest_of(spec) | file_digests(spec.pairs, spec.inputs)
+    with Run.open(runs, "circuit-find", spec, version=VERSION, inputs=inputs) as run:
+        if run.done:
+            return run
+        started = time.monotonic()
+        opened = open_saes(spec)
+        examples = examples_of(opened.lm, spec)
+        examples.save(run.path)
+        parts = run.path / "parts"
+        find = find_circuit if spec.edges else find_nodes
+        circuit = find(opened.lm, opened.saes, examples.batches, options_of(spec), keep=parts)
+        skipped = examples.about["skipped"] | circuit.about["skipped"]
+        circuit.about.update(opened.record, task=task_of(spec), accuracy=examples.about.get("accuracy"))
+        circuit.save(run.path / CIRCUIT)
+        write_json(run.path / "circuit.json", contents(circuit, spec.node_threshold, spec.edge_threshold))
+        result = _result(spec, circuit, examples, skipped)
+        run.finish(opened.record | result | {"seconds": round(time.monotonic() - started, 1)})
+        shutil.rmtree(parts, ignore_errors=True)
+    return run
+
+
+def options_of(spec: CircuitFindSpec) -> Options:
+    """The search's options, of the spec's fields."""
+    return Options(
+        method=spec.method,
+        steps=spec.steps,
+        rule=spec.rule,
+        summed="none" if spec.keeps_positions else "positions",
+        skip_first=spec.skip_first,
+        node_threshold=spec.node_threshold,
+        edge_threshold=spec.edge_threshold,
+        upstream=spec.upstream,
+        max_tokens=spec.max_tokens,
+    )
+
+
+def task_of(spec: CircuitFindSpec) -> str:
+    """What the examples are, in words."""
+    if spec.inputs is not None:
+        return f"single texts of {spec.inputs.name}"
+    if spec.pairs is not None:
+        return f"pairs of {spec.pairs.name}"
+    return f"subject-verb agreement: {(spec.task or 'across_pp').replace('_', ' ')}"
+
+
+def contents(circuit: Circuit, node_threshold: float, edge_threshold: float) -> dict[str, Any]:
+    """Nodes and edges above the thresholds, and what was measured, in plain values; the strongest edges first."""
+    edges = circuit.edges_above(node_threshold, edge_threshold)
+    edges.sort(key=lambda edge: -abs(edge[2]))
+    return {
+        "about": circuit.about,
+        "nodes": [_plain(node) for node in circuit.above(node_threshold)],
+        "edges": [[up.name, down.name if down else Y, weight] for up, down, weight in edges],
+    }
+
+
+def _plain(node: Node) -> dict[str, Any]:
+    return {
+        "name": node.name,
+        "site": str(node.site),
+        "latent": None if node.is_error else node.slot,
+        "position": node.position,
+        "effect": node.effect,
+    }
+
+
+def _result(spec: CircuitFindSpec, circuit: Circuit, examples: Examples, skipped: dict[str, int]) -> dict[str, Any]:
+    about = circuit.about
+    above = about["above"]
+    strongest: dict[str, list[list[Any]]] = {}
+    for node in circuit.above(spec.node_threshold):
+        rows = strongest.setdefault(str(node.site), [])
+        if len(rows) < _PER_SITE:
+            rows.append([node.name, node.effect])
+    edges = contents(circuit, spec.node_threshold, spec.edge_threshold)["edges"] if spec.edges else []
+    memory = about["memory"]
+    values = ", ".join(f"{value:.2f} on {side} texts" for side, value in about["metric"].items())
+    summary = [
+        ["task", task_of(spec), ""],
+        ["examples", circuit.n_examples, "; ".join(f"{n} left out: {why}" for why, n in skipped.items())],
+        ["metric", values, "mean"],
+        ["latents", above["latents"], f"with a mean effect above {spec.node_threshold:g}"],
+        ["errors", above["errors"], "the same of what autoencoders leave unexplained"],
+        *([["edges", len(edges), f"between them, above {spec.edge_threshold:g}"]] if spec.edges else []),
+        *[[site, rows[0][0], f"the strongest of its nodes: {rows[0][1]:+.3f}"] for site, rows in strongest.items()],
+        ["memory", f"{memory['peak_gb']} GB", f"{memory['max_tokens_used']:,} tokens at a time"],
+        ["time", f"{sum(about['seconds'].values()):.0f} s", ""],
+    ]
+    return {
+        "task": task_of(spec),
+        "examples": examples.about | {"examples": circuit.n_examples, "skipped": skipped},
+        "metric": about["metric"],
+        "above": above,
+        "edges": about.get("edges"),
+        "memory": memory,
+        "parts": about["seconds"],
+        "strongest": strongest,
+        "strongest_edges": edges[:_EDGES],
+        "circuit": CIRCUIT,
+        "summary": summary,
+    }
