@@ -138,7 +138,8 @@ def word_at(context: Context) -> str:
     last = at
     while last + 1 < len(texts) and texts[last][-1:].isalpha() and texts[last + 1][:1].isalpha():
         last += 1
-    return _plain("".join(texts[first : last + 1]))
+    whole = "".join(texts[first : last + 1])
+    return _plain(whole) or whole.strip()
 
 
 def _plain(text: str) -> str:
