@@ -153,8 +153,8 @@ class CircuitDrawSpec(Spec):
     nodes: int = 60
     """About how many of the strongest nodes to draw where no node_threshold is given."""
     node_threshold: float | None = None
-    """Draw nodes whose effect is larger, in either direction; by default as nodes says, but none without edges
-    because it was too weak for the circuit's own threshold."""
+    """Draw nodes whose effect is larger, in either direction; by default as nodes says, but never below the
+    threshold that the circuit's edges were found with."""
     edge_threshold: float | None = None
     """Draw edges whose weight is larger, in either direction; by default so that about 2.5 for each node remain."""
     max_nodes: int = 150
