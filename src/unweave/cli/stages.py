@@ -218,6 +218,19 @@ _CIRCUITS = (
         "unweave circuit draw --circuit runs/circuit-find-0123456789ab --annotations annotations.jsonl --contexts",
         "unweave circuit draw --circuit circuit.safetensors --node-threshold 0.1 --edge-threshold 0.01",
     ),
+    _circuit(
+        "shift",
+        "Make a classifier forget what it should not rely on, without labels that tell the two apart (SHIFT).",
+        "A linear classifier of professors and nurses is trained where all professors are men, all nurses women. Its "
+        "circuit is found in the autoencoders' latents; a rule, a file of annotations or a chat model says which of "
+        "them are about gender; those are ablated, and the classifier is tested on all four groups, as it is and "
+        "trained anew. Beside it every baseline of the paper's Table 2: concept bottleneck, random latents, skylines "
+        "by neurons and latents that use labels of gender, and the oracle. Writes table.md, a figure, and why each "
+        "latent was ablated. After an interruption the same command goes on where it was.",
+        "unweave circuit shift --saes runs/train-0123456789ab/sae",
+        "unweave circuit shift --saes runs/train-0123456789ab/sae --judge file --annotations mine.jsonl --seeds 1",
+        "unweave circuit shift --saes runs/train-0123456789ab/sae --biographies hub:LabHC/bias_in_bios --judge chat",
+    ),
 )
 CIRCUITS: dict[str, Stage] = {stage.name: stage for stage in _CIRCUITS}
 
