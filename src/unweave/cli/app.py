@@ -20,6 +20,8 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 import unweave
+from unweave.cli.annotate import HELP as ANNOTATE_HELP
+from unweave.cli.annotate import annotate
 from unweave.cli.convert import HELP as CONVERT_HELP
 from unweave.cli.convert import convert
 from unweave.cli.dedup import HELP as DEDUP_HELP
@@ -60,6 +62,7 @@ def build_app() -> App:
     app.command(models, name="models", help=MODELS_HELP, sort_key=len(STAGES))
     app.command(dedup, name="dedup", help=DEDUP_HELP, sort_key=len(STAGES) + 1)
     app.command(convert, name="convert", help=CONVERT_HELP, sort_key=len(STAGES) + 2)
+    app.command(annotate, name="annotate", help=ANNOTATE_HELP, sort_key=len(STAGES))
     return app
 
 
@@ -119,7 +122,7 @@ def _asked(tokens: Sequence[str]) -> str:
     first, second, *_ = [*tokens, "", ""]
     if first in GROUPS:
         return f"unweave {first} {second}" if second in GROUPS[first][1] else f"unweave {first}"
-    return f"unweave {first}" if first in (*STAGES, "models", "dedup", "convert") else "unweave"
+    return f"unweave {first}" if first in (*STAGES, "models", "dedup", "convert", "annotate") else "unweave"
 
 
 _SYSTEM_REMEDIES = {
