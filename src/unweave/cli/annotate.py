@@ -36,9 +36,13 @@ _SAES = Parameter(
     help="Autoencoders, where no circuit is named, or where a circuit's have moved to.",
     negative=(),
     consume_multiple=True,
+    show_default=False,
 )
 _LATENTS = Parameter(
-    help="Latents: numbers, or names such as resid_post.24/3036 with several autoencoders.", negative=()
+    help="Latents: numbers, or names such as resid_post.24/3036 where there are several autoencoders.",
+    negative=(),
+    consume_multiple=True,
+    show_default=False,
 )
 _OUT = Parameter(help="The file of answers.")
 _THRESHOLD = Parameter(help="Ask about a circuit's latents with a larger effect; by default about 60 nodes pass.")
@@ -54,8 +58,8 @@ _JSON = Parameter(help="Print one JSON object for machines at the end.", negativ
 def annotate(
     circuit: Annotated[Path | None, _CIRCUIT] = None,
     *,
-    saes: Annotated[tuple[str, ...], _SAES] = (),
-    latents: Annotated[tuple[str, ...], _LATENTS] = (),
+    saes: Annotated[list[str] | None, _SAES] = None,
+    latents: Annotated[list[str] | None, _LATENTS] = None,
     out: Annotated[Path, _OUT] = Path("annotations.jsonl"),
     threshold: Annotated[float | None, _THRESHOLD] = None,
     top: Annotated[int | None, _TOP] = None,
@@ -76,7 +80,7 @@ def annotate(
 
     _require_positive(top, tokens)
     ask = _asker()
-    asked = Asked(circuit, saes, latents, threshold, top, tokens, model, device, again)
+    asked = Asked(circuit, tuple(saes or ()), tuple(latents or ()), threshold, top, tokens, model, device, again)
     with show_progress(json):
         found, known = questions(asked, out, runs)
     console = Console(highlight=False)
