@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from unweave.papers.instruct_saes import figures
 from unweave.papers.instruct_saes.compare import MEASURES, Cell, Contest, Measured, cells, contest
 from unweave.papers.instruct_saes.plan import MATCHED_L0, RECIPES, Plan
 from unweave.papers.instruct_saes.spec import InstructSaesSpec
+from unweave.papers.page import claims_html, document, figure
 from unweave.report.pieces import esc, table
-from unweave.report.theme import asset, palette_css
 
 _SHOWN = (
     "log2 MSE",
@@ -24,12 +23,6 @@ _SHOWN = (
 )
 _ENOUGH_RATED = 30
 """latents per recipe below which shares of scores are not compared"""
-_STYLE = (
-    ".uw main{display:block;max-width:76rem;margin:0 auto;padding:2rem 1.5rem}.uw main>section{display:block}"
-    ".uw main figure{margin:1.5em 0;max-width:none}.uw main img{max-width:100%}.uw main figcaption{max-width:60rem}"
-)
-"""wider than the report's column of text: the figures are many panels, the tables have long cells"""
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write(
@@ -244,18 +237,11 @@ def _html(
         "curves": "Errors over the number of active latents, one initialisation, without norm outliers.",
         "ratings": "The judge's scores, and the same judge's scores of contexts shuffled between latents.",
     }
-    images = "".join(
-        f'<figure><img alt="{esc(told[name])}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-        f"<figcaption>{esc(told[name])}</figcaption></figure>"
-        for name, picture in pictures.items()
-    )
+    images = "".join(figure(picture, told[name]) for name, picture in pictures.items())
     shown = "".join(
         f"<h3>{esc(measure)}</h3>"
         + table(["kind", "site", *RECIPES], [[esc(c) for c in row] for row in _rows_of(cells_)])
         for measure, cells_ in found.items()
-    )
-    said = table(
-        ["the paper claims", "here", "verdict"], [[esc(c.claim), esc(c.ours or "-"), esc(c.verdict)] for c in claims]
     )
     names = "".join(
         f"<h3>{esc(name)}</h3>"
@@ -265,17 +251,10 @@ def _html(
         )
         for name, result in scores.items()
     )
-    style = palette_css() + asset("pieces.css") + asset("page.css") + _STYLE
     per = f"{training.sae.tokens:,} tokens per SAE, the same for all"
-    return (
-        '<!DOCTYPE html>\n<html lang="en" class="uw" data-theme="light"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f'<title>FAST: SAEs of instruct models</title><style>{style}</style></head><body><main id="main">'
-        f"<h1>FAST: whole conversations against block training</h1><p>{esc(model)}{f' ({esc(note)})' if note else ''}; "
-        f"{esc(', '.join(training.sites))}; {esc(per)}; {esc(spec.scale)} scale.</p>"
-        f"<section><h2>Claims</h2>{said}</section><section><h2>Figures</h2>{images}</section>"
-        f"<section><h2>Tables</h2>{shown}</section>"
-        + (f"<section><h2>Rated latents</h2>{names}</section>" if names else "")
-        + "</main></body></html>\n"
+    return document(
+        "FAST: SAEs of instruct models",
+        "FAST: whole conversations against block training",
+        f"{model}{f' ({note})' if note else ''}; {', '.join(training.sites)}; {per}; {spec.scale} scale.",
+        {"Claims": claims_html(claims), "Figures": images, "Tables": shown, "Rated latents": names},
     )
