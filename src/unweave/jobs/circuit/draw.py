@@ -20,10 +20,13 @@ from unweave.circuits.picture import Selection, select
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run, atomic_write, read_json
 from unweave.core.site import Site
+from unweave.jobs.circuit.examples import PAIRS
 from unweave.jobs.circuit.records import records_of
 from unweave.jobs.circuit.saes import digest_of, found_saes, open_saes
 from unweave.jobs.circuit.specs import CircuitDrawSpec, OfSAEsSpec
+from unweave.lm.chat import encode_text
 from unweave.sae.module import SAE
+from unweave.tasks import agreement
 
 VERSION = 1
 FILE = "circuit.safetensors"
@@ -47,7 +50,19 @@ class Found:
         known = {f.name: self.asked[f.name] for f in dataclasses.fields(OfSAEsSpec) if f.name in self.asked}
         given = {"saes": list(saes), "model": model, "device": device}
         values = known | {name: value for name, value in given.items() if value}
+        if not saes:
+            values["saes"] = [_moved(name, self.path.parent) for name in values.get("saes", [])]
         return OfSAEsSpec.from_dict(values) if values.get("saes") or values.get("neurons") else None
+
+
+def _moved(name: str, folder: Path) -> str:
+    """A relative path of a run's question as it is from here: the run was perhaps asked from another folder."""
+    site, equals, rest = name.rpartition("=")
+    there = Path(rest)
+    if there.is_absolute() or there.exists():
+        return name
+    above = next((up for up in folder.resolve().parents if (up / there).exists()), None)
+    return name if above is None else f"{site}{equals}{above / there}"
 
 
 def open_circuit(place: Path) -> Found:
@@ -109,7 +124,7 @@ def _draw(spec: CircuitDrawSpec, found: Found, of: OfSAEsSpec | None, folder: Pa
         opened = open_saes(of)
         annotated.refuse_strangers(said, {s: sae.digest() for s, sae in opened.saes.items()}, str(spec.annotations))
         records = records_of(opened, None, spec.tokens, runs, latents_of(selection.nodes), model=of.model)
-    tokens = _tokens(found)
+    tokens = _tokens(found, of)
     title = spec.title or _title(found)
     svg = draw_svg(
         circuit,
@@ -187,10 +202,33 @@ def _check(said: Mapping[str, Annotation], of: OfSAEsSpec | None, where: str) ->
     annotated.refuse_strangers(said, digests, where)
 
 
-def _tokens(found: Found) -> list[str] | None:
-    """The words of the first example, one for each position, as the circuit's run noted them."""
-    words = found.result.get("example_tokens")
-    return [str(word) for word in words] if isinstance(words, list) else None
+def _tokens(found: Found, of: OfSAEsSpec | None) -> list[str] | None:
+    """The words of the first example that is as long as the circuit, one for each position; None where they, or the
+    model's tokenizer, are not at hand."""
+    from unweave.lm.sources import load_tokenizer
+
+    path = found.path.parent / PAIRS
+    if not found.circuit.positions or of is None or not path.is_file():
+        return None
+    length = max(effects.shape[0] for effects in found.circuit.nodes.values())
+    try:
+        tokenizer = load_tokenizer(of.model or _trained_on(of))
+    except UnweaveError:
+        return None
+    if tokenizer is None:
+        return None
+    for pair in agreement.load(path):
+        ids = encode_text(tokenizer, pair.clean_prefix)[0]
+        if len(ids) == length:
+            return [tokenizer.decode([int(i)]) for i in ids]
+    return None
+
+
+def _trained_on(of: OfSAEsSpec) -> str:
+    """The model of the first autoencoder; empty where it names none."""
+    for _, name in found_saes(of):
+        return str(SAE.load(name).provenance.get("train", {}).get("model") or "")
+    return ""
 
 
 def _title(found: Found) -> str | None:
@@ -200,7 +238,8 @@ def _title(found: Found) -> str | None:
 
 def _example(found: Found) -> str:
     """The first example in a sentence."""
-    lines = found.result.get("example")
+    examples = found.result.get("examples")
+    lines = examples.get("example") if isinstance(examples, dict) else None
     if not isinstance(lines, list):
         return ""
     return "For example, " + "; ".join(f"{name}: {text!r}" for name, text in lines) + "."
