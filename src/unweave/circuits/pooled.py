@@ -19,7 +19,7 @@ from unweave.core.progress import Task, task
 from unweave.core.site import Site
 from unweave.lm.chat import encode_text
 from unweave.lm.model import LM, Tokens
-from unweave.lm.taps import EditFn, SiteEdit
+from unweave.lm.taps import SiteEdit
 
 Edit = SiteEdit
 
@@ -62,7 +62,8 @@ class Pooled:
         self.lm, self.site, self.skip_first, self.batch_tokens = lm, lm.site(site), skip_first, batch_tokens
         if lm.tokenizer is None:
             raise UnweaveError("texts need a tokenizer", where=lm.name, remedy="use a model that comes with one")
-        self.rows = [tuple(part[:max_length] for part in encode_text(lm.tokenizer, text)) for text in texts]
+        encoded = [encode_text(lm.tokenizer, text) for text in texts]
+        self.rows = [(ids[:max_length], roles[:max_length]) for ids, roles in encoded]
         for row, text in zip(self.rows, texts, strict=True):
             if len(row[0]) <= skip_first:
                 raise UnweaveError(
@@ -148,6 +149,3 @@ class Pooled:
         for i, row in enumerate(group):
             stream[i, : len(self._streams[row])] = self._streams[row]
         return stream
-
-
-__all__ = ["EditFn", "Pooled", "pool", "pooled_positions"]

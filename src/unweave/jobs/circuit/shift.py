@@ -260,7 +260,9 @@ class _Study:
         edits = self._ablation([(s.site, s.latent) for s in sky])
         out[shift_table.FEATURES] = self._tested(seed.probe, edits, f"feature skyline, {of}")
         sky = shift.strongest(_means(circuits["neurons"]), top=len(ablated))
-        edits = shift.mean_ablation(self.lm, self.texts, seed.balanced, [(s.site, s.latent) for s in sky])
+        edits = shift.mean_ablation(
+            self.lm, self.texts, seed.balanced[: self.spec.examples], [(s.site, s.latent) for s in sky]
+        )
         out[shift_table.NEURONS] = self._tested(seed.probe, edits, f"neuron skyline, {of}")
 
         oracle = self.fitted(clean[seed.balanced], seed.balanced, number)
@@ -334,8 +336,7 @@ def _judged(
         found = records_of(opened, spec.data, spec.latents_tokens, runs, by_site, model=spec.model)
         records = {(site, latent): found[site].latent(latent) for site, latent in latents}
         if spec.judge == "rule":
-            shares = {"context_share": spec.context_share, "promoted_share": spec.promoted_share}
-            verdicts = relevance.by_rule(records, **shares)
+            verdicts = relevance.by_rule(records, context_share=spec.context_share, promoted_share=spec.promoted_share)
         else:
             judge = open_judge(spec.chat, Path(runs) / REPLIES, spec.device)
             verdicts, about["failures"] = relevance.by_chat(records, judge)

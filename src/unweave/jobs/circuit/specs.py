@@ -274,11 +274,11 @@ class CircuitShiftSpec(OfSAEsSpec):
     biographies: str = "templated"
     """hub:LabHC/bias_in_bios, a file of its form (JSON lines, JSON, Parquet: hard_text, profession, gender), or
     templated: written from word lists, with the same two professions."""
-    pool: int = 200
+    pool: int = 160
     """Biographies of each of the four groups that every seed draws its training examples from."""
-    train: int = 300
+    train: int = 240
     """Training examples of a classifier: half and half for the ambiguous set, all four groups for the balanced one."""
-    test: int = 100
+    test: int = 75
     """Biographies of each of the four groups to test on, none of which is trained on."""
     max_length: int = 128
     """Biographies are cut off after so many tokens."""
@@ -290,11 +290,11 @@ class CircuitShiftSpec(OfSAEsSpec):
     """Epochs of the classifier."""
     standardise: bool = True
     """Centre and scale the averaged activations before the classifier is trained; the paper does not."""
-    examples: int = 48
+    examples: int = 40
     """Training examples that the circuit is found on; a multiple of 4."""
     method: Literal["ig", "attribution"] = "ig"
     """Integrated gradients, or attribution patching, which is one step of it."""
-    steps: int = 5
+    steps: int = 4
     """Steps of integrated gradients."""
     rule: Literal["left", "midpoint", "right"] = "midpoint"
     """Where in each step the gradient is taken."""
@@ -319,7 +319,7 @@ class CircuitShiftSpec(OfSAEsSpec):
     """rule, chat: how many of its tokens; by default 200,000, or all there are."""
     where: Literal["all", "policy"] = "all"
     """Ablate at every token, as the paper, or only at those that the autoencoders were trained on."""
-    random: int = 2
+    random: int = 1
     """With how many draws of as many other latents to do the same, per seed."""
     seeds: int = 5
     """How often to do everything: with other training examples, first weights and random latents."""
