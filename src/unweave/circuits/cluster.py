@@ -136,7 +136,9 @@ class _Groups:
                 self.n_clusters, affinity="precomputed", assign_labels="kmeans", random_state=seed
             )
             return model.fit_predict(self.affinity).astype(np.int64)
-        model = MiniBatchKMeans(self.n_clusters, random_state=seed, batch_size=max(1024, 2 * self.n_clusters), n_init=3)
+        model = MiniBatchKMeans(
+            self.n_clusters, random_state=seed, batch_size=max(1024, 2 * self.n_clusters), n_init="auto"
+        )
         return model.fit_predict(self.units).astype(np.int64)
 
 
@@ -150,6 +152,13 @@ def coherence(units: Vectors) -> float:
     """The mean cosine between unit vectors and their mean: the length of their mean."""
     mean = np.asarray(units.mean(axis=0), dtype=np.float64).ravel()
     return float(np.linalg.norm(mean))
+
+
+def typical(vectors: Vectors, members: np.ndarray) -> np.ndarray:
+    """A cluster's rows, int64, those first whose direction is nearest to the cluster's mean direction."""
+    units = _normalised(vectors[members])
+    mean = np.asarray(units.mean(axis=0), dtype=np.float64).ravel()
+    return members[np.argsort(-np.asarray(units @ mean).ravel(), kind="stable")]
 
 
 def _ranked(

@@ -204,7 +204,7 @@ class CircuitBehavioursSpec(OfSAEsSpec):
     as in the paper; or also where it did in another case; or where the answer itself did."""
     per_document: int = 8
     """The most tokens of one document, drawn at random."""
-    contexts: int = 1500
+    contexts: int = 1000
     """The most contexts to cluster, drawn at random."""
     vectors: Literal["activations", "latents", "effects-dense", "effects-latents", "gradients"] = "effects-latents"
     """What contexts are compared by: dense or sparse activations, dense or sparse linear effects, or the projected
@@ -217,7 +217,7 @@ class CircuitBehavioursSpec(OfSAEsSpec):
     """Share of the projection's entries that are not zero."""
     clustering: Literal["spectral", "kmeans"] = "spectral"
     """Spectral clustering on angular similarity, for up to about 8,192 contexts, or k-means in small batches."""
-    clusters: int = 60
+    clusters: int = 40
     """How many clusters."""
     rank: Literal["coherence", "size"] = "coherence"
     """Which clusters come first: those most coherent beside clusters drawn at random, or the largest."""
@@ -225,11 +225,11 @@ class CircuitBehavioursSpec(OfSAEsSpec):
     """Smaller clusters are no behaviours."""
     behaviours: int = 20
     """How many clusters, from the first, get a circuit."""
-    examples: int = 16
+    examples: int = 12
     """On how many contexts of a cluster, the most typical ones, its circuit is found; the paper has up to 100."""
     method: Literal["ig", "attribution"] = "ig"
     """Integrated gradients, or attribution patching, which is one step of it."""
-    steps: int = 4
+    steps: int = 3
     """Steps of integrated gradients."""
     rule: Literal["left", "midpoint", "right"] = "midpoint"
     """Where in each step the gradient is taken."""
@@ -294,7 +294,7 @@ class CircuitShiftSpec(OfSAEsSpec):
     """Training examples that the circuit is found on; a multiple of 4."""
     method: Literal["ig", "attribution"] = "ig"
     """Integrated gradients, or attribution patching, which is one step of it."""
-    steps: int = 4
+    steps: int = 3
     """Steps of integrated gradients."""
     rule: Literal["left", "midpoint", "right"] = "midpoint"
     """Where in each step the gradient is taken."""

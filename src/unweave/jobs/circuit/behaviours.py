@@ -1,0 +1,393 @@
+"""Behaviours that nobody named: sure tokens of a text, clustered by what the model does with them, a circuit for each.
+
+Each part is a run of its own, so that what does not change is not made again: contexts, their vectors, and one run per
+behaviour, named by its contexts. Vectors are kept in pieces as they are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unweave.circuits import behaviours, cluster
+from unweave.circuits.behaviours import Confidence, Example, Found
+from unweave.circuits.draw import draw_svg
+from unweave.circuits.find import Options, find_circuit
+from unweave.circuits.graph import Circuit
+from unweave.circuits.vectors import SPARSE, vectors
+from unweave.core.errors import UnweaveError
+from unweave.core.progress import task
+from unweave.core.run import Run, atomic_write, read_json, write_json
+from unweave.core.spec import Spec, digest
+from unweave.data.pack import PackSpec
+from unweave.jobs.circuit.behaviours_page import Card, Latent, page
+from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
+from unweave.jobs.circuit.specs import CircuitBehavioursSpec
+from unweave.jobs.common import token_store
+from unweave.jobs.specs import DataSpec
+
+VERSION = 1
+_PIECE = 128
+"""contexts whose vectors are kept at a time"""
+_WINDOWS = 2
+"""windows of each document that are looked at, unless the text is named"""
+_SHOWN_CONTEXTS = 24
+_SHOWN_LATENTS = 10
+_DRAWN_NODES, _DRAWN_EDGES = 60, 200
+_BY = {
+    "activations": "the activations behind them",
+    "latents": "the latents behind them",
+    "effects-dense": "the effects of activations on them",
+    "effects-latents": "the effects of latents on them",
+    "gradients": "their gradients in parameter space",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ContextsQuestion(Spec):
+    """What identifies the contexts: of all that the stage is asked, only what they depend on."""
+
+    tokens: str
+    max_loss: float
+    context: int
+    min_context: int
+    repeats: str
+    per_document: int
+    contexts: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _VectorsQuestion(Spec):
+    """What identifies the vectors of contexts."""
+
+    contexts: str
+    vectors: str
+    positions: str
+    skip_first: int
+    dimensions: int
+    density: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BehaviourQuestion(Spec):
+    """What identifies the circuit of a behaviour: not its place among others."""
+
+    model: str
+    contexts: str
+    options: dict[str, str]
+    metric: str
+
+
+def run(spec: CircuitBehavioursSpec, runs: Path) -> Run:
+    """Contexts, vectors, clusters, circuits, and ``index.html`` to browse them."""
+    inputs = digest_of(spec)
+    with Run.open(runs, "circuit-behaviours", spec, version=VERSION, inputs=inputs) as run:
+        if run.done and (run.path / "index.html").exists():
+            return run
+        run.reused = False
+        began = time.monotonic()
+        opened = open_saes(spec)
+        found, contexts_run = _contexts(spec, opened, runs)
+        rows, vectors_run = _vectors(spec, opened, found, contexts_run.digest, inputs, runs)
+        seconds = {"contexts": contexts_run.result["seconds"], "vectors": vectors_run.result["seconds"]}
+        clusters, seconds["clusters"] = _clusters(spec, rows, run)
+        chosen = _chosen(spec, rows, clusters)
+        cards, parts = [], []
+        with task("circuits of behaviours", total=len(chosen), unit="behaviours") as shown:
+            for place, members in chosen:
+                of_place = [found.examples[i] for i in members]
+                one = _circuit(spec, opened, of_place[: spec.examples], inputs, runs)
+                parts.append(one)
+                cards.append(_card(spec, opened, place, clusters, of_place, one))
+                shown.advance()
+        seconds["circuits"] = round(sum(part.result["seconds"] for part in parts), 1)
+        html = page(cards, _about(spec, opened, found, clusters))
+        with atomic_write(run.path / "index.html") as temporary:
+            temporary.write_text(html, encoding="utf-8")
+        write_json(run.path / "behaviours.json", [_plain(card, part) for card, part in zip(cards, parts, strict=True)])
+        run.finish(
+            opened.record
+            | {"summary": [[card.name, card.label, f"{card.size} contexts"] for card in cards]}
+            | {"behaviours": len(cards), "counts": found.counts, "clusters": len(clusters)}
+            | {"stability": clusters.stability, "coherence": _means(clusters, spec.min_size)}
+            | {"parts": [part.path.name for part in (contexts_run, vectors_run, *parts)], "page": "index.html"}
+            | {"seconds": round(time.monotonic() - began, 1), "seconds_of_parts": seconds}
+        )
+    return run
+
+
+# -- contexts and vectors ---------------------------------------------------------------------------------------------
+
+
+def _contexts(spec: CircuitBehavioursSpec, opened: Opened, runs: Path) -> tuple[Found, Run]:
+    lm, (model, data) = opened.lm, _text(spec, opened)
+    store, store_run = token_store(lm, model, data, spec.split, spec.tokens, runs)
+    asked = _part(_ContextsQuestion, spec, {"tokens": store_run.digest})
+    with Run.open(runs, "circuit-contexts", asked, version=VERSION, inputs={"dtype": str(lm.dtype)}) as run:
+        path = run.path / "contexts.jsonl"
+        if not (run.done and path.exists()):
+            began = time.monotonic()
+            options = Confidence(
+                max_loss=spec.max_loss,
+                context=spec.context,
+                min_context=spec.min_context,
+                repeats=spec.repeats,
+                per_document=spec.per_document,
+                limit=spec.contexts,
+                seed=spec.seed,
+            )
+            found = behaviours.find(lm, store, options)
+            behaviours.save(path, found)
+            run.finish({"counts": found.counts, "seconds": round(time.monotonic() - began, 1)})
+        return behaviours.load(path), run
+
+
+def _text(spec: CircuitBehavioursSpec, opened: Opened) -> tuple[str, DataSpec]:
+    """The model's name and the text: what was asked for, else the first SAE's own, in documents."""
+    told = [sae.provenance.get("train", {}) for sae in opened.saes.values()]
+    model = spec.model or next(name for name in (told_of.get("model") for told_of in told) if name)
+    if spec.data is not None:
+        return model, spec.data
+    own = next((told_of["data"] for told_of in told if "data" in told_of), None)
+    if own is None:
+        raise UnweaveError(
+            "these autoencoders do not say which text they were trained on",
+            where="data",
+            remedy="name some with --data.sources",
+        )
+    # The beginnings of documents, whatever the training made of them: a context should not begin in another document,
+    # and many documents say more than much of a few.
+    data = DataSpec.from_dict(own)
+    rows = _WINDOWS * (spec.context + 1)
+    pack = PackSpec(context=rows, min_tokens=spec.min_context + 1, bos=data.pack.bos, unanswered=data.pack.unanswered)
+    return model, dataclasses.replace(data, pack=pack)
+
+
+def _vectors(
+    spec: CircuitBehavioursSpec, opened: Opened, found: Found, contexts: str, inputs: Mapping[str, str], runs: Path
+) -> tuple[cluster.Vectors, Run]:
+    import scipy.sparse as sp
+
+    asked = _part(_VectorsQuestion, spec, {"contexts": contexts})
+    read = {} if spec.vectors == "gradients" else dict(inputs) | {"sites": digest(opened.record["sites"])}
+    with Run.open(runs, "circuit-vectors", asked, version=VERSION, inputs=read) as run:
+        began = time.monotonic()
+        before = sum(event["seconds"] for event in run.events("piece"))
+        sparse, parts = spec.vectors in SPARSE, []
+        n = len(found.examples)
+        with task(f"vectors: {spec.vectors}", total=n, unit="contexts") as shown:
+            for start in range(0, n, _PIECE):
+                few = found.examples[start : start + _PIECE]
+                path = run.path / f"{start // _PIECE:05d}.npz"
+                if not path.exists():
+                    at = time.monotonic()
+                    made = vectors(
+                        opened.lm,
+                        opened.saes,
+                        few,
+                        kind=spec.vectors,
+                        positions=spec.positions,
+                        skip_first=spec.skip_first,
+                        dimensions=spec.dimensions,
+                        density=spec.density,
+                        seed=spec.seed,
+                        max_tokens=spec.max_tokens,
+                    )
+                    _save_rows(path, made)
+                    run.log("piece", {"piece": path.name, "seconds": round(time.monotonic() - at, 2)})
+                parts.append(_load_rows(path, sparse))
+                shown.advance(len(few))
+        if not run.done:
+            run.finish({"contexts": n, "seconds": round(before + time.monotonic() - began, 1)})
+        return (sp.csr_array(sp.vstack(parts, format="csr")) if sparse else np.concatenate(parts)), run
+
+
+def _save_rows(path: Path, made: Any) -> None:
+    import scipy.sparse as sp
+
+    with atomic_write(path) as temporary, open(temporary, "wb") as handle:
+        if sp.issparse(made):
+            sp.save_npz(handle, made)
+        else:
+            np.savez(handle, rows=made)
+
+
+def _load_rows(path: Path, sparse: bool) -> Any:
+    import scipy.sparse as sp
+
+    try:
+        return sp.load_npz(path) if sparse else np.load(path, allow_pickle=False)["rows"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UnweaveError(
+            f"cannot read vectors: {error}", where=str(path), remedy="delete the file and ask again"
+        ) from error
+
+
+def _part(kind: type[Spec], spec: CircuitBehavioursSpec, more: Mapping[str, Any]) -> Any:
+    """The fields of a part's question that the stage's spec has, with the others."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in more]
+    return kind(**{name: getattr(spec, name) for name in names}, **more)
+
+
+# -- clusters ---------------------------------------------------------------------------------------------------------
+
+
+def _clusters(spec: CircuitBehavioursSpec, rows: cluster.Vectors, run: Run) -> tuple[cluster.Clusters, float]:
+    """The clusters, kept beside the index."""
+    path, about = run.path / "clusters.npz", run.path / "clusters.json"
+    if not (path.exists() and about.exists()):
+        began = time.monotonic()
+        made = cluster.cluster(rows, spec.clusters, method=spec.clustering, rank=spec.rank, seed=spec.seed)
+        arrays = {
+            field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "stability"
+        }
+        with atomic_write(path) as temporary, open(temporary, "wb") as handle:
+            np.savez(handle, **arrays)
+        write_json(about, {"stability": made.stability, "seconds": round(time.monotonic() - began, 1)})
+    told = read_json(about)
+    with np.load(path, allow_pickle=False) as held:
+        return cluster.Clusters(**dict(held), stability=told["stability"]), told["seconds"]
+
+
+def _chosen(
+    spec: CircuitBehavioursSpec, rows: cluster.Vectors, clusters: cluster.Clusters
+) -> list[tuple[int, list[int]]]:
+    """The first clusters that are large enough, each with its contexts, the most typical first."""
+    large = [place for place in range(len(clusters)) if clusters.sizes[place] >= spec.min_size][: spec.behaviours]
+    if not large:
+        raise UnweaveError(
+            f"no cluster has {spec.min_size} contexts; the largest has {int(clusters.sizes.max())}",
+            where="min_size",
+            remedy="ask for fewer clusters or a smaller min_size, or find more contexts",
+        )
+    return [(place, cluster.typical(rows, clusters.members(place)).tolist()) for place in large]
+
+
+# -- circuits ---------------------------------------------------------------------------------------------------------
+
+
+def _circuit(
+    spec: CircuitBehavioursSpec, opened: Opened, examples: list[Example], inputs: Mapping[str, str], runs: Path
+) -> Run:
+    """The run that holds a behaviour's circuit."""
+    options = Options(
+        method=spec.method,
+        steps=spec.steps,
+        rule=spec.rule,
+        summed="positions",
+        skip_first=spec.skip_first,
+        node_threshold=spec.node_threshold,
+        edge_threshold=spec.edge_threshold,
+        max_tokens=spec.max_tokens,
+    )
+    told = {k: str(v) for k, v in dataclasses.asdict(options).items() if k not in ("max_tokens", "metric_at")}
+    asked = _BehaviourQuestion(
+        model=opened.lm.name,
+        contexts=digest([[list(e.ids), e.answer] for e in examples]),
+        options=told,
+        metric=spec.metric,
+    )
+    read = dict(inputs) | {"sites": digest(opened.record["sites"])}
+    with Run.open(runs, "circuit-behaviour", asked, version=VERSION, inputs=read) as run:
+        if not (run.done and (run.path / "circuit.safetensors").exists()):
+            began = time.monotonic()
+            batches = behaviours.batches(opened.lm, examples, metric=spec.metric, max_tokens=spec.max_tokens)
+            circuit = find_circuit(opened.lm, opened.saes, batches, options, keep=run.path / "parts")
+            circuit.save(run.path / "circuit.safetensors")
+            behaviours.save(run.path / "contexts.jsonl", Found(tuple(examples)))
+            nodes = circuit.counts(spec.node_threshold)
+            edges = len(circuit.edges_above(spec.node_threshold, spec.edge_threshold))
+            run.finish(nodes | {"edges": edges, "seconds": round(time.monotonic() - began, 1)})
+    return run
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def _card(
+    spec: CircuitBehavioursSpec,
+    opened: Opened,
+    place: int,
+    clusters: cluster.Clusters,
+    examples: list[Example],
+    part: Run,
+) -> Card:
+    lm = opened.lm
+    answers = Counter(example.answer for example in examples)
+    texts = [lm.token_strings([token])[0] for token, _ in answers.most_common(6)]
+    circuit = Circuit.load(part.path / "circuit.safetensors")
+    strongest = sorted((node for node in circuit.above(0.0) if not node.is_error), key=lambda node: -abs(node.effect))[
+        :_SHOWN_LATENTS
+    ]
+    shown = [
+        (lm.token_strings(example.ids), lm.token_strings([example.answer])[0], example.loss)
+        for example in examples[:_SHOWN_CONTEXTS]
+    ]
+    return Card(
+        name=f"behaviour {place}",
+        place=place,
+        size=int(clusters.sizes[place]),
+        documents=len({example.document for example in examples}),
+        coherence=float(clusters.coherence[place]),
+        control=float(clusters.control[place]),
+        spread=float(clusters.spread[place]),
+        answers=[(text, count) for text, (_, count) in zip(texts, answers.most_common(6), strict=True)],
+        contexts=shown,
+        latents=[Latent(node.name, node.effect) for node in strongest],
+        facts={key: part.result[key] for key in ("latents", "errors", "edges")},
+        examples=circuit.n_examples,
+        svg=_drawing(spec, circuit, f"What makes the model say {texts[0]!r}"),
+        folder=part.path.name,
+    )
+
+
+def _drawing(spec: CircuitBehavioursSpec, circuit: Circuit, title: str) -> str:
+    """The circuit's drawing, of the strongest nodes; empty where no node is above the threshold."""
+    if not circuit.above(spec.node_threshold):
+        return ""
+    return draw_svg(
+        circuit,
+        node_threshold=spec.node_threshold,
+        edge_threshold=spec.edge_threshold,
+        title=title,
+        max_nodes=_DRAWN_NODES,
+        max_edges=_DRAWN_EDGES,
+    )
+
+
+def _about(spec: CircuitBehavioursSpec, opened: Opened, found: Found, clusters: cluster.Clusters) -> dict[str, Any]:
+    return {
+        "model": opened.lm.name,
+        "sites": opened.record["sites"],
+        "counts": found.counts,
+        "clusters": len(clusters),
+        "stability": clusters.stability,
+        "by": _BY[spec.vectors],
+    }
+
+
+def _means(clusters: cluster.Clusters, least: int) -> dict[str, float] | None:
+    """Coherence of clusters large enough, and of random ones of the same sizes, weighted by size."""
+    large = clusters.sizes >= least
+    if not large.any():
+        return None
+    weights = clusters.sizes[large]
+    pairs = {"clusters": clusters.coherence, "random": clusters.control}
+    return {name: round(float(np.average(values[large], weights=weights)), 4) for name, values in pairs.items()}
+
+
+def _plain(card: Card, part: Run) -> dict[str, Any]:
+    left_out = ("svg", "contexts", "latents")
+    fields = {f.name: getattr(card, f.name) for f in dataclasses.fields(card) if f.name not in left_out}
+    fields["latents"] = [[latent.name, latent.effect] for latent in card.latents]
+    texts = [{"context": "".join(tokens), "answer": answer, "loss": loss} for tokens, answer, loss in card.contexts]
+    return fields | {"contexts": texts, "run": part.path.name}

@@ -1,0 +1,446 @@
+"""Discovering behaviours: which tokens are taken, vectors of contexts, clusters, and the job that puts them together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from unweave.circuits import behaviours, cluster
+from unweave.circuits.behaviours import Confidence, Example, repeated
+from unweave.circuits.gradients import blocks, parameters, projected_gradients, projection_block
+from unweave.circuits.vectors import vectors
+from unweave.core.errors import UnweaveError
+from unweave.data.pack import Row
+from unweave.data.tokens import TokenStore
+from unweave.lm.chat import Role
+from unweave.lm.model import LM, Tokens
+from unweave.sae.attribution import node_effects
+from unweave.sae.module import SAE
+from unweave.tasks.answers import AnswerLoss
+
+LMs = Callable[..., LM]
+SITES = ("embed", "attn_add.1", "mlp_add.1", "resid_post.1")
+
+
+def make_sae(site: str, lm: LM, seed: int = 0, d_sae: int = 24) -> SAE:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    width = lm.d_model
+    return SAE(
+        draw(width, d_sae), draw(d_sae, width), draw(d_sae), draw(width), read=lm.site(site), write=lm.site(site)
+    )
+
+
+def make_store(folder: Path, rows: list[list[int]], roles: list[list[int]] | None = None) -> TokenStore:
+    roles = roles or [[Role.TEXT.value] * len(row) for row in rows]
+    made = [Row(ids, r, number) for number, (ids, r) in enumerate(zip(rows, roles, strict=True))]
+    return TokenStore.write(folder, made, sum(map(len, rows)), {})
+
+
+def random_rows(lengths: list[int], seed: int = 0, low: int = 4, high: int = 97) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(low, high, n).tolist() for n in lengths]
+
+
+# -- which tokens -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "rule", "expected"),
+    [
+        ([1, 2, 3, 1, 2], "bigram", [4]),  # 1 2 came before: induction
+        ([1, 2, 3, 1, 4], "bigram", []),  # 1 was followed by something else
+        ([1, 2, 3, 4, 2], "bigram", []),  # 2 came before, but not after 4
+        ([1, 2, 3, 4, 2], "answer", [4]),
+        ([5, 5, 5, 5], "bigram", [2, 3]),  # the first pair is new
+        ([5, 5], "answer", [1]),
+        ([1, 2, 1, 2, 1, 2], "bigram", [3, 4, 5]),
+        ([7], "bigram", []),
+        ([1, 2, 3, 11, 12], "bigram", []),
+        ([1, 2, 3, 11, 12], "word", [4]),  # 11 and 12 read as 1 and 2 do
+        ([1, 2, 3, 1, 2], "word", [4]),
+    ],
+)
+def test_repetitions_by_hand(ids: list[int], rule: Any, expected: list[int]) -> None:
+    found = repeated(ids, rule, key=lambda token: token % 10)
+    assert np.flatnonzero(found).tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox"])
+def test_losses_are_those_of_the_whole_logits(
+    name: str, tiny_lm: LMs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 2 caps its logits after the unembedding; a few positions at a time must give what all at once do."""
+    lm = tiny_lm(name)
+    monkeypatch.setattr(behaviours, "_LOGIT_ELEMENTS", 5 * lm.vocab_size)
+    rows = random_rows([13, 9])
+    tokens = Tokens.pad([(row, [Role.TEXT.value] * len(row)) for row in rows], lm.pad_id)
+    found = behaviours.next_token_losses(lm, tokens)
+    for row, losses in zip(rows, found, strict=True):
+        logits = lm(torch.tensor([row]))
+        assert logits is not None
+        wanted = -logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+        torch.testing.assert_close(losses[: len(row) - 1], wanted, atol=1e-5, rtol=1e-5)
+        assert not losses[len(row) - 1 :].any()
+
+
+def brute_force(lm: LM, rows: list[list[int]], size: int, least: int, max_loss: float) -> set[tuple[int, ...]]:
+    """Every token of every window, one forward pass each."""
+    found = set()
+    for row in rows:
+        for start in range(0, len(row), size + 1):
+            window = row[start : start + size + 1]
+            for at in range(least, len(window)):
+                logits = lm(torch.tensor([window[:at]]), keep_logits=1)
+                assert logits is not None
+                loss = float(-logits[0, -1].log_softmax(-1)[window[at]])
+                pairs = list(zip(window[: at - 1], window[1:at], strict=True))
+                if loss < max_loss and (window[at - 1], window[at]) not in pairs and window[at] not in lm.special_ids:
+                    found.add((*window[:at], window[at]))
+    return found
+
+
+def test_sure_tokens_are_those_of_brute_force(tiny_lm: LMs, tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    with torch.no_grad():  # a model with an opinion
+        lm.model.lm_head.weight.mul_(6)
+    rows = random_rows([40, 23, 11, 7], high=16)
+    # The greedy next token here and there, so that there is something to be sure of.
+    for row in rows:
+        for at in range(5, len(row), 3):
+            start = at - at % 11
+            logits = lm(torch.tensor([row[start:at] or row[:1]]), keep_logits=1)
+            assert logits is not None
+            row[at] = int(logits[0, -1].argmax())
+    options = Confidence(max_loss=0.6, context=10, min_context=2, per_document=1000)
+    found = behaviours.find(lm, make_store(tmp_path / "store", rows), options)
+    wanted = brute_force(lm, rows, 10, 2, 0.6)
+    assert {(*e.ids, e.answer) for e in found.examples} == wanted and len(wanted) >= 10
+    flat = [token for row in rows for token in row]
+    for example in found.examples:
+        assert flat[example.place] == example.answer and flat[example.place - 1] == example.ids[-1]
+        assert 2 <= len(example.ids) <= 10 and example.loss < 0.6
+    assert found.counts["sure"] - found.counts["repeated"] == found.counts["kept"] == len(found.examples)
+
+
+def sure_of_everything(lm: LM, tokens: Tokens) -> torch.Tensor:
+    return torch.full((len(tokens), tokens.ids.shape[1] - 1), 0.01)
+
+
+def test_options_choose_among_sure_tokens(tiny_lm: LMs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm()
+    monkeypatch.setattr(behaviours, "next_token_losses", sure_of_everything)
+    rows = random_rows([30, 30, 30], high=90)
+    roles = [[Role.TEXT.value] * 30 for _ in rows]
+    rows[0][12], roles[1][12] = 1, Role.SPECIAL.value  # a special token, and one of the template
+    store = make_store(tmp_path / "store", rows, roles)
+    every = Confidence(context=29, min_context=5, per_document=1000, repeats="answer")
+    whole = behaviours.find(lm, store, every)
+    assert whole.counts["scanned"] == 3 * 25 - 2
+    assert not {12, 42} & {e.place for e in whole.examples}
+    assert all(e.answer not in e.ids for e in whole.examples)
+    some = behaviours.find(lm, store, dataclasses.replace(every, per_document=4))
+    documents = [e.document for e in some.examples]
+    assert sorted(set(documents)) == [0, 1, 2] and all(documents.count(d) == 4 for d in set(documents))
+    assert some.counts["crowded"] == len(whole.examples) - 12
+    few = behaviours.find(lm, store, dataclasses.replace(every, limit=7))
+    assert len(few.examples) == 7 and few.counts["surplus"] == len(whole.examples) - 7
+    again = behaviours.find(lm, store, dataclasses.replace(every, limit=7))
+    other = behaviours.find(lm, store, dataclasses.replace(every, limit=7, seed=1))
+    assert again == few and other.examples != few.examples
+    assert {e.place for e in few.examples} <= {e.place for e in whole.examples}
+    path = tmp_path / "contexts.jsonl"
+    behaviours.save(path, few)
+    assert behaviours.load(path) == few
+
+
+def test_every_window_begins_with_the_rows_bos(
+    make_tokenizer: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 6: a model that is used to BOS must not see contexts without it."""
+    lm = LM(tiny("llama"), make_tokenizer(add_bos=True))
+    monkeypatch.setattr(behaviours, "next_token_losses", sure_of_everything)
+    rows = [[0, *random_rows([30], low=5)[0]]]
+    options = Confidence(context=9, min_context=3, per_document=1000)
+    found = behaviours.find(lm, make_store(tmp_path / "store", rows), options).examples
+    assert all(e.ids[0] == 0 and 0 not in e.ids[1:] and len(e.ids) <= 9 for e in found)
+    assert any(e.place > 20 for e in found) and all(rows[0][e.place] == e.answer for e in found)
+
+
+def test_no_sure_token_is_an_error_that_says_what_there_was(tiny_lm: LMs, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", random_rows([20]))
+    with pytest.raises(UnweaveError, match=r"sure of none of 12 tokens .*below 0\.0001 nats"):
+        behaviours.find(tiny_lm(), store, Confidence(max_loss=1e-4))
+    with pytest.raises(UnweaveError, match="no context can be chosen"):
+        Confidence(max_loss=0.8)
+    (tmp_path / "bad.jsonl").write_text('{"counts": {}}\n{"ids": 3\n')
+    with pytest.raises(UnweaveError, match="cannot read the contexts"):
+        behaviours.load(tmp_path / "bad.jsonl")
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def whole_projection(lm: LM, seed: int, dimensions: int, density: float) -> np.ndarray:
+    parts = []
+    for number, parameter in enumerate(parameters(lm)):
+        for block, rows in enumerate(blocks(parameter, dimensions, density)):
+            n = (rows.stop - rows.start) * parameter.columns
+            parts.append(projection_block(seed, number, block, n, dimensions, density).toarray())
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox", "qwen3", "phi3"])
+def test_projected_gradients_are_autograds_times_the_matrix(
+    name: str, tiny_lm: LMs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts of different lengths in one batch, biases, GPT-2's transposed layers, and several blocks a parameter."""
+    monkeypatch.setattr("unweave.circuits.gradients._BLOCK_ENTRIES", 3000)
+    lm = tiny_lm(name)
+    rows, answers = random_rows([9, 6]), torch.tensor([40, 7])
+    tokens = Tokens.pad([(row, [Role.TEXT.value] * len(row)) for row in rows], lm.pad_id)
+    found = projected_gradients(lm, tokens, AnswerLoss(answers), dimensions=40, density=0.2, seed=3)
+    chosen = parameters(lm)
+    named = dict(lm.model.named_parameters())
+    left_out = set(named) - {parameter.name for parameter in chosen}
+    assert left_out and all(
+        any(word in path for word in ("norm", "ln_", "embed", "wte", "wpe", "lm_head")) for path in left_out
+    )
+    matrix = whole_projection(lm, 3, 40, 0.2)
+    for parameter in named.values():
+        parameter.requires_grad_(True)
+    try:
+        for row, answer, mine in zip(rows, answers.tolist(), found, strict=True):
+            logits = lm.model(input_ids=torch.tensor([row])).logits[0, -1]
+            gradients = torch.autograd.grad(-logits.log_softmax(-1)[answer], [named[p.name] for p in chosen])
+            whole = torch.cat([gradient.flatten() for gradient in gradients]).numpy()
+            np.testing.assert_allclose(mine, whole @ matrix, rtol=1e-4, atol=1e-5 * np.abs(whole @ matrix).max())
+    finally:
+        lm.model.requires_grad_(False)
+
+
+def test_the_projection_is_what_it_says() -> None:
+    n, dimensions, density = 2000, 300, 0.02
+    block = projection_block(5, 1, 2, n, dimensions, density)
+    assert set(np.unique(block.data)) == {-1.0, 1.0} and block.has_canonical_format
+    expected, spread = n * dimensions * density, math.sqrt(n * dimensions * density * (1 - density))
+    assert abs(block.nnz - expected) < 5 * spread
+    assert abs(block.data.sum()) < 5 * math.sqrt(expected)
+    per_column = np.diff(sp.csc_array(block).indptr)
+    assert abs(per_column.mean() - n * density) < 1 and abs(per_column.var() / (n * density * (1 - density)) - 1) < 0.5
+    assert (block != projection_block(5, 1, 2, n, dimensions, density)).nnz == 0
+    for other in ((6, 1, 2), (5, 2, 2), (5, 1, 3)):
+        assert (block != projection_block(*other, n, dimensions, density)).nnz > 0
+    assert projection_block(0, 0, 0, 7, 5, 1.0).nnz == 35
+    with pytest.raises(UnweaveError, match="no projection"):
+        projection_block(0, 0, 0, 7, 5, 1.5)
+
+
+def test_projection_keeps_inner_products_in_expectation() -> None:
+    """E[(a R) . (b R)] = dimensions x density x (a . b), with a standard error over columns."""
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal(400)
+    b = 0.5 * a + rng.standard_normal(400)
+    dimensions, density = 6000, 0.05
+    block = projection_block(0, 0, 0, 400, dimensions, density)
+    products = (a @ block) * (b @ block) / density
+    error = products.std() / math.sqrt(dimensions)
+    assert abs(products.mean() - a @ b) < 4 * error and error < 0.1 * abs(a @ b)
+
+
+# -- vectors ----------------------------------------------------------------------------------------------------------
+
+
+def some_examples(n: int = 6, seed: int = 0) -> list[Example]:
+    lengths = [5 + 3 * (i % 3) for i in range(n)]
+    return [
+        Example(tuple(row[:-1]), row[-1], 0.1, i, 100 + i)
+        for i, row in enumerate(random_rows([k + 1 for k in lengths], seed))
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_effects_of_latents_are_attribution_with_ablation(name: str, tiny_lm: LMs) -> None:
+    """Sums, last and last five positions against ``node_effects`` of each example on its own, whatever the batches."""
+    lm = tiny_lm(name)
+    saes = {lm.site(site): make_sae(site, lm, seed) for seed, site in enumerate(SITES)}
+    examples = some_examples()
+    made = {
+        positions: vectors(lm, saes, examples, positions=positions, max_tokens=17)
+        for positions in ("sum", "last", "last-5")
+    }
+    assert all(isinstance(found, sp.csr_array) for found in made.values())
+    for i, example in enumerate(examples):
+        metric = AnswerLoss(torch.tensor([example.answer]))
+        effects = node_effects(lm, saes, Tokens.of(torch.tensor([example.ids])), None, metric)
+        kept = [effect.latents[0] for effect in effects.values()]
+        wanted = {
+            "sum": torch.cat([latents[1:].sum(0) for latents in kept]),
+            "last": torch.cat([latents[-1] for latents in kept]),
+            "last-5": torch.cat([latents[-5:].flip(0).flatten() for latents in kept]),
+        }
+        for positions, found in made.items():
+            row = torch.from_numpy(found[[i]].toarray()[0])
+            torch.testing.assert_close(row, wanted[positions], atol=1e-5, rtol=1e-4)
+
+
+def test_dense_vectors_and_latents_by_hand(tiny_lm: LMs) -> None:
+    lm = tiny_lm("llama")
+    sae = make_sae("resid_post.1", lm)
+    (site,) = saes = {lm.site("resid_post.1"): sae}
+    examples = some_examples()
+    dense = {p: vectors(lm, saes, examples, kind="activations", positions=p) for p in ("sum", "last")}
+    sparse = vectors(lm, saes, examples, kind="latents", positions="last")
+    gradient = vectors(lm, saes, examples, kind="effects-dense", positions="last")
+    whole = vectors(lm, saes, examples, kind="activations", skip_first=0)
+    for i, example in enumerate(examples):
+        with lm.taps(read=[site]) as seen:
+            lm(torch.tensor([example.ids]))
+        x = seen[site][0]
+        np.testing.assert_allclose(dense["sum"][i], x[1:].sum(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(whole[i], x.sum(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(dense["last"][i], x[-1], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(sparse[[i]].toarray()[0], sae.encode(x[-1]), rtol=1e-4, atol=1e-5)
+
+        def loss(scale: float, example: Example = example) -> float:
+            def scaled(v: torch.Tensor, _at: Any) -> torch.Tensor:
+                last = torch.zeros_like(v)
+                last[:, -1] = scale
+                return v * (1 + last)
+
+            with lm.taps(edit={site: scaled}):
+                logits = lm(torch.tensor([example.ids]), keep_logits=1)
+            assert logits is not None
+            return float(-logits[0, -1].double().log_softmax(-1)[example.answer])
+
+        slope = (loss(1e-3) - loss(-1e-3)) / 2e-3  # all coordinates scaled together: minus the sum of their effects
+        assert -gradient[i].sum() == pytest.approx(slope, rel=2e-2, abs=2e-3)
+
+
+def test_vectors_refuse_what_they_cannot_do(tiny_lm: LMs) -> None:
+    lm = tiny_lm()
+    sae = make_sae("resid_post.1", lm)
+    with pytest.raises(UnweaveError, match="no contexts"):
+        vectors(lm, sae, [])
+    with pytest.raises(UnweaveError, match="no vectors are made"):
+        vectors(lm, sae, some_examples(), kind="words")  # type: ignore[arg-type]
+    with torch.no_grad():
+        lm.model.get_submodule("model.layers.0.mlp.down_proj").weight[0] = math.nan
+    with pytest.raises(UnweaveError, match="NaN"):
+        vectors(lm, {}, some_examples(), kind="gradients", dimensions=10, density=0.5)
+
+
+# -- clusters ---------------------------------------------------------------------------------------------------------
+
+
+def test_angular_similarity_by_hand() -> None:
+    rows = np.array([[1.0, 0], [5, 0], [0, 2], [-1, 0], [1, 1], [0, 0]])
+    expected = np.array(
+        [
+            [1, 1, 0.5, 0, 0.75, 0.5],
+            [1, 1, 0.5, 0, 0.75, 0.5],
+            [0.5, 0.5, 1, 0.5, 0.75, 0.5],
+            [0, 0, 0.5, 1, 0.25, 0.5],
+            [0.75, 0.75, 0.75, 0.25, 1, 0.5],
+            [0.5, 0.5, 0.5, 0.5, 0.5, 1],
+        ]
+    )
+    for given in (rows, sp.csr_array(rows)):
+        np.testing.assert_allclose(cluster.angular_similarity(given), expected, atol=1e-7)
+
+
+def planted(sizes: tuple[int, ...], noise: float = 0.25, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    truth = np.repeat(np.arange(len(sizes)), sizes)
+    centres = rng.standard_normal((len(sizes), 20)) * 3
+    rows = centres[truth] + noise * rng.standard_normal((len(truth), 20)) * 3
+    rows *= rng.uniform(0.1, 30, (len(truth), 1))  # lengths say nothing
+    mixed = rng.permutation(len(truth))
+    return rows[mixed], truth[mixed]
+
+
+@pytest.mark.parametrize("method", ["spectral", "kmeans"])
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_array])
+def test_planted_clusters_are_found(method: Any, form: Any) -> None:
+    from sklearn.metrics import adjusted_rand_score
+
+    rows, truth = planted((30, 20, 12, 9))
+    rows[5] = 0
+    found = cluster.cluster(form(rows), 4, method=method)
+    assert found.labels[5] == -1 and found.sizes.sum() == len(rows) - 1
+    kept = found.labels >= 0
+    assert adjusted_rand_score(truth[kept], found.labels[kept]) > 0.95
+    assert found.stability is not None and found.stability > 0.95
+    assert (found.coherence > found.control + 3 * found.spread).all()
+    by_size = cluster.cluster(form(rows), 4, method=method, rank="size")
+    assert by_size.sizes.tolist() == sorted(found.sizes.tolist(), reverse=True)
+    for place in range(4):
+        members = found.members(place)
+        assert len(members) == found.sizes[place]
+        units = rows[members] / np.linalg.norm(rows[members], axis=1, keepdims=True)
+        mean = units.mean(0) / np.linalg.norm(units.mean(0))
+        assert found.coherence[place] == pytest.approx(float((units @ mean).mean()))
+        order = cluster.typical(form(rows), members)
+        cosines = dict(zip(members.tolist(), units @ mean, strict=True))
+        assert [cosines[i] for i in order.tolist()] == sorted(cosines.values(), reverse=True)
+    excess = found.coherence - found.control
+    assert excess.tolist() == sorted(excess.tolist(), reverse=True)
+
+
+def test_noise_is_no_more_coherent_than_chance_clusters_of_it() -> None:
+    """Small clusters are coherent by themselves; the control shows how much."""
+    rows = np.random.default_rng(0).standard_normal((60, 30))
+    control = cluster.cluster(rows, 5, method="kmeans").control
+    sizes = cluster.cluster(rows, 5, method="kmeans").sizes
+    assert (control > 0.8 / np.sqrt(sizes)).all() and (control < 1.3 / np.sqrt(sizes) + 0.05).all()
+
+
+def test_what_cannot_be_clustered_is_refused() -> None:
+    rows, _ = planted((5, 5))
+    rows[0] = 0
+    with pytest.raises(UnweaveError, match=r"10 clusters of 9 contexts .* \(1 have a vector of zeros\)"):
+        cluster.cluster(rows, 10)
+    rows[1, 0] = np.nan
+    with pytest.raises(UnweaveError, match="NaN"):
+        cluster.cluster(rows, 2)
+    assert len(cluster.cluster(rows[2:], 1)) == 1 and len(cluster.cluster(rows[2:], 8)) == 8
+
+
+# -- the job ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tiny: Any, make_tokenizer: Any, tmp_path: Path) -> Path:
+    """A tiny model that is sure of itself, its SAEs, and a text of 40 documents that it half knows."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    tokenizer = make_tokenizer(chat_template=None)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lm = LM(model, tokenizer)
+    for seed, site in enumerate(("resid_post.0", "mlp_add.1", "resid_post.1")):
+        make_sae(site, lm, seed).save(tmp_path / "saes" / site)
+    rng = np.random.default_rng(0)
+    documents = []
+    for _ in range(40):
+        ids = rng.integers(5, 97, 4).tolist()
+        while len(ids) < 30:
+            logits = lm(torch.tensor([ids]), keep_logits=1)
+            assert logits is not None
+            ids.append(int(logits[0, -1, 5:-1].argmax()) + 5 if len(ids) % 4 else int(rng.integers(5, 96)))
+        documents.append(lm.decode(ids))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return tmp_path
