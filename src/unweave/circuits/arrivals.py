@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unweave.circuits.paths import Rows
 from unweave.sae.module import SAE
-from unweave.sae.states import State
 
 _NUMBERS = 1 << 23
 """how many numbers one step of a product may hold beside its result"""
@@ -43,7 +43,7 @@ class Changes:
     @property
     def width(self) -> int:
         """How many slots can have edges here: the changing latents and the error."""
-        return len(self.slots) + 1
+        return self.slots.shape[0] + 1
 
     def dense(self) -> Tensor:
         """The latents' changes, [T, S]."""
@@ -53,29 +53,38 @@ class Changes:
         return out
 
 
-def changes_of(sae: SAE, change: State, allowed: Tensor | None) -> Changes:
-    """A site's changes (from ``change_of``), at ``allowed`` (bool [P or 1, F + 1]) slots only where that is given."""
+def changes_of(
+    sae: SAE, token: Tensor, latents: Tensor, x: Tensor, shape: torch.Size, allowed: Tensor | None
+) -> Changes:
+    """A site's changes at ``token`` int64 [n], ascending (elsewhere there is none), of a batch of ``shape`` [B, P].
+
+    ``latents`` [n, F] and ``x`` [n, D] are the patch values minus the clean ones; the error's change is what latents
+    leave of x's. Only ``allowed`` slots (bool [P or 1, F + 1]) are kept where that is given.
+    """
     dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
-    latents, error = change.latents, change.error
+    n_tokens, n_positions = shape[0] * shape[1], shape[1]
+    row, latent = latents.nonzero().unbind(1)
+    delta = latents[row, latent]
+    if len(row) * 8 < latents.numel():
+        first = torch.bincount(row, minlength=len(token)).cumsum(0)
+        first = torch.cat([first.new_zeros(1), first])
+        written = F.embedding_bag(
+            latent, sae.W_dec, first, mode="sum", per_sample_weights=delta, include_last_offset=True
+        )
+    else:
+        written = latents @ sae.W_dec
+    error = torch.zeros(n_tokens, sae.d_out, dtype=dtype, device=x.device)
+    error[token] = (x.to(written.dtype) - written).to(dtype)
     if allowed is not None:
-        allowed = allowed.to(latents.device)
-        latents, error = latents * allowed[:, :-1], error * allowed[:, -1:]
-    flat = latents.flatten(0, 1)
-    token, latent = flat.nonzero().unbind(1)
+        allowed = allowed.to(x.device).expand(n_positions, -1)
+        error *= allowed[:, -1].repeat(shape[0]).unsqueeze(1)
+        kept = allowed[token[row] % n_positions, latent]
+        row, latent, delta = row[kept], latent[kept], delta[kept]
     slots, which = latent.unique(return_inverse=True)
-    first = torch.zeros(len(flat) + 1, dtype=torch.int64, device=flat.device)
-    first[1:] = torch.bincount(token, minlength=len(flat)).cumsum(0)
+    first = torch.bincount(token[row], minlength=n_tokens).cumsum(0)
+    first = torch.cat([first.new_zeros(1), first])
     directions = sae.W_dec if len(slots) == sae.d_sae else sae.W_dec[slots]
-    return Changes(
-        slots,
-        directions.to(dtype),
-        first,
-        which,
-        flat[token, latent].to(dtype),
-        error.flatten(0, 1).to(dtype),
-        sae.d_sae,
-        latents.shape[1],
-    )
+    return Changes(slots, directions.to(dtype), first, which, delta.to(dtype), error, sae.d_sae, n_positions)
 
 
 class Arrivals:

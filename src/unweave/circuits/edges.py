@@ -37,7 +37,7 @@ from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import Identity
 from unweave.sae.attribution import SiteEffects
 from unweave.sae.module import SAE
-from unweave.sae.states import by_site_of, change_of, line_up, moved_positions, reads_of, states, take_apart
+from unweave.sae.states import by_site_of, line_up, moved_positions, reads_of, values_of
 
 Summed = Literal["none", "positions"]
 Found = dict[tuple[Site, Site | None], Edges]
@@ -79,16 +79,16 @@ def edge_effects(
     _check(by_site, effects, clean, threshold, summed, upstream)
     with torch.no_grad():
         paths = Paths(lm, plan, by_site, clean, max_tokens)
-        patched = None if patch is None else states(lm, by_site, patch, max_tokens=max_tokens)
-        moved = moved_positions(clean, positions)
+        patched = None if patch is None else values_of(lm, paths.sites, patch, max_tokens=max_tokens)
+        moved = moved_positions(clean, positions).flatten()
         changes: dict[Site, Changes] = {}
         retained: dict[Site, _Retained] = {}
         for site, sae in by_site.items():
-            state = take_apart({site: sae}, paths.values, clean)[site]
-            change = change_of(sae, state, None if patched is None else patched.pop(site), moved)
-            changes[site] = changes_of(sae, change, (upstream or {}).get(site))
-            if where(site) != ("stream", -1):
-                retained[site] = _retained(sae, site, state.latents, paths, effects[site], threshold)
+            strong = _strong(effects[site], threshold) if where(site) != ("stream", -1) else None
+            state = _State.of(paths, sae, site, patch, patched, moved, strong)
+            changes[site] = state.changes((upstream or {}).get(site))
+            if strong is not None:
+                retained[site] = state.retained(effects[site], strong)
         found: Found = {}
         for site, nodes in retained.items():
             found |= _into(site, nodes, paths, changes, max_tokens, summed)
@@ -193,26 +193,86 @@ class _Retained:
         return {self.read: read.unsqueeze(1), write: (g * is_error).unsqueeze(1)}
 
 
-def _retained(sae: SAE, site: Site, latents: Tensor, paths: Paths, effects: SiteEffects, threshold: float) -> _Retained:
-    """``latents`` [B, P, F] are the clean ones."""
-    read = reads_of(sae, site)
-    tokens = paths.tokens
-    if isinstance(sae.activation, Identity):
-        kept = sae.policy.keep(paths.values[read], tokens.ids, tokens.mask)
-        active = kept.flatten().unsqueeze(1).expand(-1, sae.d_sae)
-    else:
-        active = latents.flatten(0, 1) != 0
-    assert effects.gradient is not None
-    g = effects.gradient.flatten(0, 1).to(sae.W_dec.dtype)
-    token, slot = ((effects.latents.abs() > threshold).flatten(0, 1) & active).nonzero().unbind(1)
-    error = (effects.error.abs() > threshold).flatten().nonzero()[:, 0]
-    through = [-((g[some] @ sae.W_dec.T) * active[some]) @ sae.W_enc.T for some in error.split(1024)]
-    which = torch.cat([torch.full_like(token, -1), torch.arange(len(error), device=token.device)])
-    token, slot = torch.cat([token, error]), torch.cat([slot, torch.full_like(error, sae.d_sae)])
-    width = tokens.ids.shape[1]
-    return _Retained(
-        sae, read, token, token % width, slot, g, torch.cat(through) if through else g.new_zeros(0, sae.d_in), which
-    )
+def _strong(effects: SiteEffects, threshold: float) -> Tensor:
+    """Which slots of which tokens pass the threshold, bool [T, F + 1]."""
+    strong = torch.cat([effects.latents.abs() > threshold, effects.error.abs().unsqueeze(-1) > threshold], -1)
+    return strong.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class _State:
+    """One site's latents at the tokens that matter: those that change, and those with a retained node.
+
+    ``token`` int64 [n], ascending. ``change`` of latents [n, F] and ``shift`` of x [n, D] from clean to patch, 0 where
+    nothing is moved. ``active`` bool [n, F]: where a latent follows its input on the clean one.
+    """
+
+    sae: SAE
+    read: Site
+    shape: torch.Size
+    token: Tensor
+    change: Tensor
+    shift: Tensor
+    active: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        paths: Paths,
+        sae: SAE,
+        site: Site,
+        patch: Tokens | None,
+        patched: Mapping[Site, Tensor] | None,
+        moved: Tensor,
+        strong: Tensor | None,
+    ) -> _State:
+        read, clean = reads_of(sae, site), paths.tokens
+        x, source = (paths.values[s].flatten(0, 1) for s in (site, read))
+        if patch is not None and patched is not None:
+            x2, source2 = (patched[s].flatten(0, 1) for s in (site, read))
+            moved = moved & ((x2 != x).any(-1) | (source2 != source).any(-1))
+        token = (moved if strong is None else moved | strong.any(-1)).nonzero()[:, 0]
+        latents, kept = _encoded(sae, source[token], clean, token)
+        if patch is None or patched is None:
+            change, shift = -latents, sae.b_dec - x[token]
+        else:
+            change, shift = _encoded(sae, source2[token], patch, token)[0] - latents, x2[token] - x[token]
+        still = ~moved[token].unsqueeze(1)
+        active = kept.expand_as(latents) if isinstance(sae.activation, Identity) else latents != 0
+        return cls(sae, read, clean.ids.shape, token, change.masked_fill(still, 0), shift.masked_fill(still, 0), active)
+
+    def changes(self, allowed: Tensor | None) -> Changes:
+        return changes_of(self.sae, self.token, self.change, self.shift, self.shape, allowed)
+
+    def retained(self, effects: SiteEffects, strong: Tensor) -> _Retained:
+        """The nodes that pass the threshold, without latents that do not follow their input."""
+        sae = self.sae
+        assert effects.gradient is not None
+        g = effects.gradient.flatten(0, 1).to(sae.W_dec.dtype)
+        here = strong[self.token]
+        row, slot = (here[:, :-1] & self.active).nonzero().unbind(1)
+        errors = here[:, -1].nonzero()[:, 0]
+        through = [
+            ((g[self.token[some]] @ sae.W_dec.T) * self.active[some]) @ -sae.W_enc.T for some in errors.split(1024)
+        ]
+        token = self.token[torch.cat([row, errors])]
+        return _Retained(
+            sae,
+            self.read,
+            token,
+            token % self.shape[1],
+            torch.cat([slot, torch.full_like(errors, sae.d_sae)]),
+            g,
+            torch.cat(through) if through else g.new_zeros(0, sae.d_in),
+            torch.cat([torch.full_like(row, -1), torch.arange(len(errors), device=row.device)]),
+        )
+
+
+def _encoded(sae: SAE, source: Tensor, tokens: Tokens, token: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents [n, F] of some tokens, 0 at those that the policy excludes, and which it does not, [n, 1]."""
+    ids, mask = tokens.ids.flatten()[token], tokens.mask.flatten()[token]
+    kept = sae.policy.keep(source, ids, mask).unsqueeze(-1)
+    return sae.encode(source) * kept, kept
 
 
 # -- edges into one site ----------------------------------------------------------------------------------------------

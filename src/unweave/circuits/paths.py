@@ -27,7 +27,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.module import SAE
-from unweave.sae.states import chunks, reads_of
+from unweave.sae.states import chunks, reads_of, values_of
 
 ATTENTION = ("attn_heads", "attn_out", "attn_add")
 MLP = ("mlp_act", "mlp_out", "mlp_add")
@@ -148,13 +148,8 @@ class Paths:
         self.parallel = lm.layout.parallel
         top = max((place for at in (plan.stream, plan.attn, plan.mlp) for place in at), default=-1)
         inputs = [Site(point, layer) for layer in range(max(top, 0) + 1) for point in self._inputs()]
-        read = sorted({*saes, *(reads_of(sae, site) for site, sae in saes.items()), *inputs})
-        parts = []
-        for rows in chunks(len(tokens), tokens.ids.shape[1], max_tokens):
-            with lm.taps(read=read, stop=read[-1]) as seen:
-                lm(tokens.rows(rows))
-            parts.append({site: seen[site] for site in read})
-        self.values = {site: torch.cat([part[site] for part in parts]) for site in read}
+        self.sites = {*saes, *(reads_of(sae, site) for site, sae in saes.items())}
+        self.values = values_of(lm, {*self.sites, *inputs}, tokens, max_tokens=max_tokens)
 
     def _inputs(self) -> tuple[str, ...]:
         return ("resid_pre",) if self.parallel else ("resid_pre", "resid_mid")
