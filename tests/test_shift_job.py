@@ -17,7 +17,7 @@ from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.run import Run, read_json
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
-from unweave.jobs.circuit import shift, shift_table
+from unweave.jobs.circuit import shift, shift_judge, shift_table
 from unweave.jobs.circuit.specs import CircuitShiftSpec
 from unweave.jobs.specs import DataSpec
 from unweave.judge.scripted import Scripted
@@ -146,7 +146,7 @@ def test_options_change_what_is_found(judged: Run, home: Path, tmp_path: Path, m
         {"examples": 4},
         {"steps": 5},
         {"rule": "left"},
-        {"method": "attribution", "steps": 5},
+        {"method": "attribution", "steps": CircuitShiftSpec.steps},
         {"train": 12},
         {"probe": "resid_post.2"},
     ):
@@ -177,7 +177,7 @@ def test_a_chat_model_judges(home: Path, tmp_path: Path, monkeypatch: pytest.Mon
     asked: list[Any] = []
     monkeypatch.setattr(shift, "check_judge", asked.append)
     judge = Scripted(lambda talk: None if len(talk[-1]["content"]) % 5 == 0 else "answer: [[no]]")
-    monkeypatch.setattr(shift, "open_judge", lambda *_: judge)
+    monkeypatch.setattr(shift_judge, "open_judge", lambda *_: judge)
     spec = spec_of(home, seeds=1, judge="chat", annotations=None, data=data(home), latents_tokens=900)
     with pytest.warns(UnweaveWarning) as caught:
         found = shift.run(spec, tmp_path).result
@@ -205,7 +205,7 @@ def test_what_makes_no_sense_is_refused(home: Path, tmp_path: Path) -> None:
         ({"chat": JudgeSpec(max_new_tokens=5)}, "no effect"),
         ({"data": data(home)}, "no effect"),
         ({"context_share": 0.5}, "no effect"),
-        ({"method": "attribution", "rule": "left"}, "no effect"),
+        ({"method": "attribution", "steps": CircuitShiftSpec.steps, "rule": "left"}, "no effect"),
         ({"annotations": None}, "no file to judge by"),
         ({"judge": "rule"}, "no effect"),
     ):

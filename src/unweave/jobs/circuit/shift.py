@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unweave.circuits import annotations as annotated
-from unweave.circuits import relevance, shift
+from unweave.circuits import shift
 from unweave.circuits.concepts import concept_vectors, describe
 from unweave.circuits.graph import Circuit
 from unweave.circuits.pooled import Edit, Pooled
@@ -33,13 +32,11 @@ from unweave.circuits.shift import Strong
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.run import Run, atomic_write, read_json, write_json
 from unweave.core.site import Site
-from unweave.jobs.circuit import shift_table
-from unweave.jobs.circuit.records import records_of
+from unweave.jobs.circuit import shift_judge, shift_table
 from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
 from unweave.jobs.circuit.specs import CircuitShiftSpec
 from unweave.jobs.common import stamp
-from unweave.jobs.rubric import REPLIES
-from unweave.judge.base import check_judge, open_judge
+from unweave.judge.base import check_judge
 from unweave.sae.module import SAE
 from unweave.sae.neurons import neurons
 from unweave.tasks import biographies
@@ -64,7 +61,7 @@ def run(spec: CircuitShiftSpec, runs: Path) -> Run:
         opened = open_saes(spec)
         study = _Study(spec, opened, run.path)
         circuits = [study.circuit(seed) for seed in range(spec.seeds)]
-        verdicts, judged = _judged(spec, opened, study.used, circuits, runs, run.path)
+        verdicts, judged = shift_judge.judged(spec, opened, study.used, circuits, runs, run.path)
         rows = [study.measured(seed, circuits[seed], verdicts) for seed in range(spec.seeds)]
         found = _found(spec, study, circuits, verdicts, rows) | {"judge": judged}
         found["files"] = shift_table.save(run.path, found)
@@ -252,14 +249,16 @@ class _Study:
 
         draws = []
         for draw in range(self.spec.random):
-            others = shift.random_latents(_means(circuits["circuit"]), ablated, number * self.spec.random + draw)
+            others = shift.random_latents(
+                shift_judge.means(circuits["circuit"]), ablated, number * self.spec.random + draw
+            )
             draws.append(self._tested(seed.probe, self._ablation(others), f"random latents, {of}"))
         out[shift_table.RANDOM] = {name: sum(d[name] for d in draws) / len(draws) for name in shift_table.MEASURES}
 
-        sky = shift.strongest(_means(circuits["gender"]), top=len(ablated))
+        sky = shift.strongest(shift_judge.means(circuits["gender"]), top=len(ablated))
         edits = self._ablation([(s.site, s.latent) for s in sky])
         out[shift_table.FEATURES] = self._tested(seed.probe, edits, f"feature skyline, {of}")
-        sky = shift.strongest(_means(circuits["neurons"]), top=len(ablated))
+        sky = shift.strongest(shift_judge.means(circuits["neurons"]), top=len(ablated))
         edits = shift.mean_ablation(
             self.lm, self.texts, seed.balanced[: self.spec.examples], [(s.site, s.latent) for s in sky]
         )
@@ -271,7 +270,7 @@ class _Study:
 
     def strong(self, circuits: Mapping[str, Circuit]) -> list[Strong]:
         """The circuit's latents, strongest first."""
-        return shift.strongest(_means(circuits["circuit"]), threshold=self.spec.threshold, top=self.spec.top)
+        return shift.strongest(shift_judge.means(circuits["circuit"]), threshold=self.spec.threshold, top=self.spec.top)
 
     def _ablation(self, latents: Sequence[tuple[Site, int]]) -> list[Edit]:
         return shift.ablation(self.used, latents, self.spec.where)
@@ -295,64 +294,6 @@ def _probe_site(spec: CircuitShiftSpec, opened: Opened) -> Site:
     return max(streams)
 
 
-def _means(circuit: Circuit) -> dict[Site, Tensor]:
-    return {site: values[0] for site, values in circuit.nodes.items()}
-
-
-# -- judging ------------------------------------------------------------------------------------------------------
-
-
-def _judged(
-    spec: CircuitShiftSpec,
-    opened: Opened,
-    saes: Mapping[Site, SAE],
-    circuits: Sequence[Mapping[str, Circuit]],
-    runs: Path,
-    folder: Path,
-) -> tuple[dict[str, Verdict], dict[str, Any]]:
-    """The verdict on every latent of every seed's circuit by name, and what to say of the judge."""
-    strong = {
-        s.name: s
-        for found in circuits
-        for s in shift.strongest(_means(found["circuit"]), threshold=spec.threshold, top=spec.top)
-    }
-    if not strong:
-        raise UnweaveError(
-            "no latent supports the classifier's labels",
-            where="threshold",
-            remedy=f"lower the threshold of {spec.threshold}",
-        )
-    latents = [(s.site, s.latent) for s in sorted(strong.values(), key=lambda s: (s.site, s.latent))]
-    about: dict[str, Any] = {"kind": spec.judge, "failures": {}}
-    if spec.judge == "file":
-        assert spec.annotations is not None
-        said = annotated.load(spec.annotations, saes)
-        annotated.refuse_strangers(said, {s: sae.digest() for s, sae in saes.items()}, str(spec.annotations))
-        verdicts = relevance.by_annotation(latents, said)
-    else:
-        by_site: dict[Site, list[int]] = {}
-        for site, latent in latents:
-            by_site.setdefault(site, []).append(latent)
-        found = records_of(opened, spec.data, spec.latents_tokens, runs, by_site, model=spec.model)
-        records = {(site, latent): found[site].latent(latent) for site, latent in latents}
-        if spec.judge == "rule":
-            verdicts = relevance.by_rule(records, context_share=spec.context_share, promoted_share=spec.promoted_share)
-        else:
-            judge = open_judge(spec.chat, Path(runs) / REPLIES, spec.device)
-            verdicts, about["failures"] = relevance.by_chat(records, judge)
-            about |= {"model": judge.name, "note": judge.note}
-    counts = {True: 0, False: 0, None: 0}
-    for verdict in verdicts:
-        counts[verdict.irrelevant] += 1
-    about |= {"irrelevant": counts[True], "relevant": counts[False], "unknown": counts[None]}
-    write_json(folder / "verdicts.json", [_line(verdict) for verdict in verdicts])
-    return {verdict.name: verdict for verdict in verdicts}, about
-
-
-def _line(verdict: Verdict) -> dict[str, Any]:
-    return {"name": verdict.name, "irrelevant": verdict.irrelevant, "why": verdict.why}
-
-
 def _found(
     spec: CircuitShiftSpec,
     study: _Study,
@@ -368,7 +309,8 @@ def _found(
         for name in (shift_table.SHIFT, shift_table.RETRAIN, shift_table.RANDOM)
     }
     latents = [
-        [{"effect": round(s.effect, 4)} | _line(verdicts[s.name]) for s in study.strong(found)] for found in circuits
+        [{"effect": round(s.effect, 4)} | shift_judge.line(verdicts[s.name]) for s in study.strong(found)]
+        for found in circuits
     ]
     said = []
     if gap < _LEAST_GAP:

@@ -1,0 +1,79 @@
+"""Who says which latents of a classifier's circuits are irrelevant: a file, a rule or a chat model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unweave.circuits import annotations as annotated
+from unweave.circuits import relevance, shift
+from unweave.circuits.graph import Circuit
+from unweave.circuits.relevance import Verdict
+from unweave.core.errors import UnweaveError
+from unweave.core.run import write_json
+from unweave.core.site import Site
+from unweave.jobs.circuit.records import records_of
+from unweave.jobs.circuit.saes import Opened
+from unweave.jobs.circuit.specs import CircuitShiftSpec
+from unweave.jobs.rubric import REPLIES
+from unweave.judge.base import open_judge
+from unweave.sae.module import SAE
+
+
+def means(circuit: Circuit) -> dict[Site, Tensor]:
+    """A circuit's support by slot, {site: [F + 1]}."""
+    return {site: values[0] for site, values in circuit.nodes.items()}
+
+
+def judged(
+    spec: CircuitShiftSpec,
+    opened: Opened,
+    saes: Mapping[Site, SAE],
+    circuits: Sequence[Mapping[str, Circuit]],
+    runs: Path,
+    folder: Path,
+) -> tuple[dict[str, Verdict], dict[str, Any]]:
+    """The verdict on every latent of every seed's circuit by name, and what to say of the judge."""
+    strong = {
+        s.name: s
+        for found in circuits
+        for s in shift.strongest(means(found["circuit"]), threshold=spec.threshold, top=spec.top)
+    }
+    if not strong:
+        raise UnweaveError(
+            "no latent supports the classifier's labels",
+            where="threshold",
+            remedy=f"lower the threshold of {spec.threshold}",
+        )
+    latents = [(s.site, s.latent) for s in sorted(strong.values(), key=lambda s: (s.site, s.latent))]
+    about: dict[str, Any] = {"kind": spec.judge, "failures": {}}
+    if spec.judge == "file":
+        assert spec.annotations is not None
+        said = annotated.load(spec.annotations, saes)
+        annotated.refuse_strangers(said, {s: sae.digest() for s, sae in saes.items()}, str(spec.annotations))
+        verdicts = relevance.by_annotation(latents, said)
+    else:
+        by_site: dict[Site, list[int]] = {}
+        for site, latent in latents:
+            by_site.setdefault(site, []).append(latent)
+        found = records_of(opened, spec.data, spec.latents_tokens, runs, by_site, model=spec.model)
+        records = {(site, latent): found[site].latent(latent) for site, latent in latents}
+        if spec.judge == "rule":
+            verdicts = relevance.by_rule(records, context_share=spec.context_share, promoted_share=spec.promoted_share)
+        else:
+            judge = open_judge(spec.chat, Path(runs) / REPLIES, spec.device)
+            verdicts, about["failures"] = relevance.by_chat(records, judge)
+            about |= {"model": judge.name, "note": judge.note}
+    counts = {True: 0, False: 0, None: 0}
+    for verdict in verdicts:
+        counts[verdict.irrelevant] += 1
+    about |= {"irrelevant": counts[True], "relevant": counts[False], "unknown": counts[None]}
+    write_json(folder / "verdicts.json", [line(verdict) for verdict in verdicts])
+    return {verdict.name: verdict for verdict in verdicts}, about
+
+
+def line(verdict: Verdict) -> dict[str, Any]:
+    return {"name": verdict.name, "irrelevant": verdict.irrelevant, "why": verdict.why}
