@@ -24,7 +24,7 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.taps import At
-from unweave.sae.activations import JumpReLU, TopK
+from unweave.sae.activations import Identity, JumpReLU, TopK
 
 if TYPE_CHECKING:
     from unweave.lm.model import LM
@@ -93,6 +93,8 @@ class Subset:
             normal = self.sae.normalised(x)
             x = x.to(self.W_enc.dtype) if normal is None else normal.x
             pre = x @ self.W_enc + self.b_enc
+            if isinstance(activation, Identity):
+                return pre
             if isinstance(activation, JumpReLU):
                 return torch.relu(pre) * (pre > activation.threshold[self.latents])
             return torch.relu(pre)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from unweave.core.errors import UnweaveError
+from unweave.sae.activations import Identity
 from unweave.sae.formats import (
     circuit_tracer,
     dictionary_learning,
@@ -85,6 +86,12 @@ def save(sae: SAE, folder: Path, format: str) -> Path:
     """Writes an SAE; see ``SAE.save``."""
     if format not in WRITERS:
         raise UnweaveError(f"SAEs cannot be written as {format!r}", remedy=f"known: {', '.join(WRITERS)}")
+    if isinstance(sae.activation, Identity):
+        raise UnweaveError(
+            "neurons are no trained SAE, and no format has a word for them",
+            where=repr(sae),
+            remedy="make them again: neurons(lm, site)",
+        )
     return WRITERS[format](sae, folder)
 
 

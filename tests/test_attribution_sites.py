@@ -1,0 +1,285 @@
+"""Integrated gradients at many sites at once: passes that begin in the middle, and that sites and points share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import FAMILIES
+from test_attribution import F, close, difference, make_pair, make_sae
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.lm.model import LM, Tokens
+from unweave.sae.attribution import alone_effects, endpoints, exact_effects, fractions, node_effects
+from unweave.sae.runner import Runner
+from unweave.sae.states import change_of, states
+
+POINTS = ("resid_pre", "attn_in", "attn_heads", "attn_out", "attn_add", "resid_mid", "mlp_in", "mlp_act", "mlp_out",
+          "mlp_add", "resid_post")  # fmt: skip
+
+
+def every_site(lm: LM) -> list[str]:
+    """Every point of a block in the middle, and what lies at both ends."""
+    points = lm.layout.points()
+    return ["embed", "resid_pre.0", *(f"{p}.1" for p in POINTS if p in points), "resid_post.2", "final_norm"]
+
+
+def loop(lm: LM, site: Site, start: Tensor, shift: Tensor, tokens: Tokens, alphas: Sequence[float]) -> Tensor:
+    """Whole forward passes from the tokens, one point and one site at a time."""
+    mean = torch.zeros_like(start)
+    for alpha in alphas:
+        leaf = (start + alpha * shift).requires_grad_()
+        with lm.taps(edit={site: lambda _x, _at, leaf=leaf: leaf}, grad=True):
+            logits = lm(tokens)
+        assert logits is not None
+        last = logits[torch.arange(len(tokens)), tokens.mask.int().cumsum(1).argmax(1)]
+        mean += torch.autograd.grad(difference(last, torch.arange(len(tokens))).sum(), leaf)[0]
+    return mean / len(alphas)
+
+
+def padded_pair(side: Any) -> tuple[Tokens, Tokens]:
+    clean, patch = make_pair()
+    lengths = (6, 4, 5)
+    one, two = (
+        Tokens.pad([(row[:n].tolist(), [4] * n) for row, n in zip(t.ids, lengths, strict=True)], 2, side)
+        for t in (clean, patch)
+    )
+    return one, two
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("rule", "side"), [("left", "left"), ("midpoint", "right")])
+def test_every_site_at_once_equals_whole_passes_one_by_one(tiny: Any, name: str, rule: Any, side: Any) -> None:
+    """In every family, with padding, in batches that hold several sites and batches that split one."""
+    lm = LM(tiny(name).double(), None)
+    saes = [make_sae(lm, site, seed) for seed, site in enumerate(every_site(lm))]
+    # Its eager attention takes the softmax in float32, where a mask of float64's least number is minus infinity: rows
+    # that see nothing but padding become NaN.
+    clean, patch = padded_pair("right" if name == "gemma2" else side)
+    found = node_effects(lm, saes, clean, patch, difference, method="ig", steps=2, rule=rule, max_tokens=47)
+    assert list(found) == sorted(sae.write for sae in saes)
+    for sae in saes:
+        site = sae.write
+        start = states(lm, sae, clean)[site]
+        change = change_of(sae, start, states(lm, sae, patch)[site], clean.mask)
+        expected = loop(lm, site, start.x, change.x, clean, fractions(2, rule))
+        tolerance = 1e-9 if name in ("gpt2", "gpt_neox", "gpt_neox_sequential") else 1e-4  # RMS norms go through fp32
+        close(found[site].gradient[clean.mask], expected[clean.mask], tolerance)
+        close(found[site].latents, (expected @ sae.W_dec.T) * change.latents, tolerance)
+        close(found[site].error, (expected * change.error).sum(-1), tolerance)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gpt_neox_sequential"])
+@pytest.mark.parametrize("ablate", [False, True])
+def test_sites_together_are_complete_each_on_its_own(tiny: Any, name: str, ablate: bool) -> None:
+    """Parallel and sequential blocks: latents and error of each site make up the change when that site is patched."""
+    lm = LM(tiny(name).double(), None)
+    saes = [make_sae(lm, site, seed) for seed, site in enumerate(every_site(lm))]
+    clean, patch = make_pair()
+    other = None if ablate else patch
+    found = node_effects(lm, saes, clean, other, difference, method="ig", steps=60, rule="midpoint", max_tokens=4096)
+    for sae in saes:
+        latents, error = found[sae.write].over_positions()
+        end = states(lm, sae, patch)[sae.write].x
+        values = []
+        for value in (None, sae.b_dec.expand_as(end) if ablate else end):
+            with lm.taps(edit={sae.write: lambda x, _at, value=value: value}):
+                values.append(difference(lm(clean)[:, -1], torch.arange(3)))  # type: ignore[index]
+        total = values[1] - values[0]
+        assert total.abs().max() > 1e-3
+        close(latents.sum(1) + error, total, 2e-2 if ablate else 2e-3)
+        for a, b in zip(endpoints(lm, sae, clean, other, difference), values, strict=True):
+            close(a, b)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt_neox_sequential"])
+def test_methods_agree_at_many_sites_of_a_linear_model(tiny: Any, name: str) -> None:
+    """Blocks whose attention and MLP add a constant: the metric at the last residual is linear in every site."""
+    lm = LM(tiny(name).double(), None)
+    for block in lm.layout.blocks:
+        for path in (lm.layout.family.heads, lm.layout.family.act):
+            block.get_submodule(path).weight.data.zero_()
+    places = ["embed", "attn_add.0", "mlp_add.0", "resid_post.0", "attn_add.1", "mlp_add.1", "resid_pre.2"]
+    saes = [make_sae(lm, site, seed) for seed, site in enumerate(places)]
+    clean, patch = make_pair()
+    top = Site("resid_post", 2)
+    direction = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def metric(out: Tensor, rows: Tensor) -> Tensor:
+        return (out * direction[rows]).sum((1, 2))
+
+    by_method = {
+        m: node_effects(lm, saes, clean, patch, metric, method=m, steps=3, metric_at=top)  # type: ignore[arg-type]
+        for m in ("attribution", "ig", "exact")
+    }
+    for sae in saes:
+        attribution, ig, exact = (by_method[m][sae.write] for m in ("attribution", "ig", "exact"))
+        close(ig.latents, attribution.latents)
+        close(ig.error, attribution.error)
+        close(exact.latents, attribution.latents)
+        close(exact.error, attribution.error)
+        with_whole = states(lm, sae, patch)[sae.write].x - states(lm, sae, clean)[sae.write].x
+        latents, error = ig.over_positions()
+        close(latents.sum(1) + error, (with_whole * direction).sum((1, 2)))
+
+
+class Counted:
+    """How many tokens go through each block, forward."""
+
+    def __init__(self, lm: LM) -> None:
+        self.tokens = [0] * lm.n_layers
+        for i, block in enumerate(lm.layout.blocks):
+            mlp = block.get_submodule(lm.layout.family.mlp)
+            mlp.register_forward_pre_hook(lambda _m, args, i=i: self.add(i, args[0]))
+
+    def add(self, block: int, x: Tensor) -> None:
+        self.tokens[block] += x.shape[0] * x.shape[1]
+
+    def take(self) -> list[int]:
+        found, self.tokens = self.tokens, [0] * len(self.tokens)
+        return found
+
+
+def test_blocks_below_a_site_run_once_and_points_share_passes(tiny: Any) -> None:
+    lm = LM(tiny("gpt_neox_sequential").double(), None)
+    sites = ["embed", *(f"{p}.{layer}" for layer in range(3) for p in ("attn_add", "mlp_add", "resid_post"))]
+    saes = {site: make_sae(lm, site) for site in sites}
+    clean, patch = make_pair(n=2)  # 12 tokens
+    counted = Counted(lm)
+    passes: list[int] = []
+
+    def metric(out: Tensor, rows: Tensor) -> Tensor:
+        passes.append(len(rows))
+        return difference(out, rows)
+
+    def tokens(steps: int, rule: str, chosen: Sequence[str]) -> list[int]:
+        some = [saes[site] for site in chosen]
+        node_effects(lm, some, clean, patch, metric, method="ig", steps=steps, rule=rule, max_tokens=4096)  # type: ignore[arg-type]
+        return counted.take()
+
+    # Beside the two passes that find states: each point runs the blocks above its site, and no other.
+    tokens(1, "midpoint", sites)  # each SAE is verified against the model once
+    above = {"embed": 3, "attn_add.0": 3, "mlp_add.0": 2, "resid_post.0": 2, "attn_add.1": 2, "resid_post.2": 0}
+    for site, blocks in above.items():
+        once, more = tokens(1, "midpoint", [site]), tokens(5, "midpoint", [site])
+        assert [b - a for a, b in zip(once, more, strict=True)] == [4 * 12 * (i >= 3 - blocks) for i in range(3)]
+    passes.clear()
+    tokens(5, "midpoint", sites)
+    # One pass for each place where passes begin: embed, before blocks 0, 1 and 2, and after the last.
+    assert sorted(passes) == sorted([10, 10, 30, 30, 20])
+    passes.clear()
+    tokens(5, "left", sites)  # the clean run is each path's first point
+    assert sorted(passes) == sorted([2, 8, 8, 24, 24, 16])
+
+
+def test_effects_are_found_while_other_taps_are_open(tiny: Any) -> None:
+    """What someone else reads or edits below a site still happens: passes are then whole."""
+    lm = LM(tiny("gpt2").double(), None)
+    saes = [make_sae(lm, site) for site in ("resid_post.1", "mlp_add.1", "attn_add.2")]
+    for sae in saes:
+        sae.verify(lm)
+    clean, patch = make_pair()
+    plain = node_effects(lm, saes, clean, patch, difference, method="ig", steps=2)
+    with lm.taps(read=["resid_post.0"]):
+        watched = node_effects(lm, saes, clean, patch, difference, method="ig", steps=2)
+    with lm.taps(edit={"resid_post.0": lambda x, _at: 0.5 * x}):
+        edited = node_effects(lm, saes, clean, patch, difference, method="ig", steps=2)
+    for site, found in plain.items():
+        close(watched[site].latents, found.latents)
+        assert (edited[site].latents - found.latents).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("read", ["mlp_add.1", "resid_post.1", "attn_in.2", "final_norm", "path.transformer.h.2"])
+def test_a_metric_inside_the_model_begins_no_higher_than_it_reads(tiny: Any, read: str) -> None:
+    lm = LM(tiny("gpt2").double(), None)
+    at = Site.parse(read)
+    saes = [make_sae(lm, site, seed) for seed, site in enumerate(("resid_post.0", "attn_add.1", "mlp_add.1"))]
+    clean, patch = make_pair()
+    probe = torch.randn(6, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def metric(out: Tensor, rows: Tensor) -> Tensor:
+        return (out.square() * probe).sum((1, 2))
+
+    found = node_effects(lm, saes, clean, patch, metric, method="ig", steps=3, rule="midpoint", metric_at=at)
+    for sae in saes:
+        start, end = (states(lm, sae, t)[sae.write] for t in (clean, patch))
+        mean = torch.zeros_like(start.x)
+        for alpha in fractions(3, "midpoint"):
+            leaf = (start.x + alpha * (end.x - start.x)).requires_grad_()
+            with lm.taps([read], {sae.write: lambda _x, _at, leaf=leaf: leaf}, grad=True) as seen:
+                lm(clean)
+            mean += torch.autograd.grad(metric(seen[read], torch.arange(3)).sum(), leaf)[0] / 3
+        close(found[sae.write].latents, (mean @ sae.W_dec.T) * (end.latents - start.latents))
+
+
+def test_few_and_many_changes_are_multiplied_alike(tiny: Any) -> None:
+    """The product per changed latent and the dense one: the same SAE, with one position moved and with all."""
+    lm = LM(tiny("gpt2").double(), None)
+    sae = make_sae(lm, "resid_post.0")
+    clean, patch = make_pair(n=4, width=8)
+    asked = torch.zeros(4, 8, dtype=torch.bool)
+    asked[:2, 3] = True
+    few, all_of_them = (node_effects(lm, sae, clean, patch, difference, positions=p)[sae.write] for p in (asked, None))
+    assert 0 < (few.latents != 0).sum() < few.latents.numel() / 16 < (all_of_them.latents != 0).sum()
+    close(few.latents[asked], all_of_them.latents[asked])
+    assert not few.latents[~asked].any()
+
+
+def test_metrics_that_are_constant_or_not_numbers_are_refused(tiny: Any) -> None:
+    lm = LM(tiny("gpt2").double(), None)
+    saes = [make_sae(lm, "mlp_add.0"), make_sae(lm, "resid_post.1")]
+    clean, patch = make_pair()
+    for method in ("attribution", "ig"):
+        with pytest.raises(UnweaveError, match="is constant"):
+            node_effects(lm, saes, clean, patch, lambda out, rows: out[:, 5] - out[:, 5], method=method)  # type: ignore[arg-type]
+        with pytest.raises(UnweaveError, match="does not depend on"):
+            node_effects(lm, saes, clean, patch, lambda out, rows: torch.ones(len(out)), method=method)  # type: ignore[arg-type]
+
+    def second(out: Tensor, rows: Tensor) -> Tensor:
+        return torch.where(rows == 1, torch.inf, out[:, 3])
+
+    for call in (
+        lambda: node_effects(lm, saes, clean, patch, second),
+        lambda: node_effects(lm, saes, clean, patch, second, method="ig"),
+        lambda: node_effects(lm, saes, clean, patch, second, method="exact"),
+        lambda: exact_effects(lm, saes[0], clean, patch, second, range(F)),
+        lambda: alone_effects(lm, saes[0], clean, patch, second, range(F)),
+        lambda: endpoints(lm, saes[0], clean, patch, second),
+    ):
+        with pytest.raises(UnweaveError, match=r"NaN or infinite[^$]*example 1"):
+            call()
+    below = Site("attn_add", 0)
+    for call in (
+        lambda: node_effects(lm, saes, clean, patch, lambda out, _: out.sum((1, 2)), metric_at=below),
+        lambda: node_effects(lm, saes, clean, patch, lambda out, _: out.sum((1, 2)), method="ig", metric_at=below),
+        lambda: endpoints(lm, saes[0], clean, patch, lambda out, _: out.sum((1, 2)), metric_at=below),
+    ):
+        with pytest.raises(UnweaveError, match=r"does not depend on mlp_add\.0"):
+            call()
+
+
+def test_where_passes_begin(tiny: Any) -> None:
+    def begins(name: str, metric_at: str | None = None) -> dict[str, tuple[str, str]]:
+        lm = LM(tiny(name), None)
+        run = Runner(lm, make_pair()[0], difference, None if metric_at is None else Site.parse(metric_at), 64)
+        sites = ("embed", "resid_pre.1", "attn_heads.1", "attn_add.1", "mlp_out.1", "mlp_add.1", "resid_post.1")
+        found = {site: run.beginning(Site.parse(site)) for site in sites}
+        return {site: (str(begin.stream), begin.how) for site, begin in found.items()}
+
+    sequential = begins("gpt2")
+    assert sequential == {
+        "embed": ("embed", "is"),
+        "resid_pre.1": ("resid_post.0", "is"),
+        "attn_heads.1": ("resid_post.0", "edit"),
+        "attn_add.1": ("resid_post.0", "edit"),
+        "mlp_out.1": ("resid_post.1", "adds"),
+        "mlp_add.1": ("resid_post.1", "adds"),
+        "resid_post.1": ("resid_post.1", "is"),
+    }
+    assert begins("gpt_neox") == sequential | {"attn_add.1": ("resid_post.1", "adds")}
+    assert begins("gemma2") == sequential | {"mlp_out.1": ("resid_post.0", "edit")}  # a norm stands between
+    assert begins("gpt2", "path.transformer.h.2")["embed"] == ("None", "edit")
