@@ -1,10 +1,12 @@
-"""Discovering behaviours: which tokens are taken, vectors of contexts, clusters, and the job that puts them together."""
+"""Discovering behaviours: which tokens are taken, vectors of contexts, clusters, and the job that joins them."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,18 @@ import torch
 from unweave.circuits import behaviours, cluster
 from unweave.circuits.behaviours import Confidence, Example, repeated
 from unweave.circuits.gradients import blocks, parameters, projected_gradients, projection_block
+from unweave.circuits.graph import Circuit
 from unweave.circuits.vectors import vectors
 from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
 from unweave.data.pack import Row
 from unweave.data.tokens import TokenStore
+from unweave.jobs.circuit import behaviours as job
+from unweave.jobs.circuit.behaviours_page import Card, Latent, page
+from unweave.jobs.circuit.specs import CircuitBehavioursSpec
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
+from unweave.sae.activations import ReLU
 from unweave.sae.attribution import node_effects
 from unweave.sae.module import SAE
 from unweave.tasks.answers import AnswerLoss
@@ -38,9 +46,8 @@ def make_sae(site: str, lm: LM, seed: int = 0, d_sae: int = 24) -> SAE:
         return torch.randn(*shape, generator=generator) * 0.3
 
     width = lm.d_model
-    return SAE(
-        draw(width, d_sae), draw(d_sae, width), draw(d_sae), draw(width), read=lm.site(site), write=lm.site(site)
-    )
+    place = lm.site(site)
+    return SAE(draw(width, d_sae), draw(d_sae), draw(d_sae, width), draw(width), ReLU(), read=place, write=place)
 
 
 def make_store(folder: Path, rows: list[list[int]], roles: list[list[int]] | None = None) -> TokenStore:
@@ -106,7 +113,7 @@ def brute_force(lm: LM, rows: list[list[int]], size: int, least: int, max_loss: 
                 logits = lm(torch.tensor([window[:at]]), keep_logits=1)
                 assert logits is not None
                 loss = float(-logits[0, -1].log_softmax(-1)[window[at]])
-                pairs = list(zip(window[: at - 1], window[1:at], strict=True))
+                pairs = list(itertools.pairwise(window[:at]))
                 if loss < max_loss and (window[at - 1], window[at]) not in pairs and window[at] not in lm.special_ids:
                     found.add((*window[:at], window[at]))
     return found
@@ -119,7 +126,7 @@ def test_sure_tokens_are_those_of_brute_force(tiny_lm: LMs, tmp_path: Path) -> N
     rows = random_rows([40, 23, 11, 7], high=16)
     # The greedy next token here and there, so that there is something to be sure of.
     for row in rows:
-        for at in range(5, len(row), 3):
+        for at in range(4, len(row), 2):
             start = at - at % 11
             logits = lm(torch.tensor([row[start:at] or row[:1]]), keep_logits=1)
             assert logits is not None
@@ -444,3 +451,152 @@ def folder(tiny: Any, make_tokenizer: Any, tmp_path: Path) -> Path:
         documents.append(lm.decode(ids))
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return tmp_path
+
+
+def asked(folder: Path, **fields: Any) -> CircuitBehavioursSpec:
+    values: dict[str, Any] = {
+        "saes": [str(folder / "saes")],
+        "model": str(folder / "model"),
+        "data": {"sources": [{"path": str(folder / "text.jsonl")}], "pack": {"context": 64}},
+        "tokens": 800,
+        "max_loss": 0.6,
+        "context": 16,
+        "min_context": 4,
+        "clusters": 4,
+        "min_size": 3,
+        "behaviours": 3,
+        "examples": 4,
+        "steps": 2,
+        "node_threshold": 0.01,
+        "edge_threshold": 0.001,
+        "accept_mismatch": "a test",
+    }
+    return CircuitBehavioursSpec.from_dict(values | fields)
+
+
+def test_from_a_text_to_circuits_and_an_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part is made once: after a crash, and when more behaviours or another threshold is asked for."""
+    runs, made = folder / "runs", list[int]()
+    whole = job.find_circuit
+
+    def counted(*args: Any, **named: Any) -> Any:
+        if len(made) == 2:
+            made.append(-1)
+            raise KeyboardInterrupt
+        made.append(len(made))
+        return whole(*args, **named)
+
+    monkeypatch.setattr(job, "find_circuit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(asked(folder), runs)
+    made.append(0)
+    monkeypatch.setattr(behaviours, "find", None)  # contexts and vectors are there: neither is made again
+    monkeypatch.setattr(job, "vectors", None)
+    run = job.run(asked(folder), runs)
+    assert made.count(-1) == 1 and len(made) == 5  # two before, the one that was cut short, the mark, one after
+    result = run.result
+    assert result["behaviours"] == 3 and len(list(runs.glob("circuit-behaviour-*"))) == 3
+    told = json.loads((run.path / "behaviours.json").read_text())
+    assert [entry["size"] >= 3 for entry in told] == [True] * 3 and len(result["parts"]) == 5
+    for entry in told:
+        circuit = Circuit.load(runs / entry["run"] / "circuit.safetensors")
+        assert not circuit.positions and circuit.n_examples == min(4, entry["size"]) and len(circuit.nodes) == 3
+        assert circuit.counts(0.01) == {name: entry["facts"][name] for name in ("latents", "errors")}
+        examples = behaviours.load(runs / entry["run"] / "contexts.jsonl").examples
+        few = behaviours.batches(LM.load(str(folder / "model")), examples)
+        assert sum(len(clean) for clean, _, _ in few) == len(examples)
+    again = job.run(asked(folder), runs)
+    assert again.reused and len(made) == 5
+    more = job.run(asked(folder, behaviours=4, min_size=1), runs)
+    assert len(made) == 6 and more.result["behaviours"] == 4
+    assert set(result["parts"]) < set(more.result["parts"])
+    html = (more.path / "index.html").read_text()
+    assert html.count("<article") == 4 and html.count("<mark") >= 4 and "<svg" in html and 'id="find"' in html
+    assert "default-src 'none'" in html and not re.search(r'(?:src|href)="(?!#|data:)', html)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "parts"),
+    [
+        ("max_loss", 0.5, "contexts"),
+        ("min_context", 6, "contexts"),
+        ("context", 12, "contexts"),
+        ("repeats", "answer", "contexts"),
+        ("per_document", 1, "contexts"),
+        ("contexts", 30, "contexts"),
+        ("seed", 1, "contexts"),
+        ("vectors", "latents", "vectors"),
+        ("positions", "last", "vectors"),
+        ("skip_first", 2, "vectors"),
+        ("clusters", 3, "clusters"),
+        ("clustering", "kmeans", "clusters"),
+        ("rank", "size", "clusters"),
+        ("examples", 2, "circuits"),
+        ("method", "attribution", "circuits"),
+        ("rule", "left", "circuits"),
+        ("metric", "neg-logit", "circuits"),
+        ("node_threshold", 0.5, "circuits"),
+    ],
+)
+def test_every_option_changes_what_is_found(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: Any, parts: str
+) -> None:
+    """Trap 31: an option that is accepted and not used."""
+    calls: list[Any] = []
+    nodes = {Site("resid_post", 1): torch.ones(1, 25)}
+
+    def quick(lm: Any, saes: Any, batches: Any, options: Any, *, keep: Any) -> Circuit:
+        metric = {batch[2].kind for batch in batches}
+        calls.append((options, metric, [batch[0].ids.tolist() for batch in batches]))
+        return Circuit(nodes, {}, False, 2, {})
+
+    monkeypatch.setattr(job, "find_circuit", quick)
+    before = job.run(asked(folder), folder / "runs").result["parts"]
+    first, calls[:] = list(calls), []
+    steps = {"steps": 3} if field == "method" else {}  # attribution has none but the default
+    after = job.run(asked(folder, **steps | {field: value}), folder / "runs").result["parts"]
+    same = [a == b for a, b in zip(before[:2], after[:2], strict=True)]
+    assert same == {"contexts": [False, False], "vectors": [True, False]}.get(parts, [True, True])
+    assert calls and str(calls) != str(first)
+
+
+def test_gradients_have_options_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Circuit({Site("resid_post", 1): torch.ones(1, 25)}, {}, False, 2, {})
+    monkeypatch.setattr(job, "find_circuit", lambda *_args, **_named: made)
+    few = {"vectors": "gradients", "contexts": 12, "clusters": 2, "density": 0.3, "dimensions": 30}
+    found = job.run(asked(folder, **few), folder / "runs").result
+    rows = np.load(folder / "runs" / found["parts"][1] / "00000.npz", allow_pickle=False)["rows"]
+    assert rows.shape == (12, 30)
+    for more in ({"dimensions": 20}, {"density": 0.1}):
+        other = job.run(asked(folder, **few | more), folder / "runs").result
+        assert other["parts"][0] == found["parts"][0] and other["parts"][1] != found["parts"][1]
+    with pytest.raises(UnweaveError, match="dimensions = 20 would have no effect"):
+        asked(folder, dimensions=20)
+    with pytest.raises(UnweaveError, match="positions = 'last' would have no effect"):
+        asked(folder, vectors="gradients", positions="last")
+
+
+def test_what_the_job_cannot_do_is_clear(folder: Path) -> None:
+    runs = folder / "runs"
+    with pytest.raises(UnweaveError, match=r"60 clusters of \d+ contexts cannot be made"):
+        job.run(asked(folder, contexts=60, per_document=1, clusters=60), runs)
+    with pytest.raises(UnweaveError, match=r"no cluster has 900 contexts; the largest has \d+"):
+        job.run(asked(folder, min_size=900), runs)
+    with pytest.raises(UnweaveError, match="sure of none of"):
+        job.run(asked(folder, max_loss=1e-9), runs)
+    with pytest.raises(UnweaveError, match="do not say which text"):
+        job.run(dataclasses.replace(asked(folder), data=None), runs)
+    for wrong in ({"max_loss": 0.9}, {"context": 3}, {"clusters": 2000}, {"skip_first": 4}, {"behaviours": 0}):
+        with pytest.raises(UnweaveError, match=f"{next(iter(wrong))} = .* makes no sense"):
+            asked(folder, **wrong)
+
+
+def test_the_index_escapes_what_texts_hold() -> None:
+    bad = '<script>alert("1")</script>'
+    card = Card(
+        "behaviour 0", 0, [(bad, 3)], 9, 8, 0.5, 0.2, 0.01, [([bad, "\n", " x"], bad, 0.1)],
+        [Latent(bad, -0.5, bad, [(bad, 1.0)])], {"latents": 1, "errors": 0, "edges": 1}, 4, "", bad,
+    )  # fmt: skip
+    counts = {"scanned": 9, "sure": 8, "repeated": 1, "kept": 7}
+    html = page([card], {"model": bad, "counts": counts, "clusters": 2, "by": "x", "stability": None})
+    assert "<script>alert" not in html and html.count("&lt;script&gt;") >= 8 and "1 latent, 0 errors, 1 edge" in html

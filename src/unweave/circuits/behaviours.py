@@ -24,7 +24,7 @@ from unweave.core.run import atomic_write
 from unweave.core.site import Site
 from unweave.data.tokens import TokenStore
 from unweave.lm.chat import Role
-from unweave.lm.model import LM, Tokens
+from unweave.lm.model import LM, Side, Tokens
 from unweave.sae.comparison import Batch
 from unweave.tasks.answers import AnswerLoss, AnswerMetric
 
@@ -32,6 +32,8 @@ Repeats = Literal["bigram", "word", "answer"]
 _LOGIT_ELEMENTS = 1 << 25
 """so many logits are held at a time: 128 MB"""
 _BATCH_TOKENS = 2048
+_SPREAD = 1.5
+"""how many times longer than its shortest a batch's longest context may be"""
 
 
 @dataclass(frozen=True)
@@ -258,18 +260,24 @@ def _speller(lm: LM) -> Callable[[int], object]:
 
 
 def batches(
-    lm: LM, examples: Sequence[Example], *, metric: AnswerMetric = "neg-log-p", max_tokens: int = 2048
+    lm: LM,
+    examples: Sequence[Example],
+    *,
+    metric: AnswerMetric = "neg-log-p",
+    side: Side = "right",
+    max_tokens: int = 2048,
 ) -> list[Batch]:
-    """Examples as batches without patch (zero ablation): contexts of like length together, padded on the right.
+    """Examples as batches without patch (zero ablation), contexts of like length together, in the order of
+    ``order_of``.
 
-    The order is that of ``order_of``.
+    Padded on the left, all answers stand at one position, and methods that run a batch many times make few logits.
     """
     out: list[Batch] = []
     for part in _grouped(examples, max_tokens):
         few = [examples[i] for i in part]
         rows = [(example.ids, [Role.TEXT.value] * len(example.ids)) for example in few]
         answers = torch.tensor([example.answer for example in few])
-        out.append((Tokens.pad(rows, lm.pad_id), None, AnswerLoss(answers, metric)))
+        out.append((Tokens.pad(rows, lm.pad_id, side), None, AnswerLoss(answers, metric)))
     return out
 
 
@@ -282,7 +290,8 @@ def _grouped(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
     ordered = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), i))
     parts: list[list[int]] = []
     for i in ordered:
-        if not parts or (len(parts[-1]) + 1) * len(examples[i].ids) > max_tokens:
+        n = len(examples[i].ids)
+        if not parts or (len(parts[-1]) + 1) * n > max_tokens or n > _SPREAD * len(examples[parts[-1][0]].ids):
             parts.append([])
         parts[-1].append(i)
     return parts

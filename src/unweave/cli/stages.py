@@ -231,6 +231,19 @@ _CIRCUITS = (
         "unweave circuit shift --saes runs/train-0123456789ab/sae --judge file --annotations mine.jsonl --seeds 1",
         "unweave circuit shift --saes runs/train-0123456789ab/sae --biographies hub:LabHC/bias_in_bios --judge chat",
     ),
+    _circuit(
+        "behaviours",
+        "Discover what a model does in a text without naming it first, and find the circuit of each behaviour.",
+        "Takes the tokens that the model is sure of and that do not repeat what stands before them, and clusters their "
+        "contexts by what the model does with them: activations, latents, their effects on the answer, or gradients of "
+        "the parameters. Each of the best clusters gets a circuit by ablation, and index.html shows them all. "
+        "Contexts, vectors and every circuit are kept by themselves: asking for more behaviours, or another threshold, "
+        "makes only what is new.",
+        "unweave circuit behaviours --saes runs/train-0123456789ab/sae",
+        "unweave circuit behaviours --saes runs/train-0123456789ab/sae --tokens 400_000 --contexts 8192 --clusters 750 "
+        "--behaviours 100 --examples 100 --steps 10",
+        "unweave circuit behaviours --saes runs/train-0123456789ab/sae --vectors gradients --clustering kmeans",
+    ),
 )
 CIRCUITS: dict[str, Stage] = {stage.name: stage for stage in _CIRCUITS}
 

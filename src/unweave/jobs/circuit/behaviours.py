@@ -300,7 +300,9 @@ def _circuit(
     with Run.open(runs, "circuit-behaviour", asked, version=VERSION, inputs=read) as run:
         if not (run.done and (run.path / "circuit.safetensors").exists()):
             began = time.monotonic()
-            batches = behaviours.batches(opened.lm, examples, metric=spec.metric, max_tokens=spec.max_tokens)
+            batches = behaviours.batches(
+                opened.lm, examples, metric=spec.metric, side="left", max_tokens=spec.max_tokens
+            )
             circuit = find_circuit(opened.lm, opened.saes, batches, options, keep=run.path / "parts")
             circuit.save(run.path / "circuit.safetensors")
             behaviours.save(run.path / "contexts.jsonl", Found(tuple(examples)))

@@ -235,9 +235,9 @@ class CircuitBehavioursSpec(OfSAEsSpec):
     """Where in each step the gradient is taken."""
     metric: Literal["neg-log-p", "neg-logit"] = "neg-log-p"
     """What circuits explain: -log p(answer), as the paper, or -logit(answer), as its released code."""
-    node_threshold: float = 0.1
+    node_threshold: float = 0.2
     """Nodes whose mean effect is larger, in either direction, are in a circuit."""
-    edge_threshold: float = 0.01
+    edge_threshold: float = 0.02
     """Edges of larger weight, in either direction, are kept."""
     skip_first: int = 1
     """How many first tokens of a context are left as they are: the first is often an attention sink."""
