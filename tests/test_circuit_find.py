@@ -23,7 +23,7 @@ from unweave.sae.module import SAE
 
 F = 16
 NAMES = ("embed", "attn_add.0", "mlp_add.0", "resid_post.0", "attn_add.1", "mlp_add.1", "resid_post.1")
-FAST = Options(steps=2, node_threshold=0.03, edge_threshold=0.0, max_tokens=12)
+FAST = Options(steps=2, node_threshold=0.03, edge_threshold=0.0, max_tokens=24)
 
 
 def make_sae(lm: LM, site: str, seed: int) -> SAE:
@@ -115,7 +115,7 @@ def test_means_are_those_of_examples_run_one_by_one(tiny: Any, family: str, summ
     lm = LM(tiny(family).double(), None)
     saes = saes_of(lm)
     batches = [pair(3, 4, 1), pair(2, 4, 2)]
-    options = dataclasses.replace(FAST, summed=summed, upstream="above" if family == "gpt2" else "all", max_tokens=8)
+    options = dataclasses.replace(FAST, summed=summed, upstream="above" if family == "gpt2" else "all", max_tokens=16)
     circuit = find_circuit(lm, saes, batches, options)
     nodes, edges = one_by_one(lm, saes, batches, options)
     assert list(circuit.nodes) == list(saes)
@@ -227,9 +227,9 @@ def test_every_option_is_used(case: Any, change: dict[str, Any]) -> None:
 
 def test_batches_are_halved_when_memory_runs_out(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, saes, batches = case
-    options = dataclasses.replace(FAST, max_tokens=20)
+    options = dataclasses.replace(FAST, max_tokens=40)
     whole = find_circuit(lm, saes, batches, options)
-    assert whole.about["memory"]["max_tokens_used"] == 20
+    assert whole.about["memory"]["max_tokens_used"] == 40
     asked: list[tuple[int, int]] = []
 
     def narrow(function: Any) -> Any:
@@ -245,8 +245,8 @@ def test_batches_are_halved_when_memory_runs_out(case: Any, monkeypatch: pytest.
     monkeypatch.setattr(module, "edge_effects", narrow(edge_effects))
     found = find_circuit(lm, saes, batches, options)
     # 5 examples: too many; then 2, 2 and 1, and 2 of the other batch. What memory allowed is remembered for the edges.
-    assert asked == [(5, 20), *[(2, 8), (2, 8), (1, 8), (2, 8)] * 2]
-    assert found.about["memory"]["max_tokens_used"] == 8
+    assert asked == [(5, 40), *[(2, 16), (2, 16), (1, 16), (2, 16)] * 2]
+    assert found.about["memory"]["max_tokens_used"] == 16
     for site in saes:
         close(found.nodes[site], whole.nodes[site])
     assert listed(found).keys() == listed(whole).keys()

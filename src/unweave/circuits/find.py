@@ -7,7 +7,8 @@
    They are smaller than effects by F / D.
 3. Second pass: ``edge_effects``. Downstream are the nodes of an example whose own |effect| there is above the node
    threshold, before anything is averaged; upstream those whose mean over all examples is (or all).
-4. A piece holds as many examples as ``max_tokens`` allows, and is halved while memory is too small for it.
+4. A piece holds as many examples as fill passes of ``max_tokens`` tokens together with the points of their paths, and
+   is halved while memory is too small for it.
 """
 
 from __future__ import annotations
@@ -114,10 +115,11 @@ class _Finder:
         skipped = 0
         if options.summed == "none":
             batches, skipped = of_one_length(batches)
+        self.points = options.steps if options.method == "ig" else 1
         self.pieces = [
             (f"{'' if gradients else 'nodes-only-'}{number}-{start}-{stop}", rows_of(batch, slice(start, stop)))
             for number, batch in enumerate(batches)
-            for start, stop in spans(batch, options.max_tokens)
+            for start, stop in spans(batch, options.max_tokens // self.points)
         ]
         self.n = sum(len(clean) for clean, _, _ in batches)
         self.parts = Parts(keep)
@@ -276,7 +278,7 @@ class _Finder:
         Passes hold fewer tokens where parts hold fewer examples: else points of a path would fill them up again.
         """
         n, width = piece[0].ids.shape
-        first = max(1, min(n, self.max_tokens // width))
+        first = max(1, min(n, self.max_tokens // self.points // width))
         size = first
 
         def one(rows: slice) -> _T:
