@@ -210,6 +210,16 @@ _CIRCUITS = (
         "unweave circuit find --saes runs/train-0123456789ab/sae --inputs contexts.jsonl --summed positions",
     ),
     _circuit(
+        "evaluate",
+        "Measure how much of a behaviour a circuit carries, on texts that it was not found on.",
+        "Everything outside the circuit is set to its mean over the changed texts, at every threshold: faithfulness is "
+        "what is left of the behaviour, 1 for the whole model and 0 for none; completeness is what is left without the "
+        "circuit. Beside it stand circuits without errors, of neurons at the same sites, and of random nodes. Writes "
+        "faithfulness.png, faithfulness.csv and how many nodes reach 0.8.",
+        "unweave circuit evaluate --circuit runs/circuit-find-0123456789ab",
+        "unweave circuit evaluate --circuit runs/circuit-find-0123456789ab --start-layer 2 --spaced paper --draws 5",
+    ),
+    _circuit(
         "draw",
         "Draw a circuit: layers upward, token positions across, as SVG, as a page to look around in, and as JSON.",
         "Rectangles are latents, triangles are errors; blue raises the metric when patched, red lowers it. Latents are "

@@ -352,6 +352,67 @@ class CircuitShiftSpec(OfSAEsSpec):
             raise UnweaveError("there is no file to judge by", where="annotations", remedy="name it with --annotations")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CircuitEvaluateSpec(Spec):
+    """Measuring how faithful and how complete a circuit is."""
+
+    circuit: Path = field(metadata={"result": False})
+    """The folder of a finished `circuit find`. Its content decides which run is reused."""
+    saes: tuple[str, ...] = field(default=(), metadata={"result": False})
+    """Where its autoencoders are now; by default where they were then. Others than those are refused."""
+    pairs: Path | None = field(default=None, metadata={"result": False})
+    """Pairs to measure on: JSON lines as for `circuit find`; by default the test split of its task."""
+    inputs: Path | None = field(default=None, metadata={"result": False})
+    """Single texts to measure on, for a circuit of single texts."""
+    examples: int = 40
+    """How many examples. A file may hold fewer; what the circuit was found on is left out."""
+    seed: int = 0
+    """Choice of examples and of random nodes."""
+    start_layer: int | None = None
+    """Ablate from this layer on, -1 for the embedding too; by default from the first layer with nodes. Early layers
+    deal with particular words, which are others in the test split."""
+    errors: tuple[Literal["default", "keep", "remove", "remove-attn-mlp"], ...] = (
+        "default",
+        "remove-attn-mlp",
+        "remove",
+    )
+    """What happens to errors, a curve for each: nodes as any other (default), all kept, all removed, or removed at
+    attention and MLPs."""
+    ablation: Literal["patch", "clean", "zero"] | None = None
+    """What ablated nodes are set to: means over the patch texts (default for pairs), over the clean texts (default for
+    single texts), or zero."""
+    spaced: Literal["range", "paper"] = "range"
+    """Thresholds: 15 at log-spaced numbers of nodes, from all to one; or 15 from 1e-4 to 1, as in the paper."""
+    thresholds: tuple[float, ...] = ()
+    """Thresholds of your own instead."""
+    neurons: bool = True
+    """Whether to find a circuit of neurons at the same sites on the same examples, and measure it beside."""
+    draws: int = 1
+    """How many circuits of random nodes to measure beside each; 0 for none."""
+    level: float = 0.8
+    """The faithfulness for which to say how many nodes it takes."""
+    device: str | None = operational(None)
+    """cpu, cuda, cuda:1...; by default a GPU where there is one."""
+    max_tokens: int = operational(1024)
+    """Tokens that go through the model at once at most."""
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            {
+                "examples": self.examples > 0,
+                "start_layer": self.start_layer is None or self.start_layer >= -1,
+                "errors": len(self.errors) > 0,
+                "thresholds": all(t >= 0 for t in self.thresholds),
+                "draws": self.draws >= 0,
+                "max_tokens": self.max_tokens > 0,
+            },
+        )
+        if self.pairs is not None and self.inputs is not None:
+            raise UnweaveError("pairs and inputs are both given", where=type(self).__name__, remedy="name one of them")
+        _unused(self, {"spaced": not self.thresholds})
+
+
 def _unused(spec: Spec, uses: Mapping[str, bool]) -> None:
     """Raises UnweaveError for a field that is set and would have no effect."""
     for name, used in uses.items():
