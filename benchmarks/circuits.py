@@ -50,7 +50,7 @@ from unweave.sae.attribution import SiteEffects, node_effects
 from unweave.sae.module import SAE
 from unweave.sae.states import change_of, moved_positions, states
 
-LAYERS, WIDTH, VOCABULARY, STEPS = 6, 512, 50_304, 10
+LAYERS, WIDTH, VOCABULARY, STEPS = 6, 512, 8_192, 10
 SITES = ["embed", *(f"{point}.{i}" for i in range(LAYERS) for point in ("attn_add", "mlp_add", "resid_post"))]
 console = Console(width=None if sys.stdout.isatty() else 170)
 

@@ -145,7 +145,8 @@ def _check(
                 where=str(site),
                 remedy="give the effects of the same batch",
             )
-        if not bool(torch.isfinite(gradient).all() & torch.isfinite(latents).all()):
+        ends = [*gradient.aminmax(), *latents.aminmax(), *effects[site].error.aminmax()]  # these pass NaN on
+        if not bool(torch.isfinite(torch.stack(ends)).all()):
             raise UnweaveError("node effects hold NaN or infinity", where=str(site), remedy="check the metric")
     for site, slots in (upstream or {}).items():
         widths = (1, clean.ids.shape[1])
