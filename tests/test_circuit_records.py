@@ -87,7 +87,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(home: Path) -> Opened:
-    names = [home / "saes" / "mlp_add.1" / "relu", home / "saes" / "resid_post.1" / "topk-k4"]
+    saes = home / "saes"
+    names = [saes / "mlp_add.1" / "relu", saes / "resid_post.1" / "topk-k4"]
     return open_saes(OfSAEsSpec(saes=tuple(map(str, names)), device="cpu"))
 
 
@@ -115,23 +116,25 @@ def no_model(self: ActivationSource, index: int) -> Any:
     raise AssertionError("the model ran")
 
 
+@pytest.mark.parametrize("runs", ["runs", "elsewhere"])
 def test_all_latents_of_all_autoencoders_from_the_trainings_cache(
-    home: Path, opened: Opened, each: dict[Site, Records], monkeypatch: pytest.MonkeyPatch
+    runs: str, home: Path, opened: Opened, each: dict[Site, Records], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ActivationSource, "_harvest", no_model)
-    found = records_of(opened, None, TOKENS, home / "runs")
+    found = records_of(opened, None, TOKENS, home / runs)
     assert tuple(found) == SITES
     for site, records in found.items():
         assert records.latents is None and len(records) == 64
         same(records, each[site], list(range(64)))
     monkeypatch.setattr(job, "_encode_chunk", no_model)
-    again = records_of(opened, None, TOKENS, home / "runs")
+    again = records_of(opened, None, TOKENS, home / runs)
     assert again[SITES[0]].latent(3) == found[SITES[0]].latent(3)
 
 
 def test_some_latents_without_a_cache_run_the_model_once_and_keep_no_activations(
     tmp_path: Path, opened: Opened, each: dict[Site, Records], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    opened = replace(opened, names={site: str(tmp_path / str(site)) for site in SITES})  # not beside their training
     firing = {site: records.count.argsort()[::-1][:5].tolist() for site, records in each.items()}
     ran: list[tuple[int, list[Site]]] = []
     harvest = ActivationSource._harvest

@@ -1,7 +1,7 @@
 """Contexts of latents of many autoencoders from one pass over activations.
 
-1. Autoencoders that share text and stream share the pass. Their training's cache of activations serves again where it
-   is; otherwise the model runs once over the text, for the sites that are read, and nothing is cached.
+1. Autoencoders that share text and stream share the pass. Their training's cache of activations serves again, here
+   or beside its run; otherwise the model runs once over the text, for the sites that are read, and nothing is cached.
 2. Chunk by chunk every autoencoder encodes, and its sparse codes go to disk: what is there is not computed again.
 3. Site by site the codes become records, so that memory holds the codes of one autoencoder at a time.
 
@@ -192,10 +192,21 @@ def _source(opened: Opened, group: _Group, store: TokenStore, store_run: Run, ru
         trained = needed | {lm.site(site) for pair in lm.matching(group.trained_at) for site in pair}
     except UnweaveError:  # another model than the training's may lack these sites
         trained = needed
-    source = activation_source(lm, store, store_run, sorted(trained), group.stream, dtype, runs)
-    if source.cache is not None and source.cache.is_dir():
-        return source
+    for home in _homes(opened, group, runs):
+        source = activation_source(lm, store, store_run, sorted(trained), group.stream, dtype, home)
+        chunks = len(list(source.cache.glob("*.safetensors"))) if source.cache is not None else 0
+        if chunks == source.n_chunks or (chunks and home == runs):
+            return source
     return activation_source(lm, store, store_run, sorted(needed), replace(group.stream, cache=False), dtype, runs)
+
+
+def _homes(opened: Opened, group: _Group, runs: Path) -> list[Path]:
+    """Where the training's activations may lie: here, or beside the runs that the autoencoders are in."""
+    homes = {runs: None}
+    for site in group.sites:
+        above = Path(opened.names[site]).resolve().parents
+        homes |= dict.fromkeys(folder.parent for folder in above if (folder / "spec.json").is_file())
+    return list(homes)
 
 
 def _read(sae: SAE) -> Site:
