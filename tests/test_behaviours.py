@@ -428,9 +428,10 @@ def test_what_cannot_be_clustered_is_refused() -> None:
 # -- the job ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tiny: Any, make_tokenizer: Any, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tiny: Any, make_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that is sure of itself, its SAEs, and a text of 40 documents that it half knows."""
+    tmp_path = tmp_path_factory.mktemp("behaviours")
     model = tiny("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
@@ -469,14 +470,15 @@ def asked(folder: Path, **fields: Any) -> CircuitBehavioursSpec:
         "steps": 2,
         "node_threshold": 0.01,
         "edge_threshold": 0.001,
+        "records_tokens": 0,
         "accept_mismatch": "a test",
     }
     return CircuitBehavioursSpec.from_dict(values | fields)
 
 
-def test_from_a_text_to_circuits_and_an_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_a_text_to_circuits_and_an_index(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part is made once: after a crash, and when more behaviours or another threshold is asked for."""
-    runs, made = folder / "runs", list[int]()
+    runs, made = tmp_path, list[int]()
     whole = job.find_circuit
 
     def counted(*args: Any, **named: Any) -> Any:
@@ -510,9 +512,33 @@ def test_from_a_text_to_circuits_and_an_index(folder: Path, monkeypatch: pytest.
     more = job.run(asked(folder, behaviours=4, min_size=1), runs)
     assert len(made) == 6 and more.result["behaviours"] == 4
     assert set(result["parts"]) < set(more.result["parts"])
+    shown = job.run(asked(folder, behaviours=4, min_size=1, records_tokens=300), runs)
+    assert len(made) == 6 and 'uw-peak" title' in (shown.path / "index.html").read_text()
     html = (more.path / "index.html").read_text()
+    assert 'uw-peak" title' not in html
     assert html.count("<article") == 4 and html.count("<mark") >= 4 and "<svg" in html and 'id="find"' in html
     assert "default-src 'none'" in html and not re.search(r'(?:src|href)="(?!#|data:)', html)
+
+
+def quick(calls: list[Any]) -> Callable[..., Circuit]:
+    """Stands for ``find_circuit`` and notes what it was asked."""
+
+    def find(_lm: Any, _saes: Any, batches: Any, options: Any, *, keep: Path) -> Circuit:
+        del keep
+        metric = {batch[2].kind for batch in batches}
+        calls.append((options, metric, [batch[0].ids.tolist() for batch in batches]))
+        return Circuit({Site("resid_post", 1): torch.ones(1, 25)}, {}, False, 2, {})
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[Any]]:
+    """Where the usual question was asked, the parts it has, and what ``find_circuit`` was asked."""
+    runs, calls = tmp_path_factory.mktemp("runs"), list[Any]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "find_circuit", quick(calls))
+        return runs, job.run(asked(folder), runs).result["parts"], calls
 
 
 @pytest.mark.parametrize(
@@ -539,36 +565,32 @@ def test_from_a_text_to_circuits_and_an_index(folder: Path, monkeypatch: pytest.
     ],
 )
 def test_every_option_changes_what_is_found(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: Any, parts: str
+    folder: Path,
+    plain: tuple[Path, list[str], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    value: Any,
+    parts: str,
 ) -> None:
     """Trap 31: an option that is accepted and not used."""
+    runs, before, first = plain
     calls: list[Any] = []
-    nodes = {Site("resid_post", 1): torch.ones(1, 25)}
-
-    def quick(lm: Any, saes: Any, batches: Any, options: Any, *, keep: Any) -> Circuit:
-        metric = {batch[2].kind for batch in batches}
-        calls.append((options, metric, [batch[0].ids.tolist() for batch in batches]))
-        return Circuit(nodes, {}, False, 2, {})
-
-    monkeypatch.setattr(job, "find_circuit", quick)
-    before = job.run(asked(folder), folder / "runs").result["parts"]
-    first, calls[:] = list(calls), []
+    monkeypatch.setattr(job, "find_circuit", quick(calls))
     steps = {"steps": 3} if field == "method" else {}  # attribution has none but the default
-    after = job.run(asked(folder, **steps | {field: value}), folder / "runs").result["parts"]
+    after = job.run(asked(folder, **steps | {field: value}), runs).result["parts"]
     same = [a == b for a, b in zip(before[:2], after[:2], strict=True)]
     assert same == {"contexts": [False, False], "vectors": [True, False]}.get(parts, [True, True])
     assert calls and str(calls) != str(first)
 
 
-def test_gradients_have_options_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Circuit({Site("resid_post", 1): torch.ones(1, 25)}, {}, False, 2, {})
-    monkeypatch.setattr(job, "find_circuit", lambda *_args, **_named: made)
+def test_gradients_have_options_of_their_own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "find_circuit", quick([]))
     few = {"vectors": "gradients", "contexts": 12, "clusters": 2, "density": 0.3, "dimensions": 30}
-    found = job.run(asked(folder, **few), folder / "runs").result
-    rows = np.load(folder / "runs" / found["parts"][1] / "00000.npz", allow_pickle=False)["rows"]
+    found = job.run(asked(folder, **few), tmp_path).result
+    rows = np.load(tmp_path / found["parts"][1] / "00000.npz", allow_pickle=False)["rows"]
     assert rows.shape == (12, 30)
     for more in ({"dimensions": 20}, {"density": 0.1}):
-        other = job.run(asked(folder, **few | more), folder / "runs").result
+        other = job.run(asked(folder, **few | more), tmp_path).result
         assert other["parts"][0] == found["parts"][0] and other["parts"][1] != found["parts"][1]
     with pytest.raises(UnweaveError, match="dimensions = 20 would have no effect"):
         asked(folder, dimensions=20)
@@ -576,8 +598,8 @@ def test_gradients_have_options_of_their_own(folder: Path, monkeypatch: pytest.M
         asked(folder, vectors="gradients", positions="last")
 
 
-def test_what_the_job_cannot_do_is_clear(folder: Path) -> None:
-    runs = folder / "runs"
+def test_what_the_job_cannot_do_is_clear(folder: Path, tmp_path: Path) -> None:
+    runs = tmp_path
     with pytest.raises(UnweaveError, match=r"60 clusters of \d+ contexts cannot be made"):
         job.run(asked(folder, contexts=60, per_document=1, clusters=60), runs)
     with pytest.raises(UnweaveError, match=r"no cluster has 900 contexts; the largest has \d+"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,15 @@ import numpy as np
 
 from unweave.circuits import behaviours, cluster
 from unweave.circuits.behaviours import Confidence, Example, Found
-from unweave.circuits.draw import draw_svg
 from unweave.circuits.find import Options, find_circuit
-from unweave.circuits.graph import Circuit
 from unweave.circuits.vectors import SPARSE, vectors
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.run import Run, atomic_write, read_json, write_json
 from unweave.core.spec import Spec, digest
 from unweave.data.pack import PackSpec
-from unweave.jobs.circuit.behaviours_page import Card, Latent, page
+from unweave.jobs.circuit.behaviours_cards import Behaviour, cards_of
+from unweave.jobs.circuit.behaviours_page import Card, page
 from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
 from unweave.jobs.circuit.specs import CircuitBehavioursSpec
 from unweave.jobs.common import token_store
@@ -38,9 +36,6 @@ _PIECE = 128
 """contexts whose vectors are kept at a time"""
 _WINDOWS = 2
 """windows of each document that are looked at, unless the text is named"""
-_SHOWN_CONTEXTS = 24
-_SHOWN_LATENTS = 10
-_DRAWN_NODES, _DRAWN_EDGES = 60, 200
 _BY = {
     "activations": "the activations behind them",
     "latents": "the latents behind them",
@@ -100,15 +95,15 @@ def run(spec: CircuitBehavioursSpec, runs: Path) -> Run:
         rows, vectors_run = _vectors(spec, opened, found, contexts_run.digest, inputs, runs)
         seconds = {"contexts": contexts_run.result["seconds"], "vectors": vectors_run.result["seconds"]}
         clusters, seconds["clusters"] = _clusters(spec, rows, run)
-        chosen = _chosen(spec, rows, clusters)
-        cards, parts = [], []
+        chosen = _chosen(spec, rows, clusters, found)
+        parts = []
         with task("circuits of behaviours", total=len(chosen), unit="behaviours") as shown:
-            for place, members in chosen:
-                of_place = [found.examples[i] for i in members]
-                one = _circuit(spec, opened, of_place[: spec.examples], inputs, runs)
-                parts.append(one)
-                cards.append(_card(spec, opened, place, clusters, of_place, one))
+            for one in chosen:
+                parts.append(_circuit(spec, opened, list(one.examples[: spec.examples]), inputs, runs))
                 shown.advance()
+        at = time.monotonic()
+        cards = cards_of(spec, opened, clusters, chosen, parts, runs)
+        seconds["page"] = round(time.monotonic() - at, 1)
         seconds["circuits"] = round(sum(part.result["seconds"] for part in parts), 1)
         html = page(cards, _about(spec, opened, found, clusters))
         with atomic_write(run.path / "index.html") as temporary:
@@ -259,8 +254,8 @@ def _clusters(spec: CircuitBehavioursSpec, rows: cluster.Vectors, run: Run) -> t
 
 
 def _chosen(
-    spec: CircuitBehavioursSpec, rows: cluster.Vectors, clusters: cluster.Clusters
-) -> list[tuple[int, list[int]]]:
+    spec: CircuitBehavioursSpec, rows: cluster.Vectors, clusters: cluster.Clusters, found: Found
+) -> list[Behaviour]:
     """The first clusters that are large enough, each with its contexts, the most typical first."""
     large = [place for place in range(len(clusters)) if clusters.sizes[place] >= spec.min_size][: spec.behaviours]
     if not large:
@@ -269,7 +264,8 @@ def _chosen(
             where="min_size",
             remedy="ask for fewer clusters or a smaller min_size, or find more contexts",
         )
-    return [(place, cluster.typical(rows, clusters.members(place)).tolist()) for place in large]
+    members = {place: cluster.typical(rows, clusters.members(place)).tolist() for place in large}
+    return [Behaviour(place, tuple(found.examples[i] for i in some)) for place, some in members.items()]
 
 
 # -- circuits ---------------------------------------------------------------------------------------------------------
@@ -312,58 +308,7 @@ def _circuit(
     return run
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------------
-
-
-def _card(
-    spec: CircuitBehavioursSpec,
-    opened: Opened,
-    place: int,
-    clusters: cluster.Clusters,
-    examples: list[Example],
-    part: Run,
-) -> Card:
-    lm = opened.lm
-    answers = Counter(example.answer for example in examples)
-    texts = [lm.token_strings([token])[0] for token, _ in answers.most_common(6)]
-    circuit = Circuit.load(part.path / "circuit.safetensors")
-    strongest = sorted((node for node in circuit.above(0.0) if not node.is_error), key=lambda node: -abs(node.effect))[
-        :_SHOWN_LATENTS
-    ]
-    shown = [
-        (lm.token_strings(example.ids), lm.token_strings([example.answer])[0], example.loss)
-        for example in examples[:_SHOWN_CONTEXTS]
-    ]
-    return Card(
-        name=f"behaviour {place}",
-        place=place,
-        size=int(clusters.sizes[place]),
-        documents=len({example.document for example in examples}),
-        coherence=float(clusters.coherence[place]),
-        control=float(clusters.control[place]),
-        spread=float(clusters.spread[place]),
-        answers=[(text, count) for text, (_, count) in zip(texts, answers.most_common(6), strict=True)],
-        contexts=shown,
-        latents=[Latent(node.name, node.effect) for node in strongest],
-        facts={key: part.result[key] for key in ("latents", "errors", "edges")},
-        examples=circuit.n_examples,
-        svg=_drawing(spec, circuit, f"What makes the model say {texts[0]!r}"),
-        folder=part.path.name,
-    )
-
-
-def _drawing(spec: CircuitBehavioursSpec, circuit: Circuit, title: str) -> str:
-    """The circuit's drawing, of the strongest nodes; empty where no node is above the threshold."""
-    if not circuit.above(spec.node_threshold):
-        return ""
-    return draw_svg(
-        circuit,
-        node_threshold=spec.node_threshold,
-        edge_threshold=spec.edge_threshold,
-        title=title,
-        max_nodes=_DRAWN_NODES,
-        max_edges=_DRAWN_EDGES,
-    )
+# -- what is said about it --------------------------------------------------------------------------------------------
 
 
 def _about(spec: CircuitBehavioursSpec, opened: Opened, found: Found, clusters: cluster.Clusters) -> dict[str, Any]:

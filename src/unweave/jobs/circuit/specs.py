@@ -241,6 +241,9 @@ class CircuitBehavioursSpec(OfSAEsSpec):
     """Edges of larger weight, in either direction, are kept."""
     skip_first: int = 1
     """How many first tokens of a context are left as they are: the first is often an attention sink."""
+    records_tokens: int = 50_000
+    """How many tokens to take contexts of the strongest latents from, for the index; 0 shows none. They are those of
+    the autoencoders' training, whose activations serve again where they are kept, unless data names others."""
     seed: int = 0
     """Choice of contexts, projection and clustering."""
     max_tokens: int = operational(2048)
@@ -250,7 +253,7 @@ class CircuitBehavioursSpec(OfSAEsSpec):
         super().__post_init__()
         sizes = "tokens min_context per_document contexts dimensions clusters min_size behaviours examples steps"
         fine = {name: getattr(self, name) > 0 for name in [*sizes.split(), "max_tokens"]}
-        least = ("node_threshold", "edge_threshold", "skip_first")
+        least = ("node_threshold", "edge_threshold", "skip_first", "records_tokens")
         fine |= {name: getattr(self, name) >= 0 for name in least}
         fine |= {
             "max_loss": 0 < self.max_loss < 0.69,
