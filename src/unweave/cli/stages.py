@@ -182,6 +182,21 @@ _PAPERS = (
         run_home="unweave.papers.instruct_saes.recipe:run",
         group="paper",
     ),
+    Stage(
+        "feature-circuits",
+        "Sparse feature circuits: agreement, SHIFT, and behaviours found without supervision.",
+        "Trains autoencoders at attention, MLP and residual stream of four layers and the embedding; finds the circuits "
+        "of subject-verb agreement in four structures and measures how faithful they are beside neurons; makes a "
+        "classifier forget gender (SHIFT); finds behaviours and their circuits. Writes tables, figures and report.html. "
+        "Finished parts are kept: after an interruption the same command goes on.",
+        (
+            "unweave paper feature-circuits --scale smoke    # about an hour and a half on two cores",
+            "unweave paper feature-circuits --scale paper --model EleutherAI/pythia-70m-deduped --device cuda",
+        ),
+        spec_home="unweave.papers.feature_circuits.spec:FeatureCircuitsSpec",
+        run_home="unweave.papers.feature_circuits.recipe:run",
+        group="paper",
+    ),
 )
 PAPERS: dict[str, Stage] = {stage.name: stage for stage in _PAPERS}
 

@@ -1,0 +1,103 @@
+"""The paper from text to table: SAEs, the circuits of four structures, SHIFT, behaviours, a page.
+
+Each part is a run of its own, so an interrupted recipe goes on where it was and a finished part is not done again.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from unweave.core.run import Run, peak_memory_gb
+from unweave.jobs import train
+from unweave.jobs.circuit import behaviours, draw, evaluate, find, shift
+from unweave.jobs.circuit.specs import (
+    CircuitBehavioursSpec,
+    CircuitDrawSpec,
+    CircuitEvaluateSpec,
+    CircuitFindSpec,
+    CircuitShiftSpec,
+)
+from unweave.papers.feature_circuits import page
+from unweave.papers.feature_circuits.plan import Plan, plan_of
+from unweave.papers.feature_circuits.spec import FeatureCircuitsSpec
+from unweave.tasks.agreement import STRUCTURES
+from unweave.tasks.biographies import TEMPLATED
+
+VERSION = 1
+_BIOS = "hub:LabHC/bias_in_bios"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The finished runs that the page is made from; agreement's by structure."""
+
+    trained: Run | None
+    found: Mapping[str, Run]
+    evaluated: Mapping[str, Run]
+    drawn: Mapping[str, Run]
+    shifted: Run
+    behaviours: Run
+
+    def all(self) -> dict[str, Run]:
+        """Every run by a name for people."""
+        named = {"train": self.trained} if self.trained is not None else {}
+        for kind, runs in (("find", self.found), ("evaluate", self.evaluated), ("draw", self.drawn)):
+            named |= {f"{kind} {structure}": run for structure, run in runs.items()}
+        return named | {"SHIFT": self.shifted, "behaviours": self.behaviours}
+
+
+def run(spec: FeatureCircuitsSpec, runs: Path) -> Run:
+    """Everything of the paper at one scale. The run holds the tables, the figures and ``report.html``."""
+    plan = plan_of(spec)
+    inputs = {"training": plan.training.digest()} if plan.training is not None else {}
+    with Run.open(runs, "paper-feature-circuits", spec, version=VERSION, inputs=inputs) as done:
+        if done.done and (done.path / "report.html").exists():
+            return done
+        done.reused = False
+        trained = train.run(plan.training, runs) if plan.training is not None else None
+        gc.collect()  # trainers and activations take gigabytes
+        parts = _parts(spec, plan, trained, runs)
+        result = page.write(done.path, spec, plan, parts)
+        done.finish(
+            result
+            | {
+                "runs": {name: part.path.name for name, part in parts.all().items()},
+                "seconds": {name: part.result["seconds"] for name, part in parts.all().items()},
+                "peak_memory_gb": peak_memory_gb(),
+            }
+        )
+    return done
+
+
+def _parts(spec: FeatureCircuitsSpec, plan: Plan, trained: Run | None, runs: Path) -> Parts:
+    saes = plan.saes if trained is None else (str(train.sae_folder(trained)),)
+    found, evaluated, drawn = {}, {}, {}
+    for structure in STRUCTURES:
+        found[structure] = find.run(
+            CircuitFindSpec(
+                saes=saes,
+                model=plan.model,
+                device=spec.device,
+                task=structure,
+                examples=plan.examples,
+                node_threshold=plan.node_threshold,
+                edge_threshold=plan.edge_threshold,
+            ),
+            runs,
+        )
+        folder = found[structure].path
+        evaluated[structure] = evaluate.run(
+            CircuitEvaluateSpec(circuit=folder, start_layer=plan.start_layer, device=spec.device), runs
+        )
+        drawn[structure] = draw.run(CircuitDrawSpec(circuit=folder), runs)
+    given = spec.biographies or (TEMPLATED if spec.scale == "smoke" else _BIOS)
+    by_file = {"judge": "file", "annotations": str(spec.annotations)} if spec.annotations is not None else {}
+    asked = {"saes": list(saes), "model": plan.model, "device": spec.device, "biographies": given, "probe": plan.probe}
+    shifted = shift.run(CircuitShiftSpec.from_dict(asked | {"seeds": plan.seeds} | by_file), runs)
+    discovered = behaviours.run(
+        CircuitBehavioursSpec(saes=saes, model=plan.model, device=spec.device, behaviours=plan.behaviours), runs
+    )
+    return Parts(trained, found, evaluated, drawn, shifted, discovered)
