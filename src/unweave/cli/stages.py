@@ -185,9 +185,10 @@ _PAPERS = (
     Stage(
         "feature-circuits",
         "Sparse feature circuits: agreement, SHIFT, and behaviours found without supervision.",
-        "Trains autoencoders at attention, MLP and residual stream of four layers and the embedding; finds the circuits "
-        "of subject-verb agreement in four structures and measures how faithful they are beside neurons; makes a "
-        "classifier forget gender (SHIFT); finds behaviours and their circuits. Writes tables, figures and report.html. "
+        "Trains autoencoders at attention, MLP and residual stream of four layers and the embedding; finds the "
+        "circuits of subject-verb agreement in four structures and measures how faithful they are beside neurons; makes "
+        "a classifier forget gender (SHIFT); finds behaviours and their circuits. Writes tables, figures and "
+        "report.html. "
         "Finished parts are kept: after an interruption the same command goes on.",
         (
             "unweave paper feature-circuits --scale smoke    # about an hour and a half on two cores",
