@@ -130,7 +130,7 @@ def _card(card: Card) -> str:
         f"random {number(card.control, 2)} ± {number(card.spread, 1)}; circuit on {card.examples} of them: "
         f"{_several(latents, 'latent')}, {_several(errors, 'error')}, {_several(edges, 'edge')}"
     )
-    chips = " ".join(f"{token_chip(text, count)}" for text, count in card.answers)
+    chips = "".join(f'<span class="uw-times">{token_chip(text)} {count}</span>' for text, count in card.answers)
     lines = [_context(tokens, answer, loss) for tokens, answer, loss in card.contexts]
     more = "".join(lines[_FIRST:])
     words = " ".join(
