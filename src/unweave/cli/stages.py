@@ -186,8 +186,8 @@ _PAPERS = (
         "feature-circuits",
         "Sparse feature circuits: agreement, SHIFT, and behaviours found without supervision.",
         "Trains autoencoders at attention, MLP and residual stream of four layers and the embedding; finds the "
-        "circuits of subject-verb agreement in four structures and measures how faithful they are beside neurons; makes "
-        "a classifier forget gender (SHIFT); finds behaviours and their circuits. Writes tables, figures and "
+        "circuits of subject-verb agreement in four structures and measures how faithful they are beside neurons; "
+        "makes a classifier forget gender (SHIFT); finds behaviours and their circuits. Writes tables, figures and "
         "report.html. "
         "Finished parts are kept: after an interruption the same command goes on.",
         (
