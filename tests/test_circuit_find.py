@@ -139,7 +139,7 @@ def test_lengths_and_zero_ablation_and_what_is_reported(case: Any) -> None:
     summed = dataclasses.replace(FAST, summed="positions")
     whole = find_circuit(lm, saes, batches, summed)
     assert (whole.n_examples, whole.about["skipped"]) == (8, {})
-    assert whole.about["tokens"] == {"shortest": 3, "longest": 4}
+    assert whole.about["lengths"] == {"shortest": 3, "longest": 4}
     nodes, edges = one_by_one(lm, saes, batches, summed)
     for site, e in nodes.items():
         close(whole.nodes[site], e)

@@ -128,7 +128,7 @@ class _Finder:
         self.about: dict[str, Any] = {
             "options": asdict(options) | {"metric_at": str(options.metric_at) if options.metric_at else None},
             "examples": self.n,
-            "tokens": {"shortest": min(widths), "longest": max(widths)},
+            "lengths": {"shortest": min(widths), "longest": max(widths)},
             "skipped": {"another length than the commonest": skipped} if skipped else {},
             "seconds": {},
             "memory": {"max_tokens": options.max_tokens},

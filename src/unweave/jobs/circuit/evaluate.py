@@ -200,20 +200,16 @@ def _result(
     spec: CircuitEvaluateSpec, found: Found, examples: Examples, curves: dict[str, Sweep], start_layer: int
 ) -> dict[str, Any]:
     first = next(iter(curves.values()))
+    level = spec.level
     reached = {
-        name: {
-            "nodes": curve.nodes_for(spec.level),
-            "random": curve.random_nodes_for(spec.level),
-            "all": curve.changing,
-        }
+        name: {"nodes": curve.nodes_for(level), "random": curve.random_nodes_for(level), "all": curve.changing}
         for name, curve in curves.items()
     }
     rows = []
     for name, numbers in reached.items():
-        random = "" if spec.draws == 0 else "random nodes: never; " if numbers["random"] is None else (
-            f"random nodes: {numbers['random']:,.0f}; ")  # fmt: skip
-        nodes = "never" if numbers["nodes"] is None else f"{numbers['nodes']:,.0f}"
-        rows.append([f"nodes for {spec.level:g}: {name}", nodes, f"{random}{numbers['all']:,} nodes change"])
+        nodes, random = ("never" if n is None else f"{n:,.0f}" for n in (numbers["nodes"], numbers["random"]))
+        beside = f"; random ones: {random}" if spec.draws else ""
+        rows.append([name, nodes, f"nodes for faithfulness {level:g}, of {numbers['all']:,}{beside}"])
     left = "; ".join(f"{n} left out: {why}" for why, n in examples.about["skipped"].items())
     return {
         "circuit": found.run.path.name,
@@ -221,7 +217,7 @@ def _result(
         "examples": examples.about,
         "start_layer": start_layer,
         "metric": {"model": first.model, "empty": first.empty},
-        "level": spec.level,
+        "level": level,
         "reached": reached,
         "memory": {"peak_gb": peak_memory_gb(), "max_tokens": spec.max_tokens},
         "figure": "faithfulness.png",

@@ -36,6 +36,9 @@ def run(spec: CircuitFindSpec, runs: Path) -> Run:
         circuit = find(opened.lm, opened.saes, examples.batches, options_of(spec), keep=parts)
         skipped = examples.about["skipped"] | circuit.about["skipped"]
         circuit.about.update(opened.record, task=task_of(spec), accuracy=examples.about.get("accuracy"))
+        if circuit.positions:  # an example's words, for drawings
+            first = next(b for b in examples.batches if b[0].ids.shape[1] == circuit.about["lengths"]["longest"])
+            circuit.about["tokens"] = opened.lm.token_strings(first[0].ids[0])
         circuit.save(run.path / CIRCUIT)
         write_json(run.path / "circuit.json", contents(circuit, spec.node_threshold, spec.edge_threshold))
         result = _result(spec, circuit, examples, skipped)

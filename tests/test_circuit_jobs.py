@@ -1,0 +1,297 @@
+"""``unweave circuit find`` and ``evaluate`` from end to end on a tiny model: what they write, share, and refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import build_tiny, build_tiny_tokenizer
+from unweave.circuits.find import Options, find_circuit
+from unweave.circuits.graph import Circuit
+from unweave.circuits.sweep import Sweep, sweep
+from unweave.cli.app import main
+from unweave.core.errors import UnweaveError
+from unweave.core.run import Run, read_json
+from unweave.core.site import Site
+from unweave.jobs.circuit import evaluate, examples, find
+from unweave.jobs.circuit.saes import open_saes
+from unweave.jobs.circuit.specs import CircuitEvaluateSpec, CircuitFindSpec
+from unweave.lm.model import LM
+from unweave.sae.module import SAE, ReLU
+from unweave.tasks import agreement
+from unweave.tasks.agreement import Pair
+
+SITES = ("embed", "attn_add.1", "mlp_add.1", "resid_post.1")
+
+
+def made_pairs(n: int, seed: int, length: int = 6) -> list[Pair]:
+    rng = random.Random(seed)
+    found = []
+    for _ in range(n):
+        letters = rng.choices("abcdefghij", k=length)
+        changed = [*letters[:2], rng.choice("xyz"), *letters[3:]]
+        found.append(Pair("".join(letters), "".join(changed), rng.choice("klm"), rng.choice("nop"), ""))
+    return found
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("circuit")
+    build_tiny("llama").save_pretrained(folder / "model")
+    build_tiny_tokenizer().save_pretrained(folder / "model")
+    lm = LM.load(str(folder / "model"), device="cpu")
+    g = torch.Generator().manual_seed(0)
+    for site in SITES:
+        enc, dec = torch.randn(32, 16, generator=g) * 0.3, torch.randn(16, 32, generator=g) * 0.3
+        biases = torch.randn(16, generator=g) * 0.1, torch.randn(32, generator=g) * 0.1
+        SAE(enc, biases[0], dec, biases[1], ReLU(), read=lm.site(site)).save(folder / "saes" / site)
+    agreement.save(folder / "train.jsonl", made_pairs(9, 0) + made_pairs(2, 1, 7))
+    agreement.save(folder / "test.jsonl", made_pairs(6, 2) + made_pairs(3, 3, 7) + made_pairs(2, 0))
+    lines = [{"context": pair.clean_prefix, "answer": pair.clean_answer} for pair in made_pairs(8, 4)]
+    lines += [{"context": "abc", "answer": "d"}, {"context": "abc", "answer": "de"}]
+    (folder / "inputs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def spec_of(home: Path, **changes: Any) -> CircuitFindSpec:
+    base = CircuitFindSpec(
+        saes=(str(home / "saes"),),
+        model=str(home / "model"),
+        device="cpu",
+        pairs=home / "train.jsonl",
+        steps=2,
+        node_threshold=0.1,
+    )
+    return replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def found(home: Path) -> Run:
+    return find.run(spec_of(home), home / "runs")
+
+
+def test_a_circuit_is_found_saved_and_described(home: Path, found: Run) -> None:
+    assert {p.name for p in found.path.iterdir()} >= {"circuit.safetensors", "circuit.json", "pairs.jsonl", "DONE"}
+    assert not (found.path / "parts").exists()
+    circuit = Circuit.load(found.path / "circuit.safetensors")
+    opened = open_saes(spec_of(home))
+    chosen = agreement.load(found.path / "pairs.jsonl")
+    options = Options(steps=2, node_threshold=0.1, max_tokens=7)
+    again = find_circuit(opened.lm, opened.saes, agreement.batches(opened.lm, chosen), options)
+    assert (circuit.n_examples, circuit.positions) == (9, True)
+    for site, effects in again.nodes.items():
+        torch.testing.assert_close(circuit.nodes[site], effects, rtol=1e-3, atol=1e-5)
+    assert {pair: len(e) for pair, e in circuit.edges.items()} == {pair: len(e) for pair, e in again.edges.items()}
+    six = [pair.clean_prefix for pair in chosen if len(pair.clean_prefix) == 6]
+    assert "".join(circuit.about["tokens"]) == six[0] and len(circuit.about["tokens"]) == 6
+    result = found.result
+    assert result["examples"]["skipped"] == {"another length than the commonest": 2}
+    assert result["above"]["latents"] == circuit.counts(0.1)["latents"] > 5
+    whole = read_json(found.path / "circuit.json")
+    assert len(whole["nodes"]) == len(circuit.above(0.1))
+    assert len(whole["edges"]) == len(circuit.edges_above(0.1, 0.01)) > 5
+    weights = [abs(edge[2]) for edge in whole["edges"]]
+    assert weights == sorted(weights, reverse=True)
+    for site, rows in result["strongest"].items():
+        best = max(circuit.above(0.1), key=lambda node, site=site: abs(node.effect) * (str(node.site) == site))
+        assert rows[0] == [best.name, pytest.approx(best.effect)]
+    assert result["strongest_edges"] == whole["edges"][:20]
+
+
+def test_a_run_is_known_by_the_content_of_what_it_reads(home: Path, found: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere.jsonl"
+    copy.write_bytes((home / "train.jsonl").read_bytes())
+    (tmp_path / "saes").symlink_to(home / "saes")
+    same = find.run(spec_of(home, pairs=copy, saes=(str(tmp_path / "saes"),), max_tokens=50), home / "runs")
+    assert same.reused and same.path == found.path
+    copy.write_text(copy.read_text() + copy.read_text().splitlines()[0] + "\n")
+    assert find.run(spec_of(home, pairs=copy, edges=False), home / "runs").path != found.path
+    for change in ({"steps": 3}, {"rule": "right"}, {"seed": 1}, {"sites": ("resid_post.1",)}, {"examples": 8}):
+        assert spec_of(home, **change).digest() != spec_of(home).digest()
+
+
+def test_single_inputs_are_ablated(home: Path) -> None:
+    spec = spec_of(home, pairs=None, inputs=home / "inputs.jsonl", metric="neg-logit", edges=False)
+    run = find.run(spec, home / "runs")
+    circuit = Circuit.load(run.path / "circuit.safetensors")
+    assert (circuit.positions, circuit.n_examples) == (False, 9)
+    assert run.result["examples"]["skipped"] == {"the answer is not a single token": 1}
+    assert list(run.result["metric"]) == ["clean"] and (run.path / "inputs.jsonl").exists()
+    kept = find.run(replace(spec, summed="none"), home / "runs")
+    assert kept.result["examples"]["skipped"]["another length than the commonest"] == 1
+    with pytest.raises(UnweaveError, match="other texts than it was found on"):
+        evaluate.run(CircuitEvaluateSpec(circuit=run.path), home / "runs")
+    with pytest.raises(UnweaveError, match="single texts, not of pairs"):
+        evaluate.run(CircuitEvaluateSpec(circuit=run.path, pairs=home / "test.jsonl"), home / "runs")
+    other = home / "others.jsonl"
+    other.write_text("\n".join(json.dumps({"context": p.clean_prefix, "answer": "k"}) for p in made_pairs(4, 9)))
+    done = evaluate.run(
+        CircuitEvaluateSpec(circuit=run.path, inputs=other, neurons=False, errors=("keep",), draws=0), home / "runs"
+    )
+    curves = read_json(done.path / "faithfulness.json")
+    assert list(curves) == ["all errors kept"] and curves["all errors kept"]["ablation"] == "clean"
+    with pytest.raises(UnweaveError, match="no patch"):
+        evaluate.run(CircuitEvaluateSpec(circuit=run.path, inputs=other, ablation="patch"), home / "runs")
+
+
+def test_a_circuit_is_evaluated_on_other_texts_beside_neurons(home: Path, found: Run) -> None:
+    spec = CircuitEvaluateSpec(
+        circuit=found.path, pairs=home / "test.jsonl", thresholds=(0.0, 0.05, 0.2), draws=2, seed=3, examples=30
+    )
+    run = evaluate.run(spec, home / "runs")
+    assert run.result["examples"]["skipped"] == {
+        "the circuit was found on the same text": 2,
+        "not of 6 tokens, as the circuit's texts": 3,
+    }
+    assert run.result["examples"]["examples"] == 6 and run.result["start_layer"] == 1
+    curves = {name: Sweep.from_dict(c) for name, c in read_json(run.path / "faithfulness.json").items()}
+    names = ["latents and errors", "without attention and MLP errors", "without errors", "neurons"]
+    assert list(curves) == names == list(run.result["reached"])
+    opened = open_saes(spec_of(home))
+    kept = [p for p in agreement.load(home / "test.jsonl") if len(p.clean_prefix) == 6]
+    kept = [p for p in kept if p not in made_pairs(2, 0)]
+    wanted = sweep(
+        opened.lm, opened.saes, agreement.batches(opened.lm, kept), Circuit.load(found.path / "circuit.safetensors"),
+        thresholds=(0.0, 0.05, 0.2), start_layer=1, draws=2, seed=3,
+    )  # fmt: skip
+    for a, b in zip(curves["latents and errors"].rows, wanted.rows, strict=True):
+        assert (a.nodes, a.latents) == (b.nodes, b.latents)
+        assert (a.faithfulness, a.completeness) == pytest.approx((b.faithfulness, b.completeness), abs=1e-4)
+    assert all(row.errors == 0 for row in curves["without errors"].rows)
+    assert curves["without errors"].rows[0].latents == curves["latents and errors"].rows[0].latents
+    assert (run.path / "faithfulness.png").read_bytes()[:4] == b"\x89PNG"
+    rows = list(csv.DictReader((run.path / "faithfulness.csv").read_text().splitlines()))
+    assert len(rows) == 12 and float(rows[1]["faithfulness"]) == curves[names[0]].rows[1].faithfulness
+    (neuron_run,) = [p for p in (home / "runs").glob("circuit-find-*") if read_json(p / "spec.json")["spec"]["neurons"]]
+    nodes = Circuit.load(neuron_run / "circuit.safetensors").nodes
+    assert sorted(map(str, nodes)) == sorted(SITES) and nodes[Site("embed")].shape == (6, 33)
+    units = curves["neurons"].rows[0]
+    assert units.errors == 0
+    assert units.latents == sum(int((e != 0).sum()) for site, e in nodes.items() if site.layer == 1)
+    asked = Run.at(neuron_run).spec
+    assert (asked["steps"], asked["rule"], asked["seed"]) == (2, "midpoint", 0)
+    assert evaluate.run(spec, home / "runs").reused
+
+
+def test_curves_are_kept_when_evaluation_is_interrupted(
+    home: Path, found: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = CircuitEvaluateSpec(circuit=found.path, pairs=home / "test.jsonl", neurons=False, draws=0, seed=5)
+    calls: list[str] = []
+
+    def watched(*args: Any, **named: Any) -> Any:
+        if len(calls) == 2:
+            calls.append("stopped")
+            raise KeyboardInterrupt
+        calls.append(named["errors"])
+        return sweep(*args, **named)
+
+    monkeypatch.setattr(evaluate, "sweep", watched)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(spec, home / "runs")
+    run = evaluate.run(spec, home / "runs")
+    assert calls == ["default", "remove-attn-mlp", "stopped", "remove"]
+    counts = [row.nodes for row in Sweep.from_dict(read_json(run.path / "faithfulness.json")["without errors"]).rows]
+    assert len(counts) > 8 and counts == sorted(counts, reverse=True)
+
+
+def test_the_test_split_is_what_a_task_s_circuit_is_measured_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def pairs(lm: LM, task: str, n: int, *, seed: int, split: str) -> list[Pair]:
+        asked.append((task, n, seed, split))
+        return made_pairs(n, seed if split == "train" else seed + 100)
+
+    monkeypatch.setattr(examples.agreement, "pairs", pairs)
+    run = find.run(spec_of(home, pairs=None, task="simple", examples=5, edges=False), home / "runs")
+    quick = CircuitEvaluateSpec(circuit=run.path, neurons=False, errors=("default",), draws=0, examples=4, seed=2)
+    evaluate.run(quick, home / "runs")
+    assert asked == [("simple", 5, 0, "train"), ("simple", 4, 2, "test")]
+    late = find.run(spec_of(home, pairs=None, split="test", examples=5, edges=False), home / "runs")
+    with pytest.raises(UnweaveError, match="other texts than it was found on"):
+        evaluate.run(replace(quick, circuit=late.path), home / "runs")
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task": "simple"}, "task and pairs are both given"),
+        ({"metric": "neg-logit"}, "metric = 'neg-logit' would have no effect"),
+        ({"split": "test"}, "split = 'test' would have no effect"),
+        ({"method": "attribution", "steps": 2}, "steps = 2 would have no effect"),
+        ({"method": "attribution", "steps": 10, "rule": "left"}, "rule = 'left' would have no effect"),
+        ({"edges": False, "edge_threshold": 0.5}, "edge_threshold = 0.5 would have no effect"),
+        ({"edges": False, "upstream": "all"}, "upstream = 'all' would have no effect"),
+        ({"method": "exact", "steps": 10}, "exact effects have no gradient"),
+        ({"examples": 0}, "examples = 0 makes no sense"),
+        ({"node_threshold": -0.1}, "node_threshold"),
+    ],
+)
+def test_options_that_make_no_sense_or_would_be_ignored_are_refused(
+    home: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UnweaveError, match=words):
+        spec_of(home, **changes)
+
+
+def test_conventions_stand_for_rule_and_metric(home: Path) -> None:
+    def asked(**values: Any) -> tuple[str, str]:
+        spec = CircuitFindSpec.from_dict({"saes": ["x"], **values})
+        return spec.rule, spec.metric
+
+    assert asked() == asked(convention="unweave") == ("midpoint", "neg-log-p")
+    assert asked(convention="paper") == ("right", "neg-log-p")
+    assert asked(convention="code") == ("left", "neg-log-p")  # of pairs there is one metric
+    assert asked(convention="code", inputs="a.jsonl") == ("left", "neg-logit")
+    assert asked(convention="code", inputs="a.jsonl", metric="neg-log-p", rule="right") == ("right", "neg-log-p")
+    assert asked(convention="code", method="attribution") == ("midpoint", "neg-log-p")
+    with pytest.raises(UnweaveError, match="conventions: unweave, paper, code"):
+        asked(convention="mine")
+
+
+def test_bad_files_and_runs_are_named(home: Path, found: Run, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    with pytest.raises(UnweaveError, match="nowhere"):
+        find.run(spec_of(home, pairs=home / "nowhere.jsonl"), runs)
+    agreement.save(tmp_path / "bad.jsonl", [Pair("abc", "abcd", "e", "f", ""), Pair("abc", "abd", "ef", "f", "")])
+    with pytest.raises(UnweaveError, match=r"different numbers of tokens.*not a single token"):
+        find.run(spec_of(home, pairs=tmp_path / "bad.jsonl"), runs)
+    with pytest.raises(UnweaveError, match="no SAE is at"):
+        find.run(spec_of(home, sites=("resid_post.2",)), runs)
+    with pytest.raises(UnweaveError, match="not a run directory"):
+        evaluate.run(CircuitEvaluateSpec(circuit=tmp_path), runs)
+    other = tmp_path / "saes"
+    lm = LM.load(str(home / "model"), device="cpu")
+    g = torch.Generator().manual_seed(1)
+    for site in SITES:
+        enc, dec = torch.randn(32, 16, generator=g), torch.randn(16, 32, generator=g)
+        SAE(enc, torch.zeros(16), dec, torch.zeros(32), ReLU(), read=lm.site(site)).save(other / site)
+    with pytest.raises(UnweaveError, match="not those that the circuit was found with"):
+        evaluate.run(CircuitEvaluateSpec(circuit=found.path, saes=(str(other),), pairs=home / "test.jsonl"), runs)
+    with pytest.raises(UnweaveError, match="no example is left"):
+        evaluate.run(CircuitEvaluateSpec(circuit=found.path, pairs=home / "train.jsonl"), runs)
+    for wrong in ({"examples": 0}, {"start_layer": -2}, {"errors": ()}, {"thresholds": (-1.0,)},
+                  {"spaced": "paper", "thresholds": (0.1,)}, {"pairs": Path("a"), "inputs": Path("b")}):  # fmt: skip
+        with pytest.raises(UnweaveError):
+            CircuitEvaluateSpec(circuit=found.path, **wrong)
+
+
+def test_the_command_line_finds_and_evaluates(home: Path, found: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    line = ["--runs", str(home / "runs"), "--json"]
+    saes = ["--saes", str(home / "saes"), "--model", str(home / "model"), "--pairs", str(home / "train.jsonl")]
+    assert main(["circuit", "find", *saes, "--steps", "2", *line]) == 0
+    shown = json.loads(capfd.readouterr().out)
+    assert shown["reused"] and Path(shown["run"]) == found.path
+    options = ["--pairs", str(home / "test.jsonl"), "--no-neurons", "--errors", "default", "--draws", "0"]
+    assert main(["circuit", "evaluate", "--circuit", str(found.path), *options, *line[:2]]) == 0
+    assert "latents and errors" in capfd.readouterr().out
