@@ -268,7 +268,8 @@ _CIRCUITS = (
         "unweave circuit behaviours --saes runs/train-0123456789ab/sae",
         "unweave circuit behaviours --saes runs/train-0123456789ab/sae --tokens 400_000 --contexts 8192 --clusters 750 "
         "--behaviours 100 --examples 100 --steps 10",
-        "unweave circuit behaviours --saes runs/train-0123456789ab/sae --vectors gradients --clustering kmeans",
+        "unweave circuit behaviours --saes runs/train-0123456789ab/sae --vectors gradients --dimensions 1000 "
+        "--clustering kmeans",
     ),
 )
 CIRCUITS: dict[str, Stage] = {stage.name: stage for stage in _CIRCUITS}
