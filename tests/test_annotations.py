@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import build_tiny, build_tiny_tokenizer
 from unweave.circuits import annotations as notes
+from unweave.circuits.annotating import Question, Tally, in_circuit, walk
 from unweave.circuits.annotations import Annotation
+from unweave.circuits.graph import Circuit, Node
+from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
+from unweave.data.corpus import Source
+from unweave.data.pack import PackSpec
+from unweave.jobs import train
+from unweave.jobs.circuit.specs import OfSAEsSpec
+from unweave.jobs.specs import DataSpec, StreamSpec, TrainSpec
+from unweave.sae.records import LatentRecord
+from unweave.sae.spec import SAESpec
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -121,3 +134,189 @@ def test_trap_41_annotations_of_another_training_are_refused() -> None:
     notes.refuse_strangers(said, {Site("embed"): "c"})
     with pytest.raises(UnweaveError, match=r"resid_post\.24/7 was annotated in autoencoder aaaaaaaaaaaa"):
         notes.refuse_strangers(said, {site: "bbbbbbbbbbbb"})
+
+
+# -- asking -----------------------------------------------------------------------------------------------------------
+
+SITE = Site("resid_post", 1)
+
+
+def question(latent: int, sae: str = "a" * 12) -> Question:
+    record = LatentRecord(latent, 3, 0.01, 2.0, 1.0, None, ((" are", 1.0),), (), (), (), ())
+    return Question(f"{SITE}/{latent}", sae, record, ((1, 0.5), (4, -0.7)))
+
+
+class Person:
+    """Answers from a list, then end of input; remembers what was shown, asked and told."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers, self.asked, self.shown, self.told = list(answers), list[str](), list[str](), list[str]()
+
+    def ask(self, prompt: str) -> str:
+        self.asked.append(prompt)
+        if not self.answers:
+            raise EOFError
+        return self.answers.pop(0)
+
+    def show(self, shown: Question, number: int, n: int, before: Annotation | None) -> None:
+        self.shown.append(f"{shown.name} {number}/{n}{' again' if before else ''}")
+
+    def walk(self, path: Path, *latents: int, known: int = 0) -> Tally:
+        return walk([question(j) for j in latents], path, self.ask, self.show, self.told.append, known=known)
+
+
+def test_a_form_is_asked_and_written_answer_by_answer(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    person = Person("plural nouns", "80", "12.5", "y", "mostly keys", "", "", "", "n", "")
+    assert person.walk(path, 7, 9, known=3) == Tally(2, 3, 0)
+    assert notes.load(path) == {
+        f"{SITE}/7": Annotation(f"{SITE}/7", "plural nouns", "mostly keys", 80, 12.5, True, "a" * 12),
+        f"{SITE}/9": Annotation(f"{SITE}/9", relevant=False, sae="a" * 12),
+    }
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 6 and lines[0]["annotation"] == "plural nouns" and lines[0]["interpretability"] is None
+    assert person.shown == [f"{SITE}/7 1/2", f"{SITE}/9 2/2"] and question(7).effect == -0.7
+
+
+@pytest.mark.parametrize("end", [":quit", ":q", None])
+def test_leaving_in_the_middle_keeps_what_was_said(tmp_path: Path, end: str | None) -> None:
+    person = Person("cats", "60", *([end] if end else []))
+    assert person.walk(tmp_path / "a.jsonl", 1, 2, 3) == Tally(1, 0, 2)
+    assert notes.load(tmp_path / "a.jsonl")[f"{SITE}/1"].interpretability == 60
+
+
+def test_skip_back_and_keeping_or_taking_back_answers(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    person = Person("cats", "60", "", "y", "", ":s", ":back", ":b", "", "-", "", "n", "", ":skip", "end", ":q")
+    assert person.walk(path, 1, 2, 3) == Tally(2, 0, 1)
+    assert [shown.split("/")[1].split()[0] for shown in person.shown] == ["1", "2", "3", "2", "1", "2", "3"]
+    assert person.shown[4].endswith("again") and any("[cats]" in prompt for prompt in person.asked)
+    found = notes.load(path)
+    assert found[f"{SITE}/1"] == Annotation(f"{SITE}/1", "cats", relevant=False, sae="a" * 12)
+    assert found[f"{SITE}/3"].annotation == "end" and f"{SITE}/2" not in found
+
+
+def test_wrong_answers_are_asked_again_and_help_is_told(tmp_path: Path) -> None:
+    person = Person(":help", ":what", "x", "lots", "101", "nan", "5", "", "maybe", "yes", "")
+    assert person.walk(tmp_path / "a.jsonl", 1) == Tally(1, 0, 0)
+    assert "brackets" in person.told[0] and "no command :what" in person.told[1]
+    assert sum("number from 0 to 100" in told for told in person.told) == 3
+    assert "y or n" in person.told[5] and len(person.told) == 6
+    assert notes.load(tmp_path / "a.jsonl")[f"{SITE}/1"].relevant is True
+
+
+def test_answers_about_another_autoencoder_are_not_mixed(tmp_path: Path) -> None:
+    notes.append(tmp_path / "a.jsonl", Annotation(f"{SITE}/1", "x", sae="b" * 12))
+    with pytest.raises(UnweaveError, match="was annotated in autoencoder bbbbbbbbbbbb"):
+        Person("y").walk(tmp_path / "a.jsonl", 1)
+
+
+def test_a_circuits_latents_come_strongest_first_and_once() -> None:
+    nodes = [
+        Node(SITE, 3, 0, 0.2, False),
+        Node(SITE, 9, 0, 5.0, True),
+        Node(SITE, 4, 1, -0.9, False),
+        Node(SITE, 3, 2, 0.5, False),
+    ]
+    assert in_circuit(nodes) == {(SITE, 4): [(1, -0.9)], (SITE, 3): [(2, 0.5), (0, 0.2)]}
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, text/, an autoencoder and a circuit that names it."""
+    folder = tmp_path_factory.mktemp("home")
+    build_tiny("llama").save_pretrained(folder / "model")
+    build_tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "text").mkdir()
+    lines = [json.dumps({"text": f"the keys to cabinet {i} are near the door {i % 7}"}) for i in range(200)]
+    (folder / "text" / "a.jsonl").write_text("\n".join(lines))
+    data = DataSpec(
+        sources=(Source(path=str(folder / "text")),), pack=PackSpec(context=48), tokens=3000, heldout_tokens=300
+    )
+    sae = SAESpec(kind="relu", expansion=2, tokens=2000, batch=64)
+    stream = StreamSpec(chunk_tokens=1000, buffer_tokens=2000)
+    spec = TrainSpec(model=str(folder / "model"), sites=(str(SITE),), data=data, sae=sae, stream=stream, device="cpu")
+    run = train.run(spec, folder / "runs")
+    effects = torch.zeros(3, 65)
+    effects[0, 5], effects[1, 6], effects[2, 6], effects[2, 64] = 0.5, -0.9, 0.1, 0.4
+    Circuit({SITE: effects}, {}, True, 4).save(folder / "found" / "circuit.safetensors")
+    asked = {"spec": OfSAEsSpec(saes=(str(run.path / "sae"),), device="cpu").to_dict()}
+    (folder / "found" / "spec.json").write_text(json.dumps(asked))
+    (folder / "sae").symlink_to(run.path / "sae")
+    return folder
+
+
+def command(
+    home: Path, answers: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.stdin", None if answers is None else io.StringIO(answers))
+    capsys.readouterr()
+    status = main(["annotate", *words, "--runs", str(home / "runs"), "--tokens", "1500"])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_the_command_walks_through_a_circuit_and_passes_over_what_is_done(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine.jsonl"
+    words = (str(home / "found"), "--out", str(out))
+    status, text, _ = command(home, "keys\n90\n\ny\n\n:quit\n", monkeypatch, capsys, *words)
+    assert status == 0 and "1 latents annotated, 0 had answers already, 1 are left" in text
+    assert text.index(f"{SITE}/6") < text.index(f"{SITE}/5")
+    assert "-0.9 at position 1, +0.1 at position 2" in text and "fires on" in text and "raises" in text
+    said = notes.load(out)[f"{SITE}/6"]
+    assert (said.annotation, said.relevant, said.interpretability) == ("keys", True, 90)
+    status, text, _ = command(home, "doors\n:q\n", monkeypatch, capsys, *words, "--json")
+    assert status == 0 and json.loads(text) == {"out": str(out), "annotated": 1, "known": 1, "left": 0}
+    assert notes.load(out)[f"{SITE}/5"].annotation == "doors"
+    status, text, _ = command(home, "x\n", monkeypatch, capsys, *words)
+    assert status == 0 and "0 latents annotated, 2 had answers already, 0 are left" in text
+    status, text, _ = command(home, "\n\n\n\nseen twice\n", monkeypatch, capsys, *words, "--again", "--top", "1")
+    assert notes.load(out)[f"{SITE}/6"].notes == "seen twice" and "so far: keys" in text
+
+
+def test_the_command_takes_an_autoencoder_and_latents(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--saes", str(home / "sae"), "--latents", "3", f"{SITE}/12", "--out", str(tmp_path / "a.jsonl"))
+    status, _, _ = command(home, "a\n\n\n\n\nb\n", monkeypatch, capsys, *words)
+    assert status == 0
+    assert {n: a.annotation for n, a in notes.load(tmp_path / "a.jsonl").items()} == {
+        f"{SITE}/3": "a",
+        f"{SITE}/12": "b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("answers", "words", "says"),
+    [
+        (None, ("{found}",), "no terminal to ask in"),
+        ("", ("{found}",), "no answers are piped in"),
+        ("x\n", (), "there is nothing to annotate"),
+        ("x\n", ("{sae}",), "this is an autoencoder, not a circuit"),
+        ("x\n", ("{found}", "--latents", "3"), "a circuit and latents are both named"),
+        ("x\n", ("{found}", "--threshold", "9"), "no latent's effect is above 9"),
+        ("x\n", ("--saes", "{sae}"), "no latents are named"),
+        ("x\n", ("--saes", "{sae}", "--latents", "64"), "latent 64 does not exist"),
+        ("x\n", ("--saes", "{sae}", "--latents", "resid_post.1/error"), "is an error"),
+        ("x\n", ("--saes", "{sae}", "--latents", "3", "--threshold", "1"), "a threshold needs a circuit"),
+        ("x\n", ("{found}", "--top", "0"), "0 makes no sense"),
+    ],
+)
+def test_what_the_command_refuses(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answers: str | None,
+    words: tuple[str, ...],
+    says: str,
+) -> None:
+    given = [word.format(found=home / "found", sae=home / "sae") for word in words]
+    status, _, err = command(home, answers, monkeypatch, capsys, *given, "--out", str(tmp_path / "a.jsonl"))
+    assert status == 2 and says in err
+    assert not (tmp_path / "a.jsonl").exists()

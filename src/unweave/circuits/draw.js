@@ -43,6 +43,12 @@
     } else if (event.target.closest(".uw-circuit-picture")) keep(null);
   });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") { document.activeElement.blur(); keep(null); } });
+  const size = document.getElementById("uw-size");
+  size.hidden = false;
+  size.addEventListener("click", () => {
+    const full = svg.parentElement.classList.toggle("uw-full");
+    size.textContent = full ? "Fit the window" : "Full size";
+  });
   addEventListener("hashchange", () => keep(location.hash.replace("#node-", "")));
   if (location.hash.startsWith("#node-")) keep(location.hash.slice(6));
 })();

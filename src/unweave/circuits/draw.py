@@ -156,7 +156,7 @@ def svg_of(
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="{_FONT}" role="{"group" if link else "img"}" '
-        f'aria-label="{esc(name)}. {esc(told)}">',
+        f'aria-label="{_esc(name)}. {_esc(told)}">',
         f'<rect width="100%" height="100%" fill="{_PAPER}"/>',
         "" if link else _heading(name, told, width),
         f'<g transform="translate({shift:.1f} {head:.0f})">',
@@ -171,6 +171,14 @@ def svg_of(
         "</svg>",
     ]
     return "".join(parts)
+
+
+_NOT_XML = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 0xFFFE, 0xFFFF), "\ufffd")
+
+
+def _esc(text: str) -> str:
+    """A text inside an element or attribute of an XML document, in which control characters have no place at all."""
+    return esc(text.translate(_NOT_XML))
 
 
 def _many(n: int, noun: str) -> str:
@@ -214,7 +222,7 @@ def _text(
 ) -> str:
     heavy = f' font-weight="{weight}"' if weight != 400 else ""
     where = f'x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" text-anchor="{anchor}"'
-    return f'<text {where} fill="{fill}"{heavy}>{esc(text)}</text>'
+    return f'<text {where} fill="{fill}"{heavy}>{_esc(text)}</text>'
 
 
 def _length(text: str, size: float) -> float:
@@ -245,7 +253,7 @@ def _heading(name: str, told: str, width: float) -> str:
     title = _text(24, 28, _cut(name, room, 16), 16, weight=600, anchor="start")
     lines = _wrapped(told, room, 11.5)
     rows = "".join(_text(24, 46 + 14 * k, line, 11.5, _SOFT, "start") for k, line in enumerate(lines))
-    return f"<g><title>{esc(name)}</title>{title}</g><g><title>{esc(told)}</title>{rows}</g>"
+    return f"<g><title>{_esc(name)}</title>{title}</g><g><title>{_esc(told)}</title>{rows}</g>"
 
 
 def _ground(layout: Layout, tokens: Sequence[str] | None) -> str:
@@ -270,7 +278,7 @@ def _ground(layout: Layout, tokens: Sequence[str] | None) -> str:
         middle = (column.left + column.right) / 2
         note = f"position {column.position}" + (f": {tokens[column.position]!r}" if known and tokens else "")
         text = _text(middle, layout.height - 8, _cut(label, column.right - column.left - 8, 13), 13, weight=600)
-        parts.append(f"<g><title>{esc(note)}</title>{text}</g>")
+        parts.append(f"<g><title>{_esc(note)}</title>{text}</g>")
     return "".join(parts)
 
 
@@ -287,7 +295,7 @@ def _edges(selection: Selection, layout: Layout) -> list[str]:
         parts.append(
             f'<path d="{path}" stroke="{_hex(full)}" stroke-width="{0.7 + 4.8 * share:.2f}" '
             f'stroke-opacity="{0.35 + 0.5 * share:.2f}"{dash} data-u="{u}" data-d="{"y" if d is None else d}">'
-            f"<title>{esc(told)}</title></path>"
+            f"<title>{_esc(told)}</title></path>"
         )
     return parts
 
@@ -327,8 +335,8 @@ def _node(
     x, y = layout.places[i]
     draw = _triangle if node.is_error else _rectangle
     inside = draw(x, y, layout, fill, ink, edge, words, f"{node.site}/{node.slot}", _signed(node.effect))
-    shape = f'<g data-n="{i}"><title>{esc(told)}</title>{inside}</g>'
-    return f'<a href="#{esc(link)}{i}" aria-label="{esc(told)}">{shape}</a>' if link else shape
+    shape = f'<g data-n="{i}"><title>{_esc(told)}</title>{inside}</g>'
+    return f'<a href="#{_esc(link)}{i}" aria-label="{_esc(told)}">{shape}</a>' if link else shape
 
 
 def _rectangle(

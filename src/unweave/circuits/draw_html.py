@@ -61,7 +61,8 @@ def draw_html(
         f"<title>{esc(name)}</title><style>{styles}</style></head><body>"
         f'<header class="uw-circuit-top"><h1>{esc(name)}</h1><p>{esc(told)}{" " + esc(note) if note else ""}</p>'
         '<p class="uw-circuit-how">Point at a node to see its edges; click it, or reach it with the Tab key, to read '
-        'about it. Esc lets go.</p></header><main class="uw-circuit"><div class="uw-circuit-picture" tabindex="0" '
+        'about it. Esc lets go.<button type="button" id="uw-size" hidden>Full size</button></p>'
+        '</header><main class="uw-circuit"><div class="uw-circuit-picture" tabindex="0" '
         f'role="region" aria-label="The circuit">{picture}</div><aside class="uw-circuit-cards" aria-live="polite">'
         f'<p class="uw-circuit-hint">Choose a node.</p>{cards}</aside></main>'
         f'<section class="uw-circuit-all"><details><summary>All nodes as a table</summary>'
