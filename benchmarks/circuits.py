@@ -23,10 +23,11 @@ above the level before, of the process on a CPU and of PyTorch's allocations on 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ from unweave.sae.states import change_of, moved_positions, states
 
 LAYERS, WIDTH, VOCABULARY, STEPS = 6, 512, 8_192, 10
 SITES = ["embed", *(f"{point}.{i}" for i in range(LAYERS) for point in ("attn_add", "mlp_add", "resid_post"))]
-console = Console(width=None if sys.stdout.isatty() else 170)
+console = Console(width=None if sys.stdout.isatty() else 200)
 
 
 def make_lm(device: str) -> LM:
@@ -195,31 +196,6 @@ def timed(lm: LM, work: Callable[[], Any]) -> float:
     return seconds(lm) - began
 
 
-def peak(lm: LM, work: Callable[[], Any]) -> float:
-    """The most memory above the level before, in MB."""
-    if lm.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    page, levels, done = 4096, [], threading.Event()
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            levels.append(resident())
-
-    before = resident()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    work()
-    done.set()
-    watcher.join()
-    return max(0, max(levels, default=before) - before) / 1e6
-
-
 class Counter(TorchDispatchMode):
     """Adds up the floating-point operations of matrix products and attention."""
 
@@ -233,10 +209,27 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def operations(work: Callable[[], Any]) -> float:
+def observe(lm: LM, work: Callable[[], Any]) -> tuple[float, float]:
+    """Floating-point operations, and the most memory above the level before in MB."""
+    gc.collect()
+    on_gpu = lm.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide what is used anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        before = resident("VmRSS")
     with Counter() as counter:
         work()
-    return counter.total
+    after = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")
+    return counter.total, max(0, after - before) / 1e6
+
+
+def resident(name: str) -> int:
+    """Bytes of this process's memory, now (VmRSS) or at the peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
 # -- rounds -----------------------------------------------------------------------------------------------------------
@@ -270,7 +263,7 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
     both = {alone: case.loop_edges(few, alone, changes)[0] for alone in (False, True)}
     alone = both[True] < both[False]
     sample = max(few, min(len(case.retained), int(budget / both[alone] * len(case.retained))))
-    case.our_nodes(), case.our_edges()
+    case.our_edges()
     times: dict[str, list[float]] = {name: [] for name in ("loop nodes", "our nodes", "loop edges", "our edges")}
     for _ in range(rounds):
         start, some = timed(case.lm, lambda: case.loop_nodes(0)), timed(case.lm, lambda: case.loop_nodes(points))
@@ -279,11 +272,13 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
         times["loop edges"].append(case.loop_edges(sample, alone, changes)[0])
         times["our edges"].append(timed(case.lm, case.our_edges))
     ratios = list(zip(*times.values(), strict=True))
-    flops = {
-        "loop nodes": operations(lambda: case.loop_nodes(1)) * STEPS,
-        "our nodes": operations(case.our_nodes),
-        "loop edges": operations(lambda: case.loop_edges(few, alone, changes)) * len(case.retained) / few,
-        "our edges": operations(case.our_edges),
+    one_point = observe(case.lm, lambda: case.loop_nodes(1))
+    a_few = observe(case.lm, lambda: case.loop_edges(few, alone, changes))
+    seen = {
+        "loop nodes": (one_point[0] * STEPS, one_point[1]),
+        "our nodes": observe(case.lm, case.our_nodes),
+        "loop edges": (a_few[0] * len(case.retained) / few, a_few[1]),
+        "our edges": observe(case.lm, case.our_edges),
     }
     return {
         "retained": len(case.retained),
@@ -294,13 +289,8 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Any]:
         "nodes": statistics.median(a / b for a, b, _, _ in ratios),
         "edges": statistics.median(c / d for _, _, c, d in ratios),
         "both": statistics.median((a + c) / (b + d) for a, b, c, d in ratios),
-        "flops": flops,
-        "memory": {
-            "our nodes": peak(case.lm, case.our_nodes),
-            "our edges": peak(case.lm, case.our_edges),
-            "loop nodes": peak(case.lm, lambda: case.loop_nodes(1)),
-            "loop edges": peak(case.lm, lambda: case.loop_edges(few, alone, changes)),
-        },
+        "flops": {name: flops for name, (flops, _) in seen.items()},
+        "memory": {name: memory for name, (_, memory) in seen.items()},
         "difference": check(case, case.loop_edges(len(case.retained), alone, changes)[1])
         if sample >= len(case.retained)
         else None,
@@ -323,7 +313,7 @@ def row(label: str, latents: int, found: dict[str, Any]) -> list[str]:
         f"{found['nodes']:.1f}x",
         f"{found['edges']:.1f}x",
         f"{found['both']:.1f}x",
-        f"{nodes:.1f}x, {f['loop edges'] / f['our edges']:.1f}x, {both:.1f}x",
+        f"{nodes:.1f} / {f['loop edges'] / f['our edges']:.1f} / {both:.1f}",
         timed_part,
         f"{max(m['loop nodes'], m['loop edges']):,.0f} / {max(m['our nodes'], m['our edges']):,.0f}",
         "" if found["difference"] is None else f"{found['difference']:.0e}",
@@ -332,7 +322,7 @@ def row(label: str, latents: int, found: dict[str, Any]) -> list[str]:
 
 COLUMNS = (
     "examples x tokens", "latents", "retained", "nodes: loop / ours, s", "edges: loop / ours, s", "nodes", "edges",
-    "nodes + edges", "by operations", "of the loop, timed", "memory: loop / ours, MB", "edges differ by",
+    "both", "by operations: nodes / edges / both", "of the loop, timed", "memory: loop / ours, MB", "edges differ by",
 )  # fmt: skip
 
 
