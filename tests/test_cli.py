@@ -442,7 +442,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_and_import_load_no_heavy_library() -> None:
-    commands = (*stages.STAGES, *stages.GROUPS, "circuit find", "models", "dedup", "convert")
+    commands = (*stages.STAGES, *stages.GROUPS, "circuit find", "models", "dedup", "convert", "annotate")
     names = ["--help", *(f"{name} --help" for name in commands), "models", "--version"]
     done = python(
         "import sys, unweave\n"

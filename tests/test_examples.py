@@ -179,7 +179,7 @@ def test_command_lines_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for code in inline(page):
         if code.startswith("unweave "):
             first, inner = code.split()[1], code.split()[2:3]
-            assert first in (*STAGES, *GROUPS, "models", "dedup", "convert", "COMMAND", "--help"), code
+            assert first in (*STAGES, *GROUPS, "models", "dedup", "convert", "annotate", "COMMAND", "--help"), code
             assert first not in GROUPS or inner in ([], *([name] for name in GROUPS[first][1])), code
         elif re.match(r"make \w", code):
             check_target(code)
