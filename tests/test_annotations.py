@@ -22,7 +22,9 @@ from unweave.core.site import Site
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 from unweave.jobs import train
-from unweave.jobs.circuit.specs import OfSAEsSpec
+from unweave.jobs.circuit import draw
+from unweave.jobs.circuit.saes import open_saes
+from unweave.jobs.circuit.specs import CircuitDrawSpec, OfSAEsSpec
 from unweave.jobs.specs import DataSpec, StreamSpec, TrainSpec
 from unweave.sae.records import LatentRecord
 from unweave.sae.spec import SAESpec
@@ -320,3 +322,20 @@ def test_what_the_command_refuses(
     status, _, err = command(home, answers, monkeypatch, capsys, *given, "--out", str(tmp_path / "a.jsonl"))
     assert status == 2 and says in err
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_picture_with_annotations_and_contexts(home: Path, tmp_path: Path) -> None:
+    """The run's question finds the autoencoders again; annotations of others are refused, with contexts or without."""
+    (sae,) = open_saes(OfSAEsSpec(saes=(str(home / "sae"),), device="cpu")).saes.values()
+    path = tmp_path / "a.jsonl"
+    notes.append(path, Annotation(f"{SITE}/6", "harbours", relevant=True, sae=sae.digest()))
+    spec = CircuitDrawSpec(circuit=home / "found", annotations=path, contexts=True, tokens=1500, device="cpu")
+    run = draw.run(spec, home / "runs")
+    page = (run.path / "circuit.html").read_text(encoding="utf-8")
+    assert run.result["labelled"] == 2 and run.result["errors"] == 1  # at both of its positions
+    assert page.count("fires on") == 3 and page.count("relevant to the task") == 2
+    notes.append(path, Annotation(f"{SITE}/5", "x", sae="b" * 12))
+    for contexts in (True, False):
+        asked = CircuitDrawSpec(circuit=home / "found", annotations=path, contexts=contexts)
+        with pytest.raises(UnweaveError, match="was annotated in autoencoder bbbbbbbbbbbb"):
+            draw.run(asked, tmp_path)

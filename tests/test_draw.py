@@ -103,7 +103,7 @@ def test_colours_by_sign_and_size() -> None:
     effects[0, :4] = torch.tensor([1.0, 0.2, -1.0, -0.2])
     sites = (Site("resid_post", 0), Site("resid_post", 1))
     up = torch.tensor([[0, 0], [0, 1]])
-    edges = {(sites[0], sites[1]): Edges(up, up, torch.tensor([2.0, -1.0]))}
+    edges: dict[tuple[Site, Site | None], Edges] = {(sites[0], sites[1]): Edges(up, up, torch.tensor([2.0, -1.0]))}
     root = drawn(
         draw_svg(Circuit(dict.fromkeys(sites, effects), edges, False, 1), node_threshold=0.1, edge_threshold=0.0)
     )
@@ -171,7 +171,8 @@ def test_thresholds_that_leave_about_as_many_as_asked() -> None:
 )
 def test_what_cannot_be_drawn(change: dict[str, Any], says: str) -> None:
     with pytest.raises(UnweaveError, match=says):
-        draw_svg(circuit(), **({"node_threshold": 0.1, "edge_threshold": 0.1} | change))
+        asked: dict[str, Any] = {"node_threshold": 0.1, "edge_threshold": 0.1} | change
+        draw_svg(circuit(), **asked)
 
 
 def test_json_says_the_same() -> None:
@@ -236,7 +237,7 @@ def test_sweeps_leave_fewer_crossings_than_the_first_order() -> None:
     lower, upper = Site("resid_post", 0), Site("resid_post", 1)
     reverse = torch.stack([torch.zeros(8, dtype=torch.long), torch.arange(7, -1, -1)], 1)
     straight = torch.stack([torch.zeros(8, dtype=torch.long), torch.arange(8)], 1)
-    edges = {(lower, upper): Edges(straight, reverse, torch.ones(8))}
+    edges: dict[tuple[Site, Site | None], Edges] = {(lower, upper): Edges(straight, reverse, torch.ones(8))}
     found = Circuit({lower: effects, upper: effects.clone()}, edges, False, 1)
     selection = select(found, 0.0, 0.0)
     layout = place(found, selection)

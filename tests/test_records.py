@@ -342,7 +342,7 @@ def test_logit_effects_only_where_directions_lie_in_the_stream(tiny_lm: Any) -> 
         ("llama", "mlp_in.1", False),
         ("llama", "attn_heads.1", False),
     ]:
-        records = build(tiny_lm(family), make_sae(9, site), data.codes, data.where, data.store, spec)
+        records = build(tiny_lm(family), make_sae(9, site), data.codes, data.where, data.store, spec)  # type: ignore[arg-type]
         assert (records.written is not None) == there, (family, site)
         assert (records.latent(4).promoted != ()) == there
 
