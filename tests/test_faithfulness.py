@@ -28,7 +28,10 @@ NAMES = ("embed", "attn_add.1", "mlp_add.1", "resid_post.1", "attn_heads.2", "ml
 
 
 def make_sae(lm: LM, site: str, seed: int, read: str | None = None) -> SAE:
-    """Random and float64, no parameter zero; some tokens are excluded by the policy, whose latents are 0 there."""
+    """Random and float64, no parameter zero; some tokens are excluded by the policy, whose latents are 0 there.
+
+    Of four SAEs one has so few active latents that its sums are sparse.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -36,7 +39,7 @@ def make_sae(lm: LM, site: str, seed: int, read: str | None = None) -> SAE:
 
     d_in, d = lm.width(read or site), lm.width(site)
     weights = (draw(d_in, F) / d_in**0.5, draw(F) * 0.3, draw(F, d) * 0.3, draw(d) * 0.2)
-    activation = TopK(6) if seed % 2 else JumpReLU(torch.full((F,), 0.3, dtype=torch.float64))
+    activation = TopK(6 if seed % 4 == 1 else 1) if seed % 2 else JumpReLU(torch.full((F,), 0.3, dtype=torch.float64))
     where = {"read": Site.parse(read or site), "write": Site.parse(site)}
     return SAE(*weights, activation, **where, policy=TokenPolicy(exclude_ids=(9,)))
 

@@ -20,12 +20,14 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
 from unweave.core.site import Site
-from unweave.lm.model import LM, Tokens
+from unweave.lm.model import LM
 from unweave.lm.taps import At, EditFn
+from unweave.sae.choice import Choice
 from unweave.sae.comparison import Batch
 from unweave.sae.module import SAE
+from unweave.sae.products import weighted_rows
 from unweave.sae.runner import Runner
-from unweave.sae.states import SAEs, State, by_site_of, chunks, reads_of, states, take_apart
+from unweave.sae.states import SAEs, State, by_site_of, chunks, reads_of, states
 
 Ablation = Literal["patch", "clean", "zero"]
 Kept = Mapping[Site, Tensor]
@@ -33,6 +35,8 @@ Kept = Mapping[Site, Tensor]
 
 _SAME = 1e-5
 """m(M) and m(empty) nearer than this, relative to the metric's size, differ by rounding only"""
+_FEW = 0.1
+"""the share of entries below which a sparse product is quicker than a dense one"""
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ class _Run:
         self.runner = Runner(lm, self.tokens, batch[2], metric_at, max_tokens)
         self.sources = {reads_of(sae, site) for site, sae in by_site.items() if reads_of(sae, site) != site}
         self.reads = sorted(self.sources - set(by_site))
+        self.fixed: dict[Site, Tensor] = {}
         self.start: Site | None = None
         if start_layer > 0 and all((site.layer or 0) >= start_layer for site in self.reads):
             self.start = Site("resid_pre", start_layer)
@@ -223,23 +228,44 @@ class _Run:
         return torch.cat(found).view(circuits.n, n)
 
     def _edit(self, site: Site, sae: SAE, circuits: _Circuits, which: Tensor, read: dict[Site, Tensor]) -> EditFn:
-        mean = self.means[site]
-        source = reads_of(sae, site)
+        source, mean = reads_of(sae, site), self.means[site]
+        fixed = self._fixed(site, sae, circuits)
 
         def edit(x: Tensor, at: At) -> Tensor:
-            values = {site: x, source: x if source == site else read[source]}
-            state = take_apart({site: sae}, values, Tokens(at.ids, at.mask, at.roles))[site]
-            out = ~circuits.rows(site, which, x.shape[1])
-            # As a change of x, so that a circuit that keeps everything leaves the model's own value bit for bit.
-            change = torch.where(out[..., :-1], mean.latents - state.latents, 0) @ sae.W_dec
-            change = change + torch.where(out[..., -1:], mean.error - state.error, 0)
-            new = (state.x + change * at.mask.unsqueeze(-1)).to(x.dtype)
+            whole, said = x.to(sae.W_dec.dtype), x if source == site else read[source]
+            latents = sae.encode(said) * sae.policy.keep(said, at.ids, at.mask).unsqueeze(-1)
+            kept = circuits.rows(site, which, x.shape[1])
+            with_error = kept[..., -1:]
+            # Where the error is kept, latents outside are taken off x, so that a circuit of everything leaves the model
+            # as it is bit for bit; where it is not, those inside are put together. Each needs one sum of few rows.
+            summed = _sums(latents * (kept[..., :-1] != with_error), sae.W_dec)
+            new = torch.where(with_error, whole - summed, sae.b_dec + mean.error + summed) + fixed[which]
+            new = torch.where(at.mask.unsqueeze(-1), new, whole).to(x.dtype)
             if site in self.sources:
                 read[site] = new
             return new
 
         return edit
 
+    def _fixed(self, site: Site, sae: SAE, circuits: _Circuits) -> Tensor:
+        """What the latents outside each circuit stand for at their means, [C, P, D]."""
+        if site not in self.fixed:
+            mean = self.means[site].latents
+            kept = circuits.rows(site, torch.arange(circuits.n, device=mean.device), len(mean))
+            self.fixed[site] = torch.where(kept[..., :-1], 0, mean) @ sae.W_dec
+        return self.fixed[site]
+
     def _metric(self, rows: Tensor, edits: Mapping[Site, EditFn]) -> Tensor:
         start = None if self.start is None else (self.start, self.stream[rows])
         return self.runner.metric_of(rows, edits, False, start)
+
+
+def _sums(values: Tensor, table: Tensor) -> Tensor:
+    """values [R, P, F] @ table [F, D], through the entries that are not 0 where these are few."""
+    flat = values.flatten(0, 1)
+    rows, columns = flat.nonzero(as_tuple=True)
+    if len(rows) > _FEW * flat.numel():
+        return values @ table
+    ends = torch.bincount(rows, minlength=len(flat)).cumsum(0)
+    choice = Choice(columns, torch.cat([ends.new_zeros(1), ends]), len(table))
+    return weighted_rows(flat[rows, columns], choice, table).view(*values.shape[:2], -1)
