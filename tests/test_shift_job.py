@@ -129,6 +129,8 @@ def test_an_interrupted_run_goes_on_with_what_is_there(judged: Run, home: Path, 
 def test_the_first_seed_is_the_same_however_many_follow(judged: Run, home: Path, tmp_path: Path) -> None:
     one = quietly(spec_of(home, seeds=1), tmp_path)
     assert one.result["seeds"][0] == judged.result["seeds"][0]
+    assert one.result["table"]["oracle"]["worst"]["std"] is None
+    assert "one seed" in (one.path / "table.md").read_text() and "±" not in (one.path / "table.md").read_text()
     assert judged.result["circuits"][0] != judged.result["circuits"][1]
 
 

@@ -45,13 +45,14 @@ class ProbeLogit:
     """The metric: a probe's logit of pooled activations. For ``node_effects`` with ``metric_at`` the probe's site."""
 
     probe: Probe
-    tokens: Tokens
+    examples: Tokens
     skip_first: int
 
     def __call__(self, out: Tensor, rows: Tensor) -> Tensor:
         """Logits [R] of activations [R, P, D] of the examples ``rows`` [R]."""
-        here = rows.to(self.tokens.mask.device)
-        batch = Tokens(self.tokens.ids[here], self.tokens.mask[here], self.tokens.roles[here]).to(out.device)
+        whole = self.examples
+        here = rows.to(whole.mask.device)
+        batch = Tokens(whole.ids[here], whole.mask[here], whole.roles[here]).to(out.device)
         weighted = Probe(self.probe.weight.to(out.device), self.probe.bias.to(out.device))
         return weighted(pool(out, batch, self.skip_first))
 

@@ -24,17 +24,17 @@ MEASURES = ("profession", "gender", "worst")
 _HEADS = {"profession": "profession ↑", "gender": "gender ↓", "worst": "worst group ↑"}
 _COLOURS = {"profession": LIGHT["accent"], "gender": LIGHT["mute"], "worst": LIGHT["warm"]}
 
-Table = Mapping[str, Mapping[str, Mapping[str, float]]]
+Table = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 
 
-def of_seeds(rows: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """{method: {measure: {mean, std}}} of every seed's {method: {measure: share}}; std is the sample's, 0 for one."""
-    table: dict[str, dict[str, dict[str, float]]] = {}
+def of_seeds(rows: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{method: {measure: {mean, std}}} of every seed's {method: {measure: share}}; std is None for one seed."""
+    table: dict[str, dict[str, dict[str, Any]]] = {}
     for method in METHODS:
         table[method] = {}
         for measure in MEASURES:
             values = [row[method][measure] for row in rows]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            spread = statistics.stdev(values) if len(values) > 1 else None
             table[method][measure] = {"mean": statistics.fmean(values), "std": spread}
     return table
 
@@ -52,8 +52,9 @@ def summarised(spec: CircuitShiftSpec, table: Table, gap: float, back: Mapping[s
     return {"summary": rows}
 
 
-def _percent(value: Mapping[str, float]) -> str:
-    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
+def _percent(value: Mapping[str, Any]) -> str:
+    spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
+    return f"{100 * value['mean']:.1f}{spread}"
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -62,11 +63,11 @@ def markdown(found: Mapping[str, Any]) -> str:
     for method in METHODS:
         cells = " | ".join(_percent(found["table"][method][measure]) for measure in MEASURES)
         lines.append(f"| {method} | {cells} |")
-    counts = ", ".join(map(str, found["ablated"]))
+    counts, n = ", ".join(map(str, found["ablated"])), len(found["ablated"])
+    over = "one seed" if n == 1 else f"mean ± standard deviation over {n} seeds"
     lines += [
         "",
-        f"Accuracies in %, mean ± standard deviation over {len(found['ablated'])} seeds. Classifier at "
-        f"{found['probe']}; latents ablated per seed: {counts}.",
+        f"Accuracies in %, {over}. Classifier at {found['probe']}; latents ablated per seed: {counts}.",
     ]
     if found["note"]:
         lines.append(f"Data: {found['note']}.")
@@ -108,10 +109,10 @@ def figure(table: Table) -> Figure:
         ax.spines[side].set_color(LIGHT["line"])
     ax.tick_params(colors=LIGHT["soft"], labelsize=9)
     for place, measure in enumerate(MEASURES):
-        values = [table[method][measure] for method in METHODS]
+        values: list[Any] = [table[method][measure] for method in METHODS]
         at = [i + 0.26 * (place - 1) for i in range(len(METHODS))]
         ax.bar(
-            at, [100 * v["mean"] for v in values], 0.23, yerr=[100 * v["std"] for v in values],
+            at, [100 * v["mean"] for v in values], 0.23, yerr=[100 * (v["std"] or 0.0) for v in values],
             color=_COLOURS[measure], label=_HEADS[measure], error_kw={"ecolor": LIGHT["ink"], "elinewidth": 0.9},
         )  # fmt: skip
     ax.axhline(50, color=LIGHT["faint"], linewidth=0.8, linestyle=":")
