@@ -162,17 +162,21 @@ def test_lengths_and_zero_ablation_and_what_is_reported(case: Any) -> None:
     assert set(ablated.about["metric"]) == {"clean"}
 
 
-def test_padded_rows_count_as_if_they_were_not(case: Any) -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_count_as_if_they_were_not(case: Any, side: Any) -> None:
     lm, saes, _ = case
     ids = torch.randint(3, 97, (2, 4), generator=torch.Generator().manual_seed(5)).tolist()
     rows = [(ids[0], [4] * 4), (ids[1][:3], [4] * 3)]
-    padded = [(Tokens.pad(rows, 0, "left"), None, difference)]
+    padded = [(Tokens.pad(rows, 0, side), None, difference)]
     alone = [(Tokens.pad(rows[:1], 0), None, difference),
              (Tokens.pad(rows[1:], 0), None, lambda out, at: difference(out, at + 1))]  # fmt: skip
     options = dataclasses.replace(FAST, summed="positions", skip_first=1)
-    a, b = (find_nodes(lm, saes, batches, options) for batches in (padded, alone))
+    a, b = (find_circuit(lm, saes, batches, options) for batches in (padded, alone))
     for site in a.nodes:
         close(a.nodes[site], b.nodes[site])
+    found, wanted = listed(a), listed(b)
+    assert len(found) == len(wanted) > 30
+    assert all(found[key] == pytest.approx(weight, rel=1e-4, abs=1e-6) for key, weight in wanted.items())
     with pytest.raises(UnweaveError, match="padded"):
         find_nodes(lm, saes, padded, FAST)
     with pytest.raises(UnweaveError, match="first 3"):

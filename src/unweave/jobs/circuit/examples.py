@@ -17,8 +17,8 @@ from unweave.tasks import agreement, answers
 
 _T = TypeVar("_T")
 PAIRS, INPUTS = "pairs.jsonl", "inputs.jsonl"
-_ROWS = 256
-"""examples in a batch at most; the search splits them further"""
+_ROWS, _PADDED_ROWS = 256, 32
+"""examples in a batch at most; the search splits them further. Padded ones hold few, so that lengths are alike."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ def _inputs(lm: LM, spec: CircuitFindSpec, known: Collection[str]) -> Examples:
     found, skipped = answers.usable(lm, answers.load(spec.inputs))
     chosen = _drawn(_new(found, skipped, known, lambda given: (given.context,)), spec)
     _some(chosen, skipped, str(spec.inputs))
-    batches = answers.batches(lm, chosen, metric=spec.metric, max_rows=_ROWS)
+    pad = not spec.keeps_positions
+    rows = _PADDED_ROWS if pad else _ROWS
+    batches = answers.batches(lm, chosen, metric=spec.metric, pad=pad, max_rows=rows)
     about = {
         "examples": len(chosen),
         "skipped": skipped,
