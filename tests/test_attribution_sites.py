@@ -14,9 +14,11 @@ from test_attribution import F, close, difference, make_pair, make_sae
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
+from unweave.lm.unembed import knows, unembed
 from unweave.sae.attribution import alone_effects, endpoints, exact_effects, fractions, node_effects
-from unweave.sae.runner import Runner
+from unweave.sae.runner import Runner, Shifted
 from unweave.sae.states import change_of, states
+from unweave.tasks.agreement import AnswerDifference
 
 POINTS = ("resid_pre", "attn_in", "attn_heads", "attn_out", "attn_add", "resid_mid", "mlp_in", "mlp_act", "mlp_out",
           "mlp_add", "resid_post")  # fmt: skip
@@ -283,3 +285,76 @@ def test_where_passes_begin(tiny: Any) -> None:
     assert begins("gpt_neox") == sequential | {"attn_add.1": ("resid_post.1", "adds")}
     assert begins("gemma2") == sequential | {"mlp_out.1": ("resid_post.0", "edit")}  # a norm stands between
     assert begins("gpt2", "path.transformer.h.2")["embed"] == ("None", "edit")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_of_few_tokens_are_those_of_all(tiny: Any, name: str) -> None:
+    """And so are gradients, whether few tokens have one or all, and whatever follows the unembedding."""
+    lm = LM(tiny(name), None)
+    if name == "gemma2":
+        assert lm.model.config.final_logit_softcapping
+    tokens = padded_pair("right")[0]
+    assert knows(lm)
+    with lm.taps(read=["final_norm"]) as seen:
+        logits = lm(tokens)
+    hidden = seen["final_norm"][0].clone().requires_grad_()
+    torch.testing.assert_close(unembed(lm, hidden), logits[0], rtol=1e-5, atol=1e-5)  # type: ignore[index]
+    chosen = torch.tensor([90, 3, 17])
+    torch.testing.assert_close(unembed(lm, hidden, chosen), logits[0][:, chosen], rtol=1e-5, atol=1e-5)  # type: ignore[index]
+    head = lm.model.get_output_embeddings()
+    cap = getattr(lm.model.config, "final_logit_softcapping", None)
+    plain = head(hidden) if cap is None else cap * torch.tanh(head(hidden) / cap)
+    for some in (chosen, torch.arange(97)):
+        (expected,) = torch.autograd.grad(plain[:, some].square().sum(), hidden, retain_graph=True)
+        for mine in (unembed(lm, hidden)[:, some], unembed(lm, hidden, some)):
+            (found,) = torch.autograd.grad(mine.square().sum(), hidden)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_metric_that_says_what_it_reads_gets_that_alone(tiny: Any) -> None:
+    lm = LM(tiny("gpt_neox").double(), None)
+    saes = [make_sae(lm, "mlp_add.0"), make_sae(lm, "resid_post.1")]
+    clean, patch = padded_pair("right")
+    metric = AnswerDifference(torch.tensor([5, 9, 5]), torch.tensor([7, 7, 11]))
+    assert metric.tokens.tolist() == [5, 7, 9, 11]
+    for method in ("attribution", "ig", "exact"):
+        found, plain = (
+            node_effects(lm, saes, clean, patch, m, method=method, steps=2)  # type: ignore[arg-type]
+            for m in (metric, lambda out, rows: metric(out, rows))
+        )
+        for site, one in found.items():
+            close(one.latents, plain[site].latents)
+            close(one.error, plain[site].error)
+    later = Shifted(metric, 1)
+    assert later.tokens is not None and later.tokens.tolist() == [5, 7, 9, 11]
+
+    def reading(out: Tensor, rows: Tensor) -> Tensor:
+        assert bool(torch.isfinite(out[:, [5, 7, 9, 11]]).all()) and int(torch.isfinite(out).sum()) == 4 * len(rows)
+        return out[:, 5] - out[:, 6]
+
+    reading.tokens = metric.tokens  # type: ignore[attr-defined]
+    with pytest.raises(UnweaveError, match="NaN"):  # it reads another
+        node_effects(lm, saes, clean, patch, reading)
+
+
+def test_a_model_whose_logits_follow_another_rule_is_run_whole(tiny: Any) -> None:
+    model = tiny("gpt2").double()
+    plain = LM(tiny("gpt2").double(), None)
+    inner = model.forward
+
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+    model.forward = doubled
+    lm = LM(model, None)
+    assert not knows(lm) and knows(plain)
+    clean, patch = make_pair()
+    one, two = (
+        node_effects(m, make_sae(m, "resid_post.0"), clean, patch, difference, method="ig", steps=2)[
+            Site("resid_post", 0)
+        ]
+        for m in (plain, lm)
+    )
+    close(two.latents, 2 * one.latents)

@@ -26,6 +26,7 @@ from unweave.core.progress import Task, task
 from unweave.lm.model import LM, Tokens
 from unweave.sae.attribution import Method, Metric, Rule, alone_effects, endpoints, exact_effects, node_effects
 from unweave.sae.module import SAE
+from unweave.sae.runner import Shifted
 
 Batch = tuple[Tokens, "Tokens | None", Metric]
 """clean tokens, patch tokens (None: ablation), metric"""
@@ -325,7 +326,7 @@ def _part(batch: Batch, start: int, stop: int) -> Batch:
     """Some of a batch's examples; their metric still gets the numbers they have in the whole batch."""
     clean, patch, metric = batch
     rows = slice(start, stop)
-    return clean.rows(rows), None if patch is None else patch.rows(rows), lambda out, rows: metric(out, rows + start)
+    return clean.rows(rows), None if patch is None else patch.rows(rows), Shifted(metric, start)
 
 
 def _pieces(batches: Sequence[Batch]) -> list[Batch]:

@@ -8,8 +8,8 @@
 4. Rows fill batches of ``max_tokens`` tokens whatever they are: examples, points of a path, and sites whose passes
    begin at the same place.
 
-Only the logits of last tokens are computed, or none where the metric is that of a site (``metric_at``): the pass ends
-there.
+Only the logits of last tokens are computed (of those that the metric reads, where it says so), or none where the metric
+is that of a site (``metric_at``): the pass ends there.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At, EditFn, Start
+from unweave.lm.unembed import knows, unembed
 from unweave.sae.states import chunks, values_of
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """``metric(out [R, V], rows int64 [R]) -> [R]``: one number per row from the logits at its last token. ``rows`` says
 which example of the batch each row is: methods run examples several times and in other groups. With ``metric_at``
-given, ``out`` is that site's value [R, P, D] instead."""
+given, ``out`` is that site's value [R, P, D] instead. A metric may have an attribute ``tokens``, int64 [k]: the ids
+whose logits it reads. The others are then not computed, and NaN."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,21 @@ class Path:
     rows: Tensor
 
 
+@dataclass(frozen=True)
+class Shifted:
+    """A metric of some of a batch's examples, from number ``first`` on, that keep the numbers they have in it."""
+
+    metric: Metric
+    first: int
+
+    @property
+    def tokens(self) -> Tensor | None:
+        return getattr(self.metric, "tokens", None)
+
+    def __call__(self, out: Tensor, rows: Tensor) -> Tensor:
+        return self.metric(out, rows + self.first)
+
+
 class Runner:
     """Runs one batch of examples with a site set to given values, and evaluates the metric, within ``max_tokens``."""
 
@@ -61,6 +78,8 @@ class Runner:
         self.lm, self.tokens, self.metric, self.max_tokens = lm, tokens, metric, max_tokens
         self.metric_at = None if metric_at is None else lm.site(metric_at)
         self._clean: dict[Site, Tensor] = {}
+        read: Tensor | None = getattr(metric, "tokens", None)
+        self._read = None if read is None else read.to(lm.device).unique()
 
     def chunks(self, n_rows: int) -> Iterator[slice]:
         """Slices of rows that fit into one pass."""
@@ -134,13 +153,7 @@ class Runner:
                     lm(batch)
                 out = seen[self.metric_at]
             else:
-                width = batch.ids.shape[1]
-                last = width - 1 - batch.mask.flip(1).int().argmax(1)
-                keep = width - int(last.min())
-                with lm.taps(edit=edits, grad=grad, start=start):
-                    logits = lm(batch, keep_logits=keep)
-                assert logits is not None
-                out = logits[torch.arange(len(rows), device=logits.device), last - (width - keep)]
+                out = self._last_logits(batch, edits, grad, start)
             value = self.metric(out.float() if out.dtype in (torch.bfloat16, torch.float16) else out, rows)
         if value.shape != rows.shape:
             raise UnweaveError(
@@ -155,6 +168,26 @@ class Runner:
                 remedy="check the metric, and the model on this text",
             )
         return value
+
+    def _last_logits(self, batch: Tokens, edits: Mapping[Site, EditFn], grad: bool, start: Start | None) -> Tensor:
+        """Logits [R, V] at last tokens; NaN where the metric says that it does not read them."""
+        lm, width = self.lm, batch.ids.shape[1]
+        last = width - 1 - batch.mask.flip(1).int().argmax(1)
+        rows = torch.arange(len(batch), device=last.device)
+        if lm.sessions or any(site.point in ("logits", "path") for site in edits) or not knows(lm):
+            keep = width - int(last.min())
+            with lm.taps(edit=edits, grad=grad, start=start):
+                logits = lm(batch, keep_logits=keep)
+            assert logits is not None
+            return logits[rows, last - (width - keep)]
+        end = Site("final_norm")
+        with lm.taps([end], edits, end, grad, start) as seen:
+            lm(batch)
+        hidden = seen[end][rows, last]
+        if self._read is None:
+            return unembed(lm, hidden)
+        nothing = hidden.new_full((len(batch), lm.vocab_size), torch.nan)
+        return nothing.index_copy(1, self._read, unembed(lm, hidden, self._read))
 
     def gradients(self, sites: Sequence[Site], also: Iterable[Site]) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
         """The metric's gradients [B, P, D] at ``sites`` on the clean run, from one pass, and the values there.

@@ -87,6 +87,11 @@ class AnswerDifference:
     clean: Tensor
     patch: Tensor
 
+    @property
+    def tokens(self) -> Tensor:
+        """The ids whose logits it reads; others need not be computed."""
+        return torch.cat([self.clean, self.patch]).unique()
+
     def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
         rows = rows.to(self.clean.device)
         clean, patch = (ids[rows].to(logits.device).unsqueeze(1) for ids in (self.clean, self.patch))
