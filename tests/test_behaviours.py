@@ -139,7 +139,11 @@ def test_sure_tokens_are_those_of_brute_force(tiny_lm: LMs, tmp_path: Path) -> N
     for example in found.examples:
         assert flat[example.place] == example.answer and flat[example.place - 1] == example.ids[-1]
         assert 2 <= len(example.ids) <= 10 and example.loss < 0.6
-    assert found.counts["sure"] - found.counts["repeated"] == found.counts["kept"] == len(found.examples)
+    assert (
+        found.counts["kept"]
+        == len(found.examples)
+        == sum(found.counts[name] * sign for name, sign in (("sure", 1), ("repeated", -1), ("same", -1)))
+    )
 
 
 def sure_of_everything(lm: LM, tokens: Tokens) -> torch.Tensor:
@@ -171,6 +175,15 @@ def test_options_choose_among_sure_tokens(tiny_lm: LMs, tmp_path: Path, monkeypa
     path = tmp_path / "contexts.jsonl"
     behaviours.save(path, few)
     assert behaviours.load(path) == few
+
+
+def test_the_same_context_counts_once(tiny_lm: LMs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(behaviours, "next_token_losses", sure_of_everything)
+    row = list(range(10, 22))
+    store = make_store(tmp_path / "store", [row, [*row[:9], 80, 81, 82]])
+    found = behaviours.find(tiny_lm(), store, Confidence(context=20, min_context=6, per_document=1000))
+    assert found.counts["same"] == 3  # tokens 6, 7 and 8 of both; what follows differs
+    assert [e.place for e in found.examples] == [6, 7, 8, 9, 10, 11, 21, 22, 23]
 
 
 def test_every_window_begins_with_the_rows_bos(
@@ -576,7 +589,7 @@ def test_every_option_changes_what_is_found(
     runs, before, first = plain
     calls: list[Any] = []
     monkeypatch.setattr(job, "find_circuit", quick(calls))
-    steps = {"steps": 3} if field == "method" else {}  # attribution has none but the default
+    steps = {"steps": 4} if field == "method" else {}  # attribution has none but the default
     after = job.run(asked(folder, **steps | {field: value}), runs).result["parts"]
     same = [a == b for a, b in zip(before[:2], after[:2], strict=True)]
     assert same == {"contexts": [False, False], "vectors": [True, False]}.get(parts, [True, True])

@@ -84,7 +84,8 @@ class Found:
     examples: tuple[Example, ...]
     counts: dict[str, int] = field(default_factory=dict)
     """scanned: tokens with a context long enough; sure: of them, with a low loss; repeated: of them, left out as
-    repetition; crowded: left out because their document had enough; surplus: left out by ``limit``"""
+    repetition; same: left out because another document begins alike; crowded: left out because their document had
+    enough; surplus: left out by ``limit``; kept: the examples"""
 
 
 def repeated(ids: Sequence[int], rule: Repeats, key: Callable[[int], object] | None = None) -> np.ndarray:
@@ -176,18 +177,26 @@ def find(lm: LM, store: TokenStore, options: Confidence) -> Found:
 
 
 def _thinned(kept: list[Example], options: Confidence, counts: dict[str, int]) -> Found:
-    """At most so many of each document and in all, drawn at random."""
+    """Each context once, and at most so many of each document and in all, drawn at random."""
     rng = np.random.default_rng(options.seed)
     held: dict[int, int] = {}
     chosen: list[Example] = []
-    in_order = sorted(kept, key=lambda example: example.place)
+    first: dict[tuple[tuple[int, ...], int], Example] = {}
+    for example in sorted(kept, key=lambda example: example.place):
+        first.setdefault((example.ids, example.answer), example)
+    in_order = list(first.values())
     for index in rng.permutation(len(in_order)).tolist():
         example = in_order[index]
         held[example.document] = held.get(example.document, 0) + 1
         if held[example.document] <= options.per_document:
             chosen.append(example)
     left = chosen[: options.limit]
-    counts = counts | {"crowded": len(kept) - len(chosen), "surplus": len(chosen) - len(left), "kept": len(left)}
+    counts = counts | {
+        "same": len(kept) - len(first),
+        "crowded": len(first) - len(chosen),
+        "surplus": len(chosen) - len(left),
+        "kept": len(left),
+    }
     return Found(tuple(sorted(left, key=lambda example: example.place)), counts)
 
 

@@ -229,15 +229,15 @@ class CircuitBehavioursSpec(OfSAEsSpec):
     """On how many contexts of a cluster, the most typical ones, its circuit is found; the paper has up to 100."""
     method: Literal["ig", "attribution"] = "ig"
     """Integrated gradients, or attribution patching, which is one step of it."""
-    steps: int = 3
+    steps: int = 4
     """Steps of integrated gradients."""
     rule: Literal["left", "midpoint", "right"] = "midpoint"
     """Where in each step the gradient is taken."""
     metric: Literal["neg-log-p", "neg-logit"] = "neg-log-p"
     """What circuits explain: -log p(answer), as the paper, or -logit(answer), as its released code."""
-    node_threshold: float = 0.2
+    node_threshold: float = 0.1
     """Nodes whose mean effect is larger, in either direction, are in a circuit."""
-    edge_threshold: float = 0.02
+    edge_threshold: float = 0.01
     """Edges of larger weight, in either direction, are kept."""
     skip_first: int = 1
     """How many first tokens of a context are left as they are: the first is often an attention sink."""
