@@ -1,0 +1,144 @@
+"""The feature circuits paper's recipe: what it runs at each scale, and the page that it writes from finished parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unweave.circuits.graph import Circuit
+from unweave.core.errors import UnweaveError
+from unweave.core.run import Run, write_json
+from unweave.core.site import Site, matching
+from unweave.jobs.circuit.shift_table import MEASURES, METHODS
+from unweave.papers.feature_circuits import page, plan
+from unweave.papers.feature_circuits.plan import nearest_l0, plan_of
+from unweave.papers.feature_circuits.recipe import Parts
+from unweave.papers.feature_circuits.spec import MODELS, FeatureCircuitsSpec
+from unweave.tasks.agreement import STRUCTURES
+
+
+def test_the_smoke_scale_trains_at_attention_mlp_and_stream_of_consecutive_layers_and_the_embedding() -> None:
+    found = plan_of(FeatureCircuitsSpec())
+    assert found.training is not None and found.saes == ()
+    everything = [Site("embed"), *(Site(p, i) for i in range(30) for p in ("attn_add", "mlp_add", "resid_post"))]
+    sites = [site for pattern in found.training.sites for _, site in matching(pattern, everything)]
+    assert len(sites) == len(set(sites)) == 13
+    layers = sorted({site.layer for site in sites if site.layer is not None})
+    assert layers == list(range(layers[0], layers[0] + 4)) and found.start_layer == layers[0]
+    assert found.probe == f"resid_post.{layers[-1]}"
+    assert (found.seeds, found.behaviours) == (5, 20)
+
+
+def test_the_paper_scale_takes_the_published_saes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pythia = plan_of(FeatureCircuitsSpec(scale="paper"))
+    assert pythia.model == MODELS[0] and pythia.training is None and len(pythia.saes) == 19
+    assert pythia.saes[0] == "embed=saelens:pythia-70m-deduped-res-sm/blocks.0.hook_resid_pre"
+    assert "mlp_add.5=saelens:pythia-70m-deduped-mlp-sm/blocks.5.hook_mlp_out" in pythia.saes
+    files = [f"layer_{i}/width_16k/average_l0_{l0}/params.npz" for i in range(26) for l0 in (42, 105)]
+    monkeypatch.setattr(plan, "_listed", lambda repository: files)
+    gemma = plan_of(FeatureCircuitsSpec(scale="paper", model=MODELS[1]))
+    assert len(gemma.saes) == 78
+    assert "attn_heads.25=hub:google/gemma-scope-2b-pt-att/layer_25/width_16k/average_l0_105" in gemma.saes
+
+
+def test_the_nearest_l0_of_each_layer() -> None:
+    files = [f"layer_0/width_16k/average_l0_{n}/params.npz" for n in (20, 95, 110, 400)]
+    files += ["layer_1/width_16k/average_l0_7/params.npz", "layer_1/width_65k/average_l0_99/params.npz", "README.md"]
+    expected = {0: "layer_0/width_16k/average_l0_95", 1: "layer_1/width_16k/average_l0_7"}
+    assert nearest_l0(files, "16k", 100) == expected
+    with pytest.raises(UnweaveError, match="lists no SAE"):
+        nearest_l0(files, "1m", 100)
+
+
+@pytest.mark.parametrize("asked", [{"model": MODELS[0]}, {"scale": "paper", "model": "gpt2"}])
+def test_models_of_the_other_scale_are_refused(asked: dict[str, Any]) -> None:
+    with pytest.raises(UnweaveError):
+        FeatureCircuitsSpec(**asked)
+
+
+def circuit_of(slots: Mapping[tuple[str, int], float]) -> Circuit:
+    nodes = {Site.parse(name): torch.zeros(2, 5) for name, _ in slots}
+    for (name, slot), effect in slots.items():
+        nodes[Site.parse(name)][slot % 2, slot] = effect
+    return Circuit(nodes, {}, True, 3)
+
+
+def test_overlap_is_of_the_smaller_circuit_whatever_the_position() -> None:
+    a = circuit_of({("resid_post.1", 0): 1.0, ("resid_post.1", 3): -1.0, ("embed", 4): 0.01})
+    b = circuit_of({("resid_post.1", 3): 0.5, ("resid_post.1", 2): 0.5, ("resid_post.1", 1): 0.4})
+    assert page.overlap(a, b, 0.1) == 0.5
+    assert page.overlap(a, circuit_of({("embed", 1): 0.0}), 0.1) is None
+
+
+def finished(folder: Path, stage: str, result: dict[str, Any], files: Mapping[str, str | bytes]) -> Run:
+    with Run.open(folder, stage, FeatureCircuitsSpec()) as run:
+        for name, content in files.items():
+            (run.path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        run.finish(result | {"seconds": 1.0})
+    return run
+
+
+def parts_of(folder: Path, *, features: float | None, neurons: float | None, shift: float, random: float) -> Parts:
+    """Finished runs with the numbers given, as the recipe's stages write them."""
+    reached = {
+        page.FEATURES: {"nodes": features, "random": None, "all": 900},
+        page.NEURONS: {"nodes": neurons, "random": 800.0, "all": 1000},
+    }
+    tops = {page.FEATURES: 1.0, page._NO_INNER_ERRORS: 0.9, page._NO_STREAM_ERRORS: 0.4}
+    curves = {name: {"rows": [{"faithfulness": value}, {"faithfulness": 0.1}]} for name, value in tops.items()}
+    found, evaluated, drawn = {}, {}, {}
+    for structure in STRUCTURES:
+        about = {"model": "tiny <model>", "model_note": "random", "sites": ["embed", "resid_post.1"]}
+        found[structure] = finished(folder / structure, "find", about, {})
+        circuit_of({("resid_post.1", 0): 1.0}).save(found[structure].path / "circuit.safetensors")
+        evaluated[structure] = finished(
+            folder / structure, "evaluate", {"reached": reached}, {"faithfulness.png": b"p"}
+        )
+        write_json(evaluated[structure].path / "faithfulness.json", curves)
+        drawn[structure] = finished(folder / structure, "draw", {}, {"circuit.svg": "<svg><title>x</title></svg>"})
+    worst = dict.fromkeys(METHODS, 0.2) | {"SHIFT": shift, "random latents": random, "oracle": 1.0}
+    table = {m: {k: {"mean": worst[m] if k == "worst" else 0.5, "std": 0.0} for k in MEASURES} for m in METHODS}
+    back = {"SHIFT": (shift - 0.2) / 0.8, "SHIFT + retrain": None, "random latents": (random - 0.2) / 0.8}
+    shifted = finished(
+        folder,
+        "shift",
+        {"table": table, "recovered": back, "gap": 0.8, "note": "templated text", "summary": [["SHIFT", "x", "y"]]},
+        {"table.md": "| Method |\n", "accuracies.png": b"p"},
+    )
+    behaviours = finished(
+        folder,
+        "behaviours",
+        {"behaviours": 2, "clusters": 9, "coherence": {"clusters": 0.4, "random": 0.1}, "page": "index.html",
+         "summary": [["behaviour 1", "a <b>", "12 contexts"]]},
+        {},
+    )  # fmt: skip
+    return Parts(None, found, evaluated, drawn, shifted, behaviours)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "verdicts"),
+    [
+        ({"features": 30.0, "neurons": 700.0, "shift": 0.9, "random": 0.2}, ["as claimed", "as claimed"]),
+        ({"features": 30.0, "neurons": None, "shift": 0.5, "random": 0.2}, ["as claimed", "partly"]),
+        ({"features": None, "neurons": 700.0, "shift": 0.2, "random": 0.3}, ["not as claimed", "not as claimed"]),
+    ],
+)
+def test_the_page_says_what_the_parts_found(tmp_path: Path, numbers: dict[str, Any], verdicts: list[str]) -> None:
+    spec = FeatureCircuitsSpec()
+    parts = parts_of(tmp_path, **numbers)
+    result = page.write(tmp_path, spec, plan_of(spec), parts)
+    claims = result["claims"]
+    assert [claims[0]["verdict"], claims[3]["verdict"]] == verdicts
+    assert claims[1]["verdict"] == "as claimed" and "0.40" in claims[1]["ours"] and "0.90" in claims[1]["ours"]
+    assert result["overlap"] == 1.0 and claims[2]["verdict"] == "as claimed"
+    html = (tmp_path / "report.html").read_text()
+    assert "tiny &lt;model&gt; (random)" in html and "a &lt;b&gt;" in html and "<svg>" in html
+    assert "templated text" in html and "default-src 'none'" in html and "http" not in html.split("</style>")[1]
+    text = (tmp_path / "table.md").read_text()
+    first = "never (of 900)" if numbers["features"] is None else "30"
+    assert f"| simple | {first} | never (of 900) |" in text and "| Method |" in text
+    assert set(parts.all()) >= {"find simple", "evaluate across_pp", "SHIFT", "behaviours"}
