@@ -24,10 +24,12 @@ POINTS = ("resid_pre", "attn_in", "attn_heads", "attn_out", "attn_add", "resid_m
           "mlp_add", "resid_post")  # fmt: skip
 
 
-def every_site(lm: LM) -> list[str]:
-    """Every point of a block in the middle, and what lies at both ends."""
+def every_site(lm: LM, layer: int = 1) -> list[str]:
+    """Every point of a block, and what lies at both ends."""
     points = lm.layout.points()
-    return ["embed", "resid_pre.0", *(f"{p}.1" for p in POINTS if p in points), "resid_post.2", "final_norm"]
+    return sorted(
+        {"embed", "resid_pre.0", *(f"{p}.{layer}" for p in POINTS if p in points), "resid_post.2", "final_norm"}
+    )
 
 
 def loop(lm: LM, site: Site, start: Tensor, shift: Tensor, tokens: Tokens, alphas: Sequence[float]) -> Tensor:
@@ -54,11 +56,13 @@ def padded_pair(side: Any) -> tuple[Tokens, Tokens]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("rule", "side"), [("left", "left"), ("midpoint", "right")])
-def test_every_site_at_once_equals_whole_passes_one_by_one(tiny: Any, name: str, rule: Any, side: Any) -> None:
+@pytest.mark.parametrize(("rule", "side", "layer"), [("left", "left", 1), ("midpoint", "right", 2)])
+def test_every_site_at_once_equals_whole_passes_one_by_one(
+    tiny: Any, name: str, rule: Any, side: Any, layer: int
+) -> None:
     """In every family, with padding, in batches that hold several sites and batches that split one."""
     lm = LM(tiny(name).double(), None)
-    saes = [make_sae(lm, site, seed) for seed, site in enumerate(every_site(lm))]
+    saes = [make_sae(lm, site, seed) for seed, site in enumerate(every_site(lm, layer))]
     # Its eager attention takes the softmax in float32, where a mask of float64's least number is minus infinity: rows
     # that see nothing but padding become NaN.
     clean, patch = padded_pair("right" if name == "gemma2" else side)

@@ -11,6 +11,7 @@ from conftest import FAMILIES
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens, fingerprint_distance
+from unweave.lm.shortcuts import last_tokens_only
 
 IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -392,3 +393,29 @@ def test_a_beginning_takes_the_models_precision(tiny) -> None:  # type: ignore[n
     with lm.taps(start=("resid_post.0", value.double())):
         found = logits(lm)
     assert found.dtype == torch.bfloat16 and torch.equal(found, before)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_tokens_left_out_of_the_last_block_change_no_last_logits(lm: LM, side: str) -> None:
+    """Nor their gradients, at any position of any earlier value; and the MLP really sees one token a row."""
+    tokens = Tokens.pad([([5, 6, 7, 8, 9], [4] * 5), ([11, 12, 13], [4] * 3)], 0, side)  # type: ignore[arg-type]
+    rows, last = torch.arange(2), torch.tensor([4, 4 if side == "left" else 2])
+    value = value_at(lm, "resid_post.0", tokens).requires_grad_()
+    seen: list[int] = []
+    block = lm.layout.blocks[-1]
+    down = block.get_submodule(lm.layout.family.act)
+    handle = down.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[1]))
+    with lm.taps(start=("resid_post.0", value), grad=True):
+        whole = logits(lm, tokens)[rows, last]
+        with last_tokens_only(lm, last):
+            less = logits(lm, tokens)[rows, last]
+    handle.remove()
+    assert seen == [5, 1]
+    torch.testing.assert_close(less, whole, rtol=1e-5, atol=1e-5)
+    probe = torch.randn(97, generator=torch.Generator().manual_seed(5))
+    (expected,), (found,) = (torch.autograd.grad((out @ probe).sum(), value) for out in (whole, less))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not any("forward" in vars(module) for module in lm.model.modules())
+    with pytest.raises(IndexError), last_tokens_only(lm, last + 9):
+        lm(tokens)
+    assert not any("forward" in vars(module) for module in lm.model.modules())

@@ -23,6 +23,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.chat import Role
 from unweave.lm.layout import Tap
+from unweave.lm.shortcuts import skipped
 
 if TYPE_CHECKING:
     from unweave.lm.model import LM, Tokens
@@ -165,7 +166,7 @@ class Begins:
     def attach(self, session: Session) -> None:
         """Replaces what the skipped blocks do, and puts the value in before anything else sees the stream there."""
         for block, wrapped in zip(self.skipped, session.lm.layout.wrapped, strict=False):
-            session.handles.append(_Skipped(block, wrapped))
+            session.handles.append(skipped(block, wrapped))
 
         def put(x: Tensor) -> Tensor:
             wanted = tuple(x.shape)
@@ -184,23 +185,6 @@ class Begins:
         runs = (*lm.layout.blocks[len(self.skipped) :], lm.model.get_submodule(lm.layout.family.final_norm))
         wholes = (*runs, lm.model.get_output_embeddings(), self.tap.module)
         return {part for whole in wholes for part in whole.modules()}
-
-
-class _Skipped:
-    """A block that returns its input, as its family's blocks return it, until ``remove``."""
-
-    def __init__(self, block: nn.Module, wrapped: bool) -> None:
-        self.block, self.own = block, block.__dict__.get("forward")
-
-        def forward(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Any:
-            return (hidden_states,) if wrapped else hidden_states
-
-        block.__dict__["forward"] = forward
-
-    def remove(self) -> None:
-        del self.block.__dict__["forward"]
-        if self.own is not None:
-            self.block.__dict__["forward"] = self.own
 
 
 def _check_begins(lm: LM) -> None:

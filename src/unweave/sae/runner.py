@@ -5,7 +5,8 @@
 2. What an MLP adds enters the stream and nothing else, and so does what attention adds where both stand in parallel:
    such a value x is set by beginning after the block with stream + (x - clean x).
 3. Other sites inside a block are edited in a pass that begins before the block.
-4. Rows fill batches of ``max_tokens`` tokens whatever they are: examples, points of a path, and sites whose passes
+4. Logits are wanted at last tokens alone: in the last block other tokens need only their keys and values.
+5. Rows fill batches of ``max_tokens`` tokens whatever they are: examples, points of a path, and sites whose passes
    begin at the same place.
 
 Only the logits of last tokens are computed (of those that the metric reads, where it says so), or none where the metric
@@ -15,6 +16,7 @@ is that of a site (``metric_at``): the pass ends there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +26,7 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
+from unweave.lm.shortcuts import last_tokens_only
 from unweave.lm.taps import At, EditFn, Start
 from unweave.lm.unembed import knows, unembed
 from unweave.sae.states import chunks, values_of
@@ -140,9 +143,17 @@ class Runner:
 
     # -- passes ---------------------------------------------------------------------------------------------------
 
-    def metric_of(self, rows: Tensor, edits: Mapping[Site, EditFn], grad: bool, start: Start | None = None) -> Tensor:
+    def metric_of(
+        self,
+        rows: Tensor,
+        edits: Mapping[Site, EditFn],
+        grad: bool,
+        start: Start | None = None,
+        shortcut: bool = False,
+    ) -> Tensor:
         """The metric [R] of the examples ``rows`` [R] with edits in place, the pass begun at ``start``.
 
+        ``shortcut`` leaves out what the logits do not need: for edits that look at nothing but shapes.
         Raises UnweaveError for a metric that is NaN or infinite, or not one number per row.
         """
         lm, whole = self.lm, self.tokens
@@ -153,7 +164,7 @@ class Runner:
                     lm(batch)
                 out = seen[self.metric_at]
             else:
-                out = self._last_logits(batch, edits, grad, start)
+                out = self._last_logits(batch, edits, grad, start, shortcut)
             value = self.metric(out.float() if out.dtype in (torch.bfloat16, torch.float16) else out, rows)
         if value.shape != rows.shape:
             raise UnweaveError(
@@ -169,7 +180,9 @@ class Runner:
             )
         return value
 
-    def _last_logits(self, batch: Tokens, edits: Mapping[Site, EditFn], grad: bool, start: Start | None) -> Tensor:
+    def _last_logits(
+        self, batch: Tokens, edits: Mapping[Site, EditFn], grad: bool, start: Start | None, shortcut: bool
+    ) -> Tensor:
         """Logits [R, V] at last tokens; NaN where the metric says that it does not read them."""
         lm, width = self.lm, batch.ids.shape[1]
         last = width - 1 - batch.mask.flip(1).int().argmax(1)
@@ -181,7 +194,10 @@ class Runner:
             assert logits is not None
             return logits[rows, last - (width - keep)]
         end = Site("final_norm")
-        with lm.taps([end], edits, end, grad, start) as seen:
+        # Inside the last MLP a value would have one token a row, which is not what an edit there sets.
+        less = shortcut and Site("mlp_act", lm.n_layers - 1) not in edits
+        tokens_left_out = last_tokens_only(lm, last) if less else nullcontext()
+        with tokens_left_out, lm.taps([end], edits, end, grad, start) as seen:
             lm(batch)
         hidden = seen[end][rows, last]
         if self._read is None:
@@ -278,6 +294,7 @@ class Runner:
             edits,
             grad,
             None if where is None else (where, torch.cat(streams)),
+            shortcut=True,
         )
 
     def values_at(self, site: Site, base: Tensor, changed: tuple[Tensor, Callable[[slice], Tensor]] | None) -> Tensor:

@@ -1,0 +1,68 @@
+"""Modules that do less than they could, because nobody looks at the rest: blocks left out, tokens left out.
+
+A module's ``forward`` is replaced on the instance and put back, so hooks on it stay where they are. ``taps`` uses this
+to begin a pass in the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from unweave.lm.model import LM
+
+
+class Replaced:
+    """A module with another ``forward``, until ``remove``."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module, self.own = module, module.__dict__.get("forward")
+        module.__dict__["forward"] = forward
+
+    def remove(self) -> None:
+        del self.module.__dict__["forward"]
+        if self.own is not None:
+            self.module.__dict__["forward"] = self.own
+
+
+def skipped(block: nn.Module, wrapped: bool) -> Replaced:
+    """A block that returns its input, in a tuple where its family's blocks return one."""
+
+    def forward(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Any:
+        return (hidden_states,) if wrapped else hidden_states
+
+    return Replaced(block, forward)
+
+
+@contextmanager
+def last_tokens_only(lm: LM, last: Tensor) -> Iterator[None]:
+    """Passes whose logits are wanted at token ``last`` (int64 [R]) of each row: what nothing else needs is left out.
+
+    In the last block no later token's attention sees what attention and MLP add, so output projection and MLP run on
+    one token a row; at the others they give 0. Keys and values are whole. Values inside the last block and after it are
+    then right at these tokens alone; gradients of the logits are right everywhere.
+    """
+    family, block = lm.layout.family, lm.layout.blocks[-1]
+    made: list[Replaced] = []
+    try:
+        for path in (family.heads, family.mlp):
+            module = block.get_submodule(path)
+            made.append(Replaced(module, _at(module.forward, last)))
+        yield
+    finally:
+        for one in reversed(made):
+            one.remove()
+
+
+def _at(own: Callable[..., Tensor], last: Tensor) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = torch.arange(len(x), device=x.device)
+        found = own(x[rows, last].unsqueeze(1), *args, **kwargs)
+        return found.new_zeros(*x.shape[:2], found.shape[-1]).index_put((rows, last), found.squeeze(1))
+
+    return forward
