@@ -27,7 +27,7 @@ from unweave.data.pack import Row
 from unweave.data.tokens import TokenStore
 from unweave.jobs.circuit import behaviours as job
 from unweave.jobs.circuit.behaviours_page import Card, Latent, page
-from unweave.jobs.circuit.specs import CircuitBehavioursSpec
+from unweave.jobs.circuit.behaviours_spec import CircuitBehavioursSpec
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import ReLU

@@ -18,7 +18,7 @@ from unweave.core.run import Run, read_json
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 from unweave.jobs.circuit import shift, shift_judge, shift_table
-from unweave.jobs.circuit.specs import CircuitShiftSpec
+from unweave.jobs.circuit.shift_spec import CircuitShiftSpec
 from unweave.jobs.specs import DataSpec
 from unweave.judge.scripted import Scripted
 from unweave.judge.spec import JudgeSpec

@@ -202,13 +202,17 @@ _PAPERS = (
 PAPERS: dict[str, Stage] = {stage.name: stage for stage in _PAPERS}
 
 
+_CIRCUIT_SPECS = {"shift": "shift_spec", "behaviours": "behaviours_spec"}
+"""the modules of specs that have one of their own"""
+
+
 def _circuit(name: str, summary: str, about: str, *examples: str) -> Stage:
     return Stage(
         name,
         summary,
         about,
         examples,
-        spec_home=f"unweave.jobs.circuit.specs:Circuit{name.title()}Spec",
+        spec_home=f"unweave.jobs.circuit.{_CIRCUIT_SPECS.get(name, 'specs')}:Circuit{name.title()}Spec",
         run_home=f"unweave.jobs.circuit.{name}:run",
         group="circuit",
     )

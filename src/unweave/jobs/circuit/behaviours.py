@@ -26,8 +26,8 @@ from unweave.core.spec import Spec, digest
 from unweave.data.pack import PackSpec
 from unweave.jobs.circuit.behaviours_cards import Behaviour, cards_of
 from unweave.jobs.circuit.behaviours_page import Card, page
+from unweave.jobs.circuit.behaviours_spec import CircuitBehavioursSpec
 from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
-from unweave.jobs.circuit.specs import CircuitBehavioursSpec
 from unweave.jobs.common import token_store
 from unweave.jobs.specs import DataSpec
 

@@ -14,9 +14,9 @@ from unweave.circuits.graph import Circuit, Node
 from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.jobs.circuit.behaviours_page import Card, Latent
+from unweave.jobs.circuit.behaviours_spec import CircuitBehavioursSpec
 from unweave.jobs.circuit.records import records_of
 from unweave.jobs.circuit.saes import Opened
-from unweave.jobs.circuit.specs import CircuitBehavioursSpec
 from unweave.report.records import entry_of
 from unweave.sae.records import Records
 

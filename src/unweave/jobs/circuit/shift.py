@@ -34,7 +34,7 @@ from unweave.core.run import Run, atomic_write, read_json, write_json
 from unweave.core.site import Site
 from unweave.jobs.circuit import shift_judge, shift_table
 from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
-from unweave.jobs.circuit.specs import CircuitShiftSpec
+from unweave.jobs.circuit.shift_spec import CircuitShiftSpec
 from unweave.jobs.common import stamp
 from unweave.judge.base import check_judge
 from unweave.sae.module import SAE

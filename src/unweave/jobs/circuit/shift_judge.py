@@ -17,7 +17,7 @@ from unweave.core.run import write_json
 from unweave.core.site import Site
 from unweave.jobs.circuit.records import records_of
 from unweave.jobs.circuit.saes import Opened
-from unweave.jobs.circuit.specs import CircuitShiftSpec
+from unweave.jobs.circuit.shift_spec import CircuitShiftSpec
 from unweave.jobs.rubric import REPLIES
 from unweave.judge.base import open_judge
 from unweave.sae.module import SAE

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unweave.core.run import atomic_write
-from unweave.jobs.circuit.specs import CircuitShiftSpec
+from unweave.jobs.circuit.shift_spec import CircuitShiftSpec
 from unweave.report.theme import LIGHT
 
 if TYPE_CHECKING:

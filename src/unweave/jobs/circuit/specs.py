@@ -1,4 +1,7 @@
-"""What the stages of ``unweave circuit`` can be asked. Knows no torch."""
+"""What finding, measuring and drawing a circuit can be asked, and what every question about several autoencoders can.
+
+Knows no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ from typing import Any, Literal, Self
 
 from unweave.core.errors import UnweaveError
 from unweave.core.spec import Spec, operational, require
-from unweave.jobs.specs import DataSpec
-from unweave.judge.spec import JudgeSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ class CircuitFindSpec(OfSAEsSpec):
             "edge_threshold": self.edges,
             "upstream": self.edges,
         }
-        _unused(self, uses)
+        unused(self, uses)
         if self.edges and self.method == "exact":
             raise UnweaveError(
                 "exact effects have no gradient, and edges need one",
@@ -179,180 +180,7 @@ class CircuitDrawSpec(Spec):
         least = {name: value is None or value >= 0 for name, value in limits.items()}
         whole = {name: getattr(self, name) > 0 for name in ("nodes", "max_nodes")}
         require(self, least | whole | {"tokens": self.tokens is None or self.tokens > 0})
-        _unused(self, {"nodes": self.node_threshold is None, "tokens": self.contexts, "device": self.contexts})
-
-
-@dataclass(frozen=True, kw_only=True)
-class CircuitBehavioursSpec(OfSAEsSpec):
-    """Discovering behaviours in a text, and the circuit of each."""
-
-    data: DataSpec | None = None
-    """The text to look through; by default that of the autoencoders' training: each document's beginning, two
-    windows long."""
-    split: Literal["train", "heldout"] = "train"
-    """Which documents of that text: those to train on, or those held out."""
-    tokens: int = 40_000
-    """How many tokens to look through."""
-    max_loss: float = 0.3
-    """The model is sure of a token whose cross-entropy is below this, in nats; the paper has 0.1 or 0.3."""
-    context: int = 64
-    """The most tokens of a context. Documents are cut into windows, from whose beginning contexts count."""
-    min_context: int = 8
-    """The fewest tokens of a context."""
-    repeats: Literal["bigram", "word", "answer"] = "bigram"
-    """Which tokens are left out as repetition: where the pair (token before, answer) occurred earlier in the context,
-    as in the paper; or also where it did in another case; or where the answer itself did."""
-    per_document: int = 8
-    """The most tokens of one document, drawn at random."""
-    contexts: int = 1000
-    """The most contexts to cluster, drawn at random."""
-    vectors: Literal["activations", "latents", "effects-dense", "effects-latents", "gradients"] = "effects-latents"
-    """What contexts are compared by: dense or sparse activations, dense or sparse linear effects, or the projected
-    gradient of the model's parameters."""
-    positions: Literal["last", "last-5", "sum"] = "sum"
-    """At which positions vectors are taken; gradients have none."""
-    dimensions: int = 30_000
-    """Dimensions of projected gradients."""
-    density: float = 32 / 30_000
-    """Share of the projection's entries that are not zero."""
-    clustering: Literal["spectral", "kmeans"] = "spectral"
-    """Spectral clustering on angular similarity, for up to about 8,192 contexts, or k-means in small batches."""
-    clusters: int = 40
-    """How many clusters."""
-    rank: Literal["coherence", "size"] = "coherence"
-    """Which clusters come first: those most coherent beside clusters drawn at random, or the largest."""
-    min_size: int = 8
-    """Smaller clusters are no behaviours."""
-    behaviours: int = 20
-    """How many clusters, from the first, get a circuit."""
-    examples: int = 12
-    """On how many contexts of a cluster, the most typical ones, its circuit is found; the paper has up to 100."""
-    method: Literal["ig", "attribution"] = "ig"
-    """Integrated gradients, or attribution patching, which is one step of it."""
-    steps: int = 4
-    """Steps of integrated gradients."""
-    rule: Literal["left", "midpoint", "right"] = "midpoint"
-    """Where in each step the gradient is taken."""
-    metric: Literal["neg-log-p", "neg-logit"] = "neg-log-p"
-    """What circuits explain: -log p(answer), as the paper, or -logit(answer), as its released code."""
-    node_threshold: float = 0.1
-    """Nodes whose mean effect is larger, in either direction, are in a circuit."""
-    edge_threshold: float = 0.01
-    """Edges of larger weight, in either direction, are kept."""
-    skip_first: int = 1
-    """How many first tokens of a context are left as they are: the first is often an attention sink."""
-    records_tokens: int = 50_000
-    """How many tokens to take contexts of the strongest latents from, for the index; 0 shows none. They are those of
-    the autoencoders' training, whose activations serve again where they are kept, unless data names others."""
-    seed: int = 0
-    """Choice of contexts, projection and clustering."""
-    max_tokens: int = operational(2048)
-    """Tokens that go through the model at once at most; halved while memory is too small for them."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sizes = "tokens min_context per_document contexts dimensions clusters min_size behaviours examples steps"
-        fine = {name: getattr(self, name) > 0 for name in [*sizes.split(), "max_tokens"]}
-        least = ("node_threshold", "edge_threshold", "skip_first", "records_tokens")
-        fine |= {name: getattr(self, name) >= 0 for name in least}
-        fine |= {
-            "max_loss": 0 < self.max_loss < 0.69,
-            "context": self.context >= self.min_context,
-            "skip_first": self.skip_first < self.min_context,
-            "density": 0 < self.density <= 1,
-            "clusters": 0 < self.clusters <= self.contexts,
-        }
-        require(self, fine)
-        gradients = self.vectors == "gradients"
-        uses = {"dimensions": gradients, "density": gradients, "positions": not gradients}
-        _unused(self, uses | {"steps": self.method == "ig", "rule": self.method == "ig"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class CircuitShiftSpec(OfSAEsSpec):
-    """Making a classifier forget what it should not rely on (SHIFT)."""
-
-    probe: str | None = None
-    """The site whose activations the classifier averages; by default the last autoencoder's residual site."""
-    biographies: str = "templated"
-    """hub:LabHC/bias_in_bios, a file of its form (JSON lines, JSON, Parquet: hard_text, profession, gender), or
-    templated: written from word lists, with the same two professions."""
-    pool: int = 160
-    """Biographies of each of the four groups that every seed draws its training examples from."""
-    train: int = 240
-    """Training examples of a classifier: half and half for the ambiguous set, all four groups for the balanced one."""
-    test: int = 75
-    """Biographies of each of the four groups to test on, none of which is trained on."""
-    max_length: int = 128
-    """Biographies are cut off after so many tokens."""
-    skip_first: int = 1
-    """First tokens of a text that are neither averaged over nor attributed to: the first is often an attention sink."""
-    lr: float = 0.01
-    """Learning rate of the classifier."""
-    epochs: int = 1
-    """Epochs of the classifier."""
-    standardise: bool = True
-    """Centre and scale the averaged activations before the classifier is trained; the paper does not."""
-    examples: int = 40
-    """Training examples that the circuit is found on; a multiple of 4."""
-    method: Literal["ig", "attribution"] = "ig"
-    """Integrated gradients, or attribution patching, which is one step of it."""
-    steps: int = 3
-    """Steps of integrated gradients."""
-    rule: Literal["left", "midpoint", "right"] = "midpoint"
-    """Where in each step the gradient is taken."""
-    threshold: float = 0.0
-    """Latents that support the labels by more than this, in logits, are in the circuit."""
-    top: int | None = 100
-    """So many of them at most, the strongest; null for all."""
-    judge: Literal["rule", "file", "chat"] = "rule"
-    """Who says which latents are about gender: a rule over their contexts and the tokens they promote, a file of
-    annotations, or a chat model."""
-    context_share: float = 0.4
-    """rule: the share of a latent's strongest contexts whose strongest word must be one for gender; or..."""
-    promoted_share: float = 0.25
-    """rule: ...the share of the tokens it promotes."""
-    annotations: Path | None = field(default=None, metadata={"result": False})
-    """file: JSON lines as `unweave annotate` writes them; latents with relevant: false are ablated."""
-    chat: JudgeSpec = JudgeSpec()
-    """chat: the chat model."""
-    data: DataSpec | None = None
-    """rule, chat: other text to take contexts from; by default the autoencoders' training text."""
-    latents_tokens: int | None = None
-    """rule, chat: how many of its tokens; by default 200,000, or all there are."""
-    where: Literal["all", "policy"] = "all"
-    """Ablate at every token, as the paper, or only at those that the autoencoders were trained on."""
-    random: int = 1
-    """With how many draws of as many other latents to do the same, per seed."""
-    seeds: int = 5
-    """How often to do everything: with other training examples, first weights and random latents."""
-    seed: int = 0
-    """Choice of the biographies."""
-    batch_tokens: int = operational(2048)
-    """Tokens that go through the model at once at most."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sizes = ("pool", "train", "test", "max_length", "epochs", "examples", "steps", "seeds", "random")
-        fine = {name: getattr(self, name) > 0 for name in (*sizes, "batch_tokens", "lr")}
-        fine |= {
-            "skip_first": 0 <= self.skip_first < self.max_length,
-            "train": self.train % 4 == 0 and self.train <= 2 * self.pool,
-            "examples": self.examples % 4 == 0 and self.examples <= self.train,
-            "threshold": self.threshold >= 0,
-            "top": self.top is None or self.top > 0,
-            "context_share": 0 < self.context_share <= 1,
-            "promoted_share": 0 < self.promoted_share <= 1,
-            "latents_tokens": self.latents_tokens is None or self.latents_tokens > 0,
-        }
-        require(self, fine)
-        asked = self.judge != "file"
-        ruled = self.judge == "rule"
-        uses = {"context_share": ruled, "promoted_share": ruled, "annotations": not asked, "chat": self.judge == "chat"}
-        uses |= {"data": asked, "latents_tokens": asked, "steps": self.method == "ig", "rule": self.method == "ig"}
-        _unused(self, uses)
-        if self.judge == "file" and self.annotations is None:
-            raise UnweaveError("there is no file to judge by", where="annotations", remedy="name it with --annotations")
+        unused(self, {"nodes": self.node_threshold is None, "tokens": self.contexts, "device": self.contexts})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,10 +241,10 @@ class CircuitEvaluateSpec(Spec):
         )
         if self.pairs is not None and self.inputs is not None:
             raise UnweaveError("pairs and inputs are both given", where=type(self).__name__, remedy="name one of them")
-        _unused(self, {"spaced": not self.thresholds})
+        unused(self, {"spaced": not self.thresholds})
 
 
-def _unused(spec: Spec, uses: Mapping[str, bool]) -> None:
+def unused(spec: Spec, uses: Mapping[str, bool]) -> None:
     """Raises UnweaveError for a field that is set and would have no effect."""
     for name, used in uses.items():
         if not used and getattr(spec, name) != type(spec).__dataclass_fields__[name].default:

@@ -13,13 +13,9 @@ from pathlib import Path
 from unweave.core.run import Run, peak_memory_gb
 from unweave.jobs import train
 from unweave.jobs.circuit import behaviours, draw, evaluate, find, shift
-from unweave.jobs.circuit.specs import (
-    CircuitBehavioursSpec,
-    CircuitDrawSpec,
-    CircuitEvaluateSpec,
-    CircuitFindSpec,
-    CircuitShiftSpec,
-)
+from unweave.jobs.circuit.behaviours_spec import CircuitBehavioursSpec
+from unweave.jobs.circuit.shift_spec import CircuitShiftSpec
+from unweave.jobs.circuit.specs import CircuitDrawSpec, CircuitEvaluateSpec, CircuitFindSpec
 from unweave.papers.feature_circuits import page
 from unweave.papers.feature_circuits.plan import Plan, plan_of
 from unweave.papers.feature_circuits.spec import FeatureCircuitsSpec
