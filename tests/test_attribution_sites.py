@@ -15,6 +15,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.lm.unembed import knows, unembed
+from unweave.sae import attribution
 from unweave.sae.attribution import alone_effects, endpoints, exact_effects, fractions, node_effects
 from unweave.sae.runner import Runner, Shifted
 from unweave.sae.states import change_of, states
@@ -222,17 +223,21 @@ def test_a_metric_inside_the_model_begins_no_higher_than_it_reads(tiny: Any, rea
         close(found[sae.write].latents, (mean @ sae.W_dec.T) * (end.latents - start.latents))
 
 
-def test_few_and_many_changes_are_multiplied_alike(tiny: Any) -> None:
-    """The product per changed latent and the dense one: the same SAE, with one position moved and with all."""
+def test_few_and_many_changes_are_multiplied_alike(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product per changed latent and the dense one."""
     lm = LM(tiny("gpt2").double(), None)
     sae = make_sae(lm, "resid_post.0")
     clean, patch = make_pair(n=4, width=8)
-    asked = torch.zeros(4, 8, dtype=torch.bool)
-    asked[:2, 3] = True
-    few, all_of_them = (node_effects(lm, sae, clean, patch, difference, positions=p)[sae.write] for p in (asked, None))
-    assert 0 < (few.latents != 0).sum() < few.latents.numel() / 16 < (all_of_them.latents != 0).sum()
-    close(few.latents[asked], all_of_them.latents[asked])
-    assert not few.latents[~asked].any()
+    found = []
+    for share in (2.0, 0.0):
+        monkeypatch.setattr(attribution, "_FEW", share)
+        found.append(node_effects(lm, sae, clean, patch, difference)[sae.write])
+    sparse, dense = found
+    assert 0 < (dense.latents != 0).sum() < dense.latents.numel()
+    close(sparse.latents, dense.latents)
+    nothing = torch.zeros(4, 8, dtype=torch.bool)
+    monkeypatch.setattr(attribution, "_FEW", 2.0)
+    assert not node_effects(lm, sae, clean, patch, difference, positions=nothing)[sae.write].latents.any()
 
 
 def test_metrics_that_are_constant_or_not_numbers_are_refused(tiny: Any) -> None:
