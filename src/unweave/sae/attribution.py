@@ -45,6 +45,7 @@ from unweave.sae.states import (
     reads_of,
     states,
     take_apart,
+    values_of,
 )
 
 Method = Literal["attribution", "ig", "exact"]
@@ -104,29 +105,39 @@ def node_effects(
     clean, patch = line_up(lm, clean, patch)
     run = Runner(lm, clean, metric, metric_at, max_tokens)
     moved = moved_positions(clean, positions)
-    patch_states = states(lm, by_site, patch, max_tokens=max_tokens) if patch is not None else None
-    alphas = fractions(steps, rule) if method == "ig" else []
     reads = {reads_of(sae, site) for site, sae in by_site.items()}
-    at_clean: dict[Site, Tensor] = {}
+    for sae in by_site.values():
+        sae.decode(
+            sae.b_enc.new_zeros(0, sae.d_sae)
+        )  # refuses now, and not after all passes, what cannot be taken apart
+    ends = None if patch is None else values_of(lm, {*by_site, *reads}, patch, max_tokens=max_tokens)
+    alphas = fractions(steps, rule) if method == "ig" else []
+    gradients: dict[Site, Tensor] = {}
     if method == "attribution" or 0.0 in alphas:  # a path's first point is the clean run: one pass for all sites
         needed = run.needs(by_site) if method == "ig" else set()
-        at_clean, values = run.gradients(list(by_site), reads | needed)
+        gradients, values = run.gradients(list(by_site), reads | needed)
         run.know({site: values[site] for site in needed})
     else:
         values = run.clean_values(by_site, reads)
-    starts = take_apart(by_site, values, clean)
-    del values
-    changes = {
-        site: change_of(sae, starts[site], None if patch_states is None else patch_states[site], moved)
-        for site, sae in by_site.items()
-    }
+
+    def change(site: Site) -> tuple[State, State]:
+        """A site's clean state and how patching changes it: the largest tensors there are, so a site at a time."""
+        one = {site: by_site[site]}
+        end = None if ends is None or patch is None else take_apart(one, ends, patch)[site]
+        start = take_apart(one, values, clean)[site]
+        return start, change_of(by_site[site], start, end, moved)
+
     if method == "exact":
-        return {site: _exact_nodes(run, site, sae, starts[site], changes[site]) for site, sae in by_site.items()}
-    gradients = at_clean
+        return {site: _exact_nodes(run, site, sae, *change(site)) for site, sae in by_site.items()}
     if method == "ig":
-        gradients = _path_means(run, starts, changes, alphas, at_clean)
+        xs = {site: values[site].to(sae.W_dec.dtype) for site, sae in by_site.items()}
+        shifts = {
+            site: ((sae.b_dec if ends is None else ends[site].to(sae.W_dec.dtype)) - xs[site]) * moved.unsqueeze(-1)
+            for site, sae in by_site.items()
+        }
+        gradients = _path_means(run, xs, shifts, alphas, gradients)
     _check_gradients(gradients)
-    return {site: effects_of(sae, gradients[site], changes[site]) for site, sae in by_site.items()}
+    return {site: effects_of(sae, gradients[site], change(site)[1]) for site, sae in by_site.items()}
 
 
 def effects_of(sae: SAE, gradient: Tensor, change: State) -> SiteEffects:
@@ -152,8 +163,8 @@ def effects_of(sae: SAE, gradient: Tensor, change: State) -> SiteEffects:
 
 def _path_means(
     run: Runner,
-    starts: Mapping[Site, State],
-    changes: Mapping[Site, State],
+    xs: Mapping[Site, Tensor],
+    shifts: Mapping[Site, Tensor],
     alphas: Sequence[float],
     at_clean: Mapping[Site, Tensor],
 ) -> dict[Site, Tensor]:
@@ -161,8 +172,8 @@ def _path_means(
     rest = [alpha for alpha in alphas if alpha != 0 or not at_clean]
     if not rest:
         return dict(at_clean)
-    paths = [Path(site, starts[site].x, changes[site].x, run.all_rows) for site in starts]
-    means = dict(zip(starts, run.path_gradients(paths, rest), strict=True))
+    paths = [Path(site, x, shifts[site], run.all_rows) for site, x in xs.items()]
+    means = dict(zip(xs, run.path_gradients(paths, rest), strict=True))
     if not at_clean:
         return means
     return {site: (at_clean[site] + len(rest) * mean) / len(alphas) for site, mean in means.items()}
