@@ -3,10 +3,10 @@
     python benchmarks/circuits.py [--rounds 3] [--sizes 2x6 8x8 32x16] [--latents 512 4096] [--nodes 100 2000]
                                   [--device cuda] [--json FILE]
 
-The model: 6 blocks of width 512 (GPT-NeoX, attention before the MLP). SAEs at the embedding and, in every block,
-at what attention and MLP add and at the residual stream. Integrated gradients with 10 points, pairs of random tokens
-that differ in a third of their places, about as many retained downstream nodes as ``--nodes`` says, weights summed over
-positions.
+The model: 6 blocks of width 512 and a vocabulary of 50,304 (Pythia-70M's sizes; GPT-NeoX, attention before the MLP).
+SAEs at the embedding and, in every block, at what attention and MLP add and at the residual stream. Integrated gradients
+with 10 points, pairs of random tokens that differ in a third of their places, about as many retained downstream nodes as
+``--nodes`` says, weights summed over positions.
 
 The loop (``tests/circuit_loop.py``) has no handicap. Nodes: a forward and backward pass of the whole batch per site and
 point, from the last logits to the site. Edges: one forward pass in which every node is a leaf, then a backward pass per
@@ -50,8 +50,9 @@ from unweave.sae.activations import JumpReLU
 from unweave.sae.attribution import SiteEffects, node_effects
 from unweave.sae.module import SAE
 from unweave.sae.states import change_of, moved_positions, states
+from unweave.tasks.agreement import AnswerDifference
 
-LAYERS, WIDTH, VOCABULARY, STEPS = 6, 512, 8_192, 10
+LAYERS, WIDTH, VOCABULARY, STEPS = 6, 512, 50_304, 10
 SITES = ["embed", *(f"{point}.{i}" for i in range(LAYERS) for point in ("attn_add", "mlp_add", "resid_post"))]
 console = Console(width=None if sys.stdout.isatty() else 200)
 
@@ -96,11 +97,6 @@ def make_pair(size: tuple[int, int]) -> tuple[Tokens, Tokens]:
     return Tokens.of(clean), Tokens.of(patch)
 
 
-def metric(out: Tensor, rows: Tensor) -> Tensor:
-    del rows
-    return out[:, 5] - out[:, 7]
-
-
 # -- the two sides ----------------------------------------------------------------------------------------------------
 
 
@@ -125,9 +121,21 @@ class Case:
         self.threshold = float(everything.topk(wanted + 1).values[-1])
         self.retained = tuple((s, tuple(n)) for s, e in sizes.items() for n in (e > self.threshold).nonzero().tolist())  # type: ignore[misc]
 
+    @property
+    def metric(self) -> AnswerDifference:
+        answers = torch.ones(len(self.clean), dtype=torch.int64)
+        return AnswerDifference(7 * answers, 5 * answers)
+
     def our_nodes(self) -> Any:
         return node_effects(
-            self.lm, self.saes, self.clean, self.patch, metric, method="ig", steps=STEPS, max_tokens=self.max_tokens
+            self.lm,
+            self.saes,
+            self.clean,
+            self.patch,
+            self.metric,
+            method="ig",
+            steps=STEPS,
+            max_tokens=self.max_tokens,
         )
 
     def our_edges(self) -> Any:
@@ -142,7 +150,7 @@ class Case:
         patch = circuit_loop.site_values(self.lm, self.saes, self.patch)
         starts, ends = ({s: v[0] for s, v in values.items()} for values in (clean, patch))
         alphas = [k / STEPS for k in range(points)]
-        found = circuit_loop.node_gradients(self.lm, list(self.saes), starts, ends, self.clean, metric, alphas)
+        found = circuit_loop.node_gradients(self.lm, list(self.saes), starts, ends, self.clean, self.metric, alphas)
         effects = {}
         for site, g in found.items():
             (_, f, e), (_, f2, e2) = clean[site], patch[site]

@@ -325,7 +325,7 @@ def test_a_metric_that_says_what_it_reads_gets_that_alone(tiny: Any) -> None:
     saes = [make_sae(lm, "mlp_add.0"), make_sae(lm, "resid_post.1")]
     clean, patch = padded_pair("right")
     metric = AnswerDifference(torch.tensor([5, 9, 5]), torch.tensor([7, 7, 11]))
-    assert metric.tokens.tolist() == [5, 7, 9, 11]
+    assert metric.logits_read.tolist() == [5, 7, 9, 11]
     for method in ("attribution", "ig", "exact"):
         found, plain = (
             node_effects(lm, saes, clean, patch, m, method=method, steps=2)  # type: ignore[arg-type]
@@ -335,13 +335,13 @@ def test_a_metric_that_says_what_it_reads_gets_that_alone(tiny: Any) -> None:
             close(one.latents, plain[site].latents)
             close(one.error, plain[site].error)
     later = Shifted(metric, 1)
-    assert later.tokens is not None and later.tokens.tolist() == [5, 7, 9, 11]
+    assert later.logits_read is not None and later.logits_read.tolist() == [5, 7, 9, 11]
 
     def reading(out: Tensor, rows: Tensor) -> Tensor:
         assert bool(torch.isfinite(out[:, [5, 7, 9, 11]]).all()) and int(torch.isfinite(out).sum()) == 4 * len(rows)
         return out[:, 5] - out[:, 6]
 
-    reading.tokens = metric.tokens  # type: ignore[attr-defined]
+    reading.logits_read = metric.logits_read  # type: ignore[attr-defined]
     with pytest.raises(UnweaveError, match="NaN"):  # it reads another
         node_effects(lm, saes, clean, patch, reading)
 

@@ -12,7 +12,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.comparison import Batch
-from unweave.sae.runner import Metric, Runner
+from unweave.sae.runner import Metric, Runner, Shifted
 
 
 def metric_values(
@@ -39,7 +39,7 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
     """Some of a batch's examples; their metric still gets the numbers they have in the whole batch."""
     clean, patch, metric = batch
     first = rows.start
-    return clean.rows(rows), None if patch is None else patch.rows(rows), lambda out, at: metric(out, at + first)
+    return clean.rows(rows), None if patch is None else patch.rows(rows), Shifted(metric, first)
 
 
 def of_one_length(batches: Sequence[Batch]) -> tuple[list[Batch], int]:

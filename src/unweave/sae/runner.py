@@ -34,8 +34,8 @@ from unweave.sae.states import chunks, values_of
 Metric = Callable[[Tensor, Tensor], Tensor]
 """``metric(out [R, V], rows int64 [R]) -> [R]``: one number per row from the logits at its last token. ``rows`` says
 which example of the batch each row is: methods run examples several times and in other groups. With ``metric_at``
-given, ``out`` is that site's value [R, P, D] instead. A metric may have an attribute ``tokens``, int64 [k]: the ids
-whose logits it reads. The others are then not computed, and NaN."""
+given, ``out`` is that site's value [R, P, D] instead. A metric may have an attribute ``logits_read``, int64 [k]: the
+ids whose logits it reads. The others are then not computed, and NaN."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Shifted:
     first: int
 
     @property
-    def tokens(self) -> Tensor | None:
-        return getattr(self.metric, "tokens", None)
+    def logits_read(self) -> Tensor | None:
+        return getattr(self.metric, "logits_read", None)
 
     def __call__(self, out: Tensor, rows: Tensor) -> Tensor:
         return self.metric(out, rows + self.first)
@@ -81,7 +81,7 @@ class Runner:
         self.lm, self.tokens, self.metric, self.max_tokens = lm, tokens, metric, max_tokens
         self.metric_at = None if metric_at is None else lm.site(metric_at)
         self._clean: dict[Site, Tensor] = {}
-        read: Tensor | None = getattr(metric, "tokens", None)
+        read: Tensor | None = getattr(metric, "logits_read", None)
         self._read = None if read is None else read.to(lm.device).unique()
 
     def chunks(self, n_rows: int) -> Iterator[slice]:

@@ -88,7 +88,7 @@ class AnswerDifference:
     patch: Tensor
 
     @property
-    def tokens(self) -> Tensor:
+    def logits_read(self) -> Tensor:
         """The ids whose logits it reads; others need not be computed."""
         return torch.cat([self.clean, self.patch]).unique()
 

@@ -50,6 +50,11 @@ class AnswerLoss:
         if self.kind not in ("neg-log-p", "neg-logit"):
             raise UnweaveError(f"unknown metric {self.kind!r}", remedy="use neg-log-p or neg-logit")
 
+    @property
+    def logits_read(self) -> Tensor | None:
+        """The ids whose logits it reads, where that is not all of them."""
+        return self.answers.unique() if self.kind == "neg-logit" else None
+
     def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
         ids = self.answers[rows.to(self.answers.device)].to(logits.device).unsqueeze(1)
         values = torch.log_softmax(logits, -1) if self.kind == "neg-log-p" else logits
