@@ -4,9 +4,9 @@
                                   [--device cuda] [--json FILE]
 
 The model: 6 blocks of width 512 and a vocabulary of 50,304 (Pythia-70M's sizes; GPT-NeoX, attention before the MLP).
-SAEs at the embedding and, in every block, at what attention and MLP add and at the residual stream. Integrated gradients
-with 10 points, pairs of random tokens that differ in a third of their places, about as many retained downstream nodes as
-``--nodes`` says, weights summed over positions.
+SAEs at the embedding and, in every block, at what attention and MLP add and at the residual stream. Integrated
+gradients with 10 points, pairs of random tokens that differ in a third of their places, about as many retained
+downstream nodes as ``--nodes`` says, weights summed over positions.
 
 The loop (``tests/circuit_loop.py``) has no handicap. Nodes: a forward and backward pass of the whole batch per site and
 point, from the last logits to the site. Edges: one forward pass in which every node is a leaf, then a backward pass per
