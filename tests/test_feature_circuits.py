@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.run import Run, write_json
 from unweave.core.site import Site, matching
 from unweave.jobs.circuit.shift_table import MEASURES, METHODS
-from unweave.papers.feature_circuits import page, plan
+from unweave.papers.feature_circuits import page, plan, recipe
 from unweave.papers.feature_circuits.plan import nearest_l0, plan_of
 from unweave.papers.feature_circuits.recipe import Parts
 from unweave.papers.feature_circuits.spec import MODELS, FeatureCircuitsSpec
@@ -29,8 +31,7 @@ def test_the_smoke_scale_trains_at_attention_mlp_and_stream_of_consecutive_layer
     assert len(sites) == len(set(sites)) == 13
     layers = sorted({site.layer for site in sites if site.layer is not None})
     assert layers == list(range(layers[0], layers[0] + 4)) and found.start_layer == layers[0]
-    assert found.probe == f"resid_post.{layers[-1]}"
-    assert (found.seeds, found.behaviours) == (5, 20)
+    assert found.shift["probe"] == f"resid_post.{layers[-1]}" and found.behaviours["behaviours"] == 20
 
 
 def test_the_paper_scale_takes_the_published_saes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,11 +68,41 @@ def circuit_of(slots: Mapping[tuple[str, int], float]) -> Circuit:
     return Circuit(nodes, {}, True, 3)
 
 
-def test_overlap_is_of_the_smaller_circuit_whatever_the_position() -> None:
-    a = circuit_of({("resid_post.1", 0): 1.0, ("resid_post.1", 3): -1.0, ("embed", 4): 0.01})
-    b = circuit_of({("resid_post.1", 3): 0.5, ("resid_post.1", 2): 0.5, ("resid_post.1", 1): 0.4})
-    assert page.overlap(a, b, 0.1) == 0.5
-    assert page.overlap(a, circuit_of({("embed", 1): 0.0}), 0.1) is None
+def test_overlap_is_of_latents_whatever_the_position() -> None:
+    a = circuit_of({("resid_post.1", 0): 1.0, ("resid_post.1", 3): -1.0, ("embed", 4): 0.3, ("embed", 0): 0.01})
+    b = circuit_of({("resid_post.1", 3): 0.5, ("resid_post.1", 2): 0.5, ("resid_post.1", 1): 0.4, ("embed", 4): 0.3})
+    found = page.overlap(a, b, (0.1, 0.1))
+    assert (found.sizes, found.shared, found.with_errors, found.share) == ((2, 3), 1, 2, 0.5)
+    assert page.overlap(a, b, (0.1, 0.45)).sizes == (2, 2)
+    assert page.overlap(a, circuit_of({("embed", 4): 1.0}), (0.1, 0.1)).share is None
+
+
+@pytest.mark.parametrize("asked", [{}, *({"scale": "paper", "model": model} for model in MODELS)])
+def test_every_stage_can_be_asked_at_every_scale(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The specs that the recipe makes hold together: nothing unknown, ignored or contradictory."""
+    monkeypatch.setattr(plan, "_listed", lambda repository: ["layer_0/width_16k/average_l0_9/params.npz"])
+    specs = []
+
+    def stage(spec: Any, runs: Path) -> Run:
+        specs.append(spec)
+        return finished(runs, type(spec).__name__.lower() + str(len(specs)), {}, {})
+
+    for module in (recipe.find, recipe.evaluate, recipe.draw, recipe.shift, recipe.behaviours):
+        monkeypatch.setattr(module, "run", stage)
+    trained = finished(tmp_path, "train", {}, {})
+    chosen = plan_of(FeatureCircuitsSpec(**asked))
+    for more in ({}, {"annotations": "mine.jsonl"}, {"biographies": "mine.parquet"}):
+        spec = FeatureCircuitsSpec.from_dict({**asked, **more})
+        parts = recipe._parts(spec, chosen, trained if chosen.training else None, tmp_path)
+        assert set(parts.found) == set(STRUCTURES) and len(specs) == 14
+        shift, found = specs[12], specs[13]
+        assert shift.judge == ("file" if "annotations" in more else "rule")
+        assert shift.biographies == more.get("biographies", chosen.shift["biographies"])
+        assert (found.data is not None) == (chosen.training is None)
+        assert found.behaviours <= found.clusters
+        specs.clear()
 
 
 def finished(folder: Path, stage: str, result: dict[str, Any], files: Mapping[str, str | bytes]) -> Run:
@@ -82,49 +113,61 @@ def finished(folder: Path, stage: str, result: dict[str, Any], files: Mapping[st
     return run
 
 
-def parts_of(folder: Path, *, features: float | None, neurons: float | None, shift: float, random: float) -> Parts:
-    """Finished runs with the numbers given, as the recipe's stages write them."""
+def parts_of(
+    folder: Path,
+    *,
+    features: float | None = 30.0,
+    neurons: float | None = 700.0,
+    without: float = 0.4,
+    shift: float = 0.9,
+    retrain: float = 0.95,
+    random: float = 0.2,
+    oracle: float = 1.0,
+) -> Parts:
+    """Finished runs with the numbers given, as the recipe's stages write them. The original's worst group is at 0.2."""
     reached = {
         page.FEATURES: {"nodes": features, "random": None, "all": 900},
+        page._NO_ERRORS: {"nodes": None, "random": None, "all": 900},
         page.NEURONS: {"nodes": neurons, "random": 800.0, "all": 1000},
     }
-    tops = {page.FEATURES: 1.0, page._NO_INNER_ERRORS: 0.9, page._NO_STREAM_ERRORS: 0.4}
+    tops = {page.FEATURES: 1.0, page._NO_INNER_ERRORS: 1.2, page._NO_ERRORS: without}
     curves = {name: {"rows": [{"faithfulness": value}, {"faithfulness": 0.1}]} for name, value in tops.items()}
     found, evaluated, drawn = {}, {}, {}
     for structure in STRUCTURES:
         about = {"model": "tiny <model>", "model_note": "random", "sites": ["embed", "resid_post.1"]}
         found[structure] = finished(folder / structure, "find", about, {})
         circuit_of({("resid_post.1", 0): 1.0}).save(found[structure].path / "circuit.safetensors")
-        evaluated[structure] = finished(
-            folder / structure, "evaluate", {"reached": reached}, {"faithfulness.png": b"p"}
-        )
+        pictures = {"faithfulness.png": b"p"}
+        evaluated[structure] = finished(folder / structure, "evaluate", {"reached": reached}, pictures)
         write_json(evaluated[structure].path / "faithfulness.json", curves)
         drawn[structure] = finished(folder / structure, "draw", {}, {"circuit.svg": "<svg><title>x</title></svg>"})
-    worst = dict.fromkeys(METHODS, 0.2) | {"SHIFT": shift, "random latents": random, "oracle": 1.0}
-    table = {m: {k: {"mean": worst[m] if k == "worst" else 0.5, "std": 0.0} for k in MEASURES} for m in METHODS}
-    back = {"SHIFT": (shift - 0.2) / 0.8, "SHIFT + retrain": None, "random latents": (random - 0.2) / 0.8}
-    shifted = finished(
-        folder,
-        "shift",
-        {"table": table, "recovered": back, "gap": 0.8, "note": "templated text", "summary": [["SHIFT", "x", "y"]]},
-        {"table.md": "| Method |\n", "accuracies.png": b"p"},
-    )
-    behaviours = finished(
-        folder,
-        "behaviours",
-        {"behaviours": 2, "clusters": 9, "coherence": {"clusters": 0.4, "random": 0.1}, "page": "index.html",
-         "summary": [["behaviour 1", "a <b>", "12 contexts"]]},
-        {},
-    )  # fmt: skip
-    return Parts(None, found, evaluated, drawn, shifted, behaviours)
+    worst = dict.fromkeys(METHODS, 0.2)
+    worst |= {"SHIFT": shift, "SHIFT + retrain": retrain, "random latents": random, "oracle": oracle}
+    table = {m: {k: {"mean": worst[m] if k == "worst" else 0.5, "std": None} for k in MEASURES} for m in METHODS}
+    gap = oracle - 0.2
+    back = {name: (worst[name] - 0.2) / gap for name in ("SHIFT", "SHIFT + retrain", "random latents")}
+    said = {"note": "templated text", "warnings": ["a <warning>"], "summary": [["SHIFT", "x", "y"]]}
+    files = {"table.md": "| Method |\n", "accuracies.png": b"p"}
+    shifted = finished(folder, "shift", {"table": table, "recovered": back, "gap": gap, **said}, files)
+    discovered = {
+        "behaviours": 2,
+        "clusters": 9,
+        "coherence": {"clusters": 0.4, "random": 0.1},
+        "page": "index.html",
+        "summary": [["behaviour 1", "a <b>", "12 contexts"]],
+    }
+    return Parts(None, found, evaluated, drawn, shifted, finished(folder, "behaviours", discovered, {}))
 
 
 @pytest.mark.parametrize(
     ("numbers", "verdicts"),
     [
-        ({"features": 30.0, "neurons": 700.0, "shift": 0.9, "random": 0.2}, ["as claimed", "as claimed"]),
-        ({"features": 30.0, "neurons": None, "shift": 0.5, "random": 0.2}, ["as claimed", "partly"]),
-        ({"features": None, "neurons": 700.0, "shift": 0.2, "random": 0.3}, ["not as claimed", "not as claimed"]),
+        ({}, ["as claimed", "as claimed", "as claimed"]),
+        ({"neurons": None, "shift": 0.5}, ["as claimed", "as claimed", "partly"]),
+        ({"neurons": 100.0, "retrain": 0.8}, ["not as claimed", "as claimed", "partly"]),
+        ({"features": None, "without": 0.95, "random": 0.6}, ["not as claimed", "not as claimed", "not as claimed"]),
+        ({"random": 0.5}, ["as claimed", "as claimed", "partly"]),
+        ({"shift": 0.33, "oracle": 0.35}, ["as claimed", "as claimed", "not measured"]),
     ],
 )
 def test_the_page_says_what_the_parts_found(tmp_path: Path, numbers: dict[str, Any], verdicts: list[str]) -> None:
@@ -132,13 +175,26 @@ def test_the_page_says_what_the_parts_found(tmp_path: Path, numbers: dict[str, A
     parts = parts_of(tmp_path, **numbers)
     result = page.write(tmp_path, spec, plan_of(spec), parts)
     claims = result["claims"]
-    assert [claims[0]["verdict"], claims[3]["verdict"]] == verdicts
-    assert claims[1]["verdict"] == "as claimed" and "0.40" in claims[1]["ours"] and "0.90" in claims[1]["ours"]
-    assert result["overlap"] == 1.0 and claims[2]["verdict"] == "as claimed"
+    assert [claims[i]["verdict"] for i in (0, 1, 3)] == verdicts
+    assert f"{numbers.get('without', 0.4):.2f}" in claims[1]["ours"] and "1.00" in claims[1]["ours"]
+    assert claims[2]["verdict"] == "as claimed" and "1 latents are in both" in claims[2]["ours"]
+    assert "a <warning>" in claims[3]["ours"]
     html = (tmp_path / "report.html").read_text()
     assert "tiny &lt;model&gt; (random)" in html and "a &lt;b&gt;" in html and "<svg>" in html
     assert "templated text" in html and "default-src 'none'" in html and "http" not in html.split("</style>")[1]
     text = (tmp_path / "table.md").read_text()
-    first = "never (of 900)" if numbers["features"] is None else "30"
+    first = "never (of 900)" if "features" in numbers else "30"
     assert f"| simple | {first} | never (of 900) |" in text and "| Method |" in text
     assert set(parts.all()) >= {"find simple", "evaluate across_pp", "SHIFT", "behaviours"}
+
+
+def test_a_page_of_other_parts_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = parts_of(tmp_path)
+    other = first.shifted.path.with_name("shift-0123456789ab")
+    shutil.copytree(first.shifted.path, other)
+    monkeypatch.setattr(recipe, "plan_of", lambda spec: replace(plan_of(spec), training=None, saes=("x",)))
+    asked = iter([first, first, replace(first, shifted=Run.at(other))])
+    monkeypatch.setattr(recipe, "_parts", lambda *_: next(asked))
+    runs = [recipe.run(FeatureCircuitsSpec(), tmp_path / "runs") for _ in range(3)]
+    assert [run.reused for run in runs] == [False, True, False]
+    assert len({run.path for run in runs}) == 1

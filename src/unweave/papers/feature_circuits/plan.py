@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from unweave.core.errors import UnweaveError
 from unweave.data.corpus import Source
@@ -12,6 +13,8 @@ from unweave.data.pack import PackSpec
 from unweave.jobs.specs import DEFAULT_MODEL, DataSpec, StreamSpec, TrainSpec
 from unweave.papers.feature_circuits.spec import MODELS, FeatureCircuitsSpec
 from unweave.sae.spec import SAESpec
+from unweave.tasks.agreement import STRUCTURES
+from unweave.tasks.biographies import TEMPLATED
 
 _SMOKE_LAYERS = (24, 25, 26, 27)
 _GEMMA_L0 = 100
@@ -31,13 +34,12 @@ class Plan:
     """the sites, by pattern; neurons stand there in the baseline"""
     start_layer: int
     """faithfulness ablates from here on: early layers deal with particular words, which differ in the test split"""
-    probe: str
-    """the site that SHIFT's classifier reads"""
-    examples: int
-    node_threshold: float
-    edge_threshold: float
-    seeds: int
-    behaviours: int
+    thresholds: Mapping[str, tuple[float, float]]
+    """of nodes and edges, by structure"""
+    find: Mapping[str, Any] = field(default_factory=dict)
+    """what circuits are found with beside that; likewise below"""
+    shift: Mapping[str, Any] = field(default_factory=dict)
+    behaviours: Mapping[str, Any] = field(default_factory=dict)
 
 
 def plan_of(spec: FeatureCircuitsSpec) -> Plan:
@@ -68,13 +70,51 @@ def _smoke(spec: FeatureCircuitsSpec) -> Plan:
         saes=(),
         sites=sites,
         start_layer=_SMOKE_LAYERS[0],
-        probe=f"resid_post.{_SMOKE_LAYERS[-1]}",
-        examples=100,
-        node_threshold=0.1,
-        edge_threshold=0.01,
-        seeds=5,
-        behaviours=20,
+        thresholds=dict.fromkeys(STRUCTURES, (0.1, 0.01)),
+        shift={"probe": f"resid_post.{_SMOKE_LAYERS[-1]}", "biographies": TEMPLATED},
+        behaviours={"behaviours": 20},
     )
+
+
+# The published SAEs do not say which text they were trained on. The paper's code takes gradients at the left of a step.
+_PILE = DataSpec(
+    sources=(Source(path="hub:monology/pile-uncopyrighted"),),
+    pack=PackSpec(context=130),
+    tokens=2_000_000,
+    heldout=0.01,
+    heldout_tokens=200_000,
+)
+_PAPER_BEHAVIOURS: dict[str, Any] = {
+    "data": _PILE.to_dict(),
+    "tokens": 2_000_000,
+    "contexts": 8192,
+    "clusters": 750,
+    "behaviours": 750,
+    "examples": 100,
+    "steps": 10,
+    "rule": "left",
+    "node_threshold": 0.4,
+    "edge_threshold": 0.04,
+}
+
+
+def _paper_shift(probe: str, *, threshold: float, skip_first: int) -> dict[str, Any]:
+    """Its classifier reads activations as they are, and everything above the threshold is judged."""
+    return {
+        "probe": probe,
+        "biographies": "hub:LabHC/bias_in_bios",
+        "data": _PILE.to_dict(),
+        "pool": 1000,
+        "train": 2000,
+        "test": 400,
+        "standardise": False,
+        "examples": 100,
+        "steps": 10,
+        "rule": "left",
+        "threshold": threshold,
+        "top": None,
+        "skip_first": skip_first,
+    }
 
 
 def _pythia() -> Plan:
@@ -89,12 +129,10 @@ def _pythia() -> Plan:
         saes=tuple(saes),
         sites=("embed", "attn_add.*", "mlp_add.*", "resid_post.*"),
         start_layer=2,
-        probe="resid_post.4",
-        examples=100,
-        node_threshold=0.1,
-        edge_threshold=0.01,
-        seeds=5,
-        behaviours=1000,
+        thresholds={name: (0.1, 0.01) if name == "within_rc" else (0.2, 0.02) for name in STRUCTURES},
+        find={"rule": "left"},
+        shift=_paper_shift("resid_post.4", threshold=0.1, skip_first=0),
+        behaviours=_PAPER_BEHAVIOURS,
     )
 
 
@@ -111,12 +149,10 @@ def _gemma() -> Plan:
         saes=tuple(saes),
         sites=("attn_heads.*", "mlp_add.*", "resid_post.*"),
         start_layer=8,
-        probe="resid_post.22",
-        examples=100,
-        node_threshold=0.073,
-        edge_threshold=0.007,
-        seeds=5,
-        behaviours=1000,
+        thresholds={name: (0.073, 0.007) if name.endswith("rc") else (0.5, 0.05) for name in STRUCTURES},
+        find={"rule": "left"},
+        shift=_paper_shift("resid_post.22", threshold=6.0, skip_first=1),
+        behaviours=_PAPER_BEHAVIOURS,
     )
 
 

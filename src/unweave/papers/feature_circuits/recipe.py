@@ -9,6 +9,7 @@ import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from unweave.core.run import Run, peak_memory_gb
 from unweave.jobs import train
@@ -20,10 +21,8 @@ from unweave.papers.feature_circuits import page
 from unweave.papers.feature_circuits.plan import Plan, plan_of
 from unweave.papers.feature_circuits.spec import FeatureCircuitsSpec
 from unweave.tasks.agreement import STRUCTURES
-from unweave.tasks.biographies import TEMPLATED
 
 VERSION = 1
-_BIOS = "hub:LabHC/bias_in_bios"
 
 
 @dataclass(frozen=True)
@@ -46,54 +45,43 @@ class Parts:
 
 
 def run(spec: FeatureCircuitsSpec, runs: Path) -> Run:
-    """Everything of the paper at one scale. The run holds the tables, the figures and ``report.html``."""
+    """Everything of the paper at one scale. The run holds the tables, the figures and ``report.html``.
+
+    Parts are asked for every time, at little cost where they are finished, so that a page is never of other parts.
+    """
     plan = plan_of(spec)
     inputs = {"training": plan.training.digest()} if plan.training is not None else {}
     with Run.open(runs, "paper-feature-circuits", spec, version=VERSION, inputs=inputs) as done:
-        if done.done and (done.path / "report.html").exists():
-            return done
-        done.reused = False
         trained = train.run(plan.training, runs) if plan.training is not None else None
         gc.collect()  # trainers and activations take gigabytes
         parts = _parts(spec, plan, trained, runs)
+        names = {name: part.path.name for name, part in parts.all().items()}
+        if done.done and (done.path / "report.html").exists() and done.result["runs"] == names:
+            return done
+        done.reused = False
+        seconds = {name: part.result["seconds"] for name, part in parts.all().items()}
         result = page.write(done.path, spec, plan, parts)
-        done.finish(
-            result
-            | {
-                "runs": {name: part.path.name for name, part in parts.all().items()},
-                "seconds": {name: part.result["seconds"] for name, part in parts.all().items()},
-                "peak_memory_gb": peak_memory_gb(),
-            }
-        )
+        done.finish(result | {"runs": names, "seconds": seconds, "peak_memory_gb": peak_memory_gb()})
     return done
 
 
 def _parts(spec: FeatureCircuitsSpec, plan: Plan, trained: Run | None, runs: Path) -> Parts:
-    saes = plan.saes if trained is None else (str(train.sae_folder(trained)),)
+    saes = list(plan.saes) if trained is None else [str(train.sae_folder(trained))]
+    asked: dict[str, Any] = {"saes": saes, "model": plan.model, "device": spec.device}
     found, evaluated, drawn = {}, {}, {}
     for structure in STRUCTURES:
-        found[structure] = find.run(
-            CircuitFindSpec(
-                saes=saes,
-                model=plan.model,
-                device=spec.device,
-                task=structure,
-                examples=plan.examples,
-                node_threshold=plan.node_threshold,
-                edge_threshold=plan.edge_threshold,
-            ),
-            runs,
-        )
+        node, edge = plan.thresholds[structure]
+        limits = {"task": structure, "node_threshold": node, "edge_threshold": edge}
+        found[structure] = find.run(CircuitFindSpec.from_dict({**asked, **limits, **plan.find}), runs)
         folder = found[structure].path
         evaluated[structure] = evaluate.run(
             CircuitEvaluateSpec(circuit=folder, start_layer=plan.start_layer, device=spec.device), runs
         )
         drawn[structure] = draw.run(CircuitDrawSpec(circuit=folder), runs)
-    given = spec.biographies or (TEMPLATED if spec.scale == "smoke" else _BIOS)
-    by_file = {"judge": "file", "annotations": str(spec.annotations)} if spec.annotations is not None else {}
-    asked = {"saes": list(saes), "model": plan.model, "device": spec.device, "biographies": given, "probe": plan.probe}
-    shifted = shift.run(CircuitShiftSpec.from_dict(asked | {"seeds": plan.seeds} | by_file), runs)
-    discovered = behaviours.run(
-        CircuitBehavioursSpec(saes=saes, model=plan.model, device=spec.device, behaviours=plan.behaviours), runs
-    )
+    given = {"biographies": spec.biographies} if spec.biographies is not None else {}
+    if spec.annotations is not None:
+        given |= {"judge": "file", "annotations": str(spec.annotations)}
+    of_judge = {name: value for name, value in plan.shift.items() if spec.annotations is None or name != "data"}
+    shifted = shift.run(CircuitShiftSpec.from_dict({**asked, **of_judge, **given}), runs)
+    discovered = behaviours.run(CircuitBehavioursSpec.from_dict({**asked, **plan.behaviours}), runs)
     return Parts(trained, found, evaluated, drawn, shifted, discovered)

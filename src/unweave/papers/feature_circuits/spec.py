@@ -18,8 +18,8 @@ class FeatureCircuitsSpec(Spec):
     """Sparse feature circuits: agreement, SHIFT, behaviours."""
 
     scale: Literal["smoke", "paper"] = "smoke"
-    """smoke: SmolLM2-135M with SAEs that are trained first, about an hour and a half on two cores; paper: its models
-    with the published SAEs."""
+    """smoke: SmolLM2-135M with SAEs that are trained first, about an hour on two cores; paper: its models with the
+    published SAEs, and its settings where they are known."""
     model: str | None = None
     """paper scale: one of its models, by default EleutherAI/pythia-70m-deduped. The smoke scale has one model."""
     device: str | None = operational(None)
@@ -28,7 +28,7 @@ class FeatureCircuitsSpec(Spec):
     """Biographies for SHIFT as `unweave circuit shift` takes them; by default templated ones at smoke scale and
     LabHC/bias_in_bios at paper scale."""
     annotations: Path | None = None
-    """paper scale: a file of annotations that says which latents SHIFT is to ablate; by default a rule decides."""
+    """A file of annotations that says which latents SHIFT is to ablate; by default a rule decides."""
 
     def __post_init__(self) -> None:
         if self.model is not None and self.scale != "paper":
