@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from unweave.core.site import Site
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 from unweave.jobs import train
-from unweave.jobs.circuit import draw
+from unweave.jobs.circuit import draw, shift_judge
 from unweave.jobs.circuit.saes import open_saes
 from unweave.jobs.circuit.specs import CircuitDrawSpec, OfSAEsSpec
 from unweave.jobs.specs import DataSpec, StreamSpec, TrainSpec
@@ -293,6 +294,36 @@ def test_the_command_takes_an_autoencoder_and_latents(
     }
 
 
+def test_of_a_classifiers_circuit_come_the_latents_that_its_run_judges(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    support = torch.zeros(1, 65)
+    support[0, [5, 6, 7, 8, 64]] = torch.tensor([0.5, -0.9, 0.1, 0.3, 0.7])
+    about = {"task": f"{shift_judge.SUPPORT}: profession"}
+    Circuit({SITE: support}, {}, False, 4, about).save(tmp_path / "circuit-0.safetensors")
+    neurons = about | {"task": f"{shift_judge.SUPPORT}: gender, {shift_judge.BY_NEURONS}"}
+    Circuit({SITE: support}, {}, False, 4, neurons).save(tmp_path / "neurons-0.safetensors")
+    known = json.loads((home / "found" / "spec.json").read_text())["spec"]
+    (tmp_path / "spec.json").write_text(json.dumps({"spec": known | {"top": 2, "threshold": 0.05}}))
+
+    def asked(*words: str) -> list[str]:
+        out = str(tmp_path / "none.jsonl")
+        status, text, _ = command(
+            home, ":s\n" * 9, monkeypatch, capsys, str(tmp_path / "circuit-0.safetensors"), "--out", out, *words
+        )
+        assert status == 0
+        return re.findall(rf"{SITE}/(\d+) ", text)
+
+    assert asked() == ["5", "8"] and asked("--top", "9") == ["5", "8", "7"] and asked("--threshold", "0.4") == ["5"]
+    for file, words, says in (
+        ("circuit-0", ("--threshold", "0.6"), "no latent supports the label by more than 0.6"),
+        ("neurons-0", (), "this circuit is of neurons"),
+    ):
+        path = str(tmp_path / f"{file}.safetensors")
+        status, _, err = command(home, "x\n", monkeypatch, capsys, path, *words, "--out", str(tmp_path / "a.jsonl"))
+        assert status == 2 and says in err
+
+
 @pytest.mark.parametrize(
     ("answers", "words", "says"),
     [
@@ -329,10 +360,11 @@ def test_a_picture_with_annotations_and_contexts(home: Path, tmp_path: Path) -> 
     (sae,) = open_saes(OfSAEsSpec(saes=(str(home / "sae"),), device="cpu")).saes.values()
     path = tmp_path / "a.jsonl"
     notes.append(path, Annotation(f"{SITE}/6", "harbours", relevant=True, sae=sae.digest()))
+    notes.append(path, Annotation(f"{SITE}/error", "what is left"))
     spec = CircuitDrawSpec(circuit=home / "found", annotations=path, contexts=True, tokens=1500, device="cpu")
     run = draw.run(spec, home / "runs")
     page = (run.path / "circuit.html").read_text(encoding="utf-8")
-    assert run.result["labelled"] == 2 and run.result["errors"] == 1  # at both of its positions
+    assert run.result["labelled"] == 3 and run.result["errors"] == 1  # a latent at both of its positions, the error
     assert page.count("fires on") == 3 and page.count("relevant to the task") == 2
     notes.append(path, Annotation(f"{SITE}/5", "x", sae="b" * 12))
     for contexts in (True, False):

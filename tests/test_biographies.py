@@ -176,3 +176,28 @@ def test_a_repeated_row_counts_once(tmp_path: Path) -> None:
     found = biographies.read(str(path), 5, split="train")
     assert len({b.text for b in found}) == len(found) == 20
     assert isinstance(found[0], Biography)
+
+
+def test_the_seed_chooses_among_all_whatever_their_order(tmp_path: Path) -> None:
+    path, turned = tmp_path / "bios.jsonl", tmp_path / "turned.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows(900))))
+    turned.write_text("\n".join(map(json.dumps, rows(900)[::-1])))
+
+    def texts(source: Path, seed: int) -> set[str]:
+        return {b.text for b in biographies.read(str(source), 10, split="train", seed=seed)}
+
+    assert texts(path, 0) == texts(path, 0) == texts(turned, 0) != texts(path, 1)
+    assert biographies.read(str(path), 10, split="train") == biographies.read(str(turned), 10, split="train")
+    numbers = [int(re.findall(r"\d+", text)[0]) for seed in range(20) for text in texts(path, seed)]
+    assert len(set(numbers)) > 300, "not always the same ones"
+    assert 400 < sum(numbers) / len(numbers) < 500, "from all of the file alike"
+
+
+def test_no_text_is_trained_and_tested_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub data set's own splits may share texts."""
+    monkeypatch.setattr(biographies, "hub_rows", lambda _name, _split: ((row, "") for row in rows(100)))
+    found = biographies.sets("hub:LabHC/bias_in_bios", pool=10, test=10)
+    train = {b.text for texts in found.train.values() for b in texts}
+    assert len(train) == 40 and not train & {b.text for b in found.test}
+    with pytest.raises(UnweaveError, match=r"11 biographies of each group.*\(test\)"):
+        biographies.sets("hub:LabHC/bias_in_bios", pool=10, test=11)

@@ -453,6 +453,18 @@ def test_the_rule_reads_strongest_words_and_promoted_tokens() -> None:
     assert {v.latent for v in relevance.by_rule(RECORDS, {"sea"}) if v.irrelevant} == {1, 2}
 
 
+def test_first_names_count_with_a_capital_only() -> None:
+    def judged(*contexts: Context, promoted: tuple[str, ...] = ()) -> bool | None:
+        (verdict,) = relevance.by_rule({(SITE, 0): record(0, list(contexts), promoted)})
+        return verdict.irrelevant
+
+    assert judged(context(" a| bill", 1), context(" grace", 0)) is False
+    assert judged(context(" of| B|ill|'s", 2), context(" GRACE", 0)) is True
+    assert judged(context(" x", 0), promoted=(" mark", " rose")) is False
+    assert judged(context(" x", 0), promoted=(" Mark", "Rose")) is True
+    assert judged(context(" She", 0), context(" mother", 0)) is True
+
+
 def test_the_whole_word_around_a_token() -> None:
     assert relevance.word_at(context("a| El|iz|abeth|'s", 2)) == "elizabeth"
     assert relevance.word_at(context(" men|,| she", 1)) == ","

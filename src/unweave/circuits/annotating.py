@@ -7,7 +7,7 @@ the work is left; the next time, latents with answers are passed over. Who shows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,11 +114,6 @@ def in_circuit(nodes: Sequence[Node]) -> dict[tuple[Site, int], list[tuple[int |
         if not node.is_error:
             found.setdefault((node.site, node.slot), []).append((node.position, node.effect))
     return found
-
-
-def unanswered(names: Sequence[str], known: Mapping[str, Annotation]) -> list[str]:
-    """The names that nothing was said about."""
-    return [name for name in names if name not in known]
 
 
 def walk(

@@ -6,7 +6,8 @@ chat model here. None of them sees a label, or anything of the classifier.
 
 Rule: of the latent's strongest contexts (one per document), at least ``CONTEXT_SHARE`` have a word for gender at the
 token on which the latent is strongest; or at least ``PROMOTED_SHARE`` of the tokens that it promotes most are such
-words. ``GENDER_WORDS`` are pronouns, titles, kinship and other words for women and men, and common first names.
+words. ``GENDER_WORDS`` are pronouns, titles, kinship and other words for women and men, and common first names. Names
+count with a capital only: mark, bill, rose and grace are other words.
 """
 
 from __future__ import annotations
@@ -118,9 +119,10 @@ def by_rule(
 def _ruled(
     site: Site, latent: int, record: LatentRecord, words: Collection[str], context_share: float, promoted_share: float
 ) -> Verdict:
-    at = [word_at(context) for context in record.top]
-    hits = [word for word in at if word in words]
-    said = [plain for text, _ in record.promoted if (plain := _plain(text)) in words]
+    found = [_written_at(context) for context in record.top]
+    hits = [word for word in found if _among(word, words)]
+    at = [word.lower() for word in found]
+    said = [_bare(text).lower() for text, _ in record.promoted if _among(_bare(text), words)]
     by_context = bool(at) and len(hits) >= context_share * len(at)
     by_promoted = bool(record.promoted) and len(said) >= promoted_share * len(record.promoted)
     reasons = [f"strongest on {_listed(at)}" if at else "never fires in the text looked at"]
@@ -129,8 +131,19 @@ def _ruled(
     return Verdict(site, latent, by_context or by_promoted, "; ".join(reasons))
 
 
+def _among(word: str, words: Collection[str]) -> bool:
+    """Whether a word as it was written is one of ``words``, which are in lower case; first names need a capital."""
+    plain = word.lower()
+    return plain in words and (plain not in FIRST_NAMES or word[:1].isupper())
+
+
 def word_at(context: Context) -> str:
     """The whole word at a context's strongest token, in lower case; the token itself where it is no word."""
+    return _written_at(context).lower()
+
+
+def _written_at(context: Context) -> str:
+    """As ``word_at``, as it was written."""
     texts, at = context.texts, context.focus
     first = at
     while first > 0 and texts[first][:1].isalpha() and texts[first - 1][-1:].isalpha():
@@ -139,11 +152,11 @@ def word_at(context: Context) -> str:
     while last + 1 < len(texts) and texts[last][-1:].isalpha() and texts[last + 1][:1].isalpha():
         last += 1
     whole = "".join(texts[first : last + 1])
-    return _plain(whole) or whole.strip()
+    return _bare(whole) or whole.strip()
 
 
-def _plain(text: str) -> str:
-    return text.strip().strip(".,;:!?\"'()[]*").lower()
+def _bare(text: str) -> str:
+    return text.strip().strip(".,;:!?\"'()[]*")
 
 
 def _listed(words: Sequence[str]) -> str:

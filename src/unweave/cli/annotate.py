@@ -25,13 +25,19 @@ HELP = (
     "circuits paper's scales), whether it belongs to the task, and notes. Enter leaves a question open.\n\n"
     "In place of any answer, :back shows the latent before, :skip leaves this one, :quit stops, :help says all this. "
     "Every answer is written at once as a line of JSON; the next time, latents with answers are passed over. "
-    "'unweave circuit draw --annotations' labels a picture with them, 'unweave circuit shift --annotations' ablates "
-    "what was judged irrelevant. Answers can be piped in, one a line.\n\n"
+    "'unweave circuit draw --annotations FILE' labels a picture with them, 'unweave circuit shift --judge file "
+    "--annotations FILE' ablates what was judged not to belong to the task. Of a classifier's circuit that "
+    "'unweave circuit shift' found, the latents come that it judges: those that support the label, up to the run's own "
+    "top. Answers can be piped in, one a line.\n\n"
     "For example:\n\n    unweave annotate runs/circuit-find-0123456789ab --top 30\n"
+    "    unweave annotate runs/circuit-shift-0123456789ab/circuit-0.safetensors\n"
     "    unweave annotate --saes runs/train-0123456789ab/sae/resid_post.24 --latents 12 3036 --out mine.jsonl"
 )
 
-_CIRCUIT = Parameter(help="A run of 'unweave circuit find', or a circuit.safetensors.")
+_CIRCUIT = Parameter(
+    help="A run of 'unweave circuit find', or a file of a circuit: circuit.safetensors, or circuit-0.safetensors of "
+    "'unweave circuit shift'."
+)
 _SAES = Parameter(
     help="Autoencoders, where no circuit is named, or where a circuit's have moved to.",
     negative=(),

@@ -14,9 +14,10 @@ of its words. So the same sentence about somebody of the other gender falls on t
 from __future__ import annotations
 
 import hashlib
+import heapq
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,22 +85,19 @@ def sets(source: str, *, pool: int, test: int, seed: int = 0) -> Sets:
     """``pool`` biographies of each group to train on and ``test`` of each to test on, from ``source``.
 
     ``source`` is "templated", ``hub:org/name`` or the path of a file. A hub dataset has a test split of its own; a
-    file's rows are divided by a hash of their text. Raises UnweaveError where a group has too few.
+    file's rows are divided by a hash of their text. No text is in both. Raises UnweaveError where a group has too few.
     """
     if pool < 1 or test < 1:
         raise UnweaveError(f"{pool} to train on and {test} to test on make no sets", remedy="ask for at least one")
     if source == TEMPLATED:
-        parts = {split: templated(n, split=split, seed=seed) for split, n in _sizes(pool, test)}
+        parts = {"train": templated(pool, split="train", seed=seed), "test": templated(test, split="test", seed=seed)}
         note = TEMPLATED_NOTE
     else:
-        parts = {split: read(source, n, split=split, seed=seed) for split, n in _sizes(pool, test)}
+        train = read(source, pool, split="train", seed=seed)
+        parts = {"train": train, "test": read(source, test, split="test", seed=seed, without={b.text for b in train})}
         note = ""
     drawn = {group: [b for b in parts["train"] if b.group == group] for group in GROUPS}
     return Sets(drawn, parts["test"], source, note)
-
-
-def _sizes(pool: int, test: int) -> tuple[tuple[Split, int], tuple[Split, int]]:
-    return (("train", pool), ("test", test))
 
 
 def ambiguous(train: Mapping[Group, Sequence[Biography]], n: int, seed: int) -> list[Biography]:
@@ -130,26 +128,32 @@ def _drawn(train: Mapping[Group, Sequence[Biography]], groups: Sequence[Group], 
 # -- real ones ----------------------------------------------------------------------------------------------------
 
 
-def read(source: str, n: int, *, split: Split, seed: int = 0) -> list[Biography]:
-    """``n`` biographies of each group in turn, the groups shuffled among as many rows as that takes to find.
+def read(
+    source: str, n: int, *, split: Split, seed: int = 0, without: Collection[str] = frozenset()
+) -> list[Biography]:
+    """``n`` different biographies of each group in turn, drawn with a seed from all of the split, in whatever order.
 
-    Rows of other professions are passed over. Raises UnweaveError for rows without the fields, and where the source
-    ends before a group is full.
+    Rows of other professions, and texts of ``without``, are passed over. Raises UnweaveError for rows without the
+    fields, and for a group that is too small.
     """
-    found: dict[Group, list[Biography]] = {group: [] for group in GROUPS}
-    seen: set[str] = set()
-    with task(f"biographies ({split})", total=n * len(GROUPS), unit="biographies") as shown:
+    drawn: dict[Group, list[tuple[float, str]]] = {group: [] for group in GROUPS}
+    kept: set[str] = set()
+    with task(f"biographies ({split})", total=0, unit="rows") as shown:
         for row, where in _rows(source, split):
+            shown.advance()
             biography = _biography(row, where)
-            if biography is None or len(found[biography.group]) == n or biography.text in seen:
+            if biography is None or biography.text in kept or biography.text in without:
                 continue
             if not source.startswith("hub:") and _split_of(biography.text) != split:
                 continue
-            seen.add(biography.text)
-            found[biography.group].append(biography)
-            shown.advance()
-            if all(len(group) == n for group in found.values()):
-                break
+            # The texts of the smallest hashes are a random draw in which every text counts once, in bounded memory.
+            heap, entry = drawn[biography.group], (-_hash(f"draw {seed}|{biography.text}"), biography.text)
+            kept.add(biography.text)
+            if len(heap) < n:
+                heapq.heappush(heap, entry)
+            else:
+                kept.remove(heapq.heappushpop(heap, entry)[1])
+    found = {group: [Biography(text, *group) for _, text in sorted(heap)] for group, heap in drawn.items()}
     short = {group: len(texts) for group, texts in found.items() if len(texts) < n}
     if short:
         there = ", ".join(f"{count} {group_name(group)}" for group, count in short.items())
@@ -264,8 +268,12 @@ def _put(pattern: str, words: Mapping[str, str]) -> str:
 
 
 def _split_of(text: str) -> Split:
-    draw = int.from_bytes(hashlib.sha256(f"biographies|{text}".encode()).digest()[:8], "big") / 2**64
-    return "test" if draw < _TEST_SHARE else "train"
+    return "test" if _hash(text) < _TEST_SHARE else "train"
+
+
+def _hash(text: str) -> float:
+    """A number from 0 to 1 that a text always has."""
+    return int.from_bytes(hashlib.sha256(f"biographies|{text}".encode()).digest()[:8], "big") / 2**64
 
 
 def _words(text: str) -> tuple[str, ...]:

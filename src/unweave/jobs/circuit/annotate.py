@@ -10,11 +10,13 @@ from unweave.circuits import annotations as notes
 from unweave.circuits.annotating import Question, in_circuit
 from unweave.circuits.annotations import Annotation, name_of, parse_name
 from unweave.circuits.draw import threshold_for
+from unweave.circuits.shift import strongest
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.jobs.circuit.draw import FILE, Found, open_circuit
 from unweave.jobs.circuit.records import records_of
 from unweave.jobs.circuit.saes import Opened, open_saes
+from unweave.jobs.circuit.shift_judge import BY_NEURONS, SUPPORT, means
 from unweave.jobs.circuit.specs import OfSAEsSpec
 
 Effects = Sequence[tuple[int | None, float]]
@@ -107,6 +109,8 @@ def _saes(asked: Asked, found: Found | None) -> OfSAEsSpec:
 
 def _of_circuit(asked: Asked, found: Found) -> Mapping[tuple[Site, int], Effects]:
     """Latents above the threshold, strongest first."""
+    if str(found.circuit.about.get("task", "")).startswith(SUPPORT):
+        return _of_classifier(asked, found)
     threshold = threshold_for(found.circuit) if asked.threshold is None else asked.threshold
     latents = in_circuit(found.circuit.above(threshold))
     if not latents:
@@ -114,6 +118,25 @@ def _of_circuit(asked: Asked, found: Found) -> Mapping[tuple[Site, int], Effects
             f"no latent's effect is above {threshold:g}", where=str(found.path), remedy="give a lower --threshold"
         )
     return dict(list(latents.items())[: asked.top])
+
+
+def _of_classifier(asked: Asked, found: Found) -> Mapping[tuple[Site, int], Effects]:
+    """The latents of a classifier's circuit that its run judges: those that support the label."""
+    if str(found.circuit.about["task"]).endswith(BY_NEURONS):
+        raise UnweaveError(
+            "this circuit is of neurons, which have no contexts",
+            where=str(found.path),
+            remedy="annotate the circuit-0.safetensors beside it",
+        )
+    threshold = found.asked.get("threshold", 0.0) if asked.threshold is None else asked.threshold
+    strong = strongest(means(found.circuit), threshold=threshold, top=asked.top or found.asked.get("top"))
+    if not strong:
+        raise UnweaveError(
+            f"no latent supports the label by more than {threshold:g}",
+            where=str(found.path),
+            remedy="give a lower --threshold",
+        )
+    return {(one.site, one.latent): ((None, one.effect),) for one in strong}
 
 
 def _of_names(asked: Asked, opened: Opened) -> Mapping[tuple[Site, int], Effects]:

@@ -7,6 +7,7 @@ behaviour, named by its contexts. Vectors are kept in pieces as they are made.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from unweave.data.pack import PackSpec
 from unweave.jobs.circuit.behaviours_cards import Behaviour, cards_of
 from unweave.jobs.circuit.behaviours_page import Card, page
 from unweave.jobs.circuit.behaviours_spec import CircuitBehavioursSpec
+from unweave.jobs.circuit.records import text_stamps
 from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
 from unweave.jobs.common import token_store
 from unweave.jobs.specs import DataSpec
@@ -84,8 +86,10 @@ class _BehaviourQuestion(Spec):
 
 def run(spec: CircuitBehavioursSpec, runs: Path) -> Run:
     """Contexts, vectors, clusters, circuits, and ``index.html`` to browse them."""
-    inputs = digest_of(spec)
-    with Run.open(runs, "circuit-behaviours", spec, version=VERSION, inputs=inputs) as run:
+    stamped = text_stamps(spec, spec.data)
+    # Parts name their contexts; only the whole depends on the text.
+    inputs = digest_of(spec) | {name: value for name, value in stamped.items() if name == "model"}
+    with Run.open(runs, "circuit-behaviours", spec, version=VERSION, inputs=inputs | stamped) as run:
         if run.done and (run.path / "index.html").exists():
             return run
         run.reused = False
@@ -94,7 +98,7 @@ def run(spec: CircuitBehavioursSpec, runs: Path) -> Run:
         found, contexts_run = _contexts(spec, opened, runs)
         rows, vectors_run = _vectors(spec, opened, found, contexts_run.digest, inputs, runs)
         seconds = {"contexts": contexts_run.result["seconds"], "vectors": vectors_run.result["seconds"]}
-        clusters, seconds["clusters"] = _clusters(spec, rows, run)
+        clusters, seconds["clusters"] = _clusters(spec, rows, vectors_run.digest, run)
         chosen = _chosen(spec, rows, clusters, found)
         parts = []
         with task("circuits of behaviours", total=len(chosen), unit="behaviours") as shown:
@@ -236,9 +240,9 @@ def _part(kind: type[Spec], spec: CircuitBehavioursSpec, more: Mapping[str, Any]
 # -- clusters ---------------------------------------------------------------------------------------------------------
 
 
-def _clusters(spec: CircuitBehavioursSpec, rows: cluster.Vectors, run: Run) -> tuple[cluster.Clusters, float]:
-    """The clusters, kept beside the index."""
-    path, about = run.path / "clusters.npz", run.path / "clusters.json"
+def _clusters(spec: CircuitBehavioursSpec, rows: cluster.Vectors, of: str, run: Run) -> tuple[cluster.Clusters, float]:
+    """The clusters of vectors whose run has the digest ``of``, kept beside the index."""
+    path, about = run.path / f"clusters-{of}.npz", run.path / f"clusters-{of}.json"
     if not (path.exists() and about.exists()):
         began = time.monotonic()
         made = cluster.cluster(rows, spec.clusters, method=spec.clustering, rank=spec.rank, seed=spec.seed)
@@ -299,12 +303,16 @@ def _circuit(
             batches = behaviours.batches(
                 opened.lm, examples, metric=spec.metric, side="left", max_tokens=spec.max_tokens
             )
-            circuit = find_circuit(opened.lm, opened.saes, batches, options, keep=run.path / "parts")
+            # Parts are named by their rows; which these are depends on max_tokens, which is no part of the question.
+            rows = digest([clean.ids.tolist() for clean, _, _ in batches])
+            circuit = find_circuit(opened.lm, opened.saes, batches, options, keep=run.path / f"parts-{rows}")
             circuit.save(run.path / "circuit.safetensors")
             behaviours.save(run.path / "contexts.jsonl", Found(tuple(examples)))
             nodes = circuit.counts(spec.node_threshold)
             edges = len(circuit.edges_above(spec.node_threshold, spec.edge_threshold))
             run.finish(nodes | {"edges": edges, "seconds": round(time.monotonic() - began, 1)})
+        for parts in run.path.glob("parts*"):
+            shutil.rmtree(parts, ignore_errors=True)
     return run
 
 

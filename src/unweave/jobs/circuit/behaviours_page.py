@@ -25,8 +25,6 @@ class Latent:
 
     name: str
     effect: float
-    note: str = ""
-    """an annotation in words"""
     promoted: Sequence[tuple[str, float]] = ()
     context: ContextEntry | None = None
     """where it fires most strongly"""
@@ -178,8 +176,7 @@ def _latents(latents: Sequence[Latent]) -> str:
     rows = []
     for latent in latents:
         sign = "uw-more" if latent.effect > 0 else "uw-less"
-        said = f"<em>{esc(latent.note)}</em> " if latent.note else ""
-        said += " ".join(token_chip(text, value) for text, value in latent.promoted)
+        said = " ".join(token_chip(text, value) for text, value in latent.promoted)
         if latent.context is not None:
             said += context_html(latent.context, max(latent.context.activations))
         rows.append(

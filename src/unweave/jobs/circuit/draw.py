@@ -13,7 +13,7 @@ from typing import Any
 
 from unweave.circuits import annotations as annotated
 from unweave.circuits.annotations import Annotation
-from unweave.circuits.draw import counts_text, draw_svg, edge_threshold_for, threshold_for, to_json
+from unweave.circuits.draw import counts_text, draw_svg, edge_threshold_for, key_of, threshold_for, to_json
 from unweave.circuits.draw_html import draw_html
 from unweave.circuits.graph import Circuit, Node
 from unweave.circuits.picture import Selection, select
@@ -254,7 +254,7 @@ def _result(
     why: str,
 ) -> dict[str, Any]:
     errors = sum(node.is_error for node in selection.nodes)
-    labelled = sum(f"{node.site}/{node.slot}" in said for node in selection.nodes)
+    labelled = sum(key_of(node) in said for node in selection.nodes)
     shown = counts_text(circuit, selection, node_threshold, edge_threshold)
     rows = [
         ["nodes drawn", len(selection.nodes), f"{errors} of them errors, {labelled} labelled"],

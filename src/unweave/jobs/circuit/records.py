@@ -28,8 +28,9 @@ from unweave.core.site import Site
 from unweave.core.spec import Spec, digest
 from unweave.data.stream import ActivationSource
 from unweave.data.tokens import TokenStore
-from unweave.jobs.circuit.saes import Opened
-from unweave.jobs.common import activation_source, data_of, token_store
+from unweave.jobs.circuit.saes import Opened, found_saes
+from unweave.jobs.circuit.specs import OfSAEsSpec
+from unweave.jobs.common import activation_source, data_of, stamps, token_store
 from unweave.jobs.latents import USUAL_TOKENS
 from unweave.jobs.specs import DataSpec, StreamSpec
 from unweave.sae.activations import TopK
@@ -92,6 +93,22 @@ def records_of(
     for group in _groups(opened, sorted(chosen), data, model):
         found |= _of_group(opened, group, chosen, (data is not None, split, tokens, seed), runs)
     return dict(sorted(found.items()))
+
+
+def text_stamps(spec: OfSAEsSpec, data: DataSpec | None) -> dict[str, str]:
+    """Stamps of what is local of the model and of the text that records are taken from: ``data``, or every training's.
+
+    For the identity of runs that collect records, without loading the model.
+    """
+    if data is not None and spec.model is not None:
+        return stamps(spec.model, data)
+    found: dict[str, str] = {}
+    for _, name in found_saes(spec):
+        told = SAE.load(name).provenance.get("train", {})
+        model = spec.model or told.get("model")
+        if model is not None and (data is not None or "data" in told):
+            found |= stamps(model, data if data is not None else DataSpec.from_dict(told["data"]))
+    return found
 
 
 def _chosen(opened: Opened, latents: Mapping[Site, Sequence[int]] | None) -> dict[Site, list[int] | None]:
@@ -162,7 +179,7 @@ def _of_group(
         latents=digest(some) if some else "",
         seed=seed,
     )
-    inputs = {str(site): opened.saes[site].digest() for site in group.sites}
+    inputs = {str(site): opened.saes[site].digest() for site in group.sites} | stamps(group.model, group.data)
     with Run.open(runs, "circuit-records", question, version=VERSION, inputs=inputs) as run:
         places = {site: run.path / "records" / str(site) for site in group.sites}
         left = [site for site in group.sites if not (places[site] / "latents.parquet").exists()]

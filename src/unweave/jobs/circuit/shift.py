@@ -33,6 +33,7 @@ from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.run import Run, atomic_write, read_json, write_json
 from unweave.core.site import Site
 from unweave.jobs.circuit import shift_judge, shift_table
+from unweave.jobs.circuit.records import text_stamps
 from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
 from unweave.jobs.circuit.shift_spec import CircuitShiftSpec
 from unweave.jobs.common import stamp
@@ -42,7 +43,7 @@ from unweave.sae.neurons import neurons
 from unweave.tasks import biographies
 from unweave.tasks.biographies import Biography
 
-VERSION = 1
+VERSION = 2
 _LEAST_GAP = 0.2
 _PROFESSION, _GENDER = "profession", "gender"
 
@@ -63,7 +64,7 @@ def run(spec: CircuitShiftSpec, runs: Path) -> Run:
         circuits = [study.circuit(seed) for seed in range(spec.seeds)]
         verdicts, judged = shift_judge.judged(spec, opened, study.used, circuits, runs, run.path)
         rows = [study.measured(seed, circuits[seed], verdicts) for seed in range(spec.seeds)]
-        found = _found(spec, study, circuits, verdicts, rows) | {"judge": judged}
+        found = _found(spec, study, circuits, verdicts, rows, judged)
         found["files"] = shift_table.save(run.path, found)
         seconds = round(time.monotonic() - started, 1)
         run.finish(opened.record | found | {"seconds": seconds})
@@ -78,6 +79,8 @@ def _inputs(spec: CircuitShiftSpec) -> dict[str, str]:
     local = {"biographies": stamp(spec.biographies) if spec.biographies != biographies.TEMPLATED else ""}
     if spec.annotations is not None:
         local["annotations"] = stamp(spec.annotations)
+    if spec.judge != "file":
+        local |= text_stamps(spec, spec.data)
     if spec.judge == "chat" and spec.chat.base_url is None:
         local["chat"] = stamp(spec.chat.model)
     return found | {name: value for name, value in local.items() if value}
@@ -198,7 +201,9 @@ class _Study:
             "circuit": support(ambiguous, _PROFESSION),
             "gender": support(balanced, _GENDER),
             "neurons": self._kept(
-                shift.support(skyline, self.labels(balanced, _GENDER)), len(balanced), f"{_GENDER}, by neurons"
+                shift.support(skyline, self.labels(balanced, _GENDER)),
+                len(balanced),
+                f"{_GENDER}, {shift_judge.BY_NEURONS}",
             ),
         }
 
@@ -218,14 +223,18 @@ class _Study:
         )
 
     def _kept(self, mean: Mapping[Site, Tensor], n: int, label: str) -> Circuit:
-        about = {"task": f"support for the label: {label}", "method": self.spec.method, "probe": str(self.site)}
+        about = {"task": f"{shift_judge.SUPPORT}: {label}", "method": self.spec.method, "probe": str(self.site)}
         return Circuit({site: values.unsqueeze(0) for site, values in mean.items()}, {}, False, n, about)
 
     # -- the table ------------------------------------------------------------------------------------------------
 
     def measured(self, seed: int, circuits: Mapping[str, Circuit], verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
-        """One seed's accuracies by method, and its draws of random latents; kept in a file."""
-        path = self.folder / f"seed-{seed}.json"
+        """One seed's accuracies by method, and its draws of random latents; kept in a file.
+
+        The file's name says which verdicts it belongs to: asked again, a chat model may answer where it failed before.
+        """
+        judged = shift_judge.digest_of([verdicts[s.name] for s in self.strong(circuits)])
+        path = self.folder / f"seed-{seed}-{judged}.json"
         if not path.exists():
             write_json(path, self._measured(self.seed(seed), circuits, verdicts))
         return read_json(path)
@@ -300,6 +309,7 @@ def _found(
     circuits: Sequence[Mapping[str, Circuit]],
     verdicts: Mapping[str, Verdict],
     rows: Sequence[Mapping[str, Any]],
+    judged: dict[str, Any],
 ) -> dict[str, Any]:
     table = shift_table.of_seeds([row["methods"] for row in rows])
     worst = {name: table[name]["worst"]["mean"] for name in table}
@@ -312,7 +322,7 @@ def _found(
         [{"effect": round(s.effect, 4)} | shift_judge.line(verdicts[s.name]) for s in study.strong(found)]
         for found in circuits
     ]
-    said = []
+    said = [unknown] if (unknown := shift_judge.warning(judged)) else []
     if gap < _LEAST_GAP:
         said.append(
             f"the oracle's worst group is only {100 * gap:.0f} points above the original's: the task is too easy to "
@@ -320,10 +330,13 @@ def _found(
         )
     if bare := [i for i, row in enumerate(rows) if not row["ablated"]]:
         said.append(f"no latent was judged irrelevant for seed {', '.join(map(str, bare))}: nothing was ablated")
-    return shift_table.summarised(spec, table, gap, back) | {
+    told = {"judgement": (spec.judge, shift_judge.in_words(judged)), "biographies": (spec.biographies, _note(spec))}
+    return shift_table.summarised(spec, table, gap, back, told, said) | {
         "probe": str(study.site),
         "biographies": spec.biographies,
         "note": _note(spec),
+        "judge": judged,
+        "judged": shift_judge.in_words(judged),
         "table": table,
         "gap": gap,
         "recovered": back,

@@ -15,12 +15,18 @@ from unweave.circuits.relevance import Verdict
 from unweave.core.errors import UnweaveError
 from unweave.core.run import write_json
 from unweave.core.site import Site
+from unweave.core.spec import digest
 from unweave.jobs.circuit.records import records_of
 from unweave.jobs.circuit.saes import Opened
 from unweave.jobs.circuit.shift_spec import CircuitShiftSpec
 from unweave.jobs.rubric import REPLIES
 from unweave.judge.base import open_judge
 from unweave.sae.module import SAE
+
+SUPPORT, BY_NEURONS = "support for the label", "by neurons"
+"""how the tasks of classifiers' circuits begin, and how those of neurons end"""
+_SILENT = {"file": "the file does not say", "chat": "never fires in the text looked at", "rule": "unknown"}
+"""why there is no verdict, where it was not for an answer that could not be used"""
 
 
 def means(circuit: Circuit) -> dict[Site, Tensor]:
@@ -73,6 +79,32 @@ def judged(
     about |= {"irrelevant": counts[True], "relevant": counts[False], "unknown": counts[None]}
     write_json(folder / "verdicts.json", [line(verdict) for verdict in verdicts])
     return {verdict.name: verdict for verdict in verdicts}, about
+
+
+def digest_of(verdicts: Sequence[Verdict]) -> str:
+    """Twelve digits over what was judged, whatever the reasons."""
+    return digest([[verdict.name, verdict.irrelevant] for verdict in verdicts])
+
+
+def in_words(about: Mapping[str, Any]) -> str:
+    """How many latents were judged to be what."""
+    counts = f"of {_many(about)} latents {about['irrelevant']} irrelevant, {about['relevant']} relevant"
+    return counts + (f", {about['unknown']} without a verdict, which are kept" if about["unknown"] else "")
+
+
+def _many(about: Mapping[str, Any]) -> int:
+    return about["irrelevant"] + about["relevant"] + about["unknown"]
+
+
+def warning(about: Mapping[str, Any]) -> str:
+    """What a reader of results must know of latents without a verdict; empty where there are none."""
+    if not about["unknown"]:
+        return ""
+    silent = about["unknown"] - sum(about["failures"].values())
+    reasons = [f"{reason}: {count}" for reason, count in about["failures"].items()]
+    if silent:
+        reasons.append(f"{_SILENT[about['kind']]}: {silent}")
+    return f"{about['unknown']} of {_many(about)} latents have no verdict and were kept ({'; '.join(reasons)})"
 
 
 def line(verdict: Verdict) -> dict[str, Any]:

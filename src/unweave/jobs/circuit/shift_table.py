@@ -39,8 +39,15 @@ def of_seeds(rows: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dic
     return table
 
 
-def summarised(spec: CircuitShiftSpec, table: Table, gap: float, back: Mapping[str, float | None]) -> dict[str, Any]:
-    """The rows that the command line shows."""
+def summarised(
+    spec: CircuitShiftSpec,
+    table: Table,
+    gap: float,
+    back: Mapping[str, float | None],
+    told: Mapping[str, tuple[str, str]],
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """The rows that the command line shows. ``told`` is {name: (value, what a reader must know of it)}."""
     rows: list[list[Any]] = []
     for method in METHODS:
         shown = " / ".join(_percent(table[method][measure]) for measure in MEASURES)
@@ -49,6 +56,8 @@ def summarised(spec: CircuitShiftSpec, table: Table, gap: float, back: Mapping[s
     for name, share in back.items():
         value = "-" if share is None else f"{100 * share:.0f} %"
         rows.append([f"recovered by {name}", value, f"of that gap; {spec.seeds} seed{'s' * (spec.seeds > 1)}"])
+    rows += [[name, value, meaning] for name, (value, meaning) in told.items()]
+    rows += [["warning", "", warning] for warning in warnings]
     return {"summary": rows}
 
 
@@ -68,6 +77,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Accuracies in %, {over}. Classifier at {found['probe']}; latents ablated per seed: {counts}.",
+        f"Judgement ({found['judge']['kind']}): {found['judged']}.",
     ]
     if found["note"]:
         lines.append(f"Data: {found['note']}.")
