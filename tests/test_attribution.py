@@ -18,9 +18,42 @@ from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.attribution import alone_effects, endpoints, exact_effects, fractions, node_effects
 from unweave.sae.comparison import compare, correlations
 from unweave.sae.module import SAE
-from unweave.sae.states import Splice, states
+from unweave.sae.states import site_of, states
 
 F = 24
+
+
+class Splice:
+    """The edit that makes an SAE's latents and error leaves of the graph, and changes nothing else.
+
+    After a forward pass in ``lm.taps(edit=splice, grad=True)`` ``latents`` and ``error`` can be given to autograd. The
+    site keeps the model's own value bit for bit, and gradients pass to earlier sites as if nothing were there.
+    """
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae = sae
+        self.latents: Tensor | None = None
+        self.error: Tensor | None = None
+
+    @property
+    def site(self) -> Site:
+        return site_of(self.sae)
+
+    @property
+    def needs(self) -> tuple[Site, ...]:
+        return () if self.sae.read == self.sae.write or self.sae.read is None else (self.sae.read,)
+
+    def verify(self, lm: LM) -> None:
+        self.sae.verify(lm)
+
+    def __call__(self, x: Tensor, at: Any) -> Tensor:
+        sae, source = self.sae, at.read[self.needs[0]] if self.needs else x
+        with torch.no_grad():
+            latents = sae.encode(source) * sae.policy.keep(source, at.ids, at.mask).unsqueeze(-1)
+            error = x - sae.decode(latents)
+        self.latents, self.error = latents.requires_grad_(), error.requires_grad_()
+        y = (sae.decode(self.latents) + self.error).to(x.dtype)
+        return x + (y - y.detach())
 
 
 def make_sae(lm: LM, site: str, seed: int = 0, activation: Any = None, read: str | None = None, **options: Any) -> SAE:

@@ -80,6 +80,25 @@ def test_every_site_at_once_equals_whole_passes_one_by_one(
         close(found[site].error, (expected * change.error).sum(-1), tolerance)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_passes_that_begin_in_the_middle_keep_a_sliding_window(tiny: Any, name: str) -> None:
+    """Twelve tokens, of which a window holds eight; the last block computes the last token alone."""
+    lm = LM(tiny(name).double(), None)
+    saes = [make_sae(lm, site, seed) for seed, site in enumerate(every_site(lm, 2))]
+    clean, patch = make_pair(width=12)
+    found = node_effects(lm, saes, clean, patch, difference, method="ig", steps=2, rule="midpoint", max_tokens=50)
+    for sae in saes:
+        site = sae.write
+        start = states(lm, sae, clean)[site]
+        change = change_of(sae, start, states(lm, sae, patch)[site], clean.mask)
+        expected = loop(lm, site, start.x, change.x, clean, fractions(2, "midpoint"))
+        close(found[site].gradient, expected, 1e-4)
+        close(found[site].latents, (expected @ sae.W_dec.T) * change.latents, 1e-4)
+    # The last block of gemma2's three has a window too, and so has each of gemma3's.
+    before = found[Site("resid_pre", 2)].gradient
+    assert not bool(before[:, :4].any()) and bool(before[:, 4].any())
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gpt_neox_sequential"])
 @pytest.mark.parametrize("ablate", [False, True])
 def test_sites_together_are_complete_each_on_its_own(tiny: Any, name: str, ablate: bool) -> None:

@@ -10,16 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from unweave.circuits import again
 from unweave.circuits import find as module
 from unweave.circuits.edges import edge_effects
 from unweave.circuits.find import Options, find_circuit, find_nodes
 from unweave.circuits.graph import Circuit
+from unweave.circuits.parts import Parts
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import ReLU, TopK
 from unweave.sae.attribution import SiteEffects, node_effects
 from unweave.sae.module import SAE
+from unweave.tasks.answers import AnswerLoss
 
 F = 16
 NAMES = ("embed", "attn_add.0", "mlp_add.0", "resid_post.0", "attn_add.1", "mlp_add.1", "resid_post.1")
@@ -254,6 +257,107 @@ def test_batches_are_halved_when_memory_runs_out(case: Any, monkeypatch: pytest.
     for site in saes:
         close(found.nodes[site], whole.nodes[site])
     assert listed(found).keys() == listed(whole).keys()
+
+
+def test_passes_of_an_example_that_does_not_fit_hold_its_own_tokens_only(
+    case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, saes, batches = case
+    options = dataclasses.replace(FAST, max_tokens=40)
+    whole = find_circuit(lm, saes, batches[:1], options)
+    asked: list[tuple[int, int]] = []
+
+    def narrow(lm: LM, saes: Any, clean: Tokens, *args: Any, **named: Any) -> Any:
+        asked.append((len(clean), named["max_tokens"]))
+        if named["max_tokens"] > clean.ids.shape[1]:
+            raise MemoryError
+        return node_effects(lm, saes, clean, *args, **named)
+
+    monkeypatch.setattr(module, "node_effects", narrow)
+    found = find_circuit(lm, saes, batches[:1], options)
+    assert asked == [(5, 40), (2, 16), (1, 8), *[(1, 4)] * 5]
+    assert found.about["memory"]["max_tokens_used"] == 4
+    for site in saes:
+        close(found.nodes[site], whole.nodes[site])
+    assert listed(found).keys() == listed(whole).keys()
+
+
+def test_edges_hold_one_site_s_effects_at_a_time(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import weakref
+
+    lm, saes, batches = case
+    held: list[weakref.ref[Tensor]] = []
+
+    def watched(sae: SAE, gradient: Tensor, change: Any) -> SiteEffects:
+        assert all(ref() is None for ref in held)
+        found = effects_of(sae, gradient, change)
+        held.extend(weakref.ref(x) for x in (found.latents, change.latents))
+        return found
+
+    effects_of = again.effects_of
+    monkeypatch.setattr(again, "effects_of", watched)
+    find_circuit(lm, saes, batches[1:2], FAST)
+    assert len(held) == 2 * len(saes)  # each site's once
+
+
+def test_only_what_is_needed_again_is_kept(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a folder gradients, and these only where edges are asked for; in files sums are in float32."""
+    lm, saes, batches = case
+    made: list[Parts] = []
+
+    def parts(folder: Path | None) -> Parts:
+        made.append(Parts(folder))
+        return made[-1]
+
+    monkeypatch.setattr(module, "Parts", parts)
+    find_nodes(lm, saes, batches, FAST)
+    find_circuit(lm, saes, batches, FAST)
+    assert made[0]._held == {}
+    kept = [set(part) for part in made[1]._held.values()]
+    assert kept == [{f"gradient/{site}" for site in saes}] * 3
+    find_nodes(lm, saes, batches, FAST, keep=tmp_path)
+    for path in tmp_path.iterdir():
+        found = Parts(tmp_path).get(path.stem, "sum/")
+        assert found is not None and {x.dtype for x in found.values()} == {torch.float32} and len(found) == len(saes)
+
+
+def test_questions_that_share_a_folder_do_not_take_each_other_s_parts(case: Any, tmp_path: Path) -> None:
+    lm, _, batches = case
+    saes = saes_of(lm, ("embed", "mlp_add.0", "resid_post.1"))
+    clean, patch, _ = batches[0]
+    other = pair(5, 4, 9)[1]
+    split = [(clean.rows(rows), patch.rows(rows), lambda out, at, n=rows.start: difference(out, at + n))
+             for rows in (slice(0, 1), slice(1, 5))]  # fmt: skip
+    losses = [
+        AnswerLoss(torch.arange(5) + n, kind) for n, kind in ((3, "neg-logit"), (4, "neg-logit"), (4, "neg-log-p"))
+    ]  # type: ignore[arg-type]
+    questions: list[tuple[Any, Any, Options]] = [
+        (saes, batches, FAST),
+        (saes, batches[:1], FAST),  # the same nodes in the first piece, but other means, and so other edges
+        (saes, [(clean, other, difference)], FAST),
+        (saes, split, FAST),
+        *[(saes, [(clean, patch, loss)], FAST) for loss in losses],
+        *[(saes, batches, dataclasses.replace(FAST, **change)) for change in
+          ({"steps": 3}, {"rule": "left"}, {"summed": "positions"}, {"node_threshold": 0.05}, {"skip_first": 1})],
+        (saes | {Site("resid_post", 1): make_sae(lm, "resid_post.1", 50)}, batches, FAST),
+        (saes, batches, dataclasses.replace(FAST, max_tokens=16)),
+    ]  # fmt: skip
+    for chosen, given, options in questions:
+        found, wanted = (find_circuit(lm, chosen, given, options, keep=keep) for keep in (tmp_path, None))
+        assert all(torch.equal(found.nodes[site], wanted.nodes[site]) for site in chosen)
+        assert listed(found) == listed(wanted)
+    before = set(tmp_path.iterdir())
+    find_circuit(lm, saes, batches, FAST, keep=tmp_path)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_edges_to_the_metric_that_are_total_effects_say_so(case: Any) -> None:
+    lm, _, batches = case
+    last = find_circuit(lm, saes_of(lm), batches, FAST)
+    assert "edges_to_y" not in last.about
+    alone = find_circuit(lm, saes_of(lm, ("mlp_add.0", "resid_post.1", "attn_add.2", "mlp_add.2")), batches, FAST)
+    assert {str(up) for up, down in alone.edges if down is None} == {"resid_post.1", "attn_add.2", "mlp_add.2"}
+    assert alone.about["edges_to_y"].startswith("total effects of resid_post.1, attn_add.2, mlp_add.2")
 
 
 def test_interrupted_work_goes_on(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

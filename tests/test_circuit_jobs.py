@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,108 @@ def test_the_test_split_is_what_a_task_s_circuit_is_measured_on(home: Path, monk
         evaluate.run(replace(quick, circuit=late.path), home / "runs")
 
 
+def test_single_texts_of_another_length_are_counted_where_positions_are_kept(home: Path, tmp_path: Path) -> None:
+    spec = spec_of(home, pairs=None, inputs=home / "inputs.jsonl", summed="none", edges=False)
+    run = find.run(spec, home / "runs")
+    texts = [p.clean_prefix for p in (*made_pairs(4, 9), *made_pairs(3, 10, 5))]
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"context": text, "answer": "k"}) for text in texts))
+    quick = CircuitEvaluateSpec(
+        circuit=run.path, inputs=tmp_path / "b.jsonl", neurons=False, errors=("default",), draws=0
+    )
+    done = evaluate.run(quick, home / "runs")
+    assert done.result["examples"]["examples"] == 4
+    assert done.result["examples"]["skipped"] == {"not of 6 tokens, as the circuit's texts": 3}
+    (tmp_path / "c.jsonl").write_text(json.dumps({"context": texts[-1], "answer": "k"}))
+    with pytest.raises(UnweaveError, match=r"(?s)no example is left.*6 tokens"):
+        evaluate.run(replace(quick, inputs=tmp_path / "c.jsonl"), home / "runs")
+
+
+def test_first_tokens_that_were_skipped_stay_in_evaluation(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = find.run(spec_of(home, skip_first=2, edges=False, examples=4), home / "runs")
+    quick = CircuitEvaluateSpec(circuit=run.path, pairs=home / "test.jsonl", errors=("default",), draws=0)
+    done = evaluate.run(quick, home / "runs")
+    curves = read_json(done.path / "faithfulness.json")
+    assert {name: curve["skip_first"] for name, curve in curves.items()} == {"latents and errors": 2, "neurons": 2}
+
+
+def test_an_evaluation_is_known_by_the_circuit_s_content(home: Path, found: Run, tmp_path: Path) -> None:
+    """Not by its folder's name; and autoencoders named by relative paths are found from elsewhere."""
+    quick = CircuitEvaluateSpec(
+        circuit=found.path, pairs=home / "test.jsonl", neurons=False, errors=("keep",), draws=0, seed=8
+    )
+    first = evaluate.run(quick, tmp_path / "runs")
+    shutil.copytree(found.path, tmp_path / "renamed")
+    assert evaluate.run(replace(quick, circuit=tmp_path / "renamed"), tmp_path / "runs").path == first.path
+    circuit = Circuit.load(found.path / "circuit.safetensors")
+    nodes = {site: effects * 2 for site, effects in circuit.nodes.items()}
+    replace(circuit, nodes=nodes).save(tmp_path / "renamed" / "circuit.safetensors")
+    assert evaluate.run(replace(quick, circuit=tmp_path / "renamed"), tmp_path / "runs").path != first.path
+
+
+def test_relative_paths_of_autoencoders_are_found_from_elsewhere(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    run = find.run(spec_of(home, saes=("saes",), seed=4, examples=3, edges=False), home / "runs")
+    monkeypatch.chdir(tmp_path)
+    quick = CircuitEvaluateSpec(circuit=run.path, pairs=home / "test.jsonl", neurons=False, errors=("keep",), draws=0)
+    assert evaluate.run(quick, tmp_path / "runs").result["reached"]
+
+
+def test_a_circuit_of_embeddings_alone_is_evaluated_from_there(home: Path) -> None:
+    run = find.run(spec_of(home, sites=("embed",), edges=False), home / "runs")
+    quick = CircuitEvaluateSpec(
+        circuit=run.path, pairs=home / "test.jsonl", neurons=False, errors=("default",), draws=0
+    )
+    assert evaluate.run(quick, home / "runs").result["start_layer"] == -1
+
+
+def test_one_file_may_serve_several_sites(home: Path) -> None:
+    name = str(home / "unplaced")
+    g = torch.Generator().manual_seed(2)
+    enc, dec = torch.randn(32, 16, generator=g), torch.randn(16, 32, generator=g)
+    SAE(enc, torch.zeros(16), dec, torch.zeros(32), ReLU()).save(name)
+    opened = open_saes(spec_of(home, saes=(f"resid_post.1={name}", f"resid_post.2={name}")))
+    assert opened.names == {Site("resid_post", 1): name, Site("resid_post", 2): name}
+    assert [sae.write for sae in opened.saes.values()] == list(opened.saes)
+    with pytest.raises(UnweaveError, match="two SAEs are at"):
+        open_saes(spec_of(home, saes=(f"resid_post.1={name}", str(home / "saes"))))
+
+
+def test_neurons_are_those_of_the_model_that_the_autoencoders_are_in(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its dtype, and loaded once; why a mismatch was accepted stays in the record."""
+    lm = LM.load(str(home / "model"), device="cpu")
+    g = torch.Generator().manual_seed(3)
+    enc, dec = torch.randn(32, 16, generator=g) * 0.3, torch.randn(16, 32, generator=g) * 0.3
+    sae = SAE(
+        enc, torch.zeros(16), dec, torch.zeros(32), ReLU(), read=lm.site("resid_post.1"),
+        provenance={"train": {"model": str(home / "model"), "dtype": "bfloat16"}},
+    )  # fmt: skip
+    sae.save(tmp_path / "sae")
+    used: list[LM] = []
+
+    def opening(spec: Any, lm: Any = None) -> Any:
+        opened = open_saes(spec, lm)
+        used.append(opened.lm)
+        return opened
+
+    monkeypatch.setattr(find, "open_saes", opening)
+    monkeypatch.setattr(evaluate, "open_saes", opening)
+    spec = spec_of(home, saes=(str(tmp_path / "sae"),), edges=False, accept_mismatch="a test")
+    run = find.run(spec, tmp_path / "runs")
+    quick = CircuitEvaluateSpec(circuit=run.path, pairs=home / "test.jsonl", errors=("default",), draws=0)
+    done = evaluate.run(quick, tmp_path / "runs")
+    assert {model.dtype for model in used} == {torch.bfloat16} and len(used) == 4
+    assert len({id(model) for model in used[1:]}) == 1
+    assert done.result["accepted"] == run.result["accepted"]
+    (units,) = [p for p in (tmp_path / "runs").glob("circuit-find-*") if read_json(p / "spec.json")["spec"]["neurons"]]
+    assert read_json(units / "spec.json")["inputs"]["dtype"] == "torch.bfloat16"
+    alone = CircuitFindSpec.from_dict(read_json(units / "spec.json")["spec"])
+    assert find.run(alone, tmp_path / "runs").path != units  # asked on its own it is in float32
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +347,13 @@ def test_options_that_make_no_sense_or_would_be_ignored_are_refused(
         spec_of(home, **changes)
 
 
+def test_none_is_a_way_to_sum_and_not_the_want_of_one() -> None:
+    given = CircuitFindSpec.from_dict({"saes": ["x"], "inputs": "a.jsonl", "summed": "none"})
+    assert given.summed == "none" and given.keeps_positions
+    assert CircuitFindSpec.from_dict(given.to_dict()) == given
+    assert not CircuitFindSpec.from_dict({"saes": ["x"], "inputs": "a.jsonl"}).keeps_positions
+
+
 def test_conventions_stand_for_rule_and_metric(home: Path) -> None:
     def asked(**values: Any) -> tuple[str, str]:
         spec = CircuitFindSpec.from_dict({"saes": ["x"], **values})
@@ -254,7 +364,10 @@ def test_conventions_stand_for_rule_and_metric(home: Path) -> None:
     assert asked(convention="code") == ("left", "neg-log-p")  # of pairs there is one metric
     assert asked(convention="code", inputs="a.jsonl") == ("left", "neg-logit")
     assert asked(convention="code", inputs="a.jsonl", metric="neg-log-p", rule="right") == ("right", "neg-log-p")
-    assert asked(convention="code", method="attribution") == ("midpoint", "neg-log-p")
+    assert asked(convention="code", method="attribution", inputs="a.jsonl") == ("midpoint", "neg-logit")
+    for name in ("paper", "code", "unweave"):
+        with pytest.raises(UnweaveError, match="would have no effect"):
+            asked(convention=name, method="attribution")
     with pytest.raises(UnweaveError, match="conventions: unweave, paper, code"):
         asked(convention="mine")
 

@@ -23,7 +23,18 @@ from unweave.sae.states import change_of, moved_positions, states
 
 F, N, P = 20, 3, 5
 FULL = ["embed", *(f"{point}.{layer}" for layer in range(3) for point in ("attn_add", "mlp_add", "resid_post"))]
-FAMILIES = ("llama", "gemma2", "gpt2", "gpt_neox", "gpt_neox_sequential", "olmo2", "gemma", "phi3")
+FAMILIES = (
+    "llama",
+    "gemma2",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox_sequential",
+    "olmo2",
+    "gemma",
+    "gemma3_text",
+    "qwen3",
+    "phi3",
+)
 
 
 def make_sae(lm: LM, site: str, seed: int = 0, activation: Any = None, read: str | None = None, **options: Any) -> SAE:
@@ -46,9 +57,9 @@ def make_saes(lm: LM, sites: list[str], **options: Any) -> dict[Site, SAE]:
     return {Site.parse(site): make_sae(lm, site, seed, **options) for seed, site in enumerate(sites)}
 
 
-def make_pair() -> tuple[Tokens, Tokens]:
+def make_pair(n: int = N, width: int = P) -> tuple[Tokens, Tokens]:
     """Two places differ."""
-    clean = torch.randint(3, 97, (N, P), generator=torch.Generator().manual_seed(7))
+    clean = torch.randint(3, 97, (n, width), generator=torch.Generator().manual_seed(7))
     patch = clean.clone()
     patch[:, 1:3] = (patch[:, 1:3] + 11) % 90 + 3
     return Tokens.of(clean), Tokens.of(patch)
@@ -91,6 +102,7 @@ def loop(
     positions: Tensor | None = None,
 ) -> dict[tuple[Site, Site], Tensor]:
     """Dense weights [P, F + 1, P, F + 1] by pair of sites, from the loop."""
+    width = clean.ids.shape[1]
     saes = dict(sorted(saes.items()))
     graph = circuit_loop.leaves(lm, saes, clean)
     changes = {s: (c.latents, c.error) for s, c in changes_by(lm, saes, clean, patch, positions).items()}
@@ -98,7 +110,7 @@ def loop(
     found: dict[tuple[Site, Site], Tensor] = {}
     rows = circuit_loop.edge_rows(graph, saes, gradients, changes, retained_by(effects, threshold))
     for up, down, (_, position, slot), weights in rows:
-        shape = (P, saes[up].d_sae + 1, P, saes[down].d_sae + 1)
+        shape = (width, saes[up].d_sae + 1, width, saes[down].d_sae + 1)
         found.setdefault((up, down), torch.zeros(shape, dtype=torch.float64))[:, :, position, slot] += weights
     return {pair: w for pair, w in found.items() if bool(w.any())}
 
@@ -184,6 +196,19 @@ def test_transcoders_begin_where_they_read(tiny: Any, family: str) -> None:
     saes |= {Site.parse(write): make_sae(lm, write, 9, ReLU(), read) for read, write in pairs}
     expected = compared(lm, saes, *make_pair())
     assert {down for _, down in expected} > {Site.parse(write) for _, write in pairs}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_edges_reach_no_further_than_a_sliding_window(tiny: Any, family: str) -> None:
+    """Twelve tokens, of which attention in the first block sees the last eight."""
+    lm = LM(tiny(family).double(), None)
+    saes = make_saes(lm, ["embed", "attn_add.0", "resid_post.0", "resid_post.2"])
+    clean, _ = make_pair(1, 12)
+    expected = compared(lm, saes, clean, None, threshold=0.05)
+    seen = expected[Site("embed"), Site("attn_add", 0)].abs().sum((1, 3))  # from, to
+    back = torch.arange(12).unsqueeze(0) - torch.arange(12).unsqueeze(1)
+    assert not bool(seen[(back < 0) | (back >= 8)].any())
+    assert bool(seen[back == 7].any())
 
 
 @pytest.mark.parametrize("activation", [TopK(3), ReLU(), JumpReLU(torch.full((F,), 0.4, dtype=torch.float64))])
@@ -466,6 +491,34 @@ def test_what_edges_refuse(tiny: Any) -> None:
     attempt(saes, "upstream slots", effects, upstream={Site("resid_post", 2): torch.ones(1, F + 1, dtype=torch.bool)})
     normed = make_saes(lm, ["resid_post.0"], input_norm="layer_norm")
     attempt(normed, "normalises every token", effects)
+
+
+@pytest.mark.parametrize(
+    ("sites", "ends"),
+    [
+        (FULL, ["resid_post.2"]),
+        (["embed", "mlp_add.0", "resid_post.1", "mlp_add.1"], ["resid_post.1"]),
+        (["resid_pre.2", "mlp_add.0", "attn_add.2", "mlp_add.2"], ["resid_pre.2", "attn_add.2", "mlp_add.2"]),
+        (["mlp_add.0", "mlp_add.2"], ["mlp_add.0", "mlp_add.2"]),
+        (["embed", "attn_add.1"], ["embed", "attn_add.1"]),
+    ],
+)
+@pytest.mark.parametrize("summed", ["none", "positions"])
+def test_edges_to_the_metric_come_from_the_last_residual_site_and_all_above_it(
+    tiny: Any, sites: list[str], ends: list[str], summed: Any
+) -> None:
+    lm = LM(tiny("gpt2").double(), None)
+    saes = make_saes(lm, sites)
+    clean, patch = make_pair()
+    effects = node_effects(lm, saes, clean, patch, difference)
+    found = edge_effects(lm, saes, clean, patch, effects, threshold=0.1, summed=summed)
+    assert {up for up, down in found if down is None} == {Site.parse(site) for site in ends}
+    for site in map(Site.parse, ends):
+        weights = torch.cat([effects[site].latents, effects[site].error[..., None]], -1).sum(0)
+        weights = weights.sum(0, keepdim=True) if summed == "positions" else weights
+        dense = torch.zeros_like(weights)
+        dense[found[site, None].up.unbind(1)] = found[site, None].weight
+        torch.testing.assert_close(dense, weights)
 
 
 def test_nothing_above_the_threshold_is_nothing(tiny: Any) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from unweave.circuits.faithfulness import Ablated, ablate_outside
+from unweave.circuits.faithfulness import Ablated, _Circuits, ablate_outside
 from unweave.circuits.graph import Circuit
 from unweave.circuits.sweep import ERRORS, PAPER_THRESHOLDS, Row, Sweep, spread_thresholds, sweep
 from unweave.core.errors import UnweaveError
@@ -66,14 +67,22 @@ def kept_sets(saes: dict[Site, SAE], width: int, seed: int, share: float = 0.5) 
     return {site: torch.rand(width, sae.d_sae + 1, generator=g) < share for site, sae in sorted(saes.items())}
 
 
-def by_hand(
-    lm: LM, saes: dict[Site, SAE], clean: Tokens, means_over: Tokens | None, kept: dict[Site, Tensor], first: int
-) -> Tensor:
-    """m(C) of each example: one row, one site, one position, one latent at a time. ``means_over`` None: zero."""
+def parts(sae: SAE, source: Tensor, x: Tensor, token: int) -> tuple[Tensor, Tensor]:
+    f = sae.encode(source) if token != 9 else torch.zeros(sae.d_sae, dtype=x.dtype)
+    return f, x - sae.decode(f)
 
-    def parts(sae: SAE, source: Tensor, x: Tensor, token: int) -> tuple[Tensor, Tensor]:
-        f = sae.encode(source) if token != 9 else torch.zeros(sae.d_sae, dtype=x.dtype)
-        return f, x - sae.decode(f)
+
+def by_hand(
+    lm: LM,
+    saes: dict[Site, SAE],
+    clean: Tokens,
+    means_over: Tokens | dict[Site, tuple[Tensor, Tensor]] | None,
+    kept: dict[Site, Tensor],
+    first: int,
+    skip: int = 0,
+) -> Tensor:
+    """m(C) of each example: one row, one site, one position, one latent at a time. ``means_over`` None: zero; means by
+    site are those of every position. The first ``skip`` positions stay."""
 
     def layer(site: Site) -> int:
         return -1 if site.layer is None else site.layer
@@ -81,7 +90,7 @@ def by_hand(
     reads = [sae.read for sae in saes.values() if sae.read is not None]
     means: dict[tuple[Site, int], tuple[Tensor, Tensor]] = {}
     seen: list[dict[Site, Tensor]] = []
-    for row in range(0 if means_over is None else N):
+    for row in range(N if isinstance(means_over, Tokens) else 0):
         with lm.taps(read=[*saes, *reads]) as values_here:
             lm(means_over.rows(slice(row, row + 1)))  # type: ignore[union-attr]
         seen.append(dict(values_here))
@@ -89,6 +98,9 @@ def by_hand(
         for position in range(clean.ids.shape[1]):
             if means_over is None:
                 means[site, position] = torch.zeros(sae.d_sae).double(), torch.zeros(sae.d_out).double()
+                continue
+            if isinstance(means_over, dict):
+                means[site, position] = means_over[site]
                 continue
             found = []
             for row, at in enumerate(seen):
@@ -102,7 +114,7 @@ def by_hand(
             site, sae = at.site, saes[at.site]
             source = x if sae.read in (None, site) else at.read[sae.read]
             new = x.clone()
-            for position in range(x.shape[1]):
+            for position in range(skip, x.shape[1]):
                 f, e = parts(sae, source[0, position], x[0, position], int(clean.ids[row, position]))
                 mean_f, mean_e = means[site, position]
                 keep = kept[site][position if len(kept[site]) > 1 else 0]
@@ -161,6 +173,78 @@ def test_other_means_and_transcoders(tiny: Any) -> None:
     assert (found["patch"] - found["clean"]).abs().max() > 1e-4 < (found["zero"] - found["clean"]).abs().max()
 
 
+@pytest.mark.parametrize("skip", [0, 2])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_single_texts_of_many_lengths_have_one_mean_over_all_their_tokens(tiny: Any, side: Any, skip: int) -> None:
+    """Padded together or alone in their lengths; tokens that are skipped are in no mean."""
+    lm = LM(tiny("gpt2").double(), None)
+    saes = saes_of(lm, ("embed", "mlp_add.1", "resid_post.1"))
+    g = torch.Generator().manual_seed(5)
+    texts = [torch.randint(10, 97, (length,), generator=g).tolist() for length in (3, 7, 5, 4)]
+    texts[1][4] = 9
+    found: dict[Site, list[tuple[Tensor, Tensor]]] = {site: [] for site in saes}
+    for text in texts:
+        with lm.taps(read=list(saes)) as seen:
+            lm(Tokens.of(torch.tensor([text])))
+        for site, sae in saes.items():
+            found[site] += [parts(sae, seen[site][0, i], seen[site][0, i], text[i]) for i in range(skip, len(text))]
+    means: dict[Site, Any] = {
+        s: (sum(f for f, _ in at) / len(at), sum(e for _, e in at) / len(at)) for s, at in found.items()
+    }
+    assert all(len(at) == 19 - 4 * skip for at in found.values())
+    padded = Tokens.pad([(text, [4] * len(text)) for text in texts[:3]], 2, side)
+    batches = [(padded, None, difference), (Tokens.of(torch.tensor(texts[3:])), None, difference)]
+    kept = kept_sets(saes, 1, 3)
+    nothing = {site: torch.zeros(1, F + 1, dtype=torch.bool) for site in saes}
+    result = ablate_outside(
+        lm, saes, batches, [kept], start_layer=-1, ablation="clean", means="tokens", skip_first=skip, max_tokens=8
+    )
+    for sets, values in ((kept, result.circuits[0]), (nothing, result.empty)):
+        wanted = []
+        for text, number in zip(texts, (0, 1, 2, 0), strict=True):
+            whole = Tokens.of(torch.tensor([text] * (number + 1)))  # the metric goes by the row's number
+            wanted.append(by_hand(lm, saes, whole, means, sets, -1, skip)[number])
+        close(values, torch.stack(wanted))
+    apart = ablate_outside(lm, saes, batches, [kept], start_layer=-1, ablation="clean", skip_first=skip)
+    assert (apart.circuits - result.circuits).abs().max() > 1e-4
+
+
+def test_first_tokens_that_the_search_skipped_stay_whatever_is_kept(tiny: Any) -> None:
+    lm = LM(tiny("gpt2").double(), None)
+    saes = saes_of(lm, ("embed", "mlp_add.1", "resid_post.1"))
+    clean, patch = pair()
+    patch = Tokens.of(torch.cat([patch.ids[:, :1].flip(0), patch.ids[:, 1:]], 1))  # what is skipped differs too
+    kept = kept_sets(saes, P, 3)
+    nothing = {site: torch.zeros(1, F + 1, dtype=torch.bool) for site in saes}
+    everything = {site: ~nodes for site, nodes in nothing.items()}
+    batches = [(clean, patch, difference)]
+    found = ablate_outside(lm, saes, batches, [kept, everything], start_layer=-1, skip_first=2, max_tokens=2 * P)
+    close(found.circuits[0], by_hand(lm, saes, clean, patch, kept, -1, 2))
+    close(found.empty, by_hand(lm, saes, clean, patch, nothing, -1, 2))
+    close(found.circuits[1], found.model)
+    whole = ablate_outside(lm, saes, batches, [kept], start_layer=-1)
+    assert (whole.circuits[0] - found.circuits[0]).abs().max() > 1e-4
+    with pytest.raises(UnweaveError, match="first 5"):
+        ablate_outside(lm, saes, batches, [kept], skip_first=P)
+
+
+def test_kept_sets_may_lie_on_any_device(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is moved before they are put together: the empty one is on the CPU, a sweep's are where the model is."""
+    lm = LM(tiny("gpt2"), None)
+    saes = saes_of(lm, ("resid_post.1",))
+    site = Site("resid_post", 1)
+    kept = [torch.zeros(1, F + 1, dtype=torch.bool), torch.ones(P, F + 1, dtype=torch.bool, device="meta")]
+    stack = torch.stack
+
+    def strict(tensors: Any) -> Tensor:
+        assert {x.device.type for x in tensors} == {"meta"}
+        return stack(tensors)
+
+    monkeypatch.setattr(torch, "stack", strict)
+    found = _Circuits(SimpleNamespace(device=torch.device("meta")), saes, [{site: nodes} for nodes in kept])  # type: ignore[arg-type]
+    assert found.at[site].shape == (2, P, F + 1) and found.at[site].device.type == "meta"
+
+
 def test_all_is_one_none_is_nought_and_batches_do_not_matter(tiny: Any) -> None:
     """F(M) = 1 and F(empty) = 0; groups of equal length have means of their own, however they are batched."""
     lm = LM(tiny("llama").double(), None)
@@ -215,6 +299,7 @@ def test_what_does_not_fit_is_refused(tiny: Any) -> None:
     refused("no examples", batches=())
     refused("layer 2", start_layer=2)
     refused("median", ablation="median")
+    refused("words", means="words")
     refused("no patch", batches=[(clean, None, difference)])
     refused("NaN or infinite", batches=[(clean, patch, lambda out, rows: out[:, 0] / 0)])
     clean_means = ablate_outside(lm, saes, [(clean, None, difference)], [good], ablation="clean")
@@ -288,6 +373,29 @@ def test_random_circuits_are_as_large_and_drawn_among_nodes_that_change(
     other = sweep(lm, saes, batches, circuit, thresholds=(0.1, 0.4), draws=3, seed=2)
     assert again == found != other
     assert found.changing == sum(int((e != 0).sum()) for site, e in circuit.nodes.items() if site.layer is not None)
+
+
+def test_a_sweep_takes_means_that_its_texts_allow_and_skips_what_the_search_skipped(
+    swept: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One mean over all tokens for single texts whose positions were summed; position by position otherwise."""
+    lm, saes, circuit, batches = swept
+    summed = dataclasses.replace(
+        circuit, nodes={s: e.sum(0, keepdim=True) for s, e in circuit.nodes.items()}, positions=False
+    )
+    single = [(clean, None, metric) for clean, _, metric in batches]
+    asked: list[tuple[str, int]] = []
+
+    def look(*args: Any, **options: Any) -> Any:
+        asked.append((options["means"], options["skip_first"]))
+        return ablate_outside(*args, **options)
+
+    monkeypatch.setattr("unweave.circuits.sweep.ablate_outside", look)
+    options: Any = {"thresholds": (0.1,), "draws": 0, "skip_first": 1, "ablation": "clean"}
+    swept_ways = [sweep(lm, saes, given, of, **options) for given in (batches, single) for of in (circuit, summed)]
+    assert asked == [("positions", 1)] * 3 + [("tokens", 1)] == [(s.means, s.skip_first) for s in swept_ways]
+    assert swept_ways[2].rows != swept_ways[3].rows
+    assert Sweep.from_dict(swept_ways[3].to_dict()) == swept_ways[3]
 
 
 def test_neurons_have_no_errors_and_all_of_them_are_the_model(swept: Any) -> None:

@@ -68,6 +68,22 @@ def test_a_row_that_does_not_fit_is_refused_and_other_errors_pass() -> None:
     assert not out_of_memory(ValueError("out of memory"))
 
 
+def test_a_single_row_is_tried_once_more_in_a_thriftier_way() -> None:
+    thrifty: list[slice] = []
+
+    def alone(rows: slice) -> list[int]:
+        thrifty.append(rows)
+        return list(range(rows.start, rows.stop))
+
+    parts, size = halving(5, 4, needing(lambda row: 0 if row == 2 else 1, MemoryError(), []), alone)
+    assert [row for part in parts for row in part] == list(range(5))
+    assert thrifty == [slice(2, 3)] and size == 1
+    with pytest.raises(UnweaveError, match="single example"):
+        halving(2, 2, needing(lambda _: 0, MemoryError(), []), needing(lambda _: 0, MemoryError(), []))
+    with pytest.raises(RuntimeError, match="shapes"):
+        halving(2, 2, needing(lambda _: 0, MemoryError(), []), needing(lambda _: 0, RuntimeError("shapes differ"), []))
+
+
 def test_tensors_of_a_failed_try_are_gone_before_the_next() -> None:
     """The error holds the frames it went through, and these what they had made: kept, it would fill memory again."""
     import weakref

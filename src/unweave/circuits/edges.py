@@ -63,12 +63,15 @@ def edge_effects(
     """Weights of all edges into nodes with |effect| > ``threshold``, added up over the batch's examples.
 
     ``clean``, ``patch``, ``positions`` and ``effects`` are what ``node_effects`` was given and returned (attribution or
-    integrated gradients). The threshold holds for every example and position alone. ``summed="positions"`` adds up over
-    the positions of both ends as well. ``upstream`` (bool [P or 1, F + 1] by site) limits the upstream ends. Sites not
-    in it are not limited. ``max_tokens`` bounds the tokens of one pass.
+    integrated gradients); effects are asked for one site after another, each once. The threshold holds for every
+    example and position alone. ``summed="positions"`` adds up over the positions of both ends as well. ``upstream``
+    (bool [P or 1, F + 1] by site) limits the upstream ends. Sites not in it are not limited. ``max_tokens`` bounds the
+    tokens of one pass.
 
-    The edges to the metric, ``(site, None)``, are the node effects of the last site in the residual stream. Edges with
-    a weight of exactly 0 are left out, and so are pairs of sites without edges.
+    The edges to the metric, ``(site, None)``, are the node effects of the last site in the residual stream, beyond
+    which there is no other way. Attention and MLP sites above it (or all, where there is none) have such edges too:
+    these, and then the last one's, are total effects, and what a site does through a later one counts at both. Edges
+    with a weight of exactly 0 are left out, and so are pairs of sites without edges.
 
     Raises UnweaveError for sites and SAEs whose edges are not defined, effects without gradients, NaN, and more edges
     than memory should hold.
@@ -77,27 +80,31 @@ def edge_effects(
     plan = Plan(lm, by_site)
     clean, patch = line_up(lm, clean, patch)
     _check(by_site, effects, clean, threshold, summed, upstream)
+    upstream = upstream or {}
     with torch.no_grad():
         paths = Paths(lm, plan, by_site, clean, max_tokens)
         patched = None if patch is None else values_of(lm, paths.sites, patch, max_tokens=max_tokens)
         moved = moved_positions(clean, positions).flatten()
         changes: dict[Site, Changes] = {}
         retained: dict[Site, _Retained] = {}
-        for site, sae in by_site.items():
-            strong = _strong(effects[site], threshold) if where(site) != ("stream", -1) else None
+        to_metric: Found = {}
+
+        def take(site: Site, sae: SAE) -> None:
+            """Keeps what edges need of a site: its effects and latents are gone before the next one's are there."""
+            of = effects[site]
+            _check_effects(site, sae, of, clean)
+            strong = _strong(of, threshold) if where(site) != ("stream", -1) else None
             state = _State.of(paths, sae, site, patch, patched, moved, strong)
-            changes[site] = state.changes((upstream or {}).get(site))
+            changes[site] = state.changes(upstream.get(site))
             if strong is not None:
-                retained[site] = state.retained(effects[site], strong)
-        found: Found = {}
-        for site, nodes in retained.items():
-            found |= _into(site, nodes, paths, changes, max_tokens, summed)
-            if sum(map(len, found.values())) > _MOST:
-                raise UnweaveError(
-                    f"more than {_MOST:,} edges", where=str(site), remedy="raise the node threshold, or limit upstream"
-                )
-        found[plan.last, None] = _to_metric(effects[plan.last], summed, (upstream or {}).get(plan.last))
-    return {pair: edges for pair, edges in found.items() if len(edges)}
+                retained[site] = state.retained(of, strong)
+            if site in plan.ends:
+                to_metric[site, None] = _to_metric(of, summed, upstream.get(site))
+
+        for site, sae in by_site.items():
+            take(site, sae)
+        found = _into_all(retained, paths, changes, max_tokens, summed)
+    return {pair: edges for pair, edges in (found | to_metric).items() if len(edges)}
 
 
 def merge(parts: Sequence[Found]) -> Found:
@@ -128,26 +135,9 @@ def _check(
         raise UnweaveError(f"a threshold of {threshold} retains nothing or everything", remedy="give 0 or more")
     if summed not in ("none", "positions"):
         raise UnweaveError(f"edges cannot be summed over {summed!r}", remedy="use none or positions")
-    for site, sae in by_site.items():
-        if site not in effects:
-            raise UnweaveError("this site has no node effects", where=str(site), remedy="find the nodes of all sites")
-        gradient, latents = effects[site].gradient, effects[site].latents
-        if gradient is None:
-            raise UnweaveError(
-                "edges start from gradients, and exact effects have none",
-                where=str(site),
-                remedy="find the nodes by attribution or ig",
-            )
-        wanted = (*clean.ids.shape, sae.d_sae)
-        if tuple(latents.shape) != wanted or tuple(gradient.shape) != (*clean.ids.shape, sae.d_out):
-            raise UnweaveError(
-                f"node effects {list(latents.shape)} do not belong to these inputs and SAE ({list(wanted)})",
-                where=str(site),
-                remedy="give the effects of the same batch",
-            )
-        ends = [*gradient.aminmax(), *latents.aminmax(), *effects[site].error.aminmax()]  # these pass NaN on
-        if not bool(torch.isfinite(torch.stack(ends)).all()):
-            raise UnweaveError("node effects hold NaN or infinity", where=str(site), remedy="check the metric")
+    missing = [str(site) for site in sorted(set(by_site) - set(effects))]
+    if missing:
+        raise UnweaveError("there are no node effects", where=", ".join(missing), remedy="find the nodes of all sites")
     for site, slots in (upstream or {}).items():
         widths = (1, clean.ids.shape[1])
         sae = by_site.get(site)
@@ -157,6 +147,26 @@ def _check(
             )
         if slots.shape[1] != sae.d_sae + 1:
             raise UnweaveError(f"{slots.shape[1]} upstream slots, not {sae.d_sae + 1}", where=str(site))
+
+
+def _check_effects(site: Site, sae: SAE, effects: SiteEffects, clean: Tokens) -> None:
+    gradient, latents = effects.gradient, effects.latents
+    if gradient is None:
+        raise UnweaveError(
+            "edges start from gradients, and exact effects have none",
+            where=str(site),
+            remedy="find the nodes by attribution or ig",
+        )
+    wanted = (*clean.ids.shape, sae.d_sae)
+    if tuple(latents.shape) != wanted or tuple(gradient.shape) != (*clean.ids.shape, sae.d_out):
+        raise UnweaveError(
+            f"node effects {list(latents.shape)} do not belong to these inputs and SAE ({list(wanted)})",
+            where=str(site),
+            remedy="give the effects of the same batch",
+        )
+    ends = [*gradient.aminmax(), *latents.aminmax(), *effects.error.aminmax()]  # these pass NaN on
+    if not bool(torch.isfinite(torch.stack(ends)).all()):
+        raise UnweaveError("node effects hold NaN or infinity", where=str(site), remedy="check the metric")
 
 
 # -- downstream nodes -------------------------------------------------------------------------------------------------
@@ -277,6 +287,19 @@ def _encoded(sae: SAE, source: Tensor, tokens: Tokens, token: Tensor) -> tuple[T
 
 
 # -- edges into one site ----------------------------------------------------------------------------------------------
+
+
+def _into_all(
+    retained: Mapping[Site, _Retained], paths: Paths, changes: Mapping[Site, Changes], max_tokens: int, summed: Summed
+) -> Found:
+    found: Found = {}
+    for site, nodes in retained.items():
+        found |= _into(site, nodes, paths, changes, max_tokens, summed)
+        if sum(map(len, found.values())) > _MOST:
+            raise UnweaveError(
+                f"more than {_MOST:,} edges", where=str(site), remedy="raise the node threshold, or limit upstream"
+            )
+    return found
 
 
 def _into(

@@ -3,6 +3,8 @@
 1. From ``start_layer`` on, every node outside the circuit C takes a fixed value at its position: its mean over the
    patch inputs of the examples that are evaluated (or over the clean ones, or zero). One forward pass does it: at each
    site latents are computed from the stream as it is there, already changed below, x' = decode(f') + e'.
+   Texts of many lengths may have one mean over all their tokens instead: position by position those of a rare length
+   would be ablated towards their own values. The first ``skip_first`` tokens of a text are no nodes and stay.
 2. F(C) = (m(C) - m(empty)) / (m(M) - m(empty)), with the metric's mean m over the examples, the whole model M, and the
    empty circuit: 1 for all nodes, 0 for none. The same of M without C says what C misses (completeness: low is good).
 3. The stream at ``start_layer`` is computed once, and circuits share batches beside the examples.
@@ -17,10 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unweave.circuits.examples import moved
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
 from unweave.core.site import Site
-from unweave.lm.model import LM
+from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At, EditFn
 from unweave.sae.choice import Choice
 from unweave.sae.comparison import Batch
@@ -30,6 +33,8 @@ from unweave.sae.runner import Runner
 from unweave.sae.states import SAEs, State, by_site_of, chunks, reads_of, states
 
 Ablation = Literal["patch", "clean", "zero"]
+Means = Literal["positions", "tokens"]
+"""What means are taken over: examples, position by position and length by length, or all tokens of all examples."""
 Kept = Mapping[Site, Tensor]
 """A circuit's nodes: bool [P or 1, F + 1] at each site, the error last."""
 
@@ -82,31 +87,37 @@ def ablate_outside(
     *,
     start_layer: int = 0,
     ablation: Ablation = "patch",
+    means: Means = "positions",
+    skip_first: int = 0,
     metric_at: Site | None = None,
     max_tokens: int = 1024,
 ) -> Ablated:
     """The metric with everything outside each of ``kept`` ablated, beside that of the model and of no nodes.
 
-    Means are taken position by position over all examples of one length. Kept sets of one position hold at all.
-    Raises UnweaveError for kept sets that miss a site or have the wrong shape.
+    Kept sets of one position hold at all. The first ``skip_first`` tokens of each row stay as they are, whatever is
+    kept, and no mean over "tokens" counts them. Raises UnweaveError for kept sets that miss a site or have the wrong
+    shape, and for rows that hold nothing but their first tokens.
     """
     by_site = ablated_sites(lm, saes, start_layer)
     if not batches:
         raise UnweaveError("there are no examples", remedy="give at least one batch")
     if ablation not in ("patch", "clean", "zero"):
         raise UnweaveError(f"unknown ablation {ablation!r}", remedy="use patch, clean or zero")
+    if means not in ("positions", "tokens"):
+        raise UnweaveError(f"unknown means {means!r}", remedy="use positions or tokens")
     empty = {site: torch.zeros(1, sae.d_sae + 1, dtype=torch.bool) for site, sae in by_site.items()}
     stacked = _Circuits(lm, by_site, [empty, *kept])
-    by_width: dict[int, list[int]] = {}
+    groups: dict[int, list[int]] = {}
     for place, (clean, _, _) in enumerate(batches):
-        by_width.setdefault(clean.ids.shape[1], []).append(place)
+        groups.setdefault(clean.ids.shape[1] if means == "positions" else 0, []).append(place)
     values: dict[int, list[Tensor]] = {}
     n = sum(len(clean) for clean, _, _ in batches)
     with task("ablation", total=n * (len(kept) + 2), unit="passes") as shown:
-        for places in by_width.values():
-            means = _means(lm, by_site, [batches[place] for place in places], ablation, max_tokens)
+        for places in groups.values():
+            group = [batches[place] for place in places]
+            fixed = _means(lm, by_site, group, ablation, means, skip_first, max_tokens)
             for place in places:
-                run = _Run(lm, by_site, batches[place], means, start_layer, metric_at, max_tokens)
+                run = _Run(lm, by_site, batches[place], fixed, start_layer, skip_first, metric_at, max_tokens)
                 values[place] = [run.unchanged(shown), run.ablated(stacked, shown)]
     model = torch.cat([values[i][0] for i in range(len(batches))])
     circuits = torch.cat([values[i][1] for i in range(len(batches))], 1)
@@ -120,8 +131,8 @@ class _Circuits:
         self.n = len(kept)
         self.at: dict[Site, Tensor] = {}
         for site, sae in by_site.items():
-            found = [one.get(site) for one in kept]
-            for one in found:
+            found = []
+            for one in (kept_here.get(site) for kept_here in kept):
                 if one is None or one.dtype != torch.bool or one.ndim != 2 or one.shape[1] != sae.d_sae + 1:
                     what = "misses it" if one is None else f"is {one.dtype} {list(one.shape)}"
                     raise UnweaveError(
@@ -129,8 +140,9 @@ class _Circuits:
                         where=str(site),
                         remedy="give one truth value for every latent, and one for the error",
                     )
-            width = max(one.shape[0] for one in found if one is not None)
-            self.at[site] = torch.stack([one.expand(width, -1) for one in found if one is not None]).to(lm.device)
+                found.append(one.to(lm.device))  # some come from the CPU, as the empty one does
+            width = max(one.shape[0] for one in found)
+            self.at[site] = torch.stack([one.expand(width, -1) for one in found])
 
     def rows(self, site: Site, which: Tensor, width: int) -> Tensor:
         """The kept sets [R, width or 1, F + 1] of circuits ``which`` [R]."""
@@ -145,11 +157,18 @@ class _Circuits:
 
 
 def _means(
-    lm: LM, by_site: Mapping[Site, SAE], group: Sequence[Batch], ablation: Ablation, max_tokens: int
+    lm: LM,
+    by_site: Mapping[Site, SAE],
+    group: Sequence[Batch],
+    ablation: Ablation,
+    means: Means,
+    skip_first: int,
+    max_tokens: int,
 ) -> dict[Site, State]:
-    """What ablated nodes are set to, at each site and position: latents [P, F] and error [P, D]."""
+    """What ablated nodes are set to at each site: latents [P or 1, F] and error [P or 1, D], P by position."""
+    over = (0,) if means == "positions" else (0, 1)
     sums: dict[Site, State] = {}
-    count = torch.zeros(group[0][0].ids.shape[1], 1, device=lm.device, dtype=torch.int64)
+    count: Tensor | int = 0
     for clean, patch, _ in group:
         tokens = clean if ablation != "patch" else patch
         if tokens is None:
@@ -160,18 +179,30 @@ def _means(
             )
         for rows in chunks(len(tokens), tokens.ids.shape[1], max_tokens):
             part = tokens.rows(rows).to(lm.device)
-            there = part.mask.unsqueeze(-1)
-            count += there.sum(0)
+            there = _free(part, skip_first).unsqueeze(-1)
+            count = count + _sum(there, over)
             for site, state in states(lm, by_site, part, max_tokens=max_tokens).items():
-                new = [(value * there).sum(0) for value in (state.x, state.latents, state.error)]
+                new = [_sum(value * there, over) for value in (state.x, state.latents, state.error)]
                 old = sums.get(site)
                 sums[site] = State(*new) if old is None else State(
                     old.x + new[0], old.latents + new[1], old.error + new[2]
                 )  # fmt: skip
     if ablation == "zero":
         return {site: State(s.x * 0, s.latents * 0, s.error * 0) for site, s in sums.items()}
-    count = count.clamp(min=1)
-    return {site: State(s.x / count, s.latents / count, s.error / count) for site, s in sums.items()}
+    n = torch.as_tensor(count).clamp(min=1)
+    return {site: State(s.x / n, s.latents / n, s.error / n) for site, s in sums.items()}
+
+
+def _sum(values: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Values [B, P, D] added up, [P, D], or [1, D] over positions too."""
+    total = values.sum(over)
+    return total if total.ndim == 2 else total.unsqueeze(0)
+
+
+def _free(tokens: Tokens, skip_first: int) -> Tensor:
+    """Where nodes are, bool [B, P]: not at padding, nor at each row's first tokens."""
+    found = moved(tokens, skip_first)
+    return tokens.mask if found is None else found
 
 
 class _Run:
@@ -184,11 +215,13 @@ class _Run:
         batch: Batch,
         means: Mapping[Site, State],
         start_layer: int,
+        skip_first: int,
         metric_at: Site | None,
         max_tokens: int,
     ) -> None:
         self.lm, self.by_site, self.means = lm, by_site, means
         self.tokens = batch[0].to(lm.device)
+        self.free = _free(self.tokens, skip_first)
         self.runner = Runner(lm, self.tokens, batch[2], metric_at, max_tokens)
         self.sources = {reads_of(sae, site) for site, sae in by_site.items() if reads_of(sae, site) != site}
         self.reads = sorted(self.sources - set(by_site))
@@ -222,12 +255,14 @@ class _Run:
             read: dict[Site, Tensor] = {}
             edits: dict[Site, EditFn] = dict.fromkeys(self.reads, lambda x, at, read=read: read.update({at.site: x}))
             for site, sae in self.by_site.items():
-                edits[site] = self._edit(site, sae, circuits, which[part], read)
+                edits[site] = self._edit(site, sae, circuits, which[part], self.free[rows[part]], read)
             found.append(self._metric(rows[part], edits))
             shown.advance(len(rows[part]))
         return torch.cat(found).view(circuits.n, n)
 
-    def _edit(self, site: Site, sae: SAE, circuits: _Circuits, which: Tensor, read: dict[Site, Tensor]) -> EditFn:
+    def _edit(
+        self, site: Site, sae: SAE, circuits: _Circuits, which: Tensor, free: Tensor, read: dict[Site, Tensor]
+    ) -> EditFn:
         source, mean = reads_of(sae, site), self.means[site]
         fixed = self._fixed(site, sae, circuits)
 
@@ -240,7 +275,7 @@ class _Run:
             # as it is bit for bit; where it is not, those inside are put together. Each needs one sum of few rows.
             summed = _sums(latents * (kept[..., :-1] != with_error), sae.W_dec)
             new = torch.where(with_error, whole - summed, sae.b_dec + mean.error + summed) + fixed[which]
-            new = torch.where(at.mask.unsqueeze(-1), new, whole).to(x.dtype)
+            new = torch.where(free.unsqueeze(-1), new, whole).to(x.dtype)
             if site in self.sources:
                 read[site] = new
             return new
@@ -248,10 +283,10 @@ class _Run:
         return edit
 
     def _fixed(self, site: Site, sae: SAE, circuits: _Circuits) -> Tensor:
-        """What the latents outside each circuit stand for at their means, [C, P, D]."""
+        """What the latents outside each circuit stand for at their means, [C, P or 1, D]."""
         if site not in self.fixed:
             mean = self.means[site].latents
-            kept = circuits.rows(site, torch.arange(circuits.n, device=mean.device), len(mean))
+            kept = circuits.rows(site, torch.arange(circuits.n, device=mean.device), self.tokens.ids.shape[1])
             self.fixed[site] = torch.where(kept[..., :-1], 0, mean) @ sae.W_dec
         return self.fixed[site]
 

@@ -22,19 +22,21 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from unweave.circuits.again import EffectsAgain
 from unweave.circuits.edges import edge_effects, merge
 from unweave.circuits.examples import metric_values, moved, of_one_length, rows_of, spans
 from unweave.circuits.graph import Circuit, Edges, Y, slots_of
-from unweave.circuits.parts import Held, Parts, by_site
+from unweave.circuits.parts import Held, Parts, by_site, content_of, question_of
+from unweave.circuits.paths import Plan
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.run import peak_memory_gb
 from unweave.core.site import Site
-from unweave.lm.model import LM, Tokens
-from unweave.sae.attribution import Method, Rule, SiteEffects, effects_of, fractions, node_effects
+from unweave.lm.model import LM
+from unweave.sae.attribution import Method, Rule, fractions, node_effects
 from unweave.sae.comparison import Batch
 from unweave.sae.memory import halving
-from unweave.sae.states import SAEs, by_site_of, change_of, line_up, moved_positions, states
+from unweave.sae.states import SAEs, by_site_of, reads_of
 
 Summed = Literal["none", "positions"]
 _T = TypeVar("_T")
@@ -86,7 +88,8 @@ def find_nodes(
 
     ``batches`` are (clean tokens, patch tokens or None to ablate, metric). Where positions are kept and lengths differ,
     examples of the commonest length are used and the others counted in ``about["skipped"]``. With a folder ``keep``,
-    finished pieces lie there and are not made again.
+    finished pieces lie there and are not made again: known by their inputs, options and SAEs, so that other questions
+    may share it (a metric that is no dataclass is known by its name only).
 
     Raises UnweaveError for no examples, NaN, and a metric that no node changes.
     """
@@ -116,17 +119,13 @@ class _Finder:
         if options.summed == "none":
             batches, skipped = of_one_length(batches)
         self.points = options.steps if options.method == "ig" else 1
-        self.pieces = [
-            (f"{'' if gradients else 'nodes-only-'}{number}-{start}-{stop}", rows_of(batch, slice(start, stop)))
-            for number, batch in enumerate(batches)
-            for start, stop in spans(batch, options.max_tokens // self.points)
-        ]
         self.n = sum(len(clean) for clean, _, _ in batches)
         self.parts = Parts(keep)
+        self.pieces = self._pieces(batches)
         self.max_tokens = options.max_tokens  # as memory has allowed so far
         widths = [clean.ids.shape[1] for clean, _, _ in batches]
         self.about: dict[str, Any] = {
-            "options": asdict(options) | {"metric_at": str(options.metric_at) if options.metric_at else None},
+            "options": self._options(),
             "examples": self.n,
             "lengths": {"shortest": min(widths), "longest": max(widths)},
             "skipped": {"another length than the commonest": skipped} if skipped else {},
@@ -136,6 +135,24 @@ class _Finder:
         if lm.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(lm.device)
 
+    def _options(self) -> dict[str, Any]:
+        metric_at = self.options.metric_at
+        return asdict(self.options) | {"metric_at": None if metric_at is None else str(metric_at)}
+
+    def _pieces(self, batches: Sequence[Batch]) -> list[tuple[str, Batch]]:
+        """Pieces of batches, each with the name of its parts. In a folder these tell one question from another."""
+        asked: Any = None
+        if self.parts.folder is not None:
+            options = {name: value for name, value in self._options().items() if name != "max_tokens"}
+            digests = [[str(site), str(reads_of(sae, site)), sae.digest()] for site, sae in self.saes.items()]
+            asked = [options, self.gradients, self.lm.name, str(self.lm.dtype), digests]
+        found = []
+        for number, batch in enumerate(batches):
+            for start, stop in spans(batch, self.options.max_tokens // self.points):
+                piece = rows_of(batch, slice(start, stop))
+                found.append((f"{number}-{start}-{stop}{f'-{question_of(piece, asked)}' if asked else ''}", piece))
+        return found
+
     # -- nodes ----------------------------------------------------------------------------------------------------
 
     def nodes(self) -> Circuit:
@@ -144,9 +161,13 @@ class _Finder:
         values: dict[str, float] = {}
         with task("nodes", total=self.n, unit="examples") as shown:
             for name, piece in self.pieces:
-                found = self.parts.made(f"nodes-{name}", lambda piece=piece: self._piece_nodes(piece))
+                found = self.parts.made(
+                    f"nodes-{name}",
+                    lambda piece=piece: self._piece_nodes(piece),
+                    later="gradient" if self.gradients else None,
+                )
                 for site, part in by_site(found, "sum").items():
-                    sums[site] = sums[site] + part if site in sums else part
+                    sums[site] = sums[site] + part if site in sums else part.double()
                 for kind in ("clean", "patch"):
                     if kind in found:
                         values[kind] = values.get(kind, 0.0) + float(found[kind].sum())
@@ -163,7 +184,7 @@ class _Finder:
         parts = self._halving(piece, lambda batch, _rows, max_tokens: self._nodes_of(batch, max_tokens))
         joined = {name: [part[name] for part in parts] for name in parts[0]}
         return {
-            name: torch.stack(found).sum(0) if name.startswith("sum/") else torch.cat(found)
+            name: torch.stack(found).double().sum(0).float() if name.startswith("sum/") else torch.cat(found)
             for name, found in joined.items()
         }
 
@@ -178,7 +199,7 @@ class _Finder:
             one = effects.pop(site)  # the largest tensors there are: each is let go before the next is joined
             slots = slots_of({site: one})[site]
             total = slots.sum((0, 1)).unsqueeze(0) if o.summed == "positions" else slots.sum(0)
-            found[f"sum/{site}"] = total.double().cpu()
+            found[f"sum/{site}"] = total.cpu()
             if self.gradients:
                 assert one.gradient is not None
                 found[f"gradient/{site}"] = one.gradient.cpu()
@@ -212,11 +233,15 @@ class _Finder:
         upstream = None
         if o.upstream == "above":
             upstream = {site: (e.abs() > o.node_threshold).to(self.lm.device) for site, e in circuit.nodes.items()}
+        limits = ""  # these depend on all pieces
+        if self.parts.folder is not None:
+            limits = "-" + content_of(None, upstream or {})
         merged: dict[tuple[Site, Site | None], Edges] = {}
         with task("edges", total=self.n, unit="examples") as shown:
             for name, piece in self.pieces:
                 found = self.parts.made(
-                    f"edges-{name}", lambda name=name, piece=piece: _held(self._piece_edges(name, piece, upstream))
+                    f"edges-{name}{limits}",
+                    lambda name=name, piece=piece: _held(self._piece_edges(name, piece, upstream)),
                 )
                 merged = merge([merged, _edges(found)])
                 shown.advance(len(piece[0]))
@@ -226,13 +251,18 @@ class _Finder:
             if not bool(torch.isfinite(found.weight).all()):
                 raise UnweaveError("weights of edges are NaN or infinite", where=" -> ".join(map(str, pair)))
         self.about["edges"] = {"found": sum(map(len, merged.values())), "kept": sum(map(len, edges.values()))}
+        ends = Plan(self.lm, self.saes).ends
+        if len(ends) > 1:
+            self.about["edges_to_y"] = (
+                f"total effects of {', '.join(map(str, ends))}: what one does through a later one counts at both"
+            )
         self._close("edges", began)
         return Circuit(circuit.nodes, edges, circuit.positions, self.n, dict(self.about))
 
     def _piece_edges(
         self, name: str, piece: Batch, upstream: Mapping[Site, Tensor] | None
     ) -> dict[tuple[Site, Site | None], Edges]:
-        held = self.parts.get(f"nodes-{name}")
+        held = self.parts.get(f"nodes-{name}", "gradient")
         assert held is not None
         gradients = by_site(held, "gradient")
         o = self.options
@@ -241,7 +271,7 @@ class _Finder:
             clean, patch, _ = batch
             positions = moved(clean, o.skip_first)
             mine = {site: g[rows] for site, g in gradients.items()}
-            effects = self._effects_again(clean, patch, mine, positions, max_tokens)
+            effects = EffectsAgain(self.lm, self.saes, clean, patch, mine, positions, max_tokens)
             return edge_effects(
                 self.lm, self.saes, clean, patch, effects, threshold=o.node_threshold, positions=positions,
                 max_tokens=max_tokens, summed=o.summed, upstream=upstream,
@@ -249,46 +279,34 @@ class _Finder:
 
         return merge(self._halving(piece, work))
 
-    def _effects_again(
-        self,
-        clean: Tokens,
-        patch: Tokens | None,
-        gradients: Mapping[Site, Tensor],
-        positions: Tensor | None,
-        max_tokens: int,
-    ) -> dict[Site, SiteEffects]:
-        """Node effects from the gradients of the first pass, and the states."""
-        lm = self.lm
-        clean, patch = line_up(lm, clean, patch)
-        start = states(lm, self.saes, clean, max_tokens=max_tokens)
-        end = None if patch is None else states(lm, self.saes, patch, max_tokens=max_tokens)
-        at = moved_positions(clean, positions)
-        found = {}
-        for site, sae in self.saes.items():
-            g = gradients[site].to(lm.device)
-            change = change_of(sae, start[site], None if end is None else end[site], at)
-            found[site] = effects_of(sae, g, change)
-        return found
-
     # -- memory and time ------------------------------------------------------------------------------------------
 
     def _halving(self, piece: Batch, work: Callable[[Batch, slice, int], _T]) -> list[_T]:
         """``work(examples, which rows, max_tokens)`` on all of a piece, in as large parts as memory has allowed so far.
 
-        Passes hold fewer tokens where parts hold fewer examples: else points of a path would fill them up again.
+        Passes hold fewer tokens where parts hold fewer examples: else points of a path would fill them up again. Where
+        a single example does not fit, they hold no more than its own.
         """
         n, width = piece[0].ids.shape
         first = max(1, min(n, self.max_tokens // self.points // width))
-        size = first
+        size, narrow = first, False
 
         def one(rows: slice) -> _T:
             nonlocal size
             if rows.stop < n:  # the last part may be small for want of examples
                 size = min(size, rows.stop - rows.start)
-            return work(rows_of(piece, rows), rows, max(width, self.max_tokens * size // first))
+            tokens = width if narrow else max(width, self.max_tokens * size // first)
+            return work(rows_of(piece, rows), rows, tokens)
 
-        found, rows = halving(n, first, one)
-        if rows < first:
+        def alone(rows: slice) -> _T:
+            nonlocal narrow
+            narrow = True
+            return work(rows_of(piece, rows), rows, width)
+
+        found, rows = halving(n, first, one, alone)
+        if narrow:
+            self.max_tokens = width
+        elif rows < first:
             self.max_tokens = max(1, self.max_tokens * rows // first)
         return found
 

@@ -109,11 +109,11 @@ class Plan:
         return min(self.stream, default=layer) < layer or min([*self.attn, *self.mlp], default=layer + 1) <= layer
 
     @property
-    def last(self) -> Site:
-        """The site whose node effects are the metric's edges: the last in the stream, or else the last of all."""
-        if self.stream:
-            return self.stream[max(self.stream)]
-        return max([*self.attn.values(), *self.mlp.values()])
+    def ends(self) -> tuple[Site, ...]:
+        """The sites that have edges to the metric: the last in the stream, and those above it; else all."""
+        last = max(self.stream, default=-2)
+        above = [site for places in (self.attn, self.mlp) for layer, site in places.items() if layer > last]
+        return tuple(sorted([*above, *([self.stream[last]] if self.stream else [])]))
 
 
 def where(site: Site) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from unweave.circuits.faithfulness import Ablated, Ablation, ablate_outside, ablated_sites
+from unweave.circuits.faithfulness import Ablated, Ablation, Means, ablate_outside, ablated_sites
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
@@ -58,6 +58,9 @@ class Sweep:
     ablation: Ablation
     changing: int
     """nodes from the start layer on whose effect is not 0"""
+    means: Means = "positions"
+    """what the means that ablated nodes are set to were taken over"""
+    skip_first: int = 0
 
     def nodes_for(self, level: float = 0.8) -> float | None:
         """How many nodes reach a faithfulness: where the curve, going up in nodes, first crosses ``level``, linear in
@@ -90,12 +93,15 @@ def sweep(
     ablation: Ablation = "patch",
     draws: int = 1,
     seed: int = 0,
+    skip_first: int = 0,
     metric_at: Site | None = None,
     max_tokens: int = 1024,
 ) -> Sweep:
     """F of the circuit at each threshold, of everything but it, and of ``draws`` random circuits of its size.
 
     ``batches`` should be others than those the circuit was found on. ``start_layer`` -1 ablates the embedding too.
+    ``skip_first`` tokens of each row stay as they are, as in the search. Single texts of a circuit without positions
+    are of any length, so their means are taken over all tokens; others' position by position.
     Raises UnweaveError where the circuit misses a site, or m(M) = m(empty).
     """
     if not thresholds or not all(t >= 0 for t in thresholds) or draws < 0 or errors not in ERRORS:
@@ -113,30 +119,31 @@ def sweep(
     above = [{site: e.abs() > threshold for site, e in effects.items()} for threshold in ordered]
     circuits = [_handled(kept, errors) for kept in above]
     others = [_handled({site: ~k for site, k in kept.items()}, errors) for kept in above]
-    drawn = [_handled(_drawn(effects, kept, generator), errors) for kept in above for _ in range(draws)]
+    places = _places(effects) if draws else []
+    drawn = [_handled(_drawn(places, kept, generator), errors) for kept in above for _ in range(draws)]
+    single = all(patch is None for _, patch, _ in batches)
+    means: Means = "tokens" if single and not circuit.positions else "positions"
     found = ablate_outside(
         lm, saes, batches, [*circuits, *others, *drawn], start_layer=start_layer, ablation=ablation,
-        metric_at=metric_at, max_tokens=max_tokens,
+        means=means, skip_first=skip_first, metric_at=metric_at, max_tokens=max_tokens,
     )  # fmt: skip
-    f = found.faithfulness.double().tolist()
-    n = len(ordered)
-    rows = []
-    for i, threshold in enumerate(ordered):
-        latents, in_errors = _counted(circuits[i])
-        random = f[2 * n + i * draws : 2 * n + (i + 1) * draws]
-        rows.append(
-            Row(
-                threshold,
-                latents + in_errors,
-                latents,
-                in_errors,
-                f[i],
-                f[n + i],
-                sum(random) / draws if draws else None,
-            )
-        )
+    rows = _rows(found, ordered, circuits, draws)
     changing = sum(int((e != 0).sum()) for e in effects.values())
-    return Sweep(tuple(rows), *_means(found), start_layer, errors, ablation, changing)
+    return Sweep(rows, *_means(found), start_layer, errors, ablation, changing, means, skip_first)
+
+
+def _rows(
+    found: Ablated, thresholds: Sequence[float], circuits: Sequence[Mapping[Site, Tensor]], draws: int
+) -> tuple[Row, ...]:
+    """A row for each threshold, of the circuits, then all others of theirs, then the random ones."""
+    f = found.faithfulness.double().tolist()
+    n = len(thresholds)
+    rows = []
+    for i, threshold in enumerate(thresholds):
+        latents, in_errors = _counted(circuits[i])
+        random = sum(f[2 * n + i * draws : 2 * n + (i + 1) * draws]) / draws if draws else None
+        rows.append(Row(threshold, latents + in_errors, latents, in_errors, f[i], f[n + i], random))
+    return tuple(rows)
 
 
 def spread_thresholds(circuit: Circuit, sites: Sequence[Site], n: int = 15) -> list[float]:
@@ -168,17 +175,26 @@ def _handled(kept: Mapping[Site, Tensor], errors: Errors) -> dict[Site, Tensor]:
     return found
 
 
-def _drawn(
-    effects: Mapping[Site, Tensor], kept: Mapping[Site, Tensor], generator: torch.Generator
-) -> dict[Site, Tensor]:
-    """As many random latents and errors as are kept, among those whose effect is not 0."""
+def _places(effects: Mapping[Site, Tensor]) -> list[Tensor]:
+    """Where latents, and where errors, have an effect that is not 0: (number of the site, position, slot), [n, 3]."""
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for number, e in enumerate(effects.values()):
+        at = (e != 0).nonzero().cpu()
+        at = torch.cat([torch.full_like(at[:, :1], number), at], 1)
+        error = at[:, 2] == e.shape[1] - 1
+        found[0].append(at[~error])
+        found[1].append(at[error])
+    return [torch.cat(several) for several in found]
+
+
+def _drawn(places: Sequence[Tensor], kept: Mapping[Site, Tensor], generator: torch.Generator) -> dict[Site, Tensor]:
+    """As many random latents and errors as are kept, among ``places``."""
     found = {site: torch.zeros_like(nodes) for site, nodes in kept.items()}
-    for part in (slice(0, -1), slice(-1, None)):
-        places = [(site, *place) for site, e in effects.items() for place in (e[:, part] != 0).nonzero().tolist()]
-        n = sum(int(nodes[:, part].sum()) for nodes in kept.values())
-        for i in torch.randperm(len(places), generator=generator)[:n].tolist():
-            site, position, slot = places[i]
-            found[site][position, slot if part.start == 0 else -1] = True
+    for n, at in zip(_counted(kept), places, strict=True):
+        chosen = at[torch.randperm(len(at), generator=generator)[:n]]
+        for number, nodes in enumerate(found.values()):
+            _, position, slot = chosen[chosen[:, 0] == number].to(nodes.device).unbind(1)
+            nodes[position, slot] = True
     return found
 
 

@@ -72,11 +72,6 @@ class SiteEffects:
         """Effects summed over positions: latents [B, F] and error [B]."""
         return self.latents.sum(1), self.error.sum(1)
 
-    def mean(self) -> tuple[Tensor, Tensor]:
-        """Effects summed over positions, then averaged over examples: latents [F] and error, a scalar."""
-        latents, error = self.over_positions()
-        return latents.mean(0), error.mean(0)
-
 
 def node_effects(
     lm: LM,

@@ -23,12 +23,15 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
 
 
-def halving(n_rows: int, first: int, work: Callable[[slice], T]) -> tuple[list[T], int]:
+def halving(
+    n_rows: int, first: int, work: Callable[[slice], T], alone: Callable[[slice], T] | None = None
+) -> tuple[list[T], int]:
     """``work(slice of rows)`` over rows 0 to ``n_rows`` in order: what it returned, part by part, and the rows of one.
 
     Begins with ``first`` rows a part. When memory runs out, the part that failed is tried again with half as many rows,
     and so are those after it; finished parts are kept. The number that comes back is what a part may hold from now on,
-    at most ``first``. Other errors pass through. Raises UnweaveError where a single row is too much.
+    at most ``first``. Where a single row is too much for ``work``, ``alone``, a thriftier way for one row, is tried in
+    its place. Other errors pass through. Raises UnweaveError where a single row is too much even so.
     """
     if first < 1:
         raise UnweaveError(f"a part cannot hold {first} rows", remedy="begin with at least 1")
@@ -37,6 +40,10 @@ def halving(n_rows: int, first: int, work: Callable[[slice], T]) -> tuple[list[T
     while start < n_rows:
         rows = slice(start, min(start + size, n_rows))
         part = _tried(work, rows)
+        if part is None:
+            _let_go()
+            if alone is not None and rows.stop - rows.start == 1:
+                part = _tried(alone, rows)
         if part is not None:
             found.append(part[0])
             start = rows.stop
@@ -49,7 +56,6 @@ def halving(n_rows: int, first: int, work: Callable[[slice], T]) -> tuple[list[T
                 remedy="use shorter texts, fewer sites or steps, or a machine with more memory",
             )
         size = held // 2
-        _let_go()
     return found, size
 
 

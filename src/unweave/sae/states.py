@@ -15,7 +15,6 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
-from unweave.lm.taps import At
 from unweave.sae.module import SAE
 
 SAEs = SAE | Sequence[SAE] | Mapping[Site, SAE]
@@ -29,38 +28,6 @@ class State:
     x: Tensor
     latents: Tensor
     error: Tensor
-
-
-class Splice:
-    """The edit that makes an SAE's latents and error leaves of the graph, and changes nothing else.
-
-    Use inside ``lm.taps(edit={site: splice}, grad=True)``. After a forward pass ``latents`` [B, P, F] and ``error``
-    [B, P, D] can be given to ``torch.autograd.grad``. The site keeps the model's own value bit for bit, and gradients
-    pass to earlier sites as if nothing were there.
-    """
-
-    def __init__(self, sae: SAE) -> None:
-        self.sae = sae
-        self.latents: Tensor | None = None
-        self.error: Tensor | None = None
-
-    @property
-    def site(self) -> Site:
-        return site_of(self.sae)
-
-    @property
-    def needs(self) -> tuple[Site, ...]:
-        return () if self.sae.read == self.sae.write or self.sae.read is None else (self.sae.read,)
-
-    def verify(self, lm: LM) -> None:
-        self.sae.verify(lm)
-
-    def __call__(self, x: Tensor, at: At) -> Tensor:
-        state = _state(self.sae, at.read[self.needs[0]] if self.needs else x, x, at.ids, at.mask)
-        self.latents = state.latents.detach().requires_grad_()
-        self.error = state.error.detach().requires_grad_()
-        y = (self.sae.decode(self.latents) + self.error).to(x.dtype)
-        return x + (y - y.detach())
 
 
 def states(lm: LM, saes: SAEs, tokens: Tokens, *, max_tokens: int = 1024) -> dict[Site, State]:

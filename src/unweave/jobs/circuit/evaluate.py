@@ -18,6 +18,7 @@ from unweave.core.run import Run, atomic_write, peak_memory_gb, read_json, write
 from unweave.core.site import Site
 from unweave.core.spec import digest
 from unweave.jobs.circuit import find
+from unweave.jobs.circuit.draw import content_of, open_circuit
 from unweave.jobs.circuit.examples import INPUTS, PAIRS, Examples, examples_of, file_digests
 from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
 from unweave.jobs.circuit.specs import CircuitEvaluateSpec, CircuitFindSpec
@@ -67,7 +68,9 @@ def found_circuit(folder: Path, saes: tuple[str, ...] = (), device: str | None =
             "this is no finished circuit find", where=str(folder), remedy="give the run directory that it printed"
         )
     spec = CircuitFindSpec.from_dict(asked["spec"], where=str(folder))
-    spec = replace(spec, device=device, saes=saes or spec.saes)
+    drawn_from = open_circuit(run.path)
+    of = drawn_from.saes_spec(saes)
+    spec = replace(spec, device=device, saes=of.saes if of is not None else ())
     now = digest_of(spec).get("saes")
     if now != asked["inputs"].get("saes"):
         raise UnweaveError(
@@ -75,13 +78,15 @@ def found_circuit(folder: Path, saes: tuple[str, ...] = (), device: str | None =
             where=", ".join(spec.saes),
             remedy="name where those are with --saes, or find the circuit anew",
         )
-    return Found(run, spec, Circuit.load(run.path / find.CIRCUIT))
+    return Found(run, spec, drawn_from.circuit)
 
 
 def run(spec: CircuitEvaluateSpec, runs: Path) -> Run:
     """Sweeps over thresholds for the circuit in each way with errors and for neurons; figure, table and numbers."""
     found = found_circuit(spec.circuit, spec.saes, spec.device)
-    inputs = {"circuit": found.run.digest} | file_digests(spec.pairs, spec.inputs)
+    # What was asked says which examples and which neurons belong to the circuit; folders may have any name.
+    inputs = {"circuit": content_of(found.run.path / find.CIRCUIT), "asked": found.spec.digest()}
+    inputs |= file_digests(spec.pairs, spec.inputs)
     with Run.open(runs, "circuit-evaluate", spec, version=VERSION, inputs=inputs) as run:
         if run.done:
             return run
@@ -90,13 +95,13 @@ def run(spec: CircuitEvaluateSpec, runs: Path) -> Run:
         examples = _examples(spec, found, opened)
         start_layer = spec.start_layer
         if start_layer is None:
-            start_layer = min(site.layer for site in opened.saes if site.layer is not None)
-        curves = _Curves(spec, run, examples, start_layer)
+            start_layer = min((site.layer for site in opened.saes if site.layer is not None), default=-1)
+        curves = _Curves(spec, run, examples, start_layer, found.spec.skip_first)
         for errors in spec.errors:
             curves.add(NAMES[errors], opened, found.circuit, errors)
         if spec.neurons:
-            opened, circuit, neuron_run = _neurons(found, opened, runs)
-            curves.add(NEURONS, opened, circuit, "default")
+            units, circuit, neuron_run = _neurons(found, opened, runs)
+            curves.add(NEURONS, units, circuit, "default")
             run.log("neurons", {"run": str(neuron_run.path.name)})
         result = _result(spec, found, examples, curves.found, start_layer)
         title = f"{find.task_of(found.spec)[:1].upper()}{find.task_of(found.spec)[1:]}"
@@ -113,8 +118,11 @@ def run(spec: CircuitEvaluateSpec, runs: Path) -> Run:
 class _Curves:
     """Sweeps by name; each is written when it is finished, and read where it was before an interruption."""
 
-    def __init__(self, spec: CircuitEvaluateSpec, run: Run, examples: Examples, start_layer: int) -> None:
-        self.spec, self.run, self.examples, self.start_layer = spec, run, examples, start_layer
+    def __init__(
+        self, spec: CircuitEvaluateSpec, run: Run, examples: Examples, start_layer: int, skip_first: int
+    ) -> None:
+        self.spec, self.run, self.examples = spec, run, examples
+        self.start_layer, self.skip_first = start_layer, skip_first
         self.found: dict[str, Sweep] = {}
 
     def add(self, name: str, opened: Opened, circuit: Circuit, errors: Errors) -> None:
@@ -135,6 +143,7 @@ class _Curves:
             ablation=self._ablation(),
             draws=spec.draws,
             seed=spec.seed,
+            skip_first=self.skip_first,
             max_tokens=spec.max_tokens,
         )
         write_json(path, self.found[name].to_dict())
@@ -171,7 +180,7 @@ def _examples(spec: CircuitEvaluateSpec, found: Found, opened: Opened) -> Exampl
 
 
 def _neurons(found: Found, opened: Opened, runs: Path) -> tuple[Opened, Circuit, Run]:
-    """The circuit of neurons at the same sites, found with the same options on the same examples."""
+    """The circuit of neurons at the same sites of the same model, found with the same options on the same examples."""
     spec = found.spec
     model = spec.model
     if model is None:
@@ -181,8 +190,8 @@ def _neurons(found: Found, opened: Opened, runs: Path) -> tuple[Opened, Circuit,
         spec, saes=(), sites=(), accept_mismatch=None, neurons=sites, model=model, edges=False,
         edge_threshold=CircuitFindSpec.edge_threshold, upstream=CircuitFindSpec.upstream,
     )  # fmt: skip
-    run = find.run(same, runs)
-    return open_saes(same), Circuit.load(run.path / find.CIRCUIT), run
+    run = find.run(same, runs, opened.lm)
+    return open_saes(same, opened.lm), Circuit.load(run.path / find.CIRCUIT), run
 
 
 def table(curves: dict[str, Sweep]) -> str:
@@ -216,6 +225,7 @@ def _result(
         "task": find.task_of(found.spec),
         "examples": examples.about,
         "start_layer": start_layer,
+        "means": first.means,
         "metric": {"model": first.model, "empty": first.empty},
         "level": level,
         "reached": reached,

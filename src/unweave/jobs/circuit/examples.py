@@ -55,7 +55,7 @@ def examples_of(lm: LM, spec: CircuitFindSpec, *, known: Collection[str] = (), w
     Raises UnweaveError where nothing is left, naming the reasons.
     """
     if spec.inputs is not None:
-        return _inputs(lm, spec, known)
+        return _inputs(lm, spec, known, width)
     if spec.pairs is not None:
         found, skipped = agreement.usable(lm, agreement.load(spec.pairs))
         chosen = _drawn(_new(found, skipped, known, lambda pair: (pair.clean_prefix, pair.patch_prefix)), spec)
@@ -64,13 +64,7 @@ def examples_of(lm: LM, spec: CircuitFindSpec, *, known: Collection[str] = (), w
         skipped = {}
         chosen = agreement.pairs(lm, spec.task or "across_pp", spec.examples, seed=spec.seed, split=spec.split)
     batches = agreement.batches(lm, chosen, max_rows=_ROWS)
-    if width is not None:
-        kept = [batch for batch in batches if batch[0].ids.shape[1] == width]
-        others = sum(len(batch[0]) for batch in batches) - sum(len(batch[0]) for batch in kept)
-        if others:
-            skipped[f"not of {width} tokens, as the circuit's texts"] = others
-        batches = kept
-        _some(batches, skipped, f"texts of {width} tokens")
+    batches = _of_width(batches, width, skipped)
     right = agreement.accuracy(lm, chosen)
     about = {
         "examples": sum(len(batch[0]) for batch in batches),
@@ -81,23 +75,33 @@ def examples_of(lm: LM, spec: CircuitFindSpec, *, known: Collection[str] = (), w
             ["patch", f"{chosen[0].patch_prefix} →{chosen[0].patch_answer}"],
         ],
     }
-    return Examples(list(batches), chosen, about)
+    return Examples(batches, chosen, about)
 
 
-def _inputs(lm: LM, spec: CircuitFindSpec, known: Collection[str]) -> Examples:
+def _of_width(batches: Sequence[Batch], width: int | None, skipped: dict[str, int]) -> list[Batch]:
+    """The batches of ``width`` tokens (None: all); examples of the others are counted in ``skipped``."""
+    kept = [batch for batch in batches if width in (None, batch[0].ids.shape[1])]
+    others = sum(len(batch[0]) for batch in batches) - sum(len(batch[0]) for batch in kept)
+    if others:
+        skipped[f"not of {width} tokens, as the circuit's texts"] = others
+    _some(kept, skipped, f"texts of {width} tokens")
+    return kept
+
+
+def _inputs(lm: LM, spec: CircuitFindSpec, known: Collection[str], width: int | None) -> Examples:
     assert spec.inputs is not None
     found, skipped = answers.usable(lm, answers.load(spec.inputs))
     chosen = _drawn(_new(found, skipped, known, lambda given: (given.context,)), spec)
     _some(chosen, skipped, str(spec.inputs))
     pad = not spec.keeps_positions
     rows = _PADDED_ROWS if pad else _ROWS
-    batches = answers.batches(lm, chosen, metric=spec.metric, pad=pad, max_rows=rows)
+    batches = _of_width(answers.batches(lm, chosen, metric=spec.metric, pad=pad, max_rows=rows), width, skipped)
     about = {
-        "examples": len(chosen),
+        "examples": sum(len(batch[0]) for batch in batches),
         "skipped": skipped,
         "example": [["input", f"{chosen[0].context[-200:]} →{chosen[0].answer}"]],
     }
-    return Examples(list(batches), chosen, about)
+    return Examples(batches, chosen, about)
 
 
 def _new(

@@ -7,12 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unweave.circuits.find import Options, find_circuit, find_nodes
 from unweave.circuits.graph import Circuit, Node, Y
 from unweave.core.run import Run, write_json
 from unweave.jobs.circuit.examples import Examples, examples_of, file_digests
 from unweave.jobs.circuit.saes import digest_of, open_saes
 from unweave.jobs.circuit.specs import CircuitFindSpec
+from unweave.lm.model import LM
 
 VERSION = 1
 CIRCUIT = "circuit.safetensors"
@@ -20,15 +23,20 @@ _PER_SITE, _EDGES = 5, 20
 """nodes of each site, and edges, that the result lists"""
 
 
-def run(spec: CircuitFindSpec, runs: Path) -> Run:
+def run(spec: CircuitFindSpec, runs: Path, lm: LM | None = None) -> Run:
     """Effects of all nodes over all examples, then edges; saved as circuit.safetensors, with what is above the
-    thresholds in circuit.json and the examples beside it."""
+    thresholds in circuit.json and the examples beside it.
+
+    ``lm`` is the spec's model where it is loaded already; in another dtype than usual it makes another run.
+    """
     inputs = digest_of(spec) | file_digests(spec.pairs, spec.inputs)
+    if lm is not None and lm.dtype != torch.float32 and not spec.saes:
+        inputs["dtype"] = str(lm.dtype)
     with Run.open(runs, "circuit-find", spec, version=VERSION, inputs=inputs) as run:
         if run.done:
             return run
         started = time.monotonic()
-        opened = open_saes(spec)
+        opened = open_saes(spec, lm)
         examples = examples_of(opened.lm, spec)
         examples.save(run.path)
         parts = run.path / "parts"
@@ -110,6 +118,7 @@ def _result(spec: CircuitFindSpec, circuit: Circuit, examples: Examples, skipped
         ["latents", above["latents"], f"with a mean effect above {spec.node_threshold:g}"],
         ["errors", above["errors"], "the same of what autoencoders leave unexplained"],
         *([["edges", len(edges), f"between them, above {spec.edge_threshold:g}"]] if spec.edges else []),
+        *([["edges to y", len(circuit.edges), about["edges_to_y"]]] if "edges_to_y" in about else []),
         *[[site, rows[0][0], f"the strongest of its nodes: {rows[0][1]:+.3f}"] for site, rows in strongest.items()],
         ["memory", f"{memory['peak_gb']} GB", f"{memory['max_tokens_used']:,} tokens at a time"],
         ["time", f"{sum(about['seconds'].values()):.0f} s", ""],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,28 @@ def digest_of(spec: OfSAEsSpec) -> dict[str, str]:
     return inputs | ({"model": local} if local else {})
 
 
-def open_saes(spec: OfSAEsSpec) -> Opened:
-    """Loads model and SAEs, and refuses what does not belong together, or two for one site."""
-    loaded: dict[str, SAE] = {}
+def open_saes(spec: OfSAEsSpec, lm: LM | None = None) -> Opened:
+    """Loads SAEs, and the model where it is not given, and refuses what does not belong together, or two for one site.
+
+    One file may serve several sites.
+    """
+    loaded: dict[tuple[Site, str], SAE] = {}
     for site, name in found_saes(spec):
         sae = SAE.load(name)
-        loaded[name] = sae if site is None else sae.at(site)
-        if loaded[name].write is None:
+        sae = sae if site is None else sae.at(site)
+        if sae.write is None:
             raise UnweaveError("this SAE's file names no site", where=name, remedy=f"write resid_post.9={name}")
-    models = (
-        {sae.provenance.get("train", {}).get("model"): name for name, sae in loaded.items()} if not spec.model else {}
-    )
+        loaded[sae.write, name] = sae
+    if lm is None:
+        lm = load_lm(*_model_of(spec, loaded), spec.device)
+    return _placed(spec, lm, loaded)
+
+
+def _model_of(spec: OfSAEsSpec, loaded: Mapping[tuple[Site, str], SAE]) -> tuple[str, str]:
+    """The model's name and dtype: what is asked for, else what the SAEs were trained on."""
+    models = {}
+    if not spec.model:
+        models = {sae.provenance.get("train", {}).get("model"): name for (_, name), sae in loaded.items()}
     if len(models) > 1 or None in models:
         raise UnweaveError(
             f"the SAEs name several models or none: {', '.join(map(str, models))}",
@@ -74,19 +86,16 @@ def open_saes(spec: OfSAEsSpec) -> Opened:
     model = spec.model or next(iter(models))
     assert model is not None  # the spec's own check: saes, or a model
     dtypes = {sae.provenance.get("train", {}).get("dtype", "float32") for sae in loaded.values()} or {"float32"}
-    lm = load_lm(model, next(iter(dtypes)) if len(dtypes) == 1 else "float32", spec.device)
-    return _placed(spec, lm, loaded)
+    return model, next(iter(dtypes)) if len(dtypes) == 1 else "float32"
 
 
-def _placed(spec: OfSAEsSpec, lm: LM, loaded: dict[str, SAE]) -> Opened:
+def _placed(spec: OfSAEsSpec, lm: LM, loaded: Mapping[tuple[Site, str], SAE]) -> Opened:
     """The SAEs on the model's device, by site, with neurons at the other sites that were asked for."""
     wanted = {site for pattern in spec.sites for _, site in matching(pattern, lm.sites())}
     saes: dict[Site, SAE] = {}
     names: dict[Site, str] = {}
     accepted: dict[str, Any] = {}
-    for name, sae in loaded.items():
-        site = sae.write
-        assert site is not None
+    for (site, name), sae in loaded.items():
         if spec.sites and site not in wanted:
             continue
         if site in saes:

@@ -6,7 +6,7 @@ Knows no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -100,8 +100,15 @@ class CircuitFindSpec(OfSAEsSpec):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "", base: Spec | None = None) -> Self:
         """As ``Spec.from_dict``; ``convention`` stands for rule and metric."""
-        if "convention" not in values:
-            return super().from_dict(values, where=where, base=base)
+        if "convention" in values:
+            values = cls._meant(values, where)
+        made = super().from_dict(values, where=where, base=base)
+        # Elsewhere the word none says that nothing is given; of this field it is a value.
+        return replace(made, summed="none") if values.get("summed") == "none" else made
+
+    @classmethod
+    def _meant(cls, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The values with rule and metric in place of ``convention``."""
         given = {name: value for name, value in values.items() if name != "convention"}
         name = values["convention"]
         if name not in CONVENTIONS:
@@ -112,7 +119,14 @@ class CircuitFindSpec(OfSAEsSpec):
             meant.pop("metric")  # pairs have one metric only
         if given.get("method", "ig") != "ig":
             meant.pop("rule")
-        return super().from_dict({**meant, **given}, where=where, base=base)
+        if not meant:
+            raise UnweaveError(
+                f"convention = {name!r} would have no effect: it names the rule of integrated gradients and the metric "
+                "of single inputs",
+                where=where or cls.__name__,
+                remedy="leave convention out",
+            )
+        return {**meant, **given}
 
     @property
     def keeps_positions(self) -> bool:
@@ -211,7 +225,7 @@ class CircuitEvaluateSpec(Spec):
     attention and MLPs."""
     ablation: Literal["patch", "clean", "zero"] | None = None
     """What ablated nodes are set to: means over the patch texts (default for pairs), over the clean texts (default for
-    single texts), or zero."""
+    single texts; over all their tokens together where positions are summed), or zero."""
     spaced: Literal["range", "paper"] = "range"
     """Thresholds: 15 at log-spaced numbers of nodes, from all to one; or 15 from 1e-4 to 1, as in the paper."""
     thresholds: tuple[float, ...] = ()
