@@ -21,7 +21,7 @@ from unweave.data.stream import ActivationSource
 from unweave.jobs import latents as latents_job
 from unweave.jobs import train
 from unweave.jobs.circuit import records as job
-from unweave.jobs.circuit.records import records_of
+from unweave.jobs.circuit.records import records_of, text_stamps
 from unweave.jobs.circuit.saes import Opened, open_saes
 from unweave.jobs.circuit.specs import OfSAEsSpec
 from unweave.jobs.specs import DataSpec, LatentsSpec, StreamSpec, TrainSpec
@@ -188,6 +188,32 @@ def test_other_text_and_neurons(home: Path, tmp_path: Path) -> None:
     found = records_of(opened, data, 500, tmp_path, {Site("resid_post", 0): [3]}, model=str(home / "model"))
     record = found[Site("resid_post", 0)].latent(3)
     assert 0 < record.rate <= 1 and record.top
+
+
+def test_a_changed_text_is_read_again(home: Path, tmp_path: Path) -> None:
+    name = str(home / "model")
+    opened = open_saes(OfSAEsSpec(neurons=("resid_post.0",), model=name, device="cpu"))
+    path = tmp_path / "text.jsonl"
+    data = DataSpec(sources=(Source(path=str(path)),), pack=PackSpec(context=48))
+    seen = []
+    for word in ("keys", "keys", "doors"):
+        if not seen or word == "doors":
+            path.write_text("\n".join(json.dumps({"text": f"{word} {word} {i} {word} {word}"}) for i in range(60)))
+        found = records_of(opened, data, 500, tmp_path, {Site("resid_post", 0): [3]}, model=name)
+        seen.append("".join(found[Site("resid_post", 0)].latent(3).top[0].texts))
+    assert seen[0] == seen[1] and "keys" in seen[0] and "doors" in seen[2]
+    assert len(list(tmp_path.glob("circuit-records-*"))) == 2
+
+
+def test_what_is_stamped_for_the_text(home: Path, opened: Opened) -> None:
+    """The model and every training's text; or the text that is named."""
+    asked = OfSAEsSpec(saes=tuple(opened.names.values()), device="cpu")
+    own = text_stamps(asked, None)
+    assert set(own) == {"model", str(home / "text")}
+    named = DataSpec(sources=(Source(path=str(home / "text" / "a.jsonl")),))
+    for spec in (asked, replace(asked, model=str(home / "model"))):
+        told = text_stamps(spec, named)
+        assert set(told) == {"model", named.sources[0].path} and told["model"] == own["model"]
 
 
 @pytest.mark.parametrize(

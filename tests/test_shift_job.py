@@ -15,8 +15,10 @@ from conftest import build_tiny, build_tiny_tokenizer
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.run import Run, read_json
+from unweave.core.site import Site
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
+from unweave.data.policy import TokenPolicy
 from unweave.jobs.circuit import shift, shift_judge, shift_table
 from unweave.jobs.circuit.shift_spec import CircuitShiftSpec
 from unweave.jobs.specs import DataSpec
@@ -105,6 +107,10 @@ def test_the_table_has_every_row_and_the_reasons_are_written_down(judged: Run, h
             assert latent["irrelevant"] == (int(latent["name"].split("/")[1]) % 2 == 1)
             assert latent["effect"] > 0
     assert result["judge"]["kind"] == "file" and "templated" in result["note"]
+    shown = {name: (value, meaning) for name, value, meaning in result["summary"]}
+    assert shown["biographies"] == ("templated", result["note"])
+    assert shown["judgement"] == ("file", result["judged"]) and "irrelevant" in result["judged"]
+    assert [meaning for name, _, meaning in result["summary"] if name == "warning"] == result["warnings"]
     table = (judged.path / "table.md").read_text()
     assert "| SHIFT + retrain | " in table and "templated" in table and table.count("\n|") == 9
     people = [json.loads(line) for line in (judged.path / "biographies.jsonl").read_text().splitlines()]
@@ -117,8 +123,9 @@ def test_the_table_has_every_row_and_the_reasons_are_written_down(judged: Run, h
 def test_an_interrupted_run_goes_on_with_what_is_there(judged: Run, home: Path, tmp_path: Path) -> None:
     before = judged.result
     (judged.path / "DONE").unlink()
-    (judged.path / "seed-1.json").unlink()
-    kept = {name: (judged.path / name).stat().st_mtime_ns for name in ("seed-0.json", "circuit-1.safetensors")}
+    first, second = sorted(judged.path.glob("seed-*.json"))
+    second.unlink()
+    kept = {name: (judged.path / name).stat().st_mtime_ns for name in (first.name, "circuit-1.safetensors")}
     again = quietly(spec_of(home), judged.path.parent)
     assert again.path == judged.path and not again.reused
     assert {name: (again.path / name).stat().st_mtime_ns for name in kept} == kept
@@ -190,6 +197,55 @@ def test_a_chat_model_judges(home: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert methods["SHIFT"] == methods["original"] == methods["random latents"] == methods["feature skyline"]
 
 
+def test_latents_without_a_verdict_are_counted_and_warned_of(judged: Run, home: Path, tmp_path: Path) -> None:
+    names = [latent["name"] for latent in judged.result["circuits"][0]]
+    path = tmp_path / "few.jsonl"
+    path.write_text("\n".join(json.dumps({"name": name, "relevant": i > 0}) for i, name in enumerate(names[:5])))
+    with pytest.warns(UnweaveWarning) as caught:
+        found = shift.run(spec_of(home, seeds=1, annotations=path), tmp_path)
+    said = f"{len(names) - 5} of {len(names)} latents have no verdict and were kept"
+    assert any(said in str(warning.message) for warning in caught)
+    assert found.result["judge"]["unknown"] == len(names) - 5 and found.result["ablated"] == [1]
+    table = (found.path / "table.md").read_text()
+    assert f"1 irrelevant, 4 relevant, {len(names) - 5} without a verdict" in table and said in table
+    assert any(said in row[2] for row in found.result["summary"] if row[0] == "warning")
+
+
+def test_a_kept_seed_belongs_to_its_verdicts(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat model that failed on some latents, and answers when the interrupted run goes on."""
+    monkeypatch.setattr(shift, "check_judge", lambda _: None)
+    spec = spec_of(home, seeds=1, judge="chat", annotations=None, data=data(home), latents_tokens=900)
+
+    def answering(reply: Any) -> None:
+        monkeypatch.setattr(shift_judge, "open_judge", lambda *_: Scripted(reply))
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    answering(lambda talk: None if len(talk[-1]["content"]) % 2 else "answer: [[yes]]")
+    with monkeypatch.context() as patch:
+        patch.setattr(shift_table, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            shift.run(spec, tmp_path)
+    answering(lambda _: "answer: [[yes]]")
+    found = quietly(spec, tmp_path)
+    kept = [read_json(path)["ablated"] for path in found.path.glob("seed-*.json")]
+    assert len(kept) == 2 and found.result["ablated"] == [max(kept)] and min(kept) < max(kept)
+    assert found.result["ablated"][0] == sum(latent["irrelevant"] is True for latent in found.result["circuits"][0])
+
+
+def test_a_changed_text_is_another_question(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_bytes((home / "text.jsonl").read_bytes())
+    text = replace(data(home), sources=(Source(path=str(path)),))
+    spec = spec_of(home, judge="rule", annotations=None, data=text)
+    before = shift._inputs(spec)
+    assert shift._inputs(spec) == before and str(path) in before
+    path.write_text(path.read_text() + '\n{"text": "another"}')
+    assert shift._inputs(spec) != before
+    assert "text.jsonl" not in str(shift._inputs(spec_of(home)))
+
+
 def test_an_easy_task_is_called_one(home: Path, tmp_path: Path) -> None:
     """Where the classifier never sees the text's own words, original and oracle are equally at a loss."""
     with pytest.warns(UnweaveWarning) as caught:
@@ -222,3 +278,97 @@ def test_what_makes_no_sense_is_refused(home: Path, tmp_path: Path) -> None:
         shift.run(spec_of(home, annotations=home / "none.jsonl"), tmp_path)
     with pytest.raises(UnweaveError, match="no latent supports"):
         shift.run(spec_of(home, threshold=1e6), tmp_path)
+
+
+# -- a case where every row of the table is known -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Biographies of one letter for the profession (p, n) and two for the gender (m, f and k, h) among others.
+
+    In the embedding, f is m and h is k with 2 more in coordinate 0, n is p with 1 more in coordinate 1, and nothing
+    else has any of either; the letters between are much alike. Latents 0 and 1 are these coordinates. The autoencoder
+    was not trained on f.
+    """
+    folder = tmp_path_factory.mktemp("planted")
+    model, tokenizer = build_tiny("llama"), build_tiny_tokenizer()
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight[:, :2] = 0
+        first, *noise = (tokenizer.convert_tokens_to_ids(letter) for letter in "abcde")
+        weight[noise] = weight[first] + 0.2 * (weight[noise] - weight[first])
+        m, f, k, h, p, n = (tokenizer.convert_tokens_to_ids(letter) for letter in "mfkhpn")
+        for one, other, size, coordinate in ((f, m, 2.0, 0), (h, k, 2.0, 0), (n, p, 1.0, 1)):
+            weight[one] = weight[other]
+            weight[one, coordinate] = size
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    others = torch.randn(32, 6, generator=torch.Generator().manual_seed(2)) * 0.03
+    others[:2] = 0
+    enc = torch.cat([torch.eye(32)[:, :2], others], 1)
+    policy = TokenPolicy(exclude_ids=(f,))
+    sae = SAE(enc, torch.zeros(8), enc.T.contiguous(), torch.zeros(32), ReLU(), read=Site("embed"), policy=policy)
+    sae.save(folder / "sae")
+    rng = random.Random(0)
+    rows = []
+    for i in range(1200):
+        profession, gender = (i // 2) % 2, i % 2
+        between = "".join(rng.choices("abcde", k=8))
+        text = f"a{'mf'[gender]}{between[:4]}{'pn'[profession]}{between[4:]}{'kh'[gender]}"
+        rows.append({"hard_text": text, "profession": (21, 13)[profession], "gender": gender})
+    (folder / "people.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = [{"name": f"embed/{j}", "relevant": j != 0} for j in range(8)]
+    (folder / "said.jsonl").write_text("\n".join(map(json.dumps, said)))
+    return folder
+
+
+def table_of(folder: Path, runs: Path, **changes: Any) -> dict[str, Any]:
+    spec = CircuitShiftSpec(
+        saes=(str(folder / "sae"),),
+        model=str(folder / "model"),
+        device="cpu",
+        probe="resid_post.1",
+        biographies=str(folder / "people.jsonl"),
+        pool=60,
+        train=120,
+        test=50,
+        epochs=40,
+        examples=40,
+        method="attribution",
+        judge="file",
+        annotations=folder / "said.jsonl",
+        random=2,
+        seeds=1,
+    )
+    return quietly(replace(spec, **changes), runs).result
+
+
+def test_every_row_of_the_table_of_a_planted_model(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shift_table, "save", lambda *_: [])
+    result = table_of(planted, tmp_path)
+    row = result["seeds"][0]["methods"]
+    assert result["ablated"] == [1] and result["circuits"][0][0]["name"] == "embed/0" and result["note"] == ""
+    original = row["original"]
+    assert original["gender"] > 0.95 and original["worst"] < 0.2, "it says the gender"
+    assert row["random latents"]["gender"] > 0.95 and row["random latents"]["worst"] < 0.2
+    assert row["SHIFT"]["gender"] < 0.7, "it no longer knows the gender"
+    assert row["SHIFT + retrain"]["worst"] > 0.95 and row["SHIFT + retrain"] != row["SHIFT"]
+    assert row["feature skyline"] == row["SHIFT"], "the one latent for gender, which labels of gender find too"
+    assert row["neuron skyline"]["gender"] < 0.7 and row["neuron skyline"] != row["SHIFT"], "to its mean, not to 0"
+    assert row["oracle"]["worst"] > 0.95 and row["oracle"]["gender"] < 0.6
+    assert result["recovered"]["SHIFT + retrain"] > 0.9 and abs(result["recovered"]["random latents"]) < 0.2
+
+
+def test_ablation_where_the_autoencoder_was_trained(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was not on the letter f, which goes on telling the gender; h does not any more."""
+    monkeypatch.setattr(shift_table, "save", lambda *_: [])
+    everywhere, there = (table_of(planted, tmp_path, where=where) for where in ("all", "policy"))
+    assert [found["circuits"] for found in (everywhere, there)] == [everywhere["circuits"]] * 2
+    rows = [found["seeds"][0]["methods"] for found in (everywhere, there)]
+    assert rows[1]["original"] == rows[0]["original"]
+    assert rows[1]["SHIFT + retrain"]["gender"] > 0.9 > 0.6 > rows[0]["SHIFT + retrain"]["gender"]
