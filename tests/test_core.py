@@ -281,3 +281,15 @@ def test_a_process_alone_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> N
     world.cache_clear()
     with pytest.raises(UnweaveError, match="MASTER_ADDR, MASTER_PORT not set"):
         world()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MaybeNone(Spec):
+    summed: Literal["none", "positions"] | None = None
+    size: int | None = 3
+
+
+def test_the_word_none_is_a_value_where_a_field_has_it() -> None:
+    """Elsewhere it says that nothing is given."""
+    assert _MaybeNone.from_dict({"summed": "none"}).summed == "none"
+    assert _MaybeNone.from_dict({"summed": None, "size": "none"}) == _MaybeNone(size=None)

@@ -182,6 +182,11 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 def _coerce_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
     if value is None and type(None) in options:
         return None
+    named = [
+        word for option in options if typing.get_origin(option) is typing.Literal for word in typing.get_args(option)
+    ]
+    if isinstance(value, str) and value in named:  # where the word none is a value, it is that one
+        return value
     if isinstance(value, str) and value.lower() in ("none", "null") and type(None) in options:
         return None
     first: UnweaveError | None = None

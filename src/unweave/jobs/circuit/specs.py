@@ -6,7 +6,7 @@ Knows no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -102,9 +102,7 @@ class CircuitFindSpec(OfSAEsSpec):
         """As ``Spec.from_dict``; ``convention`` stands for rule and metric."""
         if "convention" in values:
             values = cls._meant(values, where)
-        made = super().from_dict(values, where=where, base=base)
-        # Elsewhere the word none says that nothing is given; of this field it is a value.
-        return replace(made, summed="none") if values.get("summed") == "none" else made
+        return super().from_dict(values, where=where, base=base)
 
     @classmethod
     def _meant(cls, values: Mapping[str, Any], where: str) -> dict[str, Any]:
