@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from unweave.circuits.sweep import Sweep
+from unweave.report.plots import quiet
 from unweave.report.theme import LIGHT
 
 if TYPE_CHECKING:
@@ -55,22 +55,8 @@ def faithfulness_figure(curves: Mapping[str, Sweep], *, level: float = 0.8, titl
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def _panel(ax: Axes) -> None:
-    ax.set_facecolor(LIGHT["panel"])
-    ax.grid(axis="y", color=LIGHT["grid"], linewidth=0.8)
-    ax.set_axisbelow(True)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color(LIGHT["line"])
-    ax.tick_params(colors=LIGHT["soft"], labelsize=9)
+    quiet(ax)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
     for height in (0.0, 1.0):

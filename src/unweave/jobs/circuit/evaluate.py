@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unweave.circuits.faithfulness import Ablation, ablated_sites
-from unweave.circuits.figures import FEATURES, NEURONS, faithfulness_figure, png
+from unweave.circuits.figures import FEATURES, NEURONS, faithfulness_figure
 from unweave.circuits.graph import Circuit
 from unweave.circuits.sweep import PAPER_THRESHOLDS, Errors, Sweep, spread_thresholds, sweep
 from unweave.core.errors import UnweaveError
@@ -22,6 +22,7 @@ from unweave.jobs.circuit.draw import content_of, open_circuit
 from unweave.jobs.circuit.examples import INPUTS, PAIRS, Examples, examples_of, file_digests
 from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
 from unweave.jobs.circuit.specs import CircuitEvaluateSpec, CircuitFindSpec
+from unweave.report.plots import png
 from unweave.tasks import agreement, answers
 
 VERSION = 1

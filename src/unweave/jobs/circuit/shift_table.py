@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from unweave.core.run import atomic_write
 from unweave.jobs.circuit.shift_spec import CircuitShiftSpec
+from unweave.report.plots import quiet
 from unweave.report.theme import LIGHT
 
 if TYPE_CHECKING:
@@ -110,14 +111,7 @@ def figure(table: Table) -> Figure:
 
     figure = Figure(figsize=(8.6, 3.6), layout="constrained", facecolor=LIGHT["bg"])
     ax = figure.subplots()
-    ax.set_facecolor(LIGHT["panel"])
-    ax.grid(axis="y", color=LIGHT["grid"], linewidth=0.8)
-    ax.set_axisbelow(True)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color(LIGHT["line"])
-    ax.tick_params(colors=LIGHT["soft"], labelsize=9)
+    quiet(ax)
     for place, measure in enumerate(MEASURES):
         values: list[Any] = [table[method][measure] for method in METHODS]
         at = [i + 0.26 * (place - 1) for i in range(len(METHODS))]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from unweave.papers.instruct_saes.compare import Cell, Measured, curve
 from unweave.papers.instruct_saes.plan import RECIPES
+from unweave.report.plots import quiet
 from unweave.report.theme import LIGHT
 
 if TYPE_CHECKING:
@@ -25,14 +25,7 @@ def _figure(columns: int, rows: int, width: float, height: float) -> tuple[Figur
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=LIGHT["bg"])
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for ax in axes:
-        ax.set_facecolor(LIGHT["panel"])
-        ax.grid(axis="y", color=LIGHT["grid"], linewidth=0.8)
-        ax.set_axisbelow(True)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            ax.spines[side].set_color(LIGHT["line"])
-        ax.tick_params(colors=LIGHT["soft"], labelsize=9)
+        quiet(ax)
     return figure, axes
 
 
@@ -120,10 +113,3 @@ def ratings(by_recipe: Mapping[str, Mapping[int, int]], controls: Mapping[str, M
     ax.grid(visible=False)
     _legend(figure, ax)
     return figure
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
-    return buffer.getvalue()

@@ -14,6 +14,7 @@ from unweave.papers.instruct_saes.plan import MATCHED_L0, RECIPES, Plan
 from unweave.papers.instruct_saes.spec import InstructSaesSpec
 from unweave.papers.page import claims_html, document, figure
 from unweave.report.pieces import esc, table
+from unweave.report.plots import png
 
 _SHOWN = (
     "log2 MSE",
@@ -50,7 +51,7 @@ def write(
             {name: _distribution(result["real"]) for name, result in scores.items()},
             {name: _distribution(result["shuffled"]) for name, result in scores.items() if result["shuffled"]},
         )
-    pictures = {name: figures.png(figure) for name, figure in drawn.items()}
+    pictures = {name: png(figure) for name, figure in drawn.items()}
     for name, picture in pictures.items():
         with atomic_write(folder / f"{name}.png") as temporary:
             temporary.write_bytes(picture)
