@@ -169,6 +169,9 @@ def _thresholds(spec: CircuitDrawSpec, found: Found) -> tuple[float, float, str]
     if edge is None:
         n_nodes = min(len(circuit.above(node)), spec.max_nodes)
         edge = edge_threshold_for(circuit, node, round(_EDGES_A_NODE * n_nodes))
+        asked = circuit.about.get("options")
+        own_edge = asked.get("edge_threshold", 0.0) if isinstance(asked, Mapping) else 0.0
+        edge = max(edge, float(own_edge))  # weaker ones were never kept
     return node, edge, why
 
 
