@@ -37,8 +37,8 @@ _LEAST_GAP, _RANDOM_AT_MOST = 0.2, 0.1
 def write(folder: Path, spec: FeatureCircuitsSpec, plan: Plan, parts: Parts) -> dict[str, Any]:
     """Writes ``table.md``, ``claims.md``, figures and ``report.html``; returns the run's result."""
     circuits = {name: Circuit.load(run.path / CIRCUIT) for name, run in parts.found.items()}
-    pair = ("across_rc", "across_pp")
-    shared = overlap(*(circuits[name] for name in pair), (plan.thresholds[pair[0]][0], plan.thresholds[pair[1]][0]))
+    limits = (plan.thresholds["across_rc"][0], plan.thresholds["across_pp"][0])
+    shared = overlap(circuits["across_rc"], circuits["across_pp"], limits)
     curves = {name: read_json(run.path / "faithfulness.json") for name, run in parts.evaluated.items()}
     claims = [*_agreement_claims(parts, curves, shared), *_shift_claims(parts.shifted), _behaviour_claim(parts)]
     heads, rows = ["structure", *_reached_heads()], [[name, *_reached(run)] for name, run in parts.evaluated.items()]
