@@ -29,6 +29,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.run import atomic_write
 from unweave.lm.chat import encode_text
 from unweave.lm.model import LM, Tokens
+from unweave.tasks.suitable import suitable, tokenizer_of
 
 Structure = Literal["simple", "within_rc", "across_rc", "across_pp"]
 Split = Literal["train", "test"]
@@ -113,7 +114,7 @@ def pairs(lm: LM | Any, structure: Structure, n: int, *, seed: int = 0, split: S
 
     Raises UnweaveError when fewer than ``n`` qualify.
     """
-    tokenizer = _tokenizer_of(lm)
+    tokenizer = tokenizer_of(lm)
     if structure not in STRUCTURES:
         raise UnweaveError(f"unknown structure {structure!r}", remedy=f"use one of {', '.join(STRUCTURES)}")
     if split not in ("train", "test"):
@@ -156,16 +157,7 @@ def problem_of(tokenizer: Any, pair: Pair) -> str | None:
 
 def usable(lm: LM | Any, candidates: Iterable[Pair]) -> tuple[list[Pair], dict[str, int]]:
     """The pairs that suit the tokenizer, and how many were left out for which reason."""
-    tokenizer = _tokenizer_of(lm)
-    kept: list[Pair] = []
-    problems: Counter[str] = Counter()
-    for pair in candidates:
-        problem = problem_of(tokenizer, pair)
-        if problem is None:
-            kept.append(pair)
-        else:
-            problems[problem] += 1
-    return kept, dict(problems)
+    return suitable(lm, candidates, problem_of)
 
 
 def batches(
@@ -175,7 +167,7 @@ def batches(
 
     Raises UnweaveError for a pair that does not suit the tokenizer (see ``problem_of``).
     """
-    tokenizer = _tokenizer_of(lm)
+    tokenizer = tokenizer_of(lm)
     groups: dict[int, list[tuple[list[list[int]], list[int]]]] = {}
     for number, pair in enumerate(chosen):
         problem = problem_of(tokenizer, pair)
@@ -361,10 +353,3 @@ def _split_of(structure: Structure, words: Sequence[tuple[str, ...]]) -> Split:
     key = "|".join([structure, *(group[-1] for group in words)])
     draw = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
     return "test" if draw < _TEST_SHARE else "train"
-
-
-def _tokenizer_of(lm: LM | Any) -> Any:
-    tokenizer = lm.tokenizer if isinstance(lm, LM) else lm
-    if tokenizer is None:
-        raise UnweaveError("this LM has no tokenizer", remedy="make it with LM(model, tokenizer)")
-    return tokenizer

@@ -11,7 +11,6 @@ The metric is what the model loses when the answer becomes less likely: -log p(a
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.run import atomic_write
 from unweave.lm.chat import encode_text
 from unweave.lm.model import LM, Tokens
+from unweave.tasks.suitable import suitable, tokenizer_of
 
 AnswerMetric = Literal["neg-log-p", "neg-logit"]
 
@@ -75,16 +75,7 @@ def problem_of(tokenizer: Any, given: Input) -> str | None:
 
 def usable(lm: LM | Any, candidates: Iterable[Input]) -> tuple[list[Input], dict[str, int]]:
     """The inputs that suit the tokenizer (an LM's, or the one given), and how many were left out for which reason."""
-    tokenizer = _tokenizer_of(lm)
-    kept: list[Input] = []
-    problems: Counter[str] = Counter()
-    for given in candidates:
-        problem = problem_of(tokenizer, given)
-        if problem is None:
-            kept.append(given)
-        else:
-            problems[problem] += 1
-    return kept, dict(problems)
+    return suitable(lm, candidates, problem_of)
 
 
 def batches(
@@ -102,7 +93,7 @@ def batches(
     """
     if max_rows is not None and max_rows < 1:
         raise UnweaveError(f"batches of {max_rows} rows", remedy="give at least one row")
-    tokenizer = _tokenizer_of(lm)
+    tokenizer = tokenizer_of(lm)
     made: list[tuple[tuple[list[int], list[int]], int]] = []
     for number, given in enumerate(chosen):
         problem = problem_of(tokenizer, given)
@@ -176,10 +167,3 @@ def _input(value: Any, where: str) -> Input:
         remedy = 'each needs "context" (text, or a list of tokens\' texts) and "answer" (text)'
         raise UnweaveError("context or answer is missing or no text", where=where, remedy=remedy)
     return Input(context, answer)
-
-
-def _tokenizer_of(lm: LM | Any) -> Any:
-    tokenizer = lm.tokenizer if isinstance(lm, LM) else lm
-    if tokenizer is None:
-        raise UnweaveError("this LM has no tokenizer", remedy="make it with LM(model, tokenizer)")
-    return tokenizer
