@@ -19,7 +19,8 @@ from unweave.circuits.graph import Circuit
 from unweave.circuits.sweep import Sweep, sweep
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
-from unweave.core.run import Run, read_json
+from unweave.core.files import read_json
+from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.jobs.circuit import evaluate, examples, find
 from unweave.jobs.circuit.saes import open_saes

@@ -21,7 +21,8 @@ from unweave.core import run as run_module
 from unweave.core.codes import Codes
 from unweave.core.dist import SOLO, Group, world
 from unweave.core.errors import UnweaveError
-from unweave.core.run import Run, atomic_write, read_json, write_json
+from unweave.core.files import read_json
+from unweave.core.run import Run, atomic_write, write_json
 from unweave.core.site import LAYER_POINTS, Site, matching
 from unweave.core.spec import Spec, operational
 

@@ -14,7 +14,8 @@ import torch
 from conftest import build_tiny, build_tiny_tokenizer
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError, UnweaveWarning
-from unweave.core.run import Run, read_json
+from unweave.core.files import read_json
+from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec

@@ -20,7 +20,8 @@ from conftest import build_tiny, build_tiny_tokenizer
 from test_jobs import home, spec_of  # noqa: F401  (home is a fixture)
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
-from unweave.core.run import Run, read_json, write_json
+from unweave.core.files import read_json
+from unweave.core.run import Run, write_json
 from unweave.core.site import Site
 from unweave.data.stream import RowBatches
 from unweave.jobs import checkpoint, doctor, start, train

@@ -20,6 +20,7 @@ from unweave.cli.output import for_machines, show_outcome
 from unweave.cli.progress import show_progress
 from unweave.cli.stages import Stage
 from unweave.core.errors import UnweaveError
+from unweave.core.files import parse_yaml
 
 _IN_SEVERAL = ("train",)
 """the stages that torchrun can start in several processes"""
@@ -120,13 +121,8 @@ def _word(leaf: Leaf, word: str) -> Any:
         return word
     if word[:1] not in ("[", "{"):
         return {leaf.short_form: word} if leaf.short_form else word
-    import yaml
-
     try:
-        return yaml.safe_load(word)
-    except yaml.YAMLError as error:
-        raise UnweaveError(
-            f"cannot read {word!r}: {' '.join(str(error).split())}",
-            where=f"--{leaf.name}",
-            remedy="write a YAML list or mapping, in quotes: '[{path: a.txt}, {path: b.txt}]'",
-        ) from None
+        return parse_yaml(word, f"--{leaf.name}")
+    except UnweaveError as error:
+        remedy = "write a YAML list or mapping, in quotes: '[{path: a.txt}, {path: b.txt}]'"
+        raise UnweaveError(f"cannot read {word!r}: {error.what}", where=error.where, remedy=remedy) from None

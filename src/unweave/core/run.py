@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from unweave.core.errors import UnweaveError
+from unweave.core.files import read_json
 from unweave.core.spec import Spec, digest
 
 _NEARLY_NOTHING = 1 << 20
@@ -106,16 +107,6 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; UnweaveError when it is missing or malformed."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UnweaveError("the file does not exist", where=str(path), remedy="check the path") from None
-    except (ValueError, OSError) as error:
-        raise UnweaveError(f"cannot read it as JSON: {error}", where=str(path), remedy="restore the file") from error
 
 
 def environment() -> dict[str, Any]:

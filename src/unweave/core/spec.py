@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from unweave.core.errors import UnweaveError
+from unweave.core.files import read_json, read_toml, read_yaml
 
 
 def operational(default: Any) -> Any:
@@ -109,23 +110,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UnweaveError("no such configuration file", where=str(path), remedy="give the path of a YAML or TOML file")
-    try:
-        if path.suffix == ".toml":
-            import tomllib
-
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix in (".yaml", ".yml", ".json"):
-            import yaml
-
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        else:
-            raise UnweaveError("unknown configuration format", where=str(path), remedy="use .yaml, .yml or .toml")
-    except (ValueError, OSError) as error:
-        raise UnweaveError(f"cannot read it: {error}", where=str(path), remedy="mend the file") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise UnweaveError(f"malformed YAML: {error}", where=str(path), remedy="mend the file") from error
-        raise
+    if path.suffix == ".toml":
+        values = read_toml(path)
+    elif path.suffix in (".yaml", ".yml"):
+        values = read_yaml(path)
+    elif path.suffix == ".json":
+        values = read_json(path)
+    else:
+        raise UnweaveError("unknown configuration format", where=str(path), remedy="use .yaml, .yml, .toml or .json")
     if values is None:
         return {}
     if not isinstance(values, dict):

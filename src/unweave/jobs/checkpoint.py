@@ -14,7 +14,8 @@ import torch
 
 from unweave.core.dist import Group
 from unweave.core.errors import UnweaveError
-from unweave.core.run import Run, atomic_write, read_json, write_json
+from unweave.core.files import read_json
+from unweave.core.run import Run, atomic_write, write_json
 
 _INDEX = "checkpoint.json"
 

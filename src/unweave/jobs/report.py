@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from unweave.core.run import Run, atomic_write, read_json
+from unweave.core.files import read_json
+from unweave.core.run import Run, atomic_write
 from unweave.core.spec import digest
 from unweave.jobs.common import sae_digest
 from unweave.jobs.specs import ReportSpec

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from unweave.core.dist import SOLO, Group, refuse_shared_device, world
 from unweave.core.errors import UnweaveError, UnweaveWarning
+from unweave.core.files import read_json
 from unweave.core.progress import task
-from unweave.core.run import Run, peak_memory_gb, read_json
+from unweave.core.run import Run, peak_memory_gb
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.data.stream import ActivationSource, MixingBuffer, Norms, RowBatches, calibrate

@@ -21,8 +21,9 @@ from unweave.circuits.behaviours import Confidence, Example, Found
 from unweave.circuits.find import Options, find_circuit
 from unweave.circuits.vectors import SPARSE, vectors
 from unweave.core.errors import UnweaveError
+from unweave.core.files import read_json
 from unweave.core.progress import task
-from unweave.core.run import Run, atomic_write, read_json, write_json
+from unweave.core.run import Run, atomic_write, write_json
 from unweave.core.spec import Spec, digest
 from unweave.data.pack import PackSpec
 from unweave.jobs.circuit.behaviours_cards import Behaviour, cards_of

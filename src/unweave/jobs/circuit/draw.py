@@ -18,7 +18,8 @@ from unweave.circuits.draw_html import draw_html
 from unweave.circuits.graph import Circuit, Node
 from unweave.circuits.picture import Selection, select
 from unweave.core.errors import UnweaveError
-from unweave.core.run import Run, atomic_write, read_json
+from unweave.core.files import read_json
+from unweave.core.run import Run, atomic_write
 from unweave.core.site import Site
 from unweave.jobs.circuit.examples import PAIRS
 from unweave.jobs.circuit.records import records_of

@@ -14,7 +14,8 @@ from unweave.circuits.figures import FEATURES, NEURONS, faithfulness_figure
 from unweave.circuits.graph import Circuit
 from unweave.circuits.sweep import PAPER_THRESHOLDS, Errors, Sweep, spread_thresholds, sweep
 from unweave.core.errors import UnweaveError
-from unweave.core.run import Run, atomic_write, peak_memory_gb, read_json, write_json
+from unweave.core.files import read_json
+from unweave.core.run import Run, atomic_write, peak_memory_gb, write_json
 from unweave.core.site import Site
 from unweave.core.spec import digest
 from unweave.jobs.circuit import find

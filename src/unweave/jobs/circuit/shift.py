@@ -30,7 +30,8 @@ from unweave.circuits.probe import Probe, Recipe, accuracies, fit
 from unweave.circuits.relevance import Verdict
 from unweave.circuits.shift import Strong
 from unweave.core.errors import UnweaveError, UnweaveWarning
-from unweave.core.run import Run, atomic_write, read_json, write_json
+from unweave.core.files import read_json
+from unweave.core.run import Run, atomic_write, write_json
 from unweave.core.site import Site
 from unweave.jobs.circuit import shift_judge, shift_table
 from unweave.jobs.circuit.records import text_stamps

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from unweave.circuits.figures import FEATURES, NEURONS
 from unweave.circuits.graph import Circuit
-from unweave.core.run import Run, atomic_write, read_json
+from unweave.core.files import read_json
+from unweave.core.run import Run, atomic_write
 from unweave.jobs.circuit.evaluate import NAMES
 from unweave.jobs.circuit.find import CIRCUIT
 from unweave.jobs.circuit.shift_table import FEATURES as FEATURE_SKYLINE

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from unweave.core.errors import UnweaveError, UnweaveWarning
-from unweave.core.run import atomic_write, read_json, write_json
+from unweave.core.files import read_json
+from unweave.core.run import atomic_write, write_json
 from unweave.core.site import Site
 from unweave.sae.activations import JumpReLU, TopK
 from unweave.sae.formats.about import build_foreign, build_own, own_block

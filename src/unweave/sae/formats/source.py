@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unweave.core.errors import UnweaveError
-from unweave.core.run import read_json
+from unweave.core.files import read_json, read_yaml
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,3 @@ def tensor_names(path: Path) -> frozenset[str]:
             return frozenset(handle.keys())
     except (SafetensorError, OSError, ValueError):
         return frozenset()
-
-
-def read_yaml(path: Path) -> Any:
-    """A YAML file's content as plain values. Raises UnweaveError when it is damaged or wants objects made."""
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UnweaveError(f"cannot read it as YAML: {error}", where=str(path), remedy="restore the file") from error
