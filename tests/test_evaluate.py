@@ -23,7 +23,7 @@ from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.evaluate import core
 from unweave.evaluate.core import CoreMetrics, drift, evaluate, store_batches
-from unweave.evaluate.metrics import density_histogram
+from unweave.evaluate.metrics import density_histogram, recovered_share
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
@@ -505,6 +505,26 @@ def test_recovered_is_undefined_where_ablation_does_no_harm(tiny: Any, llama: An
     json.dumps(measured.to_dict(), allow_nan=False)
 
 
+@pytest.mark.parametrize("family_name", ["gpt2", "llama"])
+def test_recovered_is_undefined_where_the_model_only_guesses(tiny: Any, family_name: str) -> None:
+    """A model of random weights on text that is not its own: the parts of a quotient of nothings look like a result."""
+    model = tiny(family_name)
+    lm, rows = LM(model, None), torch.randint(6, 97, (8, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    measured = evaluate(lm, make_sae("relu"), [batch_of(rows)])
+    assert measured.ce_clean > math.log(lm.vocab_size) - 0.1
+    assert measured.recovered_vs_mean is None and measured.recovered_vs_zero is None
+    assert all("does not predict this text" in note for note in measured.notes) and len(measured.notes) == 2
+
+
+def test_recovered_needs_damage() -> None:
+    ce = {"clean": 3.0, "sae": 3.004, "mean": 3.008, "zero": 4.0}
+    share, note = recovered_share(ce, "mean", 50_000)
+    assert share is None and "3.0000 -> 3.0080" in note
+    assert recovered_share(ce, "zero", 50_000) == (pytest.approx(0.996), "")
+    share, note = recovered_share(ce, "zero", 20)  # ln 20 = 2.9957: no better than guessing
+    assert share is None and "2.9957" in note
+
+
 def test_nothing_to_count(llama: Any) -> None:
     lm, rows = llama
     with pytest.raises(UnweaveError, match="no tokens to evaluate"):
@@ -534,7 +554,7 @@ def test_result_is_json_and_stamped(llama: Any) -> None:
     lm, rows = llama
     measured = evaluate(lm, make_sae(), iter([batch_of(rows)]))
     values = json.loads(json.dumps(measured.to_dict(), allow_nan=False))
-    assert values["metric_set"] == "unweave.core/1" and values["site"] == "resid_post.1"
+    assert values["metric_set"] == "unweave.core/2" and values["site"] == "resid_post.1"
     assert "firing_counts" not in values
     assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
 

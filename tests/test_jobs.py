@@ -142,6 +142,8 @@ def test_every_stage_runs_on_it_and_the_report_shows_them(trained: Run, runs: Pa
     page = Path(made.result["report"]).read_text()
     assert "unweave trace" in page and "resid_post.1" in page
     assert report.run(ReportSpec(sae=folder), runs).reused
+    short = Path(report.run(ReportSpec(sae=folder, latents=5), runs).result["report"]).read_text()
+    assert "These are 5 of 128 latents" in short and len(short) < len(page) / 2 and "of 128 latents, the" not in page
 
 
 def test_several_sites_share_every_forward_pass(home: Path, tmp_path: Path) -> None:

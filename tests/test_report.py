@@ -240,6 +240,13 @@ def test_page_of_a_whole_sae_stays_small() -> None:
     assert size < 15e6
 
 
+def test_page_says_what_it_leaves_out() -> None:
+    words = Page(render(replace(full(), recorded=131_072))).words()
+    assert f"These are {len(full().latents or ()):,} of 131,072 latents" in words
+    assert "unweave report --latents none" in words
+    assert "of 131,072" not in Page(render(replace(full(), recorded=len(full().latents or ())))).words()
+
+
 # ---- numbers in words ----
 
 

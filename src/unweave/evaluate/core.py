@@ -8,7 +8,7 @@
 3. A second pass computes the model's next-token loss four times: as it is, with xhat in place of x, with mu in place
    of x, and with zeros in place of x; and the divergence KL(clean || edited) of the last three.
 4. recovered = (ce_ablated - ce_sae) / (ce_ablated - ce_clean): 1 when nothing is lost, 0 when the SAE is no better
-   than the ablation.
+   than the ablation; undefined, with the reason, where the model does not predict the text or ablation costs nothing.
 
 Sums run over tokens, never over batch means, so how the tokens are split, ordered or padded changes nothing beyond
 rounding (trap 33). What is left out is marked by boolean masks, never by zeros (trap 34).
@@ -64,7 +64,7 @@ def evaluate(lm: LM, sae: SAE, batches: Iterable[Tokens]) -> CoreMetrics:
                 remedy="give text with ordinary tokens, or an SAE with another token policy",
             )
         losses = _losses(lm, sae, pieces, keeps, write, counted.mean)
-    return _metrics(write, counted, left_out, excluded, losses)
+    return _metrics(write, counted, left_out, excluded, losses, lm.vocab_size)
 
 
 def store_batches(lm: LM, store: TokenStore, rows: Sequence[int], batch_tokens: int = 2048) -> list[Tokens]:
@@ -294,7 +294,12 @@ def _compare(clean: Tensor, edited: Tensor, batch: Tokens, first_row: int, name:
 
 
 def _metrics(
-    site: Site, counted: _Sums, left_out: _Sums, excluded: dict[str, int], losses: tuple[int, dict[str, _Loss]]
+    site: Site,
+    counted: _Sums,
+    left_out: _Sums,
+    excluded: dict[str, int],
+    losses: tuple[int, dict[str, _Loss]],
+    vocabulary: int,
 ) -> CoreMetrics:
     n, width = counted.n, len(counted.mean)
     unexplained = _over_variance(counted, site)
@@ -308,7 +313,7 @@ def _metrics(
     kl = {name: loss.kl / predictions for name, loss in sums.items()}
     recovered, notes = {}, []
     for name in ("mean", "zero"):
-        recovered[name], note = recovered_share(ce, name)
+        recovered[name], note = recovered_share(ce, name, vocabulary)
         notes += [note] if note else []
     return CoreMetrics(
         metric_set=METRIC_SET,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from unweave.core.errors import UnweaveWarning
 
-METRIC_SET = "unweave.core/1"
+METRIC_SET = "unweave.core/2"
 """Name and version of the definitions of ``evaluate/core.py``; raised whenever a number would change (trap 32)."""
 
+_LEAST_GAIN = 0.1
+"""nats below guessing, for a model that predicts; what has learnt anything of a text gains several"""
+_LEAST_DAMAGE = 0.02
+"""nats; ablating a layer's stream costs several, ablating one attention layer's output some tenths"""
 _DENSITY_EDGES = tuple(-6.0 + 0.25 * i for i in range(25))
 
 
@@ -69,7 +74,7 @@ class CoreMetrics:
     kl_zero: float
     """KL(clean || zero-ablated)."""
     recovered_vs_mean: float | None
-    """(ce_mean - ce_sae) / (ce_mean - ce_clean); None where mean ablation does not raise the loss, see ``notes``."""
+    """(ce_mean - ce_sae) / (ce_mean - ce_clean); None where there is nothing to recover, see ``notes``."""
     recovered_vs_zero: float | None
     """(ce_zero - ce_sae) / (ce_zero - ce_clean); easier, since zeros are far from any activation. None likewise."""
     notes: tuple[str, ...] = ()
@@ -118,12 +123,21 @@ def density_histogram(counts: Tensor, n_tokens: int) -> dict[str, Any]:
     return {"edges": list(_DENSITY_EDGES), "counts": histogram.tolist(), "never": len(counts) - len(fired)}
 
 
-def recovered_share(ce: dict[str, float], ablation: str) -> tuple[float | None, str]:
-    """The share of the ablation's damage that the SAE avoids; None and why, where there is no damage to avoid."""
-    damage = ce[ablation] - ce["clean"]
-    if damage <= 1e-4 * max(1.0, ce["clean"]):
+def recovered_share(ce: dict[str, float], ablation: str, vocabulary: int) -> tuple[float | None, str]:
+    """The share of the ablation's damage that the SAE avoids; None and why, where there is nothing to recover.
+
+    That is where the model hardly predicts the text better than by guessing among ``vocabulary`` tokens, and where the
+    ablation costs less than 0.02 nats: a quotient of two such numbers looks like a result and says nothing.
+    """
+    damage, guessing = ce[ablation] - ce["clean"], math.log(vocabulary)
+    if ce["clean"] > guessing - _LEAST_GAIN:
         return None, (
-            f"{ablation} ablation does not raise the cross-entropy ({ce['clean']:.4f} -> {ce[ablation]:.4f}), so the "
-            f"share recovered against it is undefined"
+            f"the model does not predict this text: its cross-entropy is {ce['clean']:.4f} nats, guessing among "
+            f"{vocabulary:,} tokens costs {guessing:.4f}; so there is nothing to recover from {ablation} ablation"
+        )
+    if damage < _LEAST_DAMAGE:
+        return None, (
+            f"{ablation} ablation does not raise the cross-entropy by {_LEAST_DAMAGE} nats ({ce['clean']:.4f} -> "
+            f"{ce[ablation]:.4f}), so the share recovered against it is undefined"
         )
     return (ce[ablation] - ce["sae"]) / damage, ""

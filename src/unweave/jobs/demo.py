@@ -74,6 +74,13 @@ def run(spec: DemoSpec, runs: Path) -> Run:
     return run
 
 
+def _recovered(measured: dict[str, Any], ablation: str, words: str) -> tuple[float | None, str]:
+    """The share recovered and what it says, or why there is none."""
+    share = measured[f"recovered_vs_{ablation}"]
+    reasons = [note for note in measured["notes"] if f"{ablation} ablation" in note]
+    return share, words if share is not None or not reasons else reasons[0]
+
+
 def _found(done: dict[str, Run]) -> dict[str, Any]:
     """What the demo found, by name, and ``summary``: the rows that the terminal shows at the end."""
     trained, measured, records, traced, steered, page = (
@@ -85,8 +92,8 @@ def _found(done: dict[str, Run]) -> dict[str, Any]:
         ("training tokens", trained["tokens"], f"{trained['distinct_tokens']:,} distinct ones"),
         ("unexplained variance", measured["unexplained_variance"], "0 is perfect, 1 is guessing the mean"),
         ("active latents per token (L0)", measured["l0"], f"of {records['latents']:,}"),
-        ("cross-entropy recovered", measured["recovered_vs_mean"], "against mean ablation; 1 is the unedited model"),
-        ("... against zero ablation", measured["recovered_vs_zero"], "an easier comparison"),
+        ("cross-entropy recovered", *_recovered(measured, "mean", "against mean ablation; 1 is the unedited model")),
+        ("... against zero ablation", *_recovered(measured, "zero", "an easier comparison")),
         ("alive latents", records["alive_fraction"], f"fire somewhere in {records['tokens']:,} tokens"),
         (
             "attribution, Pearson",

@@ -12,7 +12,7 @@ from unweave.evaluate.core import drift, evaluate, store_batches
 from unweave.jobs.common import data_of, open_sae, sae_digest, token_store
 from unweave.jobs.specs import EvalSpec
 
-VERSION = 1
+VERSION = 2
 
 
 def run(spec: EvalSpec, runs: Path) -> Run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from unweave.report.page import render
 from unweave.report.records import entry_of
 from unweave.sae.records import Records
 
-VERSION = 1
+VERSION = 2
 _STAGES = ("eval", "latents", "trace", "steer")
 
 
@@ -82,7 +82,8 @@ def gather(spec: ReportSpec, found: dict[str, Run | None]) -> page.ReportData:
         evaluation=_measures(evaluation),
         density=page.DensityHistogram(**density) if density else None,
         training=_curve(trained, config["d_sae"], own.get("read")),
-        latents=[entry_of(records.latent(j)) for j in _shown(records, spec.latents)] if records else None,
+        latents=[entry_of(records.latent(j)) for j in _shown(records, spec.latents, found)] if records else None,
+        recorded=len(records) if records else None,
         attribution=_attribution(found["trace"]),
         steering=_steering(found["steer"]),
         settings={stage: one.spec for stage, one in {"train": trained, **found}.items() if one is not None},
@@ -130,8 +131,14 @@ def _curve(trained: Run | None, latents: int, site: str | None) -> page.Training
     )
 
 
-def _shown(records: Records, limit: int | None) -> Iterable[int]:
-    return range(len(records) if limit is None else min(limit, len(records)))
+def _shown(records: Records, limit: int | None, found: Mapping[str, Run | None]) -> list[int]:
+    """The first ``limit`` latents (None: all), and those that other parts of the page name."""
+    shown = set(range(len(records) if limit is None else min(limit, len(records))))
+    if (traced := found["trace"]) is not None:
+        shown |= {row["latent"] for row in traced.result["rows"]}
+    if (steered := found["steer"]) is not None:
+        shown.add(steered.result["latent"])
+    return sorted(shown)
 
 
 def _attribution(run: Run | None) -> page.Attribution | None:

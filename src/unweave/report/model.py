@@ -158,6 +158,8 @@ class ReportData:
     density: DensityHistogram | None = None
     training: TrainingCurve | None = None
     latents: Sequence[LatentEntry] | None = None
+    recorded: int | None = None
+    """Of how many latents there are records, where ``latents`` may be only some of them."""
     attribution: Attribution | None = None
     steering: Steering | None = None
     settings: Mapping[str, Mapping[str, object]] | None = None

@@ -158,6 +158,12 @@ def latents(data: ReportData) -> Section:
         "chosen for. <i>Raises</i> and <i>lowers</i> name the next tokens that its direction makes more and less "
         "likely. Search for a word, or follow a latent's number from anywhere on this page.</p>"
     )
+    if data.recorded is not None and data.recorded > len(data.latents):
+        words += (
+            f"<p>These are {len(data.latents):,} of {data.recorded:,} latents, the first by number and those that this "
+            "page names elsewhere, so that the page stays small. <code>unweave report --latents none</code> shows all "
+            "of them, and <code>Records.load(folder).latent(number)</code> any one.</p>"
+        )
     explorer = explorer_html(payload(data.latents, _tags(data)))
     return Section("latents", "Latents", heading, f'{words}<div class="uw-wide">{explorer}</div>')
 
