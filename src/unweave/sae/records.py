@@ -166,7 +166,7 @@ class Records:
         return LatentRecord(
             latent=int(j),
             count=int(self.count[place]),
-            rate=float(self.rate[place]),
+            rate=int(self.count[place]) / self.n_tokens,
             maximum=float(self.maximum[place]),
             mean_active=float(self.mean_active[place]),
             special_share=sum(special) / len(special) if special else None,
