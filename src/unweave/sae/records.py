@@ -158,7 +158,8 @@ class Records:
     def latent(self, j: int) -> LatentRecord:
         """One latent's record. Raises UnweaveError when there is no such latent, or no record of it."""
         place = self._place(j)
-        first, last = np.searchsorted(self.contexts.latent, [j, j + 1])
+        ends = np.array([j, j + 1], self.contexts.latent.dtype)  # of another type the whole column would be converted
+        first, last = np.searchsorted(self.contexts.latent, ends)
         kinds: dict[str, list[Context]] = {kind: [] for kind in KINDS}
         for c in range(int(first), int(last)):
             kinds[KINDS[self.contexts.kind[c]]].append(self._context(c))
