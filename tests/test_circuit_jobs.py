@@ -153,6 +153,10 @@ def test_a_circuit_is_evaluated_on_other_texts_beside_neurons(home: Path, found:
         "not of 6 tokens, as the circuit's texts": 3,
     }
     assert run.result["examples"]["examples"] == 6 and run.result["start_layer"] == 1
+    shown = {row[0]: row[1:] for row in run.result["summary"]}
+    # a model of random weights: 5 of 9 and 3 of 9 answers are right
+    assert shown["right answers"][0] == "56% / 33%" and "does not do this task" in shown["right answers"][1]
+    assert all(shown[name][0] == "-" for name in run.result["reached"])
     curves = {name: Sweep.from_dict(c) for name, c in read_json(run.path / "faithfulness.json").items()}
     names = ["latents and errors", "without attention and MLP errors", "without errors", "neurons"]
     assert list(curves) == names == list(run.result["reached"])

@@ -332,6 +332,7 @@ def test_mean_ablation_sets_coordinates_to_the_texts_mean(tiny_lm: Any) -> None:
 def test_recovered_share() -> None:
     assert shift.recovered(0.2, 0.6, 1.0) == pytest.approx(0.5)
     assert shift.recovered(0.9, 0.9, 0.9) is None
+    assert shift.recovered(0.8, 0.95, 0.85) is None  # three times a gap that is none
 
 
 # -- a case where it must work ------------------------------------------------------------------------------------

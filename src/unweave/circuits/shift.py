@@ -217,7 +217,11 @@ def mean_ablation(lm: LM, texts: Pooled, rows: Sequence[int], neurons: Sequence[
     return [MeanAblation(site, torch.tensor(by_site[site]), sums[site] / len(rows), texts.skip_first) for site in sites]
 
 
+LEAST_GAP = 0.2
+"""between the original's and the oracle's worst group; a smaller one is made up of the test set's chance"""
+
+
 def recovered(original: float, shifted: float, oracle: float) -> float | None:
-    """What share of the way from the original's to the oracle's worst group is made up; None where there is none."""
+    """What share of the way from the original's to the oracle's worst group is made up; None where that is short."""
     gap = oracle - original
-    return None if gap <= 0 else (shifted - original) / gap
+    return None if gap < LEAST_GAP else (shifted - original) / gap

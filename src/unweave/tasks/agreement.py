@@ -36,6 +36,8 @@ Split = Literal["train", "test"]
 STRUCTURES: tuple[Structure, ...] = ("simple", "within_rc", "across_rc", "across_pp")
 
 _TEST_SHARE = 0.2
+_DOES = 0.6
+"""the share of right answers below which a model does not do a task that chance does in half"""
 _NUMBERS = ("singular", "plural")
 
 
@@ -107,6 +109,20 @@ class Accuracy:
     clean: float
     patch: float
     by_case: dict[str, float]
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can be said of how the model does the task, where it does not do it; else None.
+
+        Guessing, and always giving the same answer, are right half the time.
+        """
+        mean = (self.clean + self.patch) / 2
+        if mean >= _DOES:
+            return None
+        return (
+            f"the model does not do this task: its answer is right on {self.clean:.0%} of the clean and "
+            f"{self.patch:.0%} of the patch texts, {_DOES:.0%} of both is the least"
+        )
 
 
 def pairs(lm: LM | Any, structure: Structure, n: int, *, seed: int = 0, split: Split = "train") -> list[Pair]:

@@ -20,13 +20,13 @@ from unweave.core.site import Site
 from unweave.core.spec import digest
 from unweave.jobs.circuit import find
 from unweave.jobs.circuit.draw import content_of, open_circuit
-from unweave.jobs.circuit.examples import INPUTS, PAIRS, Examples, examples_of, file_digests
+from unweave.jobs.circuit.examples import INPUTS, PAIRS, Examples, accuracy_row, examples_of, file_digests
 from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
 from unweave.jobs.circuit.specs import CircuitEvaluateSpec, CircuitFindSpec
 from unweave.report.plots import png
 from unweave.tasks import agreement, answers
 
-VERSION = 1
+VERSION = 2
 NAMES: dict[Errors, str] = {
     "default": FEATURES,
     "remove-attn-mlp": "without attention and MLP errors",
@@ -107,6 +107,7 @@ def run(spec: CircuitEvaluateSpec, runs: Path) -> Run:
             run.log("neurons", {"run": str(neuron_run.path.name)})
         result = _result(spec, found, examples, curves.found, start_layer)
         title = f"{find.task_of(found.spec)[:1].upper()}{find.task_of(found.spec)[1:]}"
+        title += " (the model does not do this task)" if examples.about.get("problem") else ""
         figure = faithfulness_figure(curves.found, level=spec.level, title=title)
         with atomic_write(run.path / "faithfulness.png") as temporary:
             temporary.write_bytes(png(figure))
@@ -211,7 +212,7 @@ def _result(
     spec: CircuitEvaluateSpec, found: Found, examples: Examples, curves: dict[str, Sweep], start_layer: int
 ) -> dict[str, Any]:
     first = next(iter(curves.values()))
-    level = spec.level
+    level, problem = spec.level, examples.about.get("problem")
     reached = {
         name: {"nodes": curve.nodes_for(level), "random": curve.random_nodes_for(level), "all": curve.changing}
         for name, curve in curves.items()
@@ -220,6 +221,9 @@ def _result(
     for name, numbers in reached.items():
         nodes, random = ("never" if n is None else f"{n:,.0f}" for n in (numbers["nodes"], numbers["random"]))
         beside = f"; random ones: {random}" if spec.draws else ""
+        if problem:
+            rows.append([name, "-", "the model does not do this task, see its right answers"])
+            continue
         rows.append([name, nodes, f"nodes for faithfulness {level:g}, of {numbers['all']:,}{beside}"])
     left = "; ".join(f"{n} left out: {why}" for why, n in examples.about["skipped"].items())
     return {
@@ -237,6 +241,7 @@ def _result(
         "summary": [
             ["task", find.task_of(found.spec), ""],
             ["examples", examples.about["examples"], left],
+            *accuracy_row(examples.about),
             ["metric of the model", first.model, "mean"],
             ["metric of no nodes", first.empty, f"everything from layer {start_layer} on ablated"],
             *rows,

@@ -37,6 +37,16 @@ class Examples:
             answers.save(folder / INPUTS, self.texts)  # type: ignore[arg-type]
 
 
+def accuracy_row(about: dict[str, Any]) -> list[list[str]]:
+    """The row of a summary that says how well the model does the task; none for single texts."""
+    if "accuracy" not in about:
+        return []
+    clean, patch = about["accuracy"].values()
+    return [
+        ["right answers", f"{clean:.0%} / {patch:.0%}", about["problem"] or "on clean and patch texts; chance: 50%"]
+    ]
+
+
 def file_digests(*paths: Path | None) -> dict[str, str]:
     """The content of the files of examples, for a run's identity. Raises UnweaveError for one that is missing."""
     found = {}
@@ -70,6 +80,7 @@ def examples_of(lm: LM, spec: CircuitFindSpec, *, known: Collection[str] = (), w
         "examples": sum(len(batch[0]) for batch in batches),
         "skipped": skipped,
         "accuracy": {"clean": right.clean, "patch": right.patch},
+        "problem": right.problem,
         "example": [
             ["clean", f"{chosen[0].clean_prefix} →{chosen[0].clean_answer}"],
             ["patch", f"{chosen[0].patch_prefix} →{chosen[0].patch_answer}"],

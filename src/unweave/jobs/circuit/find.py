@@ -12,7 +12,7 @@ import torch
 from unweave.circuits.find import Options, find_circuit, find_nodes
 from unweave.circuits.graph import Circuit, Node, Y
 from unweave.core.run import Run, write_json
-from unweave.jobs.circuit.examples import Examples, examples_of, file_digests
+from unweave.jobs.circuit.examples import Examples, accuracy_row, examples_of, file_digests
 from unweave.jobs.circuit.saes import digest_of, open_saes
 from unweave.jobs.circuit.specs import CircuitFindSpec
 from unweave.lm.model import LM
@@ -114,6 +114,7 @@ def _result(spec: CircuitFindSpec, circuit: Circuit, examples: Examples, skipped
     summary = [
         ["task", task_of(spec), ""],
         ["examples", circuit.n_examples, "; ".join(f"{n} left out: {why}" for why, n in skipped.items())],
+        *accuracy_row(examples.about),
         ["metric", values, "mean"],
         ["latents", above["latents"], f"with a mean effect above {spec.node_threshold:g}"],
         ["errors", above["errors"], "the same of what autoencoders leave unexplained"],

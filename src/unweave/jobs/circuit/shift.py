@@ -45,7 +45,6 @@ from unweave.tasks import biographies
 from unweave.tasks.biographies import Biography
 
 VERSION = 2
-_LEAST_GAP = 0.2
 _PROFESSION, _GENDER = "profession", "gender"
 
 
@@ -324,7 +323,7 @@ def _found(
         for found in circuits
     ]
     said = [unknown] if (unknown := shift_judge.warning(judged)) else []
-    if gap < _LEAST_GAP:
+    if gap < shift.LEAST_GAP:
         said.append(
             f"the oracle's worst group is only {100 * gap:.0f} points above the original's: the task is too easy to "
             "say anything about SHIFT"

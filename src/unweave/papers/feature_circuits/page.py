@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from unweave.circuits.figures import FEATURES, NEURONS
 from unweave.circuits.graph import Circuit
+from unweave.circuits.shift import LEAST_GAP
 from unweave.core.files import read_json
 from unweave.core.run import Run, atomic_write
 from unweave.jobs.circuit.evaluate import NAMES
@@ -31,8 +32,8 @@ _TIMES = 5
 """how many times fewer nodes than neurons, or random ones, count as few; the paper has fifteen times and more"""
 _MUCH = 0.8
 """below this share of what is reached otherwise, much is lost"""
-_LEAST_GAP, _RANDOM_AT_MOST = 0.2, 0.1
-"""a gap that SHIFT could close, and the share of it that random latents may"""
+_RANDOM_AT_MOST = 0.1
+"""the share of SHIFT's gap that random latents may close"""
 
 
 def write(folder: Path, spec: FeatureCircuitsSpec, plan: Plan, parts: Parts) -> dict[str, Any]:
@@ -198,7 +199,7 @@ def _shift_claims(run: Run) -> list[Claim]:
     notes = [note for note in (found["note"], *found["warnings"]) if note]
     random = back[RANDOM] or 0.0
     verdict: Verdict = "partly"
-    if gap < _LEAST_GAP or back[SHIFT] is None:
+    if gap < LEAST_GAP or back[SHIFT] is None:
         verdict = "not measured"  # nothing to recover
     elif back[SHIFT] <= 2 * random:
         verdict = "not as claimed"
