@@ -701,8 +701,33 @@ def test_presets_are_the_papers_table() -> None:
         assert spec.aux_weight == 0 and spec.resample_every == 0 and spec.dead_after == 1000 * 128
     assert (jump.kind, jump.penalty, jump.sparsity) == ("jumprelu", "step", 0.01)
     assert (jump.bandwidth, jump.threshold_init, jump.threshold_parameter) == (0.001, 0.001, "log")
+    assert jump.threshold_by_norm
     assert (relu.kind, relu.sparsity) == ("relu", 5.0)
     assert get_args(get_args(SAESpec.shorthands["preset"][0])[0]) == tuple(PRESETS)
+
+
+def test_fast_thresholds_begin_at_the_norms_of_the_decoder_rows_as_drawn() -> None:
+    """Appendix A of FAST: Kaiming-uniform rows are set to norm 1, and thresholds are adjusted accordingly."""
+    x = _data(300)
+    spec = SAESpec.from_dict({"preset": "fast-jumprelu"})
+    t = SAETrainer(spec, D, init_x=x, dtype=torch.float64)
+    g = torch.Generator().manual_seed(spec.seed)
+    drawn = (2 * torch.rand(t.d_sae, D, generator=g) - 1).double() * math.sqrt(6 / D)  # torch.nn.init.kaiming_uniform_
+    norms = drawn.square().sum(1).sqrt()
+    torch.testing.assert_close(t.weights.W_dec.detach(), drawn / norms[:, None], rtol=1e-5, atol=1e-7)
+    assert t.weights.threshold is not None
+    threshold = t.weights.threshold.detach()
+    assert float(norms.max() / norms.min()) > 1.5
+    torch.testing.assert_close(threshold, 0.001 * norms, rtol=1e-5, atol=0)
+    assert float(threshold.square().mean().sqrt()) == pytest.approx(0.001 * math.sqrt(2), rel=0.05)
+    torch.testing.assert_close(t.weights.b_enc.detach(), torch.zeros(t.d_sae).double())  # adjusted, 0 stays 0
+    goal = x[:, :5] @ torch.randn(5, 7, generator=g).double()  # a transcoder's norms are those of its own decoder rows
+    code = SAETrainer(spec, D, init_x=x, init_target=goal, dtype=torch.float64)
+    assert code.weights.W_dec.shape[1] == 7
+    assert code.weights.threshold is not None
+    own = code.weights.threshold.detach()
+    assert float((own - threshold).abs().max()) > 1e-4
+    assert float(own.square().mean().sqrt()) == pytest.approx(0.001 * math.sqrt(2), rel=0.05)
 
 
 def test_a_preset_trains() -> None:
@@ -739,7 +764,8 @@ REFUSED = [
     ("gated", {"anneal_start": 0.1}), ("gated", {"anneal_end": 0.9}), ("relu", {"anneal_updates": 3}),
     ("jumprelu", {"tanh_scale": 3.0}), ("jumprelu", {"preact_on": "all"}), ("relu", {"preact_weight": 1.0}),
     ("jumprelu", {"penalty": "step", "sparsity": 0.1, "k": 7}), ("relu", {"threshold_parameter": "log"}),
-    ("jumprelu", {"penalty": "step", "sparsity_warmup": 0.1}),
+    ("jumprelu", {"penalty": "step", "sparsity_warmup": 0.1}), ("jumprelu", {"threshold_by_norm": True}),
+    ("relu", {"threshold_by_norm": True, "init": "independent"}),
 ]  # fmt: skip
 
 
@@ -771,6 +797,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "anneal_updates": ("p-anneal", {"anneal_start": 0.0}, 3), "penalty": ("jumprelu", {}, "tanh"),
     "tanh_scale": ("jumprelu", {"penalty": "tanh"}, 3.0), "bandwidth": ("jumprelu", {"threshold_init": 0.1}, 0.2),
     "threshold_init": ("jumprelu", {}, 0.2), "threshold_parameter": ("jumprelu", {}, "log"),
+    "threshold_by_norm": ("jumprelu", {"init": "independent", "threshold_init": 0.1}, True),
     "preact_weight": ("jumprelu", {"dead_after": 60, "threshold_init": 0.5}, 0.1),
     "preact_on": ("jumprelu", {"preact_weight": 0.1}, "all"),
     "skip": ("topk", {"skip": "zero"}, "fit"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -30,11 +31,16 @@ def unit_rows(W: Tensor) -> Tensor:
 
 
 def decoder_rows(kind: InitKind, n_latents: int, width: int, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Unit decoder rows [F, D] to begin with, on x's device.
+    """Unit decoder rows [F, D] to begin with, on x's device: ``drawn_rows`` at norm 1."""
+    return unit_rows(drawn_rows(kind, n_latents, width, x, generator))
+
+
+def drawn_rows(kind: InitKind, n_latents: int, width: int, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Decoder rows [F, D] as they are drawn, before their norms become 1, on x's device.
 
     data: directions of centred activations drawn from x [N, D], each with a little noise so that no two rows are equal
-    even when latents outnumber them. random: directions uniform on the sphere. kaiming, independent: uniform entries as
-    in ``nn.Linear``, before normalisation.
+    even when latents outnumber them. random: directions uniform on the sphere. kaiming, independent: uniform entries in
+    +-1, which ``kaiming`` of the width scales to PyTorch's Kaiming-uniform of the matrix [F, D].
     """
     device = generator.device
     if kind in ("kaiming", "independent"):
@@ -47,7 +53,12 @@ def decoder_rows(kind: InitKind, n_latents: int, width: int, x: Tensor, generato
         chosen = torch.cat([torch.randperm(len(x), generator=generator, device=device) for _ in range(rounds)])
         drawn = unit_rows(x[chosen[:n_latents].to(x.device)].float().clone())
         rows = drawn.add_(rows.to(x.device), alpha=0.1)
-    return unit_rows(rows.to(x))
+    return rows.to(x)
+
+
+def kaiming(fan_in: int) -> float:
+    """The bound of PyTorch's Kaiming-uniform entries, of a matrix whose second dimension is ``fan_in``."""
+    return math.sqrt(6 / fan_in)
 
 
 def encoder_rows(n_latents: int, width: int, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -57,7 +68,7 @@ def encoder_rows(n_latents: int, width: int, x: Tensor, generator: torch.Generat
     norm is then about sqrt(2 D / F) whatever the width.
     """
     rows = torch.rand(n_latents, width, generator=generator, device=generator.device).mul_(2).sub_(1)
-    return rows.mul_((6 / n_latents) ** 0.5).to(x)
+    return rows.mul_(kaiming(n_latents)).to(x)
 
 
 def skip_weights(kind: Literal["zero", "fit"], x: Tensor, target: Tensor) -> Tensor:

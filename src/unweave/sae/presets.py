@@ -4,7 +4,8 @@
 SAELens 5: 320,000 steps of 128 tokens. Their coefficients belong to a loss of squared errors summed over dimensions and
 averaged over tokens, of activations as they are (neither centred nor scaled), and to decoder rows of norm 1. Shares of
 the tokens stand for its steps: 16,000 of warm-up, 64,000 of the final fall, 10,000 in which the coefficient rises.
-SAELens always clips gradients at norm 1, and so do these.
+SAELens always clips gradients at norm 1, and so do these. Thresholds begin at 0.001 times the norm with which a decoder
+row was drawn (Kaiming-uniform, about the square root of 2), since the paper adjusts them when it sets that norm to 1.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sparsity": 0.01,
         "bandwidth": 0.001,
         "threshold_init": 0.001,
+        "threshold_by_norm": True,
         "threshold_parameter": "log",
     },
     "fast-relu": _FAST | {"kind": "relu", "sparsity": 5.0},

@@ -101,6 +101,9 @@ class SAESpec(Spec):
     """jumprelu: width of the window in which thresholds feel a gradient, in units of the scaled activations"""
     threshold_init: float | None = None
     """jumprelu: thresholds at the start; none: the bandwidth"""
+    threshold_by_norm: bool = False
+    """jumprelu, init independent: thresholds start at threshold_init times the norm with which a decoder row is drawn,
+    before that becomes 1 (FAST, appendix A)"""
     threshold_parameter: Literal["plain", "log"] = "plain"
     """jumprelu: train thresholds, kept from falling below 0, or their logarithms"""
     preact_weight: float = 0.0
@@ -194,6 +197,7 @@ class SAESpec(Spec):
             "penalty": jump, "bandwidth": jump, "threshold_init": jump, "threshold_parameter": jump,
             "preact_weight": jump,
             "tanh_scale": jump and self.penalty == "tanh",
+            "threshold_by_norm": jump and self.init == "independent",
             "preact_on": jump and self.preact_weight > 0,
         }  # fmt: skip
 

@@ -114,7 +114,8 @@ class SAETrainer:
 
     def _refuse_unfit(self, start: SAE) -> None:
         said = changed(self.spec)
-        idle = ("init", "bias_init") if self.spec.resample_every else ("init", "bias_init", "threshold_init")
+        idle = ("init", "bias_init", "threshold_by_norm")
+        idle = idle if self.spec.resample_every else (*idle, "threshold_init")
         for name in (name for name in idle if name in said):
             raise UnweaveError(
                 f"{name} = {said[name]!r} would have no effect: weights are those of the SAE to start from",

@@ -77,24 +77,27 @@ class Weights:
 def begin(spec: SAESpec, n_latents: int, x: Tensor, target: Tensor | None, generator: torch.Generator) -> Weights:
     """The first weights, from samples x [N, D] and target [N, D_out] (None: x itself) as training sees them."""
     goal = x if target is None else target
-    rows = init.decoder_rows(spec.init, n_latents, x.shape[1], x, generator)
+    rows = init.drawn_rows(spec.init, n_latents, x.shape[1], x, generator)
     if spec.init == "independent":
         encoder = init.encoder_rows(n_latents, x.shape[1], x, generator)
     else:
-        encoder = rows.clone()
+        encoder = init.unit_rows(rows.clone())
     if target is not None:
-        rows = init.decoder_rows(spec.init, n_latents, target.shape[1], target, generator)
+        rows = init.drawn_rows(spec.init, n_latents, target.shape[1], target, generator)
+    threshold = x.new_full((n_latents,), first_threshold(spec))
+    if spec.threshold_by_norm:
+        threshold = threshold * (init.kaiming(rows.shape[1]) * rows.norm(dim=1))
     zeros = x.new_zeros(n_latents)
     skip = None if spec.skip == "none" else _parameter(init.skip_weights(spec.skip, x, goal))
     unsaid = goal if skip is None else goal - x @ skip.detach()
     kind: init.CentreKind = "none" if spec.bias_init == "zero" else spec.bias_init
     made = Weights(
-        _parameter(encoder), _parameter(zeros.clone()), _parameter(rows), _parameter(init.centre(kind, unsaid)),
-        W_skip=skip,
+        _parameter(encoder), _parameter(zeros.clone()), _parameter(init.unit_rows(rows)),
+        _parameter(init.centre(kind, unsaid)), W_skip=skip,
     )  # fmt: skip
     if spec.kind == "gated":
         made.r_mag, made.b_mag = _parameter(zeros.clone()), _parameter(zeros.clone())
-    _set_thresholds(made, spec, torch.full_like(zeros, first_threshold(spec)))
+    _set_thresholds(made, spec, threshold)
     return made
 
 
