@@ -17,6 +17,7 @@ from unweave.core.errors import UnweaveError
 from unweave.data.corpus import Document, Source, TextCounts, documents, is_heldout, read
 from unweave.data.pack import Packed, PackSpec, Row, pack
 from unweave.data.rows import chitchat_conversations, json_rows
+from unweave.data.splits import SplitDocuments
 from unweave.data.tokens import TokenStore
 from unweave.lm.chat import Role, encode_text
 
@@ -286,6 +287,21 @@ def test_heldout_fraction_and_seed() -> None:
     assert by_seed[0] != by_seed[1]
 
 
+def test_parts_of_a_split_share_no_document(tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(2000)))
+
+    def part(first: float, last: float) -> list[str]:
+        found = SplitDocuments([Source(path=str(path))], "heldout", heldout=0.5, seed=1, part=(first, last))
+        return [document.content for document in found]
+
+    parts = [part(0.0, 0.25), part(0.25, 0.9), part(0.9, 1.0)]
+    whole = part(0.0, 1.0)
+    assert (
+        sorted(content for one in parts for content in one) == sorted(whole) and 0.2 < len(parts[0]) / len(whole) < 0.3
+    )
+
+
 # ---------------------------------------------------------------- packing
 
 
@@ -539,6 +555,16 @@ def test_budget_stops_at_the_row_that_reaches_it(tmp_path: Path) -> None:
     assert store.n_tokens == 12 and store.n_rows == 3
     other = TokenStore.write(tmp_path / "s", rows_of(4, 5), 9, {})  # replaces what was there
     assert TokenStore.open(tmp_path / "s").n_tokens == 9 and other.digest != store.digest
+
+
+def test_a_budget_of_documents_keeps_each_whole(tmp_path: Path) -> None:
+    rows = [
+        Row([5] * n, [int(Role.TEXT)] * n, document) for n, document in ((4, 0), (4, 0), (0, 1), (3, 2), (2, 7), (9, 8))
+    ]
+    store = TokenStore.write(tmp_path / "s", rows, 3, {}, unit="documents")
+    assert store.documents.tolist() == [0, 0, 2, 7] and store.n_tokens == 13
+    with pytest.raises(UnweaveError, match="only 4 documents, 5 were asked"):
+        TokenStore.write(tmp_path / "s", rows, 5, {}, unit="documents")
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8), data=st.data())

@@ -312,7 +312,12 @@ def test_both_splits_decide_the_same_whatever_the_memory(tmp_path: Path) -> None
     taken = {name: list(side) for name, side in sides.items()}
     train, heldout = (sides[name].report() for name in ("train", "heldout"))
     assert train["dedup"] == heldout["dedup"] and train["dedup"]["dropped"] > 50
-    assert train["text"] == {"blank": 0, "taken": len(taken["train"]), "other_split": len(taken["heldout"])}
+    assert train["text"] == {
+        "blank": 0,
+        "taken": len(taken["train"]),
+        "other_split": len(taken["heldout"]),
+        "other_part": 0,
+    }
     assert len(taken["train"]) + len(taken["heldout"]) == train["dedup"]["kept"]
     small = split(path, "train", 20, memory_bytes=1000, folder=tmp_path)
     assert list(small) == taken["train"] and small.report() == train

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,20 @@ def test_the_smoke_scale_is_as_large_as_it_says() -> None:
     assert {("relu", 0), ("relu", 1), ("relu", 2), ("jumprelu", 2)} <= seeds
 
 
+def test_paper_scale_measures_rates_and_steers_on_dialogues_that_share_none() -> None:
+    """Sections 4.2, 5 and 6: 5,000 dialogues, an additional 10,000, and 1,000; special ids wherever they stand."""
+    plan = plan_of(InstructSaesSpec(scale="paper"))
+    texts = (plan.measured, plan.read, plan.steered)
+    assert [text.heldout_documents for text in texts] == [5000, 10_000, 1000]
+    parts = sorted(text.heldout_part for text in texts)
+    assert all(before[1] <= after[0] for before, after in pairwise(parts))
+    assert all(
+        replace(t, heldout_documents=None, heldout_part=(0.0, 1.0)) == plan.trainings["FAST"].data for t in texts
+    )
+    assert plan.special_ids == (872, 77091, 151644, 151645) and plan.where == "anywhere"
+    assert plan_of(InstructSaesSpec()).where == "template" and plan.conversations == 1000
+
+
 @pytest.mark.parametrize(
     "asked",
     [
@@ -126,7 +141,8 @@ def tiny_plan(home: Path) -> Plan:  # noqa: F811
     trainings: dict[str, TrainSpec] = plans._recipes(
         base, replace(chat, dedup=0), chat, replace(chat.pack, packing="blocks"), chat.pack
     )
-    return Plan(trainings, chat, 1000, "resid_post.1/jumprelu-k4-seed0", 2, 5)
+    heldout = replace(chat, heldout_tokens=1000)
+    return Plan(trainings, heldout, heldout, heldout, "resid_post.1/jumprelu-k4-seed0", 2, 5)
 
 
 def test_the_fast_recipe_end_to_end_and_again(

@@ -131,8 +131,18 @@ def is_heldout(document: Document, fraction: float, seed: int) -> bool:
 
     Decided by the document's content and the seed alone, so equal documents always fall on the same side.
     """
-    digest = hashlib.blake2b(document.content.strip().encode(), key=f"heldout {seed}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return _place(document, f"heldout {seed}") < fraction
+
+
+def is_in_part(document: Document, part: tuple[float, float], seed: int) -> bool:
+    """Whether a document belongs to a part of a split, its shares from and up to. Decided in the same way."""
+    return part[0] <= _place(document, f"part {seed}") < part[1]
+
+
+def _place(document: Document, key: str) -> float:
+    """A number from 0 up to 1 that depends on the document's content and the key alone."""
+    digest = hashlib.blake2b(document.content.strip().encode(), key=key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def _shuffled(stream: Iterator[Document], seed: str) -> Iterator[Document]:

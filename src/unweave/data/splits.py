@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from unweave.core.errors import UnweaveError
-from unweave.data.corpus import Document, Source, TextCounts, documents, is_heldout
+from unweave.data.corpus import Document, Source, TextCounts, documents, is_heldout, is_in_part
 from unweave.data.dedup import Deduplicated
 
 
@@ -22,13 +22,15 @@ class SplitCounts(TextCounts):
 
     taken: int = 0
     other_split: int = 0
+    other_part: int = 0
 
 
 class SplitDocuments(Iterator[Document]):
     """The documents of the train or heldout split, read as they are taken; ``counts`` grows along.
 
     ``dedup`` is the n of the n-grams that no two documents may share (0: documents are not compared); their memory is
-    bounded by ``memory_bytes``, the rest lies in nameless files in ``folder``. Raises UnweaveError at the end when
+    bounded by ``memory_bytes``, the rest lies in nameless files in ``folder``. ``part`` says which shares of the split
+    are given, from and up to; parts that do not overlap have no document in common. Raises UnweaveError at the end when
     there was no document for this split.
     """
 
@@ -42,10 +44,11 @@ class SplitDocuments(Iterator[Document]):
         dedup: int = 0,
         memory_bytes: int = 512 << 20,
         folder: Path | None = None,
+        part: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         if split not in ("train", "heldout"):
             raise UnweaveError(f"there is no split {split!r}", remedy="ask for train or heldout")
-        self.split, self.counts = split, SplitCounts()
+        self.split, self.part, self.counts = split, part, SplitCounts()
         found = documents(sources, seed, self.counts)
         self.dedup = Deduplicated(found, dedup, memory_bytes=memory_bytes, folder=folder) if dedup else None
         self._taken = self._divided(self.dedup or found, heldout, seed)
@@ -64,6 +67,7 @@ class SplitDocuments(Iterator[Document]):
         """What became of the documents."""
         counts = self.counts
         parts = [f"{counts.taken:,} of this split", f"{counts.other_split:,} of the other"]
+        parts += [f"{counts.other_part:,} of another part of it"] if counts.other_part else []
         parts += [f"{counts.blank:,} blank"] if counts.blank else []
         if self.dedup is not None:
             dropped = self.dedup.counts
@@ -72,11 +76,13 @@ class SplitDocuments(Iterator[Document]):
 
     def _divided(self, found: Iterator[Document], heldout: float, seed: int) -> Iterator[Document]:
         for document in found:
-            if is_heldout(document, heldout, seed) == (self.split == "heldout"):
+            if is_heldout(document, heldout, seed) != (self.split == "heldout"):
+                self.counts.other_split += 1
+            elif not is_in_part(document, self.part, seed):
+                self.counts.other_part += 1
+            else:
                 self.counts.taken += 1
                 yield document
-            else:
-                self.counts.other_split += 1
         if not self.counts.taken:
             raise UnweaveError(
                 f"no document is left for the {self.split} split: {self.in_words()}",

@@ -28,6 +28,7 @@ from unweave.lm.chat import Role
 from unweave.lm.model import Tokens
 
 _FILES = ("ids.bin", "roles.bin", "starts.npy", "documents.npy")
+Unit = Literal["tokens", "documents"]
 _CHECKED_BYTES = 1 << 30
 """Files up to this size are compared with their checksum on opening (about a second a gigabyte); others by size."""
 
@@ -60,12 +61,14 @@ class TokenStore:
         return hashlib.sha256(joined.encode()).hexdigest()[:12]
 
     @classmethod
-    def write(cls, folder: Path, rows: Iterable[Row], budget_tokens: int, meta: Mapping[str, Any]) -> TokenStore:
-        """Stores rows until they hold ``budget_tokens`` tokens; the row that reaches the budget is kept whole.
+    def write(
+        cls, folder: Path, rows: Iterable[Row], budget: int, meta: Mapping[str, Any], *, unit: Unit = "tokens"
+    ) -> TokenStore:
+        """Stores rows until they hold ``budget`` tokens, or documents; what reaches the budget is kept whole.
 
         ``meta`` is kept beside the counts: rows, tokens, documents, tokens by role and, for rows of ``pack``, what
         became of the rest under "packing", "text" and "dedup" (see ``Packed.report``). Raises
-        UnweaveError when there are no rows, when they hold fewer tokens than asked (trap 10), when padding is among
+        UnweaveError when there are no rows, when they hold less than asked (trap 10), when padding is among
         them (trap 2), and when the folder cannot be written.
         """
         folder = Path(folder)
@@ -74,7 +77,7 @@ class TokenStore:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             try:
-                counts = _write_rows(temporary, rows, budget_tokens)
+                counts = _write_rows(temporary, rows, budget, unit)
                 if isinstance(rows, Packed):
                     rows.require_conversations()
                     counts |= rows.report()
@@ -157,29 +160,31 @@ class TokenStore:
         return tokens, torch.from_numpy(where)
 
 
-def _write_rows(folder: Path, rows: Iterable[Row], budget_tokens: int) -> dict[str, Any]:
+def _write_rows(folder: Path, rows: Iterable[Row], budget: int, unit: Unit) -> dict[str, Any]:
     """Writes the four files; returns how many rows and tokens, in all and by role."""
     starts, documents = [0], []
     by_role = np.zeros(len(Role), dtype=np.int64)
     with (
-        task("tokenise", total=budget_tokens, unit="tokens") as shown,
+        task("tokenise", total=budget, unit=unit) as shown,
         open(folder / "ids.bin", "wb") as ids_file,
         open(folder / "roles.bin", "wb") as roles_file,
     ):
-        for row in _until(rows, budget_tokens):
+        for row in _until(rows, budget, unit):
             roles = np.asarray(row.roles, dtype=np.uint8)
             by_role += np.bincount(roles, minlength=len(by_role))
             ids_file.write(np.asarray(row.ids, dtype=np.uint32).tobytes())
             roles_file.write(roles.tobytes())
             starts.append(starts[-1] + len(row.ids))
+            new = unit == "documents" and row.document not in documents[-1:]
             documents.append(row.document)
-            shown.advance(len(row.ids))
-    if starts[-1] < max(1, budget_tokens):
-        what = "the text has no tokens" if starts[-1] == 0 else f"the text has only {starts[-1]:,} tokens"
+            shown.advance(len(row.ids) if unit == "tokens" else int(new))
+    held = starts[-1] if unit == "tokens" else len(set(documents))
+    if held < max(1, budget):
+        what = "the text has no tokens" if starts[-1] == 0 else f"the text has only {held:,} {unit}"
         why = f" ({rows.in_words()})" if isinstance(rows, Packed) else ""
         raise UnweaveError(
-            f"{what}, {budget_tokens:,} were asked for{why}",
-            remedy="add text, ask for fewer tokens, or lower min_tokens",
+            f"{what}, {budget:,} were asked for{why}",
+            remedy=f"add text, ask for fewer {unit}, or lower min_tokens",
         )
     if by_role[Role.PAD]:
         raise UnweaveError(f"{by_role[Role.PAD]} padding tokens are among the text's", remedy="store rows unpadded")
@@ -189,16 +194,21 @@ def _write_rows(folder: Path, rows: Iterable[Row], budget_tokens: int) -> dict[s
     return {"rows": len(documents), "tokens": starts[-1], "documents": len(set(documents)), "roles": roles_seen}
 
 
-def _until(rows: Iterable[Row], budget_tokens: int) -> Iterator[Row]:
-    """Rows up to and with the one that reaches the budget; empty ones are left out."""
-    held = 0
+def _until(rows: Iterable[Row], budget: int, unit: Unit) -> Iterator[Row]:
+    """Rows that are not empty, up to the budget."""
+    held, last = 0, None
     for row in rows:
         if not row.ids:
             continue
+        if unit == "documents" and row.document != last:
+            if held == budget:
+                return
+            held, last = held + 1, row.document
         yield row
-        held += len(row.ids)
-        if held >= budget_tokens:
-            return
+        if unit == "tokens":
+            held += len(row.ids)
+            if held >= budget:
+                return
 
 
 def _sha256(path: Path) -> str:

@@ -17,11 +17,13 @@ from unweave.core.spec import Spec, digest
 from unweave.data.pack import pack
 from unweave.data.splits import SplitDocuments
 from unweave.data.stream import ActivationSource
-from unweave.data.tokens import TokenStore
+from unweave.data.tokens import TokenStore, Unit
 from unweave.jobs.specs import DataSpec, StreamSpec, UseSpec
 from unweave.lm.model import LM
 from unweave.sae.module import SAE
 
+USUAL_TOKENS = 200_000
+"""how many tokens latents' records are taken from"""
 _CACHE_VERSION = 2
 """of the chunks of activations on disk"""
 
@@ -33,7 +35,7 @@ class _TokensQuestion(Spec):
     model: str
     data: DataSpec
     split: str
-    tokens: int
+    tokens: int | None
 
 
 @lru_cache(maxsize=1)
@@ -57,9 +59,13 @@ def stamps(model: str, data: DataSpec) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def token_store(lm: LM, model: str, data: DataSpec, split: str, tokens: int, runs: Path) -> tuple[TokenStore, Run]:
-    """At least ``tokens`` tokens of the train or heldout split, written once and shared by every stage that asks."""
-    asked = _TokensQuestion(model=model, data=data, split=split, tokens=tokens)
+def token_store(
+    lm: LM, model: str, data: DataSpec, split: str, tokens: int | None, runs: Path
+) -> tuple[TokenStore, Run]:
+    """At least ``tokens`` tokens of the train or heldout split (None: as many as the text's spec says), written once
+    and shared by every stage that asks."""
+    budget, unit = budget_of(data, split, tokens)
+    asked = _TokensQuestion(model=model, data=data, split=split, tokens=budget if unit == "tokens" else None)
     fingerprint = lm.tokenizer_fingerprint() or ""
     with Run.open(runs, "tokens", asked, inputs=stamps(model, data) | {"tokenizer": fingerprint}) as run:
         if not (run.done and (run.path / "store").exists()):
@@ -68,11 +74,36 @@ def token_store(lm: LM, model: str, data: DataSpec, split: str, tokens: int, run
                 raise UnweaveError("text needs a tokenizer", where=lm.name, remedy="use a model that comes with one")
             meta = {"tokenizer": fingerprint, "split": split, "context": data.pack.context}
             rows = pack(documents_of(data, split, run.path), lm.tokenizer, data.pack)
-            store = TokenStore.write(run.path / "store", rows, tokens, meta)
+            store = TokenStore.write(run.path / "store", rows, budget, meta, unit=unit)
             run.finish({"rows": store.n_rows, "tokens": store.n_tokens, **store.meta})
     store = TokenStore.open(run.path / "store")
     store.require_tokenizer(fingerprint)
     return store, run
+
+
+def budget_of(data: DataSpec, split: str, tokens: int | None = None) -> tuple[int, Unit]:
+    """How much of a split to store: so many tokens, else what the text's spec says."""
+    if tokens is None and split == "heldout" and data.heldout_documents is not None:
+        return data.heldout_documents, "documents"
+    return tokens or (data.tokens if split == "train" else data.heldout_tokens), "tokens"
+
+
+def tokens_for_records(data: DataSpec, split: str, wanted: int | None, *, own: bool) -> tuple[int | None, int | None]:
+    """How many tokens to store and how many of those to read for latents' records; None: all that the text names.
+
+    Of the SAEs' ``own`` text the whole is stored, as their training did. Raises UnweaveError where it is shorter.
+    """
+    there = data.tokens if split == "train" else data.heldout_tokens
+    if split == "heldout" and data.heldout_documents is not None:
+        return (None if own else wanted), wanted
+    read = min(USUAL_TOKENS, there) if wanted is None else wanted
+    if own and read > there:
+        raise UnweaveError(
+            f"{read:,} tokens were asked for, the SAE's text has {there:,} ({split})",
+            where="tokens",
+            remedy="ask for fewer, or name more text with --data.tokens and --data.sources",
+        )
+    return (there if own else read), read
 
 
 def refuse_long_rows(lm: LM, context: int) -> None:
@@ -96,6 +127,7 @@ def documents_of(data: DataSpec, split: str, folder: Path | None = None) -> Spli
         dedup=data.dedup,
         memory_bytes=data.dedup_memory_mb << 20,
         folder=folder,
+        part=(0.0, 1.0) if split == "train" else data.heldout_part,
     )
 
 

@@ -15,7 +15,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.pack import pack
 from unweave.jobs import start
-from unweave.jobs.common import documents_of, load_lm, refuse_long_rows
+from unweave.jobs.common import budget_of, documents_of, load_lm, refuse_long_rows
 from unweave.jobs.members import Member, members
 from unweave.jobs.specs import DoctorSpec
 from unweave.lm.model import LM, Tokens
@@ -71,19 +71,20 @@ def _look_at_text(spec: DoctorSpec, lm: LM, problems: list[str]) -> None:
             f"sae.tokens {spec.sae.tokens} is more than {spec.epochs:g} epochs over data.tokens {spec.data.tokens}: "
             "train on fewer, give more text, or allow more epochs"
         )
-    for split, wanted in (("train", spec.data.tokens), ("heldout", spec.data.heldout_tokens)):
-        _try(problems, lambda split=split, wanted=wanted: _enough(spec, lm, split, wanted))
+    for split in ("train", "heldout"):
+        _try(problems, lambda split=split: _enough(spec, lm, split))
 
 
-def _enough(spec: DoctorSpec, lm: LM, split: str, wanted: int) -> None:
+def _enough(spec: DoctorSpec, lm: LM, split: str) -> None:
     """Packs the text, without keeping it, until there is enough."""
-    found = 0
+    (wanted, unit), found, documents = budget_of(spec.data, split), 0, set()
     for row in pack(documents_of(spec.data, split), lm.tokenizer, spec.data.pack):
-        found += len(row.ids)
+        documents.add(row.document)
+        found = len(documents) if unit == "documents" else found + len(row.ids)
         if found >= wanted:
             return
     raise UnweaveError(
-        f"the {split} text has only {found:,} tokens, {wanted:,} were asked for", remedy="give more text"
+        f"the {split} text has only {found:,} {unit}, {wanted:,} were asked for", remedy="give more text"
     )
 
 

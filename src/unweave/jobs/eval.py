@@ -23,8 +23,8 @@ def run(spec: EvalSpec, runs: Path) -> Run:
         started = time.monotonic()
         lm, sae, record = open_sae(spec)
         data = data_of(sae, spec.data)
-        model, tokens = spec.model or sae.provenance["train"]["model"], spec.tokens or data.heldout_tokens
-        store, _ = token_store(lm, model, data, "heldout", tokens, runs)
+        model = spec.model or sae.provenance["train"]["model"]
+        store, _ = token_store(lm, model, data, "heldout", spec.tokens, runs)
         _warn_of_context(data.pack.context, sae.provenance.get("data", {}).get("context"))
         metrics = evaluate(lm, sae, store_batches(lm, store, range(store.n_rows), spec.batch_tokens))
         findings = drift(metrics, sae.provenance.get("reference", {}))

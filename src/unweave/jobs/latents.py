@@ -5,14 +5,20 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
-from unweave.jobs.common import activation_source, data_of, open_sae, sae_digest, stream_of, token_store
+from unweave.jobs.common import (
+    activation_source,
+    data_of,
+    open_sae,
+    sae_digest,
+    stream_of,
+    token_store,
+    tokens_for_records,
+)
 from unweave.jobs.specs import LatentsSpec
 from unweave.sae.records import Records, RecordsSpec, collect
 
 VERSION = 1
-USUAL_TOKENS = 200_000
 
 
 def run(spec: LatentsSpec, runs: Path) -> Run:
@@ -25,23 +31,14 @@ def run(spec: LatentsSpec, runs: Path) -> Run:
         lm, sae, record = open_sae(spec)
         assert sae.read is not None
         asked, data = sae.provenance.get("train", {}), data_of(sae, spec.data)
-        there = data.tokens if spec.split == "train" else data.heldout_tokens
-        wanted = min(USUAL_TOKENS, there) if spec.tokens is None else spec.tokens
-        if spec.data is None and wanted > there:
-            raise UnweaveError(
-                f"{wanted:,} tokens were asked for, the SAE's text has {there:,} ({spec.split})",
-                where="tokens",
-                remedy="ask for fewer, or name more text with --data.tokens and --data.sources",
-            )
-        tokens = there if spec.data is None else wanted
-        model = spec.model or asked["model"]
-        store, store_run = token_store(lm, model, data, spec.split, tokens, runs)
+        stored, read = tokens_for_records(data, spec.split, spec.tokens, own=spec.data is None)
+        store, store_run = token_store(lm, spec.model or asked["model"], data, spec.split, stored, runs)
         # The sites of the training run, so that its activations on disk serve again.
         sites = {site for pair in lm.matching(asked.get("sites", [])) for site in pair}
         sites.add(lm.site(sae.read))
         dtype = asked.get("dtype", "float32")
         source = activation_source(lm, store, store_run, sorted(sites), stream_of(sae), dtype, runs)
-        records = collect(lm, sae, source, store, RecordsSpec(seed=spec.seed), max_tokens=wanted)
+        records = collect(lm, sae, source, store, RecordsSpec(seed=spec.seed), max_tokens=read)
         records.save(run.path / "records")
         fired = int((records.count > 0).sum())
         result = record | {

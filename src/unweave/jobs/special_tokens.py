@@ -70,7 +70,7 @@ def _conversations(spec: SpecialTokensSpec, lm: LM, sae: SAE, runs: Path) -> tup
     data: DataSpec = data_of(sae, spec.data)
     data = replace(data, pack=replace(data.pack, packing="documents"))
     model = spec.model or sae.provenance.get("train", {})["model"]
-    store, _ = token_store(lm, model, data, "heldout", spec.tokens or data.heldout_tokens, runs)
+    store, _ = token_store(lm, model, data, "heldout", spec.tokens, runs)
     said = np.isin(store.roles, [int(Role.USER), int(Role.ASSISTANT)])
     rows = np.flatnonzero(np.logical_or.reduceat(said, store.starts[:-1])).tolist()
     if not rows:

@@ -51,6 +51,10 @@ class DataSpec(Spec):
     """The share of documents that is never trained on, chosen by a hash of their content."""
     heldout_tokens: int = 22_000
     """How many tokens of those documents to measure on."""
+    heldout_documents: int | None = None
+    """How many of those documents to measure on, in place of heldout_tokens."""
+    heldout_part: tuple[float, float] = (0.0, 1.0)
+    """Which of those documents to measure on, as shares from and up to: parts that do not overlap share none."""
     seed: int = 0
     """Order of the documents and choice of the held-out ones."""
     dedup: int = 0
@@ -85,6 +89,8 @@ class DataSpec(Spec):
                 "tokens": self.tokens > 0,
                 "heldout": 0 < self.heldout < 1,
                 "heldout_tokens": self.heldout_tokens > 0,
+                "heldout_documents": self.heldout_documents is None or self.heldout_documents > 0,
+                "heldout_part": 0 <= self.heldout_part[0] < self.heldout_part[1] <= 1,
             },
         )
 

@@ -61,8 +61,8 @@ def run(spec: TrainSpec, runs: Path) -> Run:
         started = time.monotonic()
         for _ in group.in_turn():
             lm = load_lm(spec.model, spec.dtype, spec.device)
-            store, store_run = token_store(lm, spec.model, spec.data, "train", spec.data.tokens, runs)
-            heldout, _ = token_store(lm, spec.model, spec.data, "heldout", spec.data.heldout_tokens, runs)
+            store, store_run = token_store(lm, spec.model, spec.data, "train", None, runs)
+            heldout, _ = token_store(lm, spec.model, spec.data, "heldout", None, runs)
         found = members(spec, lm)
         _refuse_empty_shares(spec, found, group)
         sites = sorted({site for member in found for site in (member.read, member.write)})

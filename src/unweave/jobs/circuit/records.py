@@ -30,8 +30,7 @@ from unweave.data.stream import ActivationSource
 from unweave.data.tokens import TokenStore
 from unweave.jobs.circuit.saes import Opened, found_saes
 from unweave.jobs.circuit.specs import OfSAEsSpec
-from unweave.jobs.common import activation_source, data_of, stamps, token_store
-from unweave.jobs.latents import USUAL_TOKENS
+from unweave.jobs.common import activation_source, data_of, stamps, token_store, tokens_for_records
 from unweave.jobs.specs import DataSpec, StreamSpec
 from unweave.sae.activations import TopK
 from unweave.sae.module import SAE
@@ -49,7 +48,7 @@ class _RecordsQuestion(Spec):
     dtype: str
     data: DataSpec
     split: str
-    tokens: int
+    tokens: int | None
     special_tokens: str
     chunk_tokens: int
     nonfinite: str
@@ -158,14 +157,7 @@ def _of_group(
     runs: Path,
 ) -> dict[Site, Records]:
     other_text, split, wanted, seed = asked
-    there = group.data.tokens if split == "train" else group.data.heldout_tokens
-    tokens = min(USUAL_TOKENS, there) if wanted is None else wanted
-    if not other_text and tokens > there:
-        raise UnweaveError(
-            f"{tokens:,} tokens were asked for, the autoencoders' text has {there:,} ({split})",
-            where="records",
-            remedy="ask for fewer, or name more text",
-        )
+    stored, tokens = tokens_for_records(group.data, split, wanted, own=not other_text)
     some = {str(site): chosen[site] for site in group.sites if chosen[site] is not None}
     question = _RecordsQuestion(
         model=group.model,
@@ -184,13 +176,11 @@ def _of_group(
         places = {site: run.path / "records" / str(site) for site in group.sites}
         left = [site for site in group.sites if not (places[site] / "latents.parquet").exists()]
         if left:
-            stored, store_run = token_store(
-                opened.lm, group.model, group.data, split, tokens if other_text else there, runs
-            )
-            source = _source(opened, group, stored, store_run, runs)
-            parts = _encode(opened, group, chosen, source, stored, tokens, run.path / "codes")
+            store, store_run = token_store(opened.lm, group.model, group.data, split, stored, runs)
+            source = _source(opened, group, store, store_run, runs)
+            parts = _encode(opened, group, chosen, source, store, tokens, run.path / "codes")
             for site in left:
-                _build(opened, site, chosen[site], parts, stored, seed).save(places[site])
+                _build(opened, site, chosen[site], parts, store, seed).save(places[site])
         if not run.done:
             shutil.rmtree(run.path / "codes", ignore_errors=True)
             run.finish({"sites": {str(site): str(path.relative_to(run.path)) for site, path in places.items()}})
@@ -237,17 +227,17 @@ def _encode(
     chosen: Mapping[Site, list[int] | None],
     source: ActivationSource,
     store: TokenStore,
-    tokens: int,
+    tokens: int | None,
     folder: Path,
 ) -> list[Path]:
-    """One file of codes per chunk, until every autoencoder has seen ``tokens`` tokens."""
+    """One file of codes per chunk, until every autoencoder has seen ``tokens`` tokens; None: all there are."""
     from safetensors import safe_open
 
     for site in group.sites:
         opened.saes[site].verify(opened.lm)
     ids, parts = np.asarray(store.ids), []
     seen = dict.fromkeys(group.sites, 0)
-    with task("contexts of latents", total=min(tokens, store.n_tokens), unit="tokens") as progress:
+    with task("contexts of latents", total=min(tokens or store.n_tokens, store.n_tokens), unit="tokens") as progress:
         for i in range(source.n_chunks):
             path = folder / f"{i:05d}.safetensors"
             if not path.exists():
@@ -258,7 +248,7 @@ def _encode(
                 for site in group.sites:
                     seen[site] += handle.get_slice(f"{site}/where").get_shape()[0]
             progress.advance(min(seen.values()) - before)
-            if min(seen.values()) >= tokens:
+            if tokens is not None and min(seen.values()) >= tokens:
                 break
     if not min(seen.values()):
         raise UnweaveError("there are no tokens to collect records from", remedy="give text with ordinary tokens")

@@ -10,7 +10,7 @@ from unweave.data.pack import PackSpec
 from unweave.jobs.specs import DataSpec, StreamSpec, TrainSpec
 from unweave.papers.instruct_saes.spec import LAYERS, InstructSaesSpec
 from unweave.sae.spec import SAESpec
-from unweave.tasks.special_tokens import PAPER_IDS
+from unweave.tasks.special_tokens import PAPER_IDS, Where
 
 RECIPES: tuple[str, ...] = ("BT(P)", "BT(F)", "FAST")
 """Block training on pre-training text, block training on conversations, whole conversations."""
@@ -31,18 +31,26 @@ _PAPER_PRETRAINING = (Source(path="hub:monology/pile-uncopyrighted"),)
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a scale asks for. ``heldout`` is the text to measure on: conversations nobody trained on."""
+    """Everything that a scale asks for. Three texts of conversations nobody trained on: to measure errors on, to take
+    the rated latents' contexts from, and to find the latents of special tokens on."""
 
     trainings: dict[str, TrainSpec]
-    heldout: DataSpec
-    heldout_tokens: int
+    measured: DataSpec
+    read: DataSpec
+    steered: DataSpec
     examined: str
     """name, within each training run, of the JumpReLU SAE whose latents are rated and steered"""
     rated: int
     conversations: int
-    """how many conversations maximum activations on special tokens are averaged over"""
+    """how many conversations maximum activations on special tokens are averaged over, at most"""
     special_ids: tuple[int, ...] = ()
-    """which ids are special; none: the tokenizer's, and the template's words for who speaks"""
+    """which ids are special, wherever they occur; none: the tokenizer's, and the template's words for who speaks,
+    where the template wrote them"""
+
+    @property
+    def where(self) -> Where:
+        """Where a special id counts as special."""
+        return "anywhere" if self.special_ids else "template"
 
 
 def plan_of(spec: InstructSaesSpec) -> Plan:
@@ -79,14 +87,16 @@ def _smoke(spec: InstructSaesSpec) -> Plan:
         checkpoint_seconds=240.0,
     )
     trainings = _recipes(base, text, chat, PackSpec(packing="blocks", context=2048), PackSpec(context=8192))
-    return Plan(trainings, trainings["FAST"].data, 40_000, f"resid_post.9/jumprelu-k{MATCHED_L0}-seed0", 8, 200)
+    # Forty conversations are held out in all: every measurement needs them.
+    heldout = replace(trainings["FAST"].data, heldout_tokens=40_000)
+    return Plan(trainings, heldout, heldout, heldout, f"resid_post.9/jumprelu-k{MATCHED_L0}-seed0", 8, 200)
 
 
 def _paper(spec: InstructSaesSpec) -> Plan:
     model = spec.model or "Qwen/Qwen2.5-0.5B-Instruct"
     tokens = 40_960_000
     text = DataSpec(sources=_PAPER_PRETRAINING, tokens=tokens + 1_000_000, heldout=0.01, heldout_tokens=200_000)
-    chat = DataSpec(sources=_PAPER_CHAT, tokens=tokens + 1_000_000, heldout=0.01, heldout_tokens=200_000, dedup=20)
+    chat = replace(text, sources=_PAPER_CHAT, dedup=20)
     wider = [8] if "7B" in model or "8B" in model else [8, 16]
     layers = LAYERS[model]
     base = TrainSpec(
@@ -105,5 +115,11 @@ def _paper(spec: InstructSaesSpec) -> Plan:
     middle = layers[len(layers) // 2]
     ids = PAPER_IDS["llama-3" if "Llama" in model else "qwen2.5"]
     examined = f"resid_post.{middle}/fast-jumprelu-expansion8"
-    # About the paper's 5,000 dialogues to measure on.
-    return Plan(trainings, trainings["FAST"].data, 2_500_000, examined, 128, 1000, ids)
+    whole = trainings["FAST"].data
+
+    def dialogues(count: int, first: float, last: float) -> DataSpec:
+        return replace(whole, heldout_documents=count, heldout_part=(first, last))
+
+    # Sections 4.2, 5 and 6: 5,000 dialogues, 10,000 others, 1,000 others, of some 47,000 held out.
+    texts = dialogues(5000, 0.0, 0.3), dialogues(10_000, 0.3, 0.9), dialogues(1000, 0.9, 1.0)
+    return Plan(trainings, *texts, examined, 128, 1000, ids)

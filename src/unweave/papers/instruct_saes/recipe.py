@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from unweave.core.progress import task
 from unweave.core.run import Run, peak_memory_gb
@@ -27,7 +27,7 @@ from unweave.papers.instruct_saes.spec import InstructSaesSpec
 from unweave.sae.module import SAE
 from unweave.tasks.special_tokens import SpecialTokens
 
-VERSION = 1
+VERSION = 2
 _RATED_TOKENS = 60_000
 
 
@@ -38,9 +38,9 @@ class _ErrorsQuestion(Spec):
     model: str
     dtype: str
     data: DataSpec
-    tokens: int
     special_ids: tuple[int, ...] = ()
     """which ids are special; none: the tokenizer's, and the template's words for who speaks"""
+    where: Literal["template", "anywhere"] = "template"
 
 
 def run(spec: InstructSaesSpec, runs: Path) -> Run:
@@ -85,21 +85,23 @@ def _seconds(trained: Mapping[str, Run], measured: Run, steered: Run, rated: Map
 def _measured(plan: Plan, trained: Mapping[str, Run], runs: Path) -> Run:
     """The errors of every SAE of every recipe on the same held-out conversations, from one forward pass."""
     training = plan.trainings["FAST"]
-    asked = _ErrorsQuestion(model=training.model, dtype=training.dtype, data=plan.heldout, tokens=plan.heldout_tokens)
+    asked = _ErrorsQuestion(
+        model=training.model, dtype=training.dtype, data=plan.measured, special_ids=plan.special_ids, where=plan.where
+    )
     inputs = {name: part.digest for name, part in trained.items()}
     with Run.open(runs, "instruct-saes-errors", asked, version=VERSION, inputs=inputs) as run:
         if run.done:
             return run
         started = time.monotonic()
         lm = load_lm(training.model, training.dtype, training.device)
-        store, _ = token_store(lm, training.model, plan.heldout, "heldout", plan.heldout_tokens, runs)
+        store, _ = token_store(lm, training.model, plan.measured, "heldout", None, runs)
         places = {f"{name}/{row['name']}": (name, row) for name, part in trained.items() for row in part.result["saes"]}
         saes = {}
         with task("load SAEs", total=len(places), unit="SAEs") as progress:
             for key, (name, row) in places.items():
                 saes[key] = SAE.load(train.sae_folder(trained[name], row["name"])).to(lm.device)
                 progress.advance()
-        special = SpecialTokens(plan.special_ids) if plan.special_ids else None
+        special = SpecialTokens.of(lm, plan.special_ids, plan.where) if plan.special_ids else None
         errors = token_errors(lm, saes, store, range(store.n_rows), special=special)
         rows = [
             {"recipe": name, "site": row["site"], **_setting(row), "errors": _kept(found)}
@@ -138,7 +140,7 @@ def _rated(spec: InstructSaesSpec, plan: Plan, trained: Mapping[str, Run], runs:
         name: rubric.run(
             RubricSpec(
                 sae=train.sae_folder(part, plan.examined),
-                data=plan.heldout,
+                data=plan.read,
                 split="heldout",
                 latents_tokens=_RATED_TOKENS if spec.scale == "smoke" else None,
                 latents=plan.rated,
@@ -156,8 +158,10 @@ def _steered(spec: InstructSaesSpec, plan: Plan, trained: Mapping[str, Run], run
     return special_tokens.run(
         SpecialTokensSpec(
             sae=train.sae_folder(trained["FAST"], plan.examined),
+            data=plan.steered,
             samples=plan.conversations,
             special_ids=plan.special_ids,
+            where=plan.where,
             device=spec.device,
         ),
         runs,
