@@ -50,6 +50,19 @@ def test_grouped_topk_with_ties_keeps_the_values(levels: int) -> None:
     assert all(len(set(row)) == 19 for row in indices.tolist())
 
 
+@pytest.mark.parametrize("width", [40, 700, 3001])
+@pytest.mark.parametrize("levels", [1, 2, 3, 40])
+def test_among_equal_entries_the_first_win(levels: int, width: int) -> None:
+    z = torch.randint(-1, levels, (16, width), generator=torch.Generator().manual_seed(levels)).float()
+    z[3, 5], z[3, 7] = float("nan"), float("inf")
+    for k in (1, 4, 19):
+        values, indices = kernels.topk_rows(z, k)
+        for row in range(16):
+            order = sorted(range(width), key=lambda j: (not z[row, j].isnan(), -z[row, j].nan_to_num(9).item(), j))
+            assert sorted(indices[row].tolist()) == sorted(order[:k])
+        assert torch.equal(z.gather(1, indices).nan_to_num(9), values.nan_to_num(9))
+
+
 def test_grouped_topk_with_all_winners_in_one_group_or_at_the_end() -> None:
     z = torch.zeros(2, 4611)
     z[0, ::256] = torch.arange(1.0, 20.0)  # strides that coincide with a group

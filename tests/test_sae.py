@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,13 +15,15 @@ from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
-from unweave.lm.model import LM
+from unweave.lm.chat import Role
+from unweave.lm.model import LM, Tokens
 from unweave.sae import provenance
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.edits import orthonormal_basis
 from unweave.sae.module import SAE
 
 D, F = 32, 48
+SITE = Site("resid_post", 1)
 IDS = torch.randint(0, 97, (2, 10), generator=torch.Generator().manual_seed(1))
 KINDS = ("relu", "jumprelu", "topk")
 
@@ -322,6 +325,95 @@ def test_wrong_width_and_missing_site(tiny) -> None:  # type: ignore[no-untyped-
         lm(IDS)
     with pytest.raises(UnweaveError, match="32 dimensions, but was given 31"):
         nowhere.encode(torch.randn(2, 31))
+
+
+@pytest.mark.parametrize("latent", [1.7, "1", True, None, float("nan")])
+def test_latents_are_whole_numbers(latent: object) -> None:
+    sae = random_sae("relu")
+    for build in (lambda: sae.clamp({latent: 1.0}), lambda: sae.add({latent: 1.0}), lambda: sae.ablate([latent])):  # type: ignore[dict-item,list-item]
+        with pytest.raises(UnweaveError, match="no latent"):
+            build()
+    x = torch.randn(3, D)
+    assert torch.equal(sae.subset([np.int64(2), torch.tensor(3)]).encode(x), sae.encode(x)[:, [2, 3]])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "2", None, True, [1.0], torch.ones(2)])
+def test_values_are_finite_numbers(value: object) -> None:
+    sae = random_sae("relu")
+    for build in (sae.clamp, sae.add):
+        with pytest.raises(UnweaveError, match="value for latent 0"):
+            build({0: value})  # type: ignore[dict-item]
+    sae.clamp({0: np.float32(2.0)})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("where", ["polcy", None, [], "padding", {"assistant", "nobody"}, 3, ["policy"]])
+def test_where_says_which_tokens_or_is_refused(where: object) -> None:
+    sae = random_sae("relu")
+    builders = (lambda: sae.clamp({1: 2.0}, where=where), lambda: sae.ablate([1], where=where))  # type: ignore[arg-type]
+    for build in (*builders, lambda: sae.add({1: 2.0}, where=where), lambda: sae.reconstruct(where=where)):  # type: ignore[arg-type]
+        with pytest.raises(UnweaveError, match="which tokens to edit"):
+            build()
+
+
+def test_where_by_role_and_by_function(tiny) -> None:  # type: ignore[no-untyped-def]
+    lm, sae = LM(tiny("llama"), None), random_sae("relu")
+    roles = torch.tensor([[0, 2, 2, 3, 3, 0], [1, 1, 2, 3, 4, 5]], dtype=torch.uint8)
+    tokens = Tokens(torch.arange(7, 19).view(2, 6), roles != int(Role.PAD), roles)
+    with lm.taps(read=[SITE]) as before:
+        lm(tokens)
+    wanted = {
+        "assistant": roles == 3, Role.USER: roles == 2, "special": roles == 0,
+        frozenset({"system", "text"}): (roles == 1) | (roles == 4), "all": roles != 5,
+    }  # fmt: skip
+    cases = list(wanted.items())
+    cases.append((["user", Role.ASSISTANT], (roles == 2) | (roles == 3)))
+    cases.append((lambda at: at.ids % 2 == 0, (tokens.ids % 2 == 0) & (roles != 5)))
+    for where, mask in cases:
+        with lm.taps(read=[SITE], edit=sae.clamp({1: 4.0}, where=where)) as after:
+            lm(tokens)
+        assert torch.equal((before[SITE] != after[SITE]).any(-1), mask), where
+    for wrong in (lambda at: at.ids, lambda at: at.mask[0], lambda at: None):
+        with (
+            pytest.raises(UnweaveError, match="one truth value per token"),
+            lm.taps(edit=sae.clamp({1: 4.0}, where=wrong)),
+        ):
+            lm(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ties_have_one_rule_everywhere(dtype: torch.dtype) -> None:
+    """Coarse weights, so that most tokens have a tie at the k-th place: the first of equal latents fire, k at most."""
+    g = torch.Generator().manual_seed(0)
+    n_latents, k = 400, 7
+    W_enc = torch.randint(-1, 2, (D, n_latents), generator=g).to(dtype)
+    W_dec = torch.randn(n_latents, D, generator=g).to(dtype)
+    sae = SAE(W_enc, torch.zeros(n_latents, dtype=dtype), W_dec, torch.zeros(D, dtype=dtype), TopK(k), read=SITE)
+    x = torch.randint(-2, 3, (64, D), generator=g).to(dtype)
+    pre = sae.pre(x).tolist()
+    wanted = torch.zeros(64, n_latents)
+    tied = 0
+    for row, z in enumerate(pre):
+        order = sorted(range(n_latents), key=lambda j: (-z[j], j))
+        tied += z[order[k - 1]] == z[order[k]]
+        for j in order[:k]:
+            wanted[row, j] = max(z[j], 0.0)
+    assert tied > 32
+    assert torch.equal(sae.encode(x).float(), wanted)
+    assert torch.equal(sae.encode(x.view(4, 16, D)).float().view(64, -1), wanted)
+    assert torch.equal(sae.codes(x).dense().float(), wanted)
+    for chosen in ([5], [3, 200, 399, 0], list(range(0, n_latents, 3))):
+        assert torch.equal(sae.subset(chosen).encode(x).float(), wanted[:, chosen])
+
+
+def test_an_sae_without_latents_or_with_too_many_winners_is_refused() -> None:
+    with pytest.raises(UnweaveError, match="needs inputs and latents"):
+        SAE(torch.ones(4, 0), torch.ones(0), torch.ones(0, 4), torch.ones(4), ReLU())
+    for k in (6, 10**30):
+        with pytest.raises(UnweaveError, match="more than the 5 latents"):
+            SAE(torch.ones(4, 5), torch.ones(5), torch.ones(5, 4), torch.ones(4), TopK(k))
+    for k in (True, 5.0, 0, -1, "3"):
+        with pytest.raises(UnweaveError, match="whole number"):
+            TopK(k)  # type: ignore[arg-type]
 
 
 def test_bad_latents() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from unweave.core.errors import UnweaveError
+from unweave.sae.kernels import topk_rows
 
 
 class ReLU(nn.Module):
@@ -29,17 +30,18 @@ class JumpReLU(nn.Module):
 
 
 class TopK(nn.Module):
-    """f = max(z, 0) at each row's k largest pre-activations, else 0."""
+    """f = max(z, 0) at each row's k largest pre-activations, else 0. Of equal ones the first win."""
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        if k < 1:
-            raise UnweaveError(f"k must be at least 1, not {k}")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise UnweaveError(f"k is {k!r}, not a whole number of at least 1", remedy="check the SAE's settings")
         self.k = k
 
     def forward(self, pre: Tensor) -> Tensor:
-        values, indices = pre.topk(min(self.k, pre.shape[-1]), dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter(-1, indices, torch.relu(values))
+        values, indices = topk_rows(pre.reshape(-1, pre.shape[-1]), self.k)
+        shape = (*pre.shape[:-1], values.shape[-1])
+        return torch.zeros_like(pre).scatter(-1, indices.reshape(shape), torch.relu(values).reshape(shape))
 
     def extra_repr(self) -> str:
         return f"k={self.k}"

@@ -14,7 +14,9 @@ By default an edit leaves alone the tokens that the SAE was not trained on: padd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
+from unweave.lm.chat import Role
 from unweave.lm.taps import At
 from unweave.sae.activations import Identity, JumpReLU, TopK
 
@@ -30,8 +33,14 @@ if TYPE_CHECKING:
     from unweave.lm.model import LM
     from unweave.sae.module import SAE
 
-Where = Literal["policy", "all"]
-"""policy: only the tokens that the SAE was trained on; all: every token that is not padding"""
+Where = str | Role | Collection[str | Role] | Callable[[At], Tensor]
+"""Which tokens an edit changes; never padding.
+
+    "policy"                   those that the SAE was trained on
+    "all"                      every one
+    "assistant", {"system", "user"}   those of a role or of several (system, user, assistant, text, special)
+    a function of At           those where it is true, bool [B, P]
+"""
 
 _COUNT_UP_TO = 4
 """with so few latents, counting the winners above each is cheaper than finding a row's k-th largest"""
@@ -46,7 +55,7 @@ class Subset:
 
     def __init__(self, sae: SAE, latents: Sequence[int]) -> None:
         """Raises UnweaveError for latents that do not exist or are named twice."""
-        chosen = [int(j) for j in latents]
+        chosen = [_whole(j) for j in latents]
         for j in chosen:
             if not 0 <= j < sae.d_sae:
                 raise UnweaveError(f"latent {j} does not exist", where=repr(sae), remedy=f"use 0 to {sae.d_sae - 1}")
@@ -101,12 +110,15 @@ class Subset:
         everything = self.sae.pre(x)
         pre = everything[..., self.latents]
         if len(self.latents) <= _COUNT_UP_TO:
-            columns = pre.unbind(-1)
-            above = torch.stack([(everything > z.unsqueeze(-1)).sum(-1) for z in columns], -1)
-            wins = above < activation.k
-        else:
-            wins = pre >= everything.topk(activation.k, dim=-1).values[..., -1:]
-        return torch.relu(pre) * wins
+            counts = [_before(everything, j) for j in self.latents.tolist()]
+            return torch.relu(pre) * (torch.stack(counts, -1) < activation.k)
+        return activation(everything)[..., self.latents]
+
+
+def _before(pre: Tensor, latent: int) -> Tensor:
+    """How many pre-activations [..., F] go before a latent's: the larger ones, and equal ones that stand before it."""
+    z = pre[..., latent : latent + 1]
+    return (pre[..., :latent] >= z).sum(-1) + (pre[..., latent + 1 :] > z).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,9 @@ class Edit:
     change: Callable[[Tensor, Tensor], Tensor]
     """(what the SAE reads, what it writes to) -> the new value of the latter"""
     where: Where
+
+    def __post_init__(self) -> None:
+        _roles_of(self.where)
 
     @property
     def site(self) -> Site:
@@ -136,20 +151,72 @@ class Edit:
     def __call__(self, x: Tensor, at: At) -> Tensor | None:
         source = at.read[self.needs[0]] if self.needs else x
         new = self.change(source, x)
-        if self.where == "policy":
-            kept = self.sae.policy.keep(source, at.ids, at.mask)
-        else:
-            kept = at.mask
-        return torch.where(kept.unsqueeze(-1), new, x)
+        return torch.where(self._kept(source, at).unsqueeze(-1), new, x)
+
+    def _kept(self, source: Tensor, at: At) -> Tensor:
+        """The tokens to change, bool [B, P]."""
+        if callable(self.where):
+            kept = self.where(at)
+            if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != at.mask.shape:
+                raise UnweaveError(
+                    f"where gave {_seen(kept)}, not a bool tensor {list(at.mask.shape)}",
+                    where=repr(self),
+                    remedy="return one truth value per token, e.g. lambda at: at.roles == Role.USER",
+                )
+            return kept.to(at.mask.device) & at.mask
+        roles = _roles_of(self.where)
+        if roles is not None:
+            return torch.isin(at.roles, torch.tensor(roles, dtype=at.roles.dtype, device=at.roles.device)) & at.mask
+        return self.sae.policy.keep(source, at.ids, at.mask) if self.where == "policy" else at.mask
 
     def __repr__(self) -> str:
         return f"{self.name} at {self.sae.write}"
 
 
+def _seen(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
+
+
+def _roles_of(where: Where) -> list[int] | None:
+    """The roles that ``where`` names; None where it is "policy", "all" or a function. Else UnweaveError."""
+    if callable(where) or (isinstance(where, str) and where in ("policy", "all")):
+        return None
+    known = {role.name.lower(): role for role in Role if role is not Role.PAD}
+    named = [where] if isinstance(where, (str, Role)) else where
+    if not isinstance(named, (list, tuple, set, frozenset)):
+        named = None
+    roles = [known.get(one.name.lower() if isinstance(one, Role) else str(one)) for one in named or ()]
+    if not roles or None in roles:
+        raise UnweaveError(
+            f"where = {where!r} does not say which tokens to edit",
+            remedy=f'use "policy", "all", a role or several ({", ".join(known)}), or a function of At',
+        )
+    return [int(role) for role in roles if role is not None]
+
+
+def _whole(latent: object) -> int:
+    """A latent's number. UnweaveError for what is no whole number."""
+    try:
+        if isinstance(latent, bool):
+            raise TypeError
+        return operator.index(latent)  # type: ignore[arg-type]
+    except TypeError:
+        raise UnweaveError(f"{latent!r} is no latent", remedy="name latents by whole numbers") from None
+
+
 def _vector(sae: SAE, values: Mapping[int, float]) -> Tensor:
     if not values:
         raise UnweaveError("no latents were named", remedy="pass {latent: value}")
-    return torch.tensor(list(values.values()), dtype=sae.W_dec.dtype, device=sae.W_dec.device)
+    for latent, value in values.items():
+        try:
+            fine = not isinstance(value, bool) and math.isfinite(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            fine = False
+        if not fine:
+            raise UnweaveError(
+                f"the value for latent {latent!r} is {value!r}", remedy="give a finite number for each latent"
+            )
+    return torch.tensor([float(v) for v in values.values()], dtype=sae.W_dec.dtype, device=sae.W_dec.device)
 
 
 def clamp(sae: SAE, values: Mapping[int, float], where: Where = "policy") -> Edit:
@@ -176,7 +243,7 @@ def add(sae: SAE, values: Mapping[int, float], where: Where = "policy") -> Edit:
 
 def ablate(sae: SAE, latents: Iterable[int], mode: Literal["zero", "span"] = "zero", where: Where = "policy") -> Edit:
     """See ``SAE.ablate``."""
-    chosen = list(latents)
+    chosen = [_whole(latent) for latent in latents]
     if not chosen:
         raise UnweaveError("no latents were named", remedy="pass the numbers of latents")
     subset = Subset(sae, chosen)

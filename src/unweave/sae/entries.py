@@ -66,7 +66,8 @@ class Entries:
     def largest(self, k: int) -> Entries:
         """The k largest of each row, of a choice with the same number of entries in every row."""
         assert self.choice is not None
-        table = self.values.view(self.n_rows, -1)
-        places = table.detach().topk(k, dim=1, sorted=False).indices
-        indices = self.choice.indices.view(self.n_rows, -1).gather(1, places)
-        return Entries(table.gather(1, places).view(-1), Choice.uniform(indices, self.n_latents))
+        latents = self.choice.indices.view(self.n_rows, -1)
+        order = latents.argsort(1)  # of equal entries the first latents win
+        table, latents = self.values.view(self.n_rows, -1).gather(1, order), latents.gather(1, order)
+        _, places = kernels.topk_rows(table.detach(), k)
+        return Entries(table.gather(1, places).view(-1), Choice.uniform(latents.gather(1, places), self.n_latents))

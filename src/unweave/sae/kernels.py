@@ -3,7 +3,8 @@
 1. Pre-activations are made for one chunk of rows at a time; each chunk's winners are found and the chunk is reused.
 2. Winners are found exactly without sorting rows: cut a row's F entries into groups, take each group's maximum (one
    vectorised pass), keep the k groups with the largest maxima, and take the k largest of what those hold. Were an entry
-   of the true top k in a group left out, k groups would hold an entry at least as large: only ties can differ.
+   of the true top k in a group left out, k groups would hold an entry at least as large: only ties can differ. They
+   show in the entry after the k-th, and their rows are looked through again: the first of equal entries wins.
 3. What follows works on the chosen entries alone: see ``choice`` and ``products``, whose names are also here.
 
 Everything is plain PyTorch and runs on any device. Shapes: N rows, D width, F latents, nnz chosen entries.
@@ -28,25 +29,45 @@ CHUNK_BYTES = 20 << 20
 def topk_rows(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest entries of each row of z [N, F]: values and int64 indices [N, k], in no particular order.
 
-    Exact: the values equal ``torch.topk``'s as a multiset; among equal entries either may be chosen.
+    Exact: the values equal ``torch.topk``'s as a multiset. Among equal entries the first win, whatever the device, the
+    dtype or the number of rows: in 16 bits most rows have a tie at the k-th place.
     """
     n, width = z.shape
     k = min(k, width)
-    size = max(2, 2 ** round(math.log2(max(1.0, math.sqrt(width / k)))))
+    if k == width:
+        return z, torch.arange(width, device=z.device).expand(n, -1)
+    more = k + 1  # one more than asked for: where it equals the k-th there may be further ties
+    size = max(2, 2 ** round(math.log2(max(1.0, math.sqrt(width / more)))))
     groups = width // size
-    if groups < 2 * k:  # hardly fewer candidates than entries
-        found = z.topk(k, dim=1, sorted=False)
-        return found.values, found.indices
+    if groups < 2 * more:  # hardly fewer candidates than entries
+        values, indices = z.topk(more, dim=1)
+        return _first_of_ties(z, values, indices)
     # Group j holds entries j, j + groups, j + 2 groups, ...: its maximum is then taken along contiguous memory.
     maxima = z[:, : groups * size].view(n, size, groups).amax(1)
-    best = maxima.topk(k, dim=1, sorted=False).indices
+    best = maxima.topk(more, dim=1, sorted=False).indices
     steps = torch.arange(0, groups * size, groups, device=z.device)
-    candidates = (best[:, :, None] + steps).view(n, k * size)
+    candidates = (best[:, :, None] + steps).view(n, more * size)
     if groups * size < width:  # the entries that fill no group are all candidates
         rest = torch.arange(groups * size, width, device=z.device).expand(n, -1)
         candidates = torch.cat([candidates, rest], dim=1)
-    values, places = z.gather(1, candidates).topk(k, dim=1, sorted=False)
-    return values, candidates.gather(1, places)
+    values, places = z.gather(1, candidates).topk(more, dim=1)
+    return _first_of_ties(z, values, candidates.gather(1, places))
+
+
+def _first_of_ties(z: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The first k of the k + 1 largest ``values`` of z [N, F] in descending order, and their ``indices``; in rows
+    whose last two are equal the entries above them and the first of those that equal them."""
+    k = values.shape[1] - 1
+    tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
+    values, indices = values[:, :k], indices[:, :k]
+    if not len(tied):
+        return values, indices
+    rows, bound = z[tied], values[tied, k - 1 :]
+    equal, above = rows == bound, ~(rows <= bound)  # NaN counts as the largest, as it does for torch
+    wanted = k - above.sum(1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(1) <= wanted))
+    indices = indices.index_copy(0, tied, chosen.nonzero()[:, 1].view(len(tied), k))
+    return z.gather(1, indices), indices
 
 
 def chunk_rows(n_latents: int, itemsize: int = 4) -> int:

@@ -89,6 +89,12 @@ class SAE(nn.Module):
                 raise UnweaveError(f"{name} has shape {list(getattr(self, name).shape)}, which is no matrix")
         self._check_norm()
         d_in, d_sae = self.W_enc.shape
+        if d_in == 0 or d_sae == 0:
+            raise UnweaveError(
+                f"W_enc has shape {[d_in, d_sae]}: an SAE needs inputs and latents", remedy="check the file"
+            )
+        if isinstance(self.activation, TopK) and self.activation.k > d_sae:
+            raise UnweaveError(f"k is {self.activation.k}, more than the {d_sae} latents", remedy="check the settings")
         wanted = {
             "b_enc": (d_sae,),
             "W_dec": (d_sae, self.W_dec.shape[-1]),
