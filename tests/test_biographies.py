@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from unweave.circuits import relevance
 from unweave.core.errors import UnweaveError
 from unweave.tasks import biographies
 from unweave.tasks.biographies import AMBIGUOUS, FIRST_NAMES, GROUPS, Biography
@@ -88,6 +89,18 @@ def test_no_text_names_its_profession() -> None:
 def test_name_lists_do_not_overlap() -> None:
     assert not set(FIRST_NAMES[0]) & set(FIRST_NAMES[1])
     assert len(set(FIRST_NAMES[0])) == len(set(FIRST_NAMES[1])) == 30
+
+
+def test_the_rule_that_judges_latents_was_not_made_of_these_biographies(sets: biographies.Sets) -> None:
+    """SHIFT's rule must find gender by what it knows of people, not by the templates' own words: beyond pronouns, which
+    no list about gender can be without, the two share nothing."""
+    names = {name.lower() for name in FIRST_NAMES[0] + FIRST_NAMES[1]}
+    assert not names & relevance.FIRST_NAMES
+    written = Counter(
+        w for b in (*sets.test, *(b for texts in sets.train.values() for b in texts)) for w in words(b.text)
+    )
+    assert names < set(written)
+    assert set(written) & relevance.GENDER_WORDS <= relevance.PRONOUNS
 
 
 def test_the_same_seed_writes_the_same_and_another_others() -> None:

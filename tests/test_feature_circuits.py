@@ -44,6 +44,13 @@ def test_the_paper_scale_takes_the_published_saes(monkeypatch: pytest.MonkeyPatc
     gemma = plan_of(FeatureCircuitsSpec(scale="paper", model=MODELS[1]))
     assert len(gemma.saes) == 78
     assert "attn_heads.25=hub:google/gemma-scope-2b-pt-att/layer_25/width_16k/average_l0_105" in gemma.saes
+    # The captions of the paper's figures 7 to 14.
+    assert pythia.thresholds == {
+        "simple": (0.2, 0.02), "within_rc": (0.2, 0.02), "across_rc": (0.1, 0.01), "across_pp": (0.1, 0.01)
+    }  # fmt: skip
+    assert gemma.thresholds == {
+        "simple": (0.5, 0.05), "within_rc": (0.5, 0.05), "across_rc": (0.073, 0.007), "across_pp": (0.5, 0.05)
+    }  # fmt: skip
 
 
 def test_the_nearest_l0_of_each_layer() -> None:

@@ -286,14 +286,16 @@ def _phrases(text: str) -> tuple[str, ...]:
 
 FIRST_NAMES = (
     _words(
-        "James John Robert Michael William David Richard Thomas Charles Daniel Matthew Anthony Mark Paul Steven Andrew "
-        "Kenneth George Kevin Brian Edward Peter Henry Walter Arthur Frank Simon Martin Philip Oliver"
+        "Adam Nathan Scott Gary Jason Eric Ryan Justin Roger Keith Jeremy Sean Carl Ethan Bruce Ralph Roy Vincent "
+        "Howard Craig Stuart Duncan Neil Nigel Ian Colin Derek Trevor Hugh Leonard"
     ),
     _words(
-        "Mary Patricia Jennifer Linda Elizabeth Barbara Susan Jessica Sarah Karen Nancy Margaret Lisa Helen Sandra "
-        "Emily Anna Laura Rachel Catherine Julia Alice Emma Rebecca Caroline Martha Diana Ruth Maria Sophie"
+        "Amy Angela Brenda Pamela Nicole Christine Janet Heather Teresa Gloria Judith Megan Andrea Hannah Olivia Joan "
+        "Denise Marilyn Danielle Natalie Abigail Doris Kathleen Joyce Fiona Isabel Claire Molly Wendy Sheila"
     ),
 )
+"""Male and female. None is among the names by which SHIFT's rule knows a latent about gender: a rule that had the
+biographies' own names would be told what it has to find."""
 _LAST_NAMES = _words(
     "Adams Baker Barnes Bennett Brooks Butler Carter Clarke Coleman Cooper Davies Dawson Dixon Ellis Fisher Foster "
     "Gibson Graham Griffin Hamilton Harper Harris Hayes Hughes Hunt Jenkins Kelly Lambert Lawson Marsh Mason Morris "

@@ -44,7 +44,7 @@ from unweave.sae.neurons import neurons
 from unweave.tasks import biographies
 from unweave.tasks.biographies import Biography
 
-VERSION = 2
+VERSION = 3
 _PROFESSION, _GENDER = "profession", "gender"
 
 
