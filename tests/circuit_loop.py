@@ -47,7 +47,10 @@ def site_values(lm: LM, saes: Mapping[Site, SAE], tokens: Tokens) -> dict[Site, 
     for site, sae in saes.items():
         kept = sae.policy.keep(seen[reads[site]], tokens.ids, tokens.mask)
         latents = sae.encode(seen[reads[site]]) * kept.unsqueeze(-1)
-        found[site] = (seen[site], latents, seen[site].to(latents.dtype) - sae.decode(latents))
+        error = seen[site].to(latents.dtype) - sae.decode(latents)
+        if sae.W_skip is not None:
+            error = error - seen[reads[site]] @ sae.W_skip * kept.unsqueeze(-1)
+        found[site] = (seen[site], latents, error)
     return found
 
 
@@ -85,10 +88,11 @@ def leaves(lm: LM, saes: Mapping[Site, SAE], tokens: Tokens) -> dict[Site, Leave
         source = x if reads[site] == site else at.read[reads[site]]  # type: ignore[attr-defined]
         kept = sae.policy.keep(source.detach(), tokens.ids, tokens.mask)
         latents = sae.encode(source) * kept.unsqueeze(-1)
-        error = x.to(latents.dtype) - sae.decode(latents)
+        skip = 0.0 if sae.W_skip is None else source @ sae.W_skip * kept.unsqueeze(-1)
+        error = x.to(latents.dtype) - sae.decode(latents) - skip
         nodes = Leaves(latents, error, latents.detach().requires_grad_(), error.detach().requires_grad_())
         found[site] = nodes
-        return (sae.decode(nodes.latents_leaf) + nodes.error_leaf).to(x.dtype)
+        return (sae.decode(nodes.latents_leaf) + skip + nodes.error_leaf).to(x.dtype)
 
     others = sorted({read for site, read in reads.items() if read != site})
     with lm.taps(read=others, edit=dict.fromkeys(saes, cut), stop=max(saes), grad=True):

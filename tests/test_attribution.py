@@ -245,7 +245,7 @@ def test_a_transcoders_latents_come_from_the_site_it_reads(lm: LM) -> None:
     state = states(lm, sae, clean)[sae.write]
     source, x = values(lm, "mlp_in.1", clean), values(lm, "mlp_add.1", clean)
     close(state.latents, sae.encode(source))
-    close(state.latents @ sae.W_dec + sae.b_dec + state.error, x)
+    close(state.latents @ sae.W_dec + sae.b_dec + source @ sae.W_skip + state.error, x)
     found = node_effects(lm, sae, clean, patch, difference)[sae.write]
     splice = Splice(sae)
     with lm.taps(edit=splice, grad=True):
@@ -253,6 +253,29 @@ def test_a_transcoders_latents_come_from_the_site_it_reads(lm: LM) -> None:
     assert torch.equal(logits, lm(clean))
     (grad,) = torch.autograd.grad(difference(logits[:, -1], torch.arange(3)).sum(), splice.latents)
     close(found.latents, grad * (sae.encode(values(lm, "mlp_in.1", patch)) - state.latents))
+
+
+def test_what_a_skip_explains_is_no_error_and_no_node(lm: LM) -> None:
+    """The effects share out what latents and error do: the change of the metric with the skip left as it is."""
+    sae = make_sae(lm, "mlp_add.1", read="mlp_in.1", W_skip=torch.randn(32, 32, dtype=torch.float64) * 0.3)
+    clean, patch = make_pair()
+    source = values(lm, "mlp_in.1", clean)
+    for end in (patch, None):
+        found = node_effects(lm, sae, clean, end, difference, method="ig", steps=400, rule="midpoint")[sae.write]
+        said = source @ sae.W_skip
+        if end is None:
+            moved = said + sae.b_dec
+        else:
+            source2, x2 = values(lm, "mlp_in.1", end), values(lm, "mlp_add.1", end)
+            moved = said + x2 - source2 @ sae.W_skip
+        change = naive_metric(lm, clean, "mlp_add.1", lambda _, m=moved: m) - naive_metric(
+            lm, clean, "mlp_add.1", lambda v: v
+        )
+        close(found.latents.sum((1, 2)) + found.error.sum(1), change, 1e-4)
+        assert change.abs().min() > 1e-3
+    eye, zero = torch.eye(32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)
+    whole = SAE(0 * eye, zero - 1, 0 * eye, zero, ReLU(), W_skip=eye, read=Site("resid_post", 1))
+    assert float(states(lm, whole, clean)[Site("resid_post", 1)].error.abs().max()) == 0
 
 
 def test_identity_splice_leaves_logits_bit_equal(tiny: Any, family: str) -> None:

@@ -198,6 +198,26 @@ def test_transcoders_begin_where_they_read(tiny: Any, family: str) -> None:
     assert {down for _, down in expected} > {Site.parse(write) for _, write in pairs}
 
 
+def test_a_skip_goes_around_the_nodes_of_its_transcoder(tiny: Any) -> None:
+    """Edges from before a transcoder to behind it: none without a skip, for there everything passes a node."""
+    lm = LM(tiny("llama").double(), None)
+    clean, patch = make_pair()
+    policy = TokenPolicy(exclude_ids=(int(clean.ids[0, 2]), int(clean.ids[1, 3])))
+    up, down = Site("embed"), Site("resid_post", 0)
+    saes = make_saes(lm, ["embed", "resid_post.0", "resid_post.2"], policy=policy)
+    saes |= make_saes(lm, ["attn_add.0"], policy=policy)
+    for write, read in (("mlp_add.0", "mlp_in.0"), ("mlp_add.1", "resid_mid.1"), ("attn_add.1", "attn_in.1")):
+        saes[Site.parse(write)] = make_sae(lm, write, 3, ReLU(), read, policy=policy)
+    with_skip = compared(lm, saes, clean, patch)
+    for sae in saes.values():
+        sae.W_skip = None
+    without = compared(lm, saes, clean, patch)
+    assert float((with_skip[up, down] - without[up, down]).abs().max()) > 0.01
+    skipping = {Site("resid_post", 0): make_sae(lm, "resid_post.0", 1, ReLU(), "resid_post.0")}
+    with pytest.raises(UnweaveError, match="skip in the residual stream"):
+        edge_effects(lm, skipping, clean, patch, {}, threshold=0.1)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_edges_reach_no_further_than_a_sliding_window(tiny: Any, family: str) -> None:
     """Twelve tokens, of which attention in the first block sees the last eight."""

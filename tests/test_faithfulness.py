@@ -42,7 +42,8 @@ def make_sae(lm: LM, site: str, seed: int, read: str | None = None) -> SAE:
     weights = (draw(d_in, F) / d_in**0.5, draw(F) * 0.3, draw(F, d) * 0.3, draw(d) * 0.2)
     activation = TopK(6 if seed % 4 == 1 else 1) if seed % 2 else JumpReLU(torch.full((F,), 0.3, dtype=torch.float64))
     where = {"read": Site.parse(read or site), "write": Site.parse(site)}
-    return SAE(*weights, activation, **where, policy=TokenPolicy(exclude_ids=(9,)))
+    skip = draw(d_in, d) * 0.2 if read else None
+    return SAE(*weights, activation, **where, W_skip=skip, policy=TokenPolicy(exclude_ids=(9,)))
 
 
 def saes_of(lm: LM, names: tuple[str, ...] = NAMES) -> dict[Site, SAE]:
@@ -69,7 +70,12 @@ def kept_sets(saes: dict[Site, SAE], width: int, seed: int, share: float = 0.5) 
 
 def parts(sae: SAE, source: Tensor, x: Tensor, token: int) -> tuple[Tensor, Tensor]:
     f = sae.encode(source) if token != 9 else torch.zeros(sae.d_sae, dtype=x.dtype)
-    return f, x - sae.decode(f)
+    return f, x - sae.decode(f) - around(sae, source, token)
+
+
+def around(sae: SAE, source: Tensor, token: int) -> Tensor:
+    """What a skip says, at tokens that the policy keeps."""
+    return torch.zeros(sae.d_out).double() if sae.W_skip is None or token == 9 else source @ sae.W_skip
 
 
 def by_hand(
@@ -115,11 +121,13 @@ def by_hand(
             source = x if sae.read in (None, site) else at.read[sae.read]
             new = x.clone()
             for position in range(skip, x.shape[1]):
-                f, e = parts(sae, source[0, position], x[0, position], int(clean.ids[row, position]))
+                token = int(clean.ids[row, position])
+                f, e = parts(sae, source[0, position], x[0, position], token)
                 mean_f, mean_e = means[site, position]
                 keep = kept[site][position if len(kept[site]) > 1 else 0]
                 g = torch.stack([f[j] if keep[j] else mean_f[j] for j in range(sae.d_sae)])
-                new[0, position] = sae.decode(g) + (e if keep[-1] else mean_e)
+                skip_says = around(sae, source[0, position], token)
+                new[0, position] = sae.decode(g) + skip_says + (e if keep[-1] else mean_e)
             return new
 
         edits = {site: edit for site in saes if layer(site) >= first}

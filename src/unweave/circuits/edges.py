@@ -10,7 +10,8 @@ passes are taken apart:
 
 1. A node's gradient with respect to its SAE's input is known without any pass: for a latent that is active on the clean
    input dm/dd_j W_enc[:, j], for the error g - sum over active k of (g . W_dec[k]) W_enc[:, k], with g the metric's
-   gradient at the site. A latent that is not active has none, and so no edges from below.
+   gradient at the site (and - W_skip g where a transcoder has a skip). A latent that is not active has none, and so no
+   edges from below.
 2. These vectors go down as ``paths`` says, many at a time, through the parts of blocks that lie between and no others.
 3. Where one arrives as c at an upstream site, its edges are c . W_dec[i] (f_i' - f_i) and c . (e' - e). Most latents do
    not change, so products are made with the decoder rows of those that do.
@@ -214,8 +215,9 @@ def _strong(effects: SiteEffects, threshold: float) -> Tensor:
 class _State:
     """One site's latents at the tokens that matter: those that change, and those with a retained node.
 
-    ``token`` int64 [n], ascending. ``change`` of latents [n, F] and ``shift`` of x [n, D] from clean to patch, 0 where
-    nothing is moved. ``active`` bool [n, F]: where a latent follows its input on the clean one.
+    ``token`` int64 [n], ascending. ``change`` of latents [n, F] and ``shift`` of x [n, D] (without what a skip does)
+    from clean to patch, 0 where nothing is moved. ``active`` bool [n, F]: where a latent follows its input on the clean
+    one. ``kept`` bool [n, 1]: tokens that the SAE's policy does not exclude.
     """
 
     sae: SAE
@@ -225,6 +227,7 @@ class _State:
     change: Tensor
     shift: Tensor
     active: Tensor
+    kept: Tensor
 
     @classmethod
     def of(
@@ -244,13 +247,22 @@ class _State:
             moved = moved & ((x2 != x).any(-1) | (source2 != source).any(-1))
         token = (moved if strong is None else moved | strong.any(-1)).nonzero()[:, 0]
         latents, kept = _encoded(sae, source[token], clean, token)
+        before = x[token] if sae.W_skip is None else x[token] - _skipped(sae, source[token], kept)
         if patch is None or patched is None:
-            change, shift = -latents, sae.b_dec - x[token]
+            change, shift = -latents, sae.b_dec - before
         else:
-            change, shift = _encoded(sae, source2[token], patch, token)[0] - latents, x2[token] - x[token]
+            latents2, kept2 = _encoded(sae, source2[token], patch, token)
+            after = x2[token] if sae.W_skip is None else x2[token] - _skipped(sae, source2[token], kept2)
+            change, shift = latents2 - latents, after - before
         still = ~moved[token].unsqueeze(1)
         active = kept.expand_as(latents) if isinstance(sae.activation, Identity) else latents != 0
-        return cls(sae, read, clean.ids.shape, token, change.masked_fill(still, 0), shift.masked_fill(still, 0), active)
+        moves = change.masked_fill(still, 0), shift.masked_fill(still, 0)
+        return cls(sae, read, clean.ids.shape, token, *moves, active, kept)
+
+    def _through(self, g: Tensor, some: Tensor) -> Tensor:
+        """The errors' gradients [m, d_in] through what is read: what latents, and a skip, explain less of x."""
+        less = ((g @ self.sae.W_dec.T) * self.active[some]) @ -self.sae.W_enc.T
+        return less if self.sae.W_skip is None else less - (g * self.kept[some]) @ self.sae.W_skip.T
 
     def changes(self, allowed: Tensor | None) -> Changes:
         return changes_of(self.sae, self.token, self.change, self.shift, self.shape, allowed)
@@ -263,9 +275,7 @@ class _State:
         here = strong[self.token]
         row, slot = (here[:, :-1] & self.active).nonzero().unbind(1)
         errors = here[:, -1].nonzero()[:, 0]
-        through = [
-            ((g[self.token[some]] @ sae.W_dec.T) * self.active[some]) @ -sae.W_enc.T for some in errors.split(1024)
-        ]
+        through = [self._through(g[self.token[some]], some) for some in errors.split(1024)]
         token = self.token[torch.cat([row, errors])]
         return _Retained(
             sae,
@@ -284,6 +294,12 @@ def _encoded(sae: SAE, source: Tensor, tokens: Tokens, token: Tensor) -> tuple[T
     ids, mask = tokens.ids.flatten()[token], tokens.mask.flatten()[token]
     kept = sae.policy.keep(source, ids, mask).unsqueeze(-1)
     return sae.encode(source) * kept, kept
+
+
+def _skipped(sae: SAE, source: Tensor, kept: Tensor) -> Tensor:
+    skip = sae.through_skip(source)
+    assert skip is not None
+    return skip * kept
 
 
 # -- edges into one site ----------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 1. From ``start_layer`` on, every node outside the circuit C takes a fixed value at its position: its mean over the
    patch inputs of the examples that are evaluated (or over the clean ones, or zero). One forward pass does it: at each
-   site latents are computed from the stream as it is there, already changed below, x' = decode(f') + e'.
+   site latents are computed from the stream as it is there, already changed below, x' = decode(f') + e'. A
+   transcoder's skip is no node: what it says of what is read there is always added.
    Texts of many lengths may have one mean over all their tokens instead: position by position those of a rare length
    would be ablated towards their own values. The first ``skip_first`` tokens of a text are no nodes and stay.
 2. F(C) = (m(C) - m(empty)) / (m(M) - m(empty)), with the metric's mean m over the examples, the whole model M, and the
@@ -268,13 +269,17 @@ class _Run:
 
         def edit(x: Tensor, at: At) -> Tensor:
             whole, said = x.to(sae.W_dec.dtype), x if source == site else read[source]
-            latents = sae.encode(said) * sae.policy.keep(said, at.ids, at.mask).unsqueeze(-1)
+            counted = sae.policy.keep(said, at.ids, at.mask).unsqueeze(-1)
+            latents, skip = sae.encode(said) * counted, sae.through_skip(said)
             kept = circuits.rows(site, which, x.shape[1])
             with_error = kept[..., -1:]
             # Where the error is kept, latents outside are taken off x, so that a circuit of everything leaves the model
             # as it is bit for bit; where it is not, those inside are put together. Each needs one sum of few rows.
             summed = _sums(latents * (kept[..., :-1] != with_error), sae.W_dec)
-            new = torch.where(with_error, whole - summed, sae.b_dec + mean.error + summed) + fixed[which]
+            alone = (
+                sae.b_dec + mean.error + summed if skip is None else sae.b_dec + mean.error + summed + skip * counted
+            )
+            new = torch.where(with_error, whole - summed, alone) + fixed[which]
             new = torch.where(free.unsqueeze(-1), new, whole).to(x.dtype)
             if site in self.sources:
                 read[site] = new

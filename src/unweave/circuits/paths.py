@@ -9,6 +9,7 @@ stream after each block (after attention and MLP one by one, or after both where
    way is the identity.
 3. Attention or an MLP without a node is gone through: the vector-Jacobian product of that half of the block joins the
    cotangent in the stream.
+4. A transcoder's skip is a way around its nodes: what arrives where it writes goes on from where it reads.
 
 Each product runs only its half of its block (``lm.taps`` begins at the block's input) and goes backward for many
 cotangents at once. An MLP acts token by token, so a cotangent brings one token. Attention spreads it over the example's
@@ -83,6 +84,12 @@ class Plan:
                     remedy="leave this site out of the circuit",
                 )
             kind, layer = where(site)
+            if kind == "stream" and sae.W_skip is not None:
+                raise UnweaveError(
+                    "edges cannot follow a skip in the residual stream: everything could go around the nodes there",
+                    where=str(site),
+                    remedy="leave this site out of the circuit, or ask for node effects alone",
+                )
             places = {"stream": self.stream, "attn": self.attn, "mlp": self.mlp}[kind]
             if layer in places:
                 raise UnweaveError(
@@ -148,6 +155,7 @@ class Paths:
         self.parallel = lm.layout.parallel
         top = max((place for at in (plan.stream, plan.attn, plan.mlp) for place in at), default=-1)
         inputs = [Site(point, layer) for layer in range(max(top, 0) + 1) for point in self._inputs()]
+        self.saes = saes
         self.sites = {*saes, *(reads_of(sae, site) for site, sae in saes.items())}
         self.values = values_of(lm, {*self.sites, *inputs}, tokens, max_tokens=max_tokens)
 
@@ -163,7 +171,11 @@ class Paths:
         mid = rows
         if layer in self.plan.mlp:
             site = self.plan.mlp[layer]
-            emit(site, self._to_site(rows, site))
+            arrived = self._to_site(rows, site)
+            emit(site, arrived)
+            skip = self._around(arrived, site)
+            if skip:
+                mid = rows.holding(rows.cot + self._mlp(rows, layer, skip))
         else:
             mid = rows.holding(rows.cot + self._mlp(rows, layer, {Site("mlp_add", layer): rows.cot}))
         self._into_attention(mid, rows if self.parallel else mid, layer, emit)
@@ -189,7 +201,11 @@ class Paths:
         """``stream`` goes on past block ``layer``'s attention, ``into`` is what reaches attention itself."""
         if layer in self.plan.attn:
             site = self.plan.attn[layer]
-            emit(site, self._to_site(into, site))
+            arrived = self._to_site(into, site)
+            emit(site, arrived)
+            skip = self._around(arrived, site)
+            if skip:  # token by token, for it reads what attention reads
+                stream = stream.holding(stream.cot + self._attention(into, layer, skip))
             self._arrive(stream, layer - 1, emit)
             return
         if not self.plan.any_below(layer - 1) and layer - 1 not in self.plan.stream:
@@ -243,6 +259,16 @@ class Paths:
                 begin = i
         if ends:
             yield slice(begin, len(ends))
+
+    def _around(self, arrived: Rows, site: Site) -> dict[Site, Tensor]:
+        """Cotangents that arrived where a transcoder writes, at what its skip reads; nothing where it has none."""
+        sae = self.saes[site]
+        if sae.W_skip is None:
+            return {}
+        read = reads_of(sae, site)
+        kept = sae.policy.keep(self.values[read], self.tokens.ids, self.tokens.mask)
+        here = kept[arrived.example.unsqueeze(1), arrived.position].unsqueeze(-1)
+        return {read: (arrived.cot * here).to(sae.W_skip.dtype) @ sae.W_skip.T}
 
     # -- vector-Jacobian products -----------------------------------------------------------------------------------
 

@@ -208,9 +208,7 @@ def _add_rows(sae: SAE, sums: _Sums, x: Tensor, y: Tensor) -> Tensor:
     for start in range(0, len(x), step):
         rows = x[start : start + step].to(sae.W_enc.dtype)
         codes = sae.codes(rows)
-        xhat = sae.decode(codes, rows)
-        if sae.W_skip is not None:
-            xhat = xhat + rows @ sae.W_skip
+        xhat = sae.explained(codes, rows)
         sums.add(y[start : start + step], codes, xhat)
         good[start : start + step] = torch.isfinite(xhat).all(-1)
     return good

@@ -309,9 +309,7 @@ def _compare(sae: SAE, own: _OfSAE, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     rows = x.to(sae.W_enc.dtype)
     codes = sae.codes(rows)
     # Gathering decoder rows pays only where few latents fire.
-    xhat = sae.decode(codes.dense() if len(codes.values) * _DENSE_SHARE > len(x) * sae.d_sae else codes, rows)
-    if sae.W_skip is not None:
-        xhat = xhat + rows @ sae.W_skip
+    xhat = sae.explained(codes.dense() if len(codes.values) * _DENSE_SHARE > len(x) * sae.d_sae else codes, rows)
     wide = torch.promote_types(xhat.dtype, torch.float32)
     fired = F.pad((codes.values > 0).cumsum(0), (1, 0))[codes.offsets].diff()
     own.fired += codes.counts().cpu()

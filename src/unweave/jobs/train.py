@@ -146,8 +146,7 @@ def _summary(result: Mapping[str, Any]) -> list[list[Any]]:
 def _reference(sae: SAE, x: Tensor, goal: Tensor) -> dict[str, float]:
     """Unexplained variance and L0 on activations x [N, d_in] and what they should become, [N, d_out]."""
     codes = sae.codes(x)
-    y = sae.decode(codes) if sae.W_skip is None else sae.decode(codes) + x @ sae.W_skip
-    missed = (goal - y).double().square().sum()
+    missed = (goal - sae.explained(codes, x)).double().square().sum()
     spread = (goal.double() - goal.double().mean(0)).square().sum()
     return {
         "unexplained_variance": float(missed / spread),

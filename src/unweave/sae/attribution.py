@@ -128,6 +128,8 @@ def node_effects(
         xs = {site: values[site].to(sae.W_dec.dtype) for site, sae in by_site.items()}
         shifts = {
             site: ((sae.b_dec if ends is None else ends[site].to(sae.W_dec.dtype)) - xs[site]) * moved.unsqueeze(-1)
+            if sae.W_skip is None
+            else change(site)[1].x  # without what the skip does, which is no node's doing
             for site, sae in by_site.items()
         }
         gradients = _path_means(run, xs, shifts, alphas, gradients)

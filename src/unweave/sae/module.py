@@ -232,17 +232,23 @@ class SAE(nn.Module):
         normal = None if x is None else self.normalised(x)
         return out if normal is None else out * normal.scale + normal.shift
 
+    def through_skip(self, x: Tensor) -> Tensor | None:
+        """What the skip says of x [..., d_in]: x W_skip [..., d_out], or None where there is no skip."""
+        return None if self.W_skip is None else self._matches(x) @ self.W_skip
+
+    def explained(self, f: Tensor | Codes, x: Tensor) -> Tensor:
+        """All that is no error: decode(f) (+ x W_skip) [..., d_out], with x [..., d_in] what f was encoded from."""
+        skip = self.through_skip(x)
+        return self.decode(f, x) if skip is None else self.decode(f, x) + skip
+
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction decode(encode(x)) (+ x W_skip), [..., d_out]."""
-        out = self.decode(self.encode(x), x)
-        return out if self.W_skip is None else out + self._matches(x) @ self.W_skip
+        return self.explained(self.encode(x), x)
 
     def reconstruct_sparsely(self, x: Tensor) -> Tensor:
         """``forward`` without gradients and without holding dense latents: for measuring, [..., d_out]."""
         flat = x.reshape(-1, x.shape[-1])
-        out = self.decode(self.codes(flat), flat)
-        if self.W_skip is not None:
-            out = out + self._matches(flat) @ self.W_skip
+        out = self.explained(self.codes(flat), flat)
         return out.view(*x.shape[:-1], self.d_out).to(x.dtype)
 
     def subset(self, latents: Sequence[int]) -> edits.Subset:

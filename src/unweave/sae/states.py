@@ -1,7 +1,9 @@
 """A site's value taken apart: x = decode(f) + e, with latents f and error e, on the clean and on the patched input.
 
-Attribution, circuits and fine-tuning all begin here. Tokens that an SAE's policy excludes (padding, special tokens,
-norm outliers) belong wholly to the error: f = 0 there.
+A skip transcoder has x = decode(f) + r W_skip + e, with r what it reads. What the skip explains is no error. It is no
+node either, but a linear way from where it reads to where it writes: patching or ablating nodes leaves it as it is, and
+it follows whatever changes below. Attribution, circuits and fine-tuning all begin here. Tokens that an SAE's policy
+excludes (padding, special tokens, norm outliers) belong wholly to the error: f = 0 there, and the skip has no part.
 """
 
 from __future__ import annotations
@@ -23,11 +25,17 @@ SAEs = SAE | Sequence[SAE] | Mapping[Site, SAE]
 
 @dataclass(frozen=True)
 class State:
-    """A site's value taken apart: x [B, P, D] = decode(latents [B, P, F]) + error [B, P, D]."""
+    """A site's value taken apart: x [B, P, D] = decode(latents [B, P, F]) + error [B, P, D] (+ skip [B, P, D])."""
 
     x: Tensor
     latents: Tensor
     error: Tensor
+    skip: Tensor | None = None
+
+    @property
+    def nodes(self) -> Tensor:
+        """The part of x that latents and error make up, [B, P, D]."""
+        return self.x if self.skip is None else self.x - self.skip
 
 
 def states(lm: LM, saes: SAEs, tokens: Tokens, *, max_tokens: int = 1024) -> dict[Site, State]:
@@ -85,7 +93,10 @@ def _state(sae: SAE, source: Tensor, x: Tensor, ids: Tensor, mask: Tensor) -> St
     with torch.no_grad():
         kept = sae.policy.keep(source, ids, mask)
         latents = sae.encode(source) * kept.unsqueeze(-1)
-        return State(x, latents, x - sae.decode(latents))
+        skip = sae.through_skip(source)
+        if skip is not None:
+            skip = skip * kept.unsqueeze(-1)
+        return State(x, latents, (x if skip is None else x - skip) - sae.decode(latents), skip)
 
 
 def take_apart(by_site: Mapping[Site, SAE], values: Mapping[Site, Tensor], tokens: Tokens) -> dict[Site, State]:
@@ -97,11 +108,12 @@ def take_apart(by_site: Mapping[Site, SAE], values: Mapping[Site, Tensor], token
 
 
 def change_of(sae: SAE, start: State, patch: State | None, moved: Tensor) -> State:
-    """Patch state minus clean state where positions are moved, 0 elsewhere."""
+    """How latents and error change from clean to patch, and x by them, where positions are moved; 0 elsewhere."""
     at = moved.unsqueeze(-1)
     if patch is None:
-        return State((sae.b_dec - start.x) * at, -start.latents * at, -start.error * at)
-    return State((patch.x - start.x) * at, (patch.latents - start.latents) * at, (patch.error - start.error) * at)
+        return State((sae.b_dec - start.nodes) * at, -start.latents * at, -start.error * at)
+    moves = patch.nodes - start.nodes, patch.latents - start.latents, patch.error - start.error
+    return State(*(move * at for move in moves))
 
 
 def line_up(lm: LM, clean: Tokens, patch: Tokens | None) -> tuple[Tokens, Tokens | None]:
