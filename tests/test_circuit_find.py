@@ -12,17 +12,22 @@ from torch import Tensor
 
 from unweave.circuits import again
 from unweave.circuits import find as module
+from unweave.circuits.completeness import TOLERANCE
 from unweave.circuits.edges import edge_effects
 from unweave.circuits.find import Options, find_circuit, find_nodes
 from unweave.circuits.graph import Circuit
 from unweave.circuits.parts import Parts
-from unweave.core.errors import UnweaveError
+from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import ReLU, TopK
 from unweave.sae.attribution import SiteEffects, node_effects
 from unweave.sae.module import SAE
+from unweave.sae.neurons import neurons
 from unweave.tasks.answers import AnswerLoss
+
+# Few steps, for speed: their sums need not agree with what is measured.
+pytestmark = pytest.mark.filterwarnings("ignore:effects at .* add up to:unweave.core.errors.UnweaveWarning")
 
 F = 16
 NAMES = ("embed", "attn_add.0", "mlp_add.0", "resid_post.0", "attn_add.1", "mlp_add.1", "resid_post.1")
@@ -58,6 +63,35 @@ def pair(n: int, width: int, seed: int) -> Any:
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sums_of_effects_stand_beside_what_is_measured(tiny: Any, family: str) -> None:
+    """Neurons ablated to zero: normalisation makes the path's end steep. To their means: a few steps are enough."""
+    lm = LM(tiny(family).double(), None)
+    clean, _, _ = pair(6, 5, 3)
+    saes = {site: neurons(lm, site) for site in (Site("resid_post", 0), Site("resid_post", 1))}
+    options = Options(steps=10, summed="positions", skip_first=1, max_tokens=64)
+    with pytest.warns(UnweaveWarning, match=r"add up to .*ablation: mean"):
+        off = find_nodes(lm, saes, [(clean, None, difference)], options).about
+    assert "add up" in off["incomplete"] and not all(row["complete"] for row in off["completeness"].values())
+    circuit = find_nodes(lm, saes, [(clean, None, difference)], dataclasses.replace(options, ablation="mean"))
+    fine = circuit.about
+    assert fine["incomplete"] is None and all(row["complete"] for row in fine["completeness"].values())
+    for site in saes:
+        with lm.taps(read=[site]) as seen:
+            before = difference(lm(clean)[:, -1], torch.arange(6))  # type: ignore[index]
+        x = seen[site].clone()
+        x[:, 1:] = x[:, 1:].mean((0, 1))
+        with lm.taps(edit={site: lambda _x, _at, x=x: x}):
+            after = difference(lm(clean)[:, -1], torch.arange(6))  # type: ignore[index]
+        row = fine["completeness"][str(site)]
+        assert row["change"] == pytest.approx(float((after - before).mean()), rel=1e-5)
+        assert row["sum"] == pytest.approx(float(circuit.nodes[site].sum()), rel=1e-5)
+        assert abs(row["sum"] - row["change"]) <= TOLERANCE * float((after - before).abs().mean())
+    with pytest.raises(UnweaveError, match="patched, not ablated"):
+        find_nodes(lm, saes, [pair(2, 4, 1)], dataclasses.replace(options, ablation="mean"))
 
 
 def one_by_one(lm: LM, saes: Any, batches: Any, o: Options) -> tuple[dict[Site, Tensor], dict[Any, float]]:

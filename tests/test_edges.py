@@ -11,6 +11,7 @@ from torch import Tensor
 
 import circuit_loop
 from unweave.circuits.edges import edge_effects, merge
+from unweave.circuits.faithfulness import token_means
 from unweave.circuits.graph import Edges
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
@@ -80,7 +81,7 @@ def difference(out: Tensor, rows: Tensor) -> Tensor:
 
 def changes_by(lm: LM, saes: Mapping[Site, SAE], clean: Tokens, patch: Tokens | None, positions: Tensor | None) -> Any:
     start = states(lm, saes, clean)
-    end = None if patch is None else states(lm, saes, patch)
+    end = states(lm, saes, patch) if isinstance(patch, Tokens) else patch
     moved = moved_positions(clean, positions)
     return {s: change_of(saes[s], start[s], None if end is None else end[s], moved) for s in start}
 
@@ -274,6 +275,21 @@ def test_positions_and_excluded_tokens(tiny: Any) -> None:
     looked_at = expected[Site("resid_post", 1), Site("attn_add", 2)]
     assert not bool(looked_at[2, :F].any())
     assert bool(looked_at[2, F].any())
+
+
+def test_ablation_to_means(tiny: Any) -> None:
+    """Latents and errors go to their means over all tokens; a skip transcoder is among the SAEs."""
+    lm = LM(tiny("gpt2").double(), None)
+    saes = make_saes(lm, ["embed", "resid_post.0", "resid_post.1"])
+    saes[Site("mlp_add", 1)] = make_sae(lm, "mlp_add.1", 9, ReLU(), "mlp_in.1")
+    clean, _ = make_pair()
+    means = token_means(lm, saes, [(clean, None, difference)], skip_first=1)
+    whole = states(lm, saes, clean)
+    for site, mean in means.items():
+        torch.testing.assert_close(mean.latents[0], whole[site].latents[:, 1:].mean((0, 1)))
+        torch.testing.assert_close(mean.error[0], whole[site].error[:, 1:].mean((0, 1)))
+        torch.testing.assert_close(mean.x[0], whole[site].nodes[:, 1:].mean((0, 1)))
+    compared(lm, saes, clean, means)  # type: ignore[arg-type]
 
 
 def test_neurons_are_all_active(tiny: Any) -> None:

@@ -10,7 +10,7 @@ from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.attribution import SiteEffects, effects_of
 from unweave.sae.module import SAE
-from unweave.sae.states import State, change_of, line_up, moved_positions, reads_of, take_apart, values_of
+from unweave.sae.states import Patch, State, change_of, line_up, moved_positions, reads_of, take_apart, values_of
 
 
 class EffectsAgain(Mapping[Site, SiteEffects]):
@@ -24,13 +24,13 @@ class EffectsAgain(Mapping[Site, SiteEffects]):
         lm: LM,
         saes: Mapping[Site, SAE],
         clean: Tokens,
-        patch: Tokens | None,
+        patch: Patch,
         gradients: Mapping[Site, Tensor],
         positions: Tensor | None,
         max_tokens: int,
     ) -> None:
         self.saes, self.gradients = saes, gradients
-        self.clean, self.patch = line_up(lm, clean, patch)
+        self.clean, self.patch, self.fixed = line_up(lm, clean, patch)
         self.moved = moved_positions(self.clean, positions)
         sites = {*saes, *(reads_of(sae, site) for site, sae in saes.items())}
         self.start = values_of(lm, sites, self.clean, max_tokens=max_tokens)
@@ -42,7 +42,9 @@ class EffectsAgain(Mapping[Site, SiteEffects]):
     def _change(self, site: Site) -> State:
         one = {site: self.saes[site]}
         start = take_apart(one, self.start, self.clean)[site]
-        end = None if self.end is None or self.patch is None else take_apart(one, self.end, self.patch)[site]
+        end = self.fixed.get(site)
+        if self.end is not None and self.patch is not None:
+            end = take_apart(one, self.end, self.patch)[site]
         return change_of(self.saes[site], start, end, self.moved)
 
     def __iter__(self) -> Iterator[Site]:

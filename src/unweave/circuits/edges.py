@@ -38,7 +38,7 @@ from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import Identity
 from unweave.sae.attribution import SiteEffects
 from unweave.sae.module import SAE
-from unweave.sae.states import by_site_of, line_up, moved_positions, reads_of, values_of
+from unweave.sae.states import Patch, State, by_site_of, line_up, moved_positions, reads_of, values_of
 
 Summed = Literal["none", "positions"]
 Found = dict[tuple[Site, Site | None], Edges]
@@ -52,7 +52,7 @@ def edge_effects(
     lm: LM,
     saes: Mapping[Site, SAE],
     clean: Tokens,
-    patch: Tokens | None,
+    patch: Patch,
     effects: Mapping[Site, SiteEffects],
     *,
     threshold: float,
@@ -79,7 +79,7 @@ def edge_effects(
     """
     by_site = by_site_of(lm, saes)
     plan = Plan(lm, by_site)
-    clean, patch = line_up(lm, clean, patch)
+    clean, patch, fixed = line_up(lm, clean, patch)
     _check(by_site, effects, clean, threshold, summed, upstream)
     upstream = upstream or {}
     with torch.no_grad():
@@ -95,7 +95,7 @@ def edge_effects(
             of = effects[site]
             _check_effects(site, sae, of, clean)
             strong = _strong(of, threshold) if where(site) != ("stream", -1) else None
-            state = _State.of(paths, sae, site, patch, patched, moved, strong)
+            state = _State.of(paths, sae, site, patch, patched, fixed.get(site), moved, strong)
             changes[site] = state.changes(upstream.get(site))
             if strong is not None:
                 retained[site] = state.retained(of, strong)
@@ -237,6 +237,7 @@ class _State:
         site: Site,
         patch: Tokens | None,
         patched: Mapping[Site, Tensor] | None,
+        fixed: State | None,
         moved: Tensor,
         strong: Tensor | None,
     ) -> _State:
@@ -248,7 +249,9 @@ class _State:
         token = (moved if strong is None else moved | strong.any(-1)).nonzero()[:, 0]
         latents, kept = _encoded(sae, source[token], clean, token)
         before = x[token] if sae.W_skip is None else x[token] - _skipped(sae, source[token], kept)
-        if patch is None or patched is None:
+        if fixed is not None:
+            change, shift = fixed.latents - latents, fixed.nodes - before
+        elif patch is None or patched is None:
             change, shift = -latents, sae.b_dec - before
         else:
             latents2, kept2 = _encoded(sae, source2[token], patch, token)

@@ -194,6 +194,21 @@ def _means(
     return {site: State(s.x / n, s.latents / n, s.error / n) for site, s in sums.items()}
 
 
+def token_means(
+    lm: LM, saes: SAEs, batches: Sequence[Batch], *, skip_first: int = 0, max_tokens: int = 1024
+) -> dict[Site, State]:
+    """What nodes are on average over all tokens of the clean inputs, to ablate to: latents [1, F], error and x [1, D].
+
+    The first ``skip_first`` tokens of each row do not count.
+    """
+    by_site = by_site_of(lm, saes)
+    found = _means(lm, by_site, batches, "clean", "tokens", skip_first, max_tokens)
+    return {
+        site: State(by_site[site].decode(mean.latents) + mean.error, mean.latents, mean.error)
+        for site, mean in found.items()
+    }
+
+
 def _sum(values: Tensor, over: tuple[int, ...]) -> Tensor:
     """Values [B, P, D] added up, [P, D], or [1, D] over positions too."""
     total = values.sum(over)

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from unweave.circuits.again import EffectsAgain
+from unweave.circuits.completeness import Completeness, sums_of
 from unweave.circuits.edges import edge_effects, merge
 from unweave.circuits.examples import metric_values, moved, of_one_length, rows_of, spans
+from unweave.circuits.faithfulness import token_means
 from unweave.circuits.graph import Circuit, Edges, Y, slots_of
 from unweave.circuits.parts import Held, Parts, by_site, content_of, question_of
 from unweave.circuits.paths import Plan
@@ -36,7 +38,7 @@ from unweave.lm.model import LM
 from unweave.sae.attribution import Method, Rule, fractions, node_effects
 from unweave.sae.comparison import Batch
 from unweave.sae.memory import halving
-from unweave.sae.states import SAEs, by_site_of, reads_of
+from unweave.sae.states import SAEs, State, by_site_of, reads_of
 
 Summed = Literal["none", "positions"]
 _T = TypeVar("_T")
@@ -48,7 +50,8 @@ class Options:
 
     ``steps`` and ``rule`` are those of integrated gradients. ``skip_first`` first tokens of each row are left as they
     are. ``upstream`` "above" draws edges only from nodes whose mean effect is above ``node_threshold``. Edges with
-    |weight| <= ``edge_threshold`` are dropped, with 0 none. ``metric_at``: see ``sae.attribution.Metric``.
+    |weight| <= ``edge_threshold`` are dropped, with 0 none. ``metric_at``: see ``sae.attribution.Metric``. Examples
+    without patch inputs are ablated: to zero, or each node to its "mean" over all tokens of all examples.
     """
 
     method: Method = "ig"
@@ -61,6 +64,7 @@ class Options:
     upstream: Literal["above", "all"] = "above"
     max_tokens: int = 1024
     metric_at: Site | None = None
+    ablation: Literal["zero", "mean"] = "zero"
 
     def __post_init__(self) -> None:
         fractions(self.steps, self.rule)
@@ -71,6 +75,7 @@ class Options:
             "node_threshold": self.node_threshold >= 0,
             "edge_threshold": self.edge_threshold >= 0,
             "upstream": self.upstream in ("above", "all"),
+            "ablation": self.ablation in ("zero", "mean"),
             "max_tokens": self.max_tokens > 0,
         }
         for name, good in fine.items():
@@ -121,6 +126,13 @@ class _Finder:
         self.points = options.steps if options.method == "ig" else 1
         self.n = sum(len(clean) for clean, _, _ in batches)
         self.parts = Parts(keep)
+        self.means: dict[Site, State] = {}
+        if options.ablation == "mean":
+            if any(patch is not None for _, patch, _ in batches):
+                raise UnweaveError("pairs are patched, not ablated", where="ablation", remedy="leave ablation out")
+            self.means = token_means(
+                lm, self.saes, batches, skip_first=options.skip_first, max_tokens=options.max_tokens
+            )
         self.pieces = self._pieces(batches)
         self.max_tokens = options.max_tokens  # as memory has allowed so far
         widths = [clean.ids.shape[1] for clean, _, _ in batches]
@@ -145,7 +157,10 @@ class _Finder:
         if self.parts.folder is not None:
             options = {name: value for name, value in self._options().items() if name != "max_tokens"}
             digests = [[str(site), str(reads_of(sae, site)), sae.digest()] for site, sae in self.saes.items()]
-            asked = [options, self.gradients, self.lm.name, str(self.lm.dtype), digests]
+            means = {
+                f"{site}/{kind}": getattr(m, kind) for site, m in self.means.items() for kind in ("latents", "error")
+            }
+            asked = [options, self.gradients, self.lm.name, str(self.lm.dtype), digests, content_of(None, means)]
         found = []
         for number, batch in enumerate(batches):
             for start, stop in spans(batch, self.options.max_tokens // self.points):
@@ -159,6 +174,7 @@ class _Finder:
         began = time.perf_counter()
         sums: dict[Site, Tensor] = {}
         values: dict[str, float] = {}
+        complete = Completeness()
         with task("nodes", total=self.n, unit="examples") as shown:
             for name, piece in self.pieces:
                 found = self.parts.made(
@@ -168,6 +184,8 @@ class _Finder:
                 )
                 for site, part in by_site(found, "sum").items():
                     sums[site] = sums[site] + part if site in sums else part.double()
+                for site, part in by_site(found, "total").items():
+                    complete.add_sums(site, part)
                 for kind in ("clean", "patch"):
                     if kind in found:
                         values[kind] = values.get(kind, 0.0) + float(found[kind].sum())
@@ -175,6 +193,8 @@ class _Finder:
         nodes = {site: (total / self.n).float() for site, total in sums.items()}
         self._check(nodes)
         self.about["metric"] = {kind: total / self.n for kind, total in values.items()}
+        self.about["completeness"] = complete.to_dict()
+        self.about["incomplete"] = complete.warn() if self.options.method == "ig" else None
         self.about["above"] = _counts(nodes, self.options.node_threshold)
         self._close("nodes", began)
         return Circuit(nodes, {}, self.options.summed == "none", self.n, dict(self.about))
@@ -183,20 +203,25 @@ class _Finder:
         """Sums [P or 1, F + 1] over the piece's examples, gradients [B, P, D], and the metric's values [B]."""
         parts = self._halving(piece, lambda batch, _rows, max_tokens: self._nodes_of(batch, max_tokens))
         joined = {name: [part[name] for part in parts] for name in parts[0]}
-        return {
-            name: torch.stack(found).double().sum(0).float() if name.startswith("sum/") else torch.cat(found)
-            for name, found in joined.items()
-        }
+        sums = {name: torch.stack(found).double().sum(0) for name, found in joined.items() if name.startswith("sum/")}
+        totals = {name: torch.stack(found).sum(0) for name, found in joined.items() if name.startswith("total/")}
+        rest = {name: torch.cat(found) for name, found in joined.items() if name not in sums and name not in totals}
+        return {name: total.float() for name, total in sums.items()} | totals | rest
 
     def _nodes_of(self, batch: Batch, max_tokens: int) -> Held:
         o, (clean, patch, metric) = self.options, batch
+        end = (self.means or None) if patch is None else patch
         effects = node_effects(
-            self.lm, self.saes, clean, patch, metric, method=o.method, steps=o.steps, rule=o.rule,
+            self.lm, self.saes, clean, end, metric, method=o.method, steps=o.steps, rule=o.rule,
             positions=moved(clean, o.skip_first), metric_at=o.metric_at, max_tokens=max_tokens,
+            measure=o.method != "attribution",  # of which nobody expects that it adds up
         )  # fmt: skip
         found: Held = {}
         for site in list(effects):
             one = effects.pop(site)  # the largest tensors there are: each is let go before the next is joined
+            totals = sums_of(one)
+            if totals is not None:
+                found[f"total/{site}"] = totals
             slots = slots_of({site: one})[site]
             total = slots.sum((0, 1)).unsqueeze(0) if o.summed == "positions" else slots.sum(0)
             found[f"sum/{site}"] = total.cpu()
@@ -271,9 +296,10 @@ class _Finder:
             clean, patch, _ = batch
             positions = moved(clean, o.skip_first)
             mine = {site: g[rows] for site, g in gradients.items()}
-            effects = EffectsAgain(self.lm, self.saes, clean, patch, mine, positions, max_tokens)
+            end = (self.means or None) if patch is None else patch
+            effects = EffectsAgain(self.lm, self.saes, clean, end, mine, positions, max_tokens)
             return edge_effects(
-                self.lm, self.saes, clean, patch, effects, threshold=o.node_threshold, positions=positions,
+                self.lm, self.saes, clean, end, effects, threshold=o.node_threshold, positions=positions,
                 max_tokens=max_tokens, summed=o.summed, upstream=upstream,
             )  # fmt: skip
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from unweave.circuits.annotations import name_of
+from unweave.circuits.completeness import Completeness
 from unweave.circuits.pooled import Edit, Pooled, pool, pooled_positions
 from unweave.circuits.probe import Probe
 from unweave.core.errors import UnweaveError
@@ -82,10 +83,12 @@ def logit_effects(
     rule: Rule = "midpoint",
     max_tokens: int = 2048,
     name: str = "effects",
+    complete: Completeness | None = None,
 ) -> dict[Site, Tensor]:
     """How the logit of each text of ``rows`` would change if a latent (slots 0 to F-1) or error (slot F) were 0.
 
     {site: [n, F + 1]}, on the CPU, summed over the tokens that are averaged over. Only sites up to the probe's.
+    ``complete`` learns what ablating all nodes of a site really changes, which costs a pass more a site.
     """
     used = {site: sae for site, sae in saes.items() if site <= texts.site}
     if not used:
@@ -111,9 +114,12 @@ def logit_effects(
                 positions=pooled_positions(tokens, texts.skip_first),
                 metric_at=texts.site,
                 max_tokens=max_tokens,
+                measure=complete is not None,
             )
             places = [place[row] for row in group]
             for site, here in effects.items():
+                if complete is not None:
+                    complete.add(site, here)
                 latents, error = here.over_positions()
                 found[site][places] = torch.cat([latents, error.unsqueeze(-1)], -1).float().cpu()
             shown.advance(len(group))

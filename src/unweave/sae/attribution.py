@@ -22,7 +22,7 @@ Gradients are asked for from the site upward only; model and SAE are frozen and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -36,6 +36,7 @@ from unweave.sae.module import SAE
 from unweave.sae.products import dot_rows
 from unweave.sae.runner import Metric, Path, Runner
 from unweave.sae.states import (
+    Patch,
     SAEs,
     State,
     by_site_of,
@@ -62,11 +63,14 @@ class SiteEffects:
     """Effects at one site, in units of the metric. ``latents`` [B, P, F], ``error`` [B, P].
 
     ``gradient`` [B, P, D] is the metric's (mean) gradient at the site that they were made from; None for exact effects.
+    ``measured`` [B] is how the metric changes when all of the site's nodes move, where that was asked for: what
+    integrated gradients should add up to.
     """
 
     latents: Tensor
     error: Tensor
     gradient: Tensor | None
+    measured: Tensor | None = None
 
     def over_positions(self) -> tuple[Tensor, Tensor]:
         """Effects summed over positions: latents [B, F] and error [B]."""
@@ -77,7 +81,7 @@ def node_effects(
     lm: LM,
     saes: SAEs,
     clean: Tokens,
-    patch: Tokens | None,
+    patch: Patch,
     metric: Metric,
     *,
     method: Method = "attribution",
@@ -86,10 +90,13 @@ def node_effects(
     positions: Tensor | None = None,
     metric_at: Site | None = None,
     max_tokens: int = 1024,
+    measure: bool = False,
 ) -> dict[Site, SiteEffects]:
     """The effect on the metric of every latent and error at every position of every site.
 
-    ``patch`` must match ``clean`` token for token in length and padding; None ablates (f' = 0 and e' = 0).
+    ``patch`` must match ``clean`` token for token in length and padding; None ablates (f' = 0 and e' = 0), and states
+    by site, [1, F] and [1, D], ablate to these. ``measure`` runs the model once more for each site, with all its nodes
+    moved, for ``SiteEffects.measured``.
     ``positions`` (bool [B, P]) limits what is patched; padding never is. ``steps`` and ``rule`` are for integrated
     gradients. ``exact`` runs the model once per changed node and is for small cases only. ``max_tokens`` bounds the
     tokens of one pass, and so the memory.
@@ -97,7 +104,7 @@ def node_effects(
     Raises UnweaveError for pairs that do not line up, a metric that does not depend on a site, or NaN.
     """
     by_site = by_site_of(lm, saes)
-    clean, patch = line_up(lm, clean, patch)
+    clean, patch, fixed = line_up(lm, clean, patch)
     run = Runner(lm, clean, metric, metric_at, max_tokens)
     moved = moved_positions(clean, positions)
     reads = {reads_of(sae, site) for site, sae in by_site.items()}
@@ -118,23 +125,47 @@ def node_effects(
     def change(site: Site) -> tuple[State, State]:
         """A site's clean state and how patching changes it: the largest tensors there are, so a site at a time."""
         one = {site: by_site[site]}
-        end = None if ends is None or patch is None else take_apart(one, ends, patch)[site]
+        end = fixed.get(site) if ends is None or patch is None else take_apart(one, ends, patch)[site]
         start = take_apart(one, values, clean)[site]
         return start, change_of(by_site[site], start, end, moved)
 
+    found: dict[Site, SiteEffects] = {}
     if method == "exact":
-        return {site: _exact_nodes(run, site, sae, *change(site)) for site, sae in by_site.items()}
+        found = {site: _exact_nodes(run, site, sae, *change(site)) for site, sae in by_site.items()}
+        return _measured(run, found, lambda site: _ends_of(*change(site))) if measure else found
     if method == "ig":
         xs = {site: values[site].to(sae.W_dec.dtype) for site, sae in by_site.items()}
         shifts = {
             site: ((sae.b_dec if ends is None else ends[site].to(sae.W_dec.dtype)) - xs[site]) * moved.unsqueeze(-1)
-            if sae.W_skip is None
+            if sae.W_skip is None and site not in fixed
             else change(site)[1].x  # without what the skip does, which is no node's doing
             for site, sae in by_site.items()
         }
         gradients = _path_means(run, xs, shifts, alphas, gradients)
     _check_gradients(gradients)
-    return {site: effects_of(sae, gradients[site], change(site)[1]) for site, sae in by_site.items()}
+    for site, sae in by_site.items():
+        found[site] = effects_of(sae, gradients[site], change(site)[1])
+    return _measured(run, found, lambda site: _ends_of(*change(site))) if measure else found
+
+
+def _ends_of(start: State, change: State) -> tuple[Tensor, Tensor]:
+    return start.x, start.x + change.x
+
+
+def _measured(
+    run: Runner, found: Mapping[Site, SiteEffects], ends: Callable[[Site], tuple[Tensor, Tensor]]
+) -> dict[Site, SiteEffects]:
+    """The same effects with what moving all of a site's nodes does to the metric, one more pass a site."""
+    unknown = [site for site in found if run.needs([site]) - run.known]
+    if unknown:
+        run.clean_values(unknown, [])
+    before: Tensor | None = None
+    made = {}
+    for site, effects in found.items():
+        start, end = ends(site)
+        before = run.values_at(site, start, None) if before is None else before
+        made[site] = replace(effects, measured=run.values_at(site, end, None) - before)
+    return made
 
 
 def effects_of(sae: SAE, gradient: Tensor, change: State) -> SiteEffects:
@@ -193,7 +224,7 @@ def exact_effects(
     lm: LM,
     sae: SAE,
     clean: Tokens,
-    patch: Tokens | None,
+    patch: Patch,
     metric: Metric,
     latents: Sequence[int] | Tensor,
     *,
@@ -230,7 +261,7 @@ def alone_effects(
     lm: LM,
     sae: SAE,
     clean: Tokens,
-    patch: Tokens | None,
+    patch: Patch,
     metric: Metric,
     latents: Sequence[int] | Tensor,
     *,
@@ -261,7 +292,7 @@ def endpoints(
     lm: LM,
     sae: SAE,
     clean: Tokens,
-    patch: Tokens | None,
+    patch: Patch,
     metric: Metric,
     *,
     positions: Tensor | None = None,
@@ -273,7 +304,8 @@ def endpoints(
     Their difference is what the effects of all latents and the error share out.
     """
     run, site, start, change = _one_site(lm, sae, clean, patch, metric, positions, metric_at, max_tokens)
-    return run.values_at(site, start.x, None), run.values_at(site, start.x + change.x, None)
+    before, after = _ends_of(start, change)
+    return run.values_at(site, before, None), run.values_at(site, after, None)
 
 
 def fractions(steps: int, rule: Rule) -> list[float]:
@@ -289,7 +321,7 @@ def _one_site(
     lm: LM,
     sae: SAE,
     clean: Tokens,
-    patch: Tokens | None,
+    patch: Patch,
     metric: Metric,
     positions: Tensor | None,
     metric_at: Site | None,
@@ -298,10 +330,10 @@ def _one_site(
     """What the methods for one SAE begin with: a runner, the site, its clean state, and how patching changes it."""
     by_site = by_site_of(lm, sae)
     (site,) = by_site
-    clean, patch = line_up(lm, clean, patch)
+    clean, patch, fixed = line_up(lm, clean, patch)
     run = Runner(lm, clean, metric, metric_at, max_tokens)
     start = take_apart(by_site, run.clean_values(by_site, [reads_of(sae, site)]), clean)[site]
-    end = None if patch is None else states(lm, by_site, patch, max_tokens=max_tokens)[site]
+    end = fixed.get(site) if patch is None else states(lm, by_site, patch, max_tokens=max_tokens)[site]
     return run, site, start, change_of(sae, start, end, moved_positions(clean, positions))
 
 

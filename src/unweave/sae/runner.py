@@ -129,6 +129,11 @@ class Runner:
                 found.add(site)
         return found
 
+    @property
+    def known(self) -> set[Site]:
+        """The sites whose clean values are kept."""
+        return set(self._clean)
+
     def know(self, values: Mapping[Site, Tensor]) -> None:
         """Keeps clean values [B, P, D] of sites that passes begin with."""
         self._clean.update(values)

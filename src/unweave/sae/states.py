@@ -116,16 +116,23 @@ def change_of(sae: SAE, start: State, patch: State | None, moved: Tensor) -> Sta
     return State(*(move * at for move in moves))
 
 
-def line_up(lm: LM, clean: Tokens, patch: Tokens | None) -> tuple[Tokens, Tokens | None]:
-    """Both inputs on the model's device. Raises UnweaveError when their lengths or padding differ."""
-    if patch is None:
-        return clean.to(lm.device), None
+Patch = Tokens | Mapping[Site, State] | None
+"""What nodes go to: their values on other tokens, fixed ones by site (latents [1, F], error and x [1, D]), or zero."""
+
+
+def line_up(lm: LM, clean: Tokens, patch: Patch) -> tuple[Tokens, Tokens | None, Mapping[Site, State]]:
+    """Both inputs on the model's device, or the values in place of the second.
+
+    Raises UnweaveError when their lengths or padding differ.
+    """
+    if not isinstance(patch, Tokens):
+        return clean.to(lm.device), None, patch or {}
     if clean.ids.shape != patch.ids.shape or not torch.equal(clean.mask, patch.mask):
         raise UnweaveError(
             f"clean inputs {list(clean.ids.shape)} and patch inputs {list(patch.ids.shape)} do not line up",
             remedy="pair texts with equally many tokens, padded alike",
         )
-    return clean.to(lm.device), patch.to(lm.device)
+    return clean.to(lm.device), patch.to(lm.device), {}
 
 
 def moved_positions(tokens: Tokens, positions: Tensor | None) -> Tensor:

@@ -34,7 +34,7 @@ from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
 from unweave.jobs.common import token_store
 from unweave.jobs.specs import DataSpec
 
-VERSION = 1
+VERSION = 2
 _PIECE = 128
 """contexts whose vectors are kept at a time"""
 _WINDOWS = 2
@@ -114,11 +114,14 @@ def run(spec: CircuitBehavioursSpec, runs: Path) -> Run:
         with atomic_write(run.path / "index.html") as temporary:
             temporary.write_text(html, encoding="utf-8")
         write_json(run.path / "behaviours.json", [_plain(card, part) for card, part in zip(cards, parts, strict=True)])
+        results = {card.name: part.result for card, part in zip(cards, parts, strict=True)}
         run.finish(
             opened.record
             | {"summary": [[card.name, card.label, f"{card.size} contexts"] for card in cards]}
             | {"behaviours": len(cards), "counts": found.counts, "clusters": len(clusters)}
             | {"stability": clusters.stability, "coherence": _means(clusters, spec.min_size)}
+            | {"completeness": {name: part["completeness"] for name, part in results.items()}}
+            | {"warnings": [f"{name}: {part['incomplete']}" for name, part in results.items() if part["incomplete"]]}
             | {"parts": [part.path.name for part in (contexts_run, vectors_run, *parts)], "page": "index.html"}
             | {"seconds": round(time.monotonic() - began, 1), "seconds_of_parts": seconds}
         )
@@ -311,7 +314,8 @@ def _circuit(
             behaviours.save(run.path / "contexts.jsonl", Found(tuple(examples)))
             nodes = circuit.counts(spec.node_threshold)
             edges = len(circuit.edges_above(spec.node_threshold, spec.edge_threshold))
-            run.finish(nodes | {"edges": edges, "seconds": round(time.monotonic() - began, 1)})
+            complete = {name: circuit.about.get(name) for name in ("completeness", "incomplete")}
+            run.finish(nodes | complete | {"edges": edges, "seconds": round(time.monotonic() - began, 1)})
         for parts in run.path.glob("parts*"):
             shutil.rmtree(parts, ignore_errors=True)
     return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from unweave.jobs.circuit.saes import digest_of, open_saes
 from unweave.jobs.circuit.specs import CircuitFindSpec
 from unweave.lm.model import LM
 
-VERSION = 1
+VERSION = 2
 CIRCUIT = "circuit.safetensors"
 _PER_SITE, _EDGES = 5, 20
 """nodes of each site, and edges, that the result lists"""
@@ -67,6 +68,7 @@ def options_of(spec: CircuitFindSpec) -> Options:
         edge_threshold=spec.edge_threshold,
         upstream=spec.upstream,
         max_tokens=spec.max_tokens,
+        ablation=spec.ablation,
     )
 
 
@@ -88,6 +90,16 @@ def contents(circuit: Circuit, node_threshold: float, edge_threshold: float) -> 
         "nodes": [_plain(node) for node in circuit.above(node_threshold)],
         "edges": [[up.name, down.name if down else Y, weight] for up, down, weight in edges],
     }
+
+
+def completeness_rows(about: Mapping[str, Any]) -> list[list[str]]:
+    """The row of a summary with the effects' sum and the measured change, of the site where they differ most."""
+    rows = about["completeness"]
+    if not rows:
+        return []
+    site = max(rows, key=lambda name: abs(rows[name]["sum"] - rows[name]["change"]))
+    meaning = about["incomplete"] or f"of all effects at {site}, and of moving all there; elsewhere they are closer"
+    return [["sum / measured", f"{rows[site]['sum']:.3f} / {rows[site]['change']:.3f}", meaning]]
 
 
 def _plain(node: Node) -> dict[str, Any]:
@@ -116,6 +128,7 @@ def _result(spec: CircuitFindSpec, circuit: Circuit, examples: Examples, skipped
         ["examples", circuit.n_examples, "; ".join(f"{n} left out: {why}" for why, n in skipped.items())],
         *accuracy_row(examples.about),
         ["metric", values, "mean"],
+        *completeness_rows(about),
         ["latents", above["latents"], f"with a mean effect above {spec.node_threshold:g}"],
         ["errors", above["errors"], "the same of what autoencoders leave unexplained"],
         *([["edges", len(edges), f"between them, above {spec.edge_threshold:g}"]] if spec.edges else []),
@@ -128,6 +141,8 @@ def _result(spec: CircuitFindSpec, circuit: Circuit, examples: Examples, skipped
         "task": task_of(spec),
         "examples": examples.about | {"examples": circuit.n_examples, "skipped": skipped},
         "metric": about["metric"],
+        "completeness": about["completeness"],
+        "incomplete": about["incomplete"],
         "above": above,
         "edges": about.get("edges"),
         "memory": memory,

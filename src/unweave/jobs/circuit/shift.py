@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from unweave.circuits import shift
+from unweave.circuits.completeness import Completeness
 from unweave.circuits.concepts import concept_vectors, describe
 from unweave.circuits.graph import Circuit
 from unweave.circuits.pooled import Edit, Pooled
@@ -188,15 +189,16 @@ class _Study:
         balanced = [row for rows in (*group.values(), *others.values()) for row in rows[:quarter]]
         rows = list(dict.fromkeys([*ambiguous, *balanced]))
         of = f"seed {seed.seed + 1} of {self.spec.seeds}"
-        effects = self._effects(self.used, rows, seed.probe, f"effects of latents, {of}")
+        complete, of_neurons = Completeness(), Completeness()
+        effects = self._effects(self.used, rows, seed.probe, f"effects of latents, {of}", complete)
         at = {row: i for i, row in enumerate(rows)}
 
         def support(examples: Sequence[int], label: str) -> Circuit:
             here = {site: values[[at[row] for row in examples]] for site, values in effects.items()}
-            return self._kept(shift.support(here, self.labels(examples, label)), len(examples), label)
+            return self._kept(shift.support(here, self.labels(examples, label)), len(examples), label, complete)
 
         coordinates = {site: neurons(self.lm, site) for site in self.used}
-        skyline = self._effects(coordinates, balanced, seed.probe, f"effects of neurons, {of}")
+        skyline = self._effects(coordinates, balanced, seed.probe, f"effects of neurons, {of}", of_neurons)
         return {
             "circuit": support(ambiguous, _PROFESSION),
             "gender": support(balanced, _GENDER),
@@ -204,10 +206,13 @@ class _Study:
                 shift.support(skyline, self.labels(balanced, _GENDER)),
                 len(balanced),
                 f"{_GENDER}, {shift_judge.BY_NEURONS}",
+                of_neurons,
             ),
         }
 
-    def _effects(self, saes: Mapping[Site, SAE], rows: Sequence[int], probe: Probe, name: str) -> dict[Site, Tensor]:
+    def _effects(
+        self, saes: Mapping[Site, SAE], rows: Sequence[int], probe: Probe, name: str, complete: Completeness
+    ) -> dict[Site, Tensor]:
         spec = self.spec
         return shift.logit_effects(
             self.lm,
@@ -220,10 +225,12 @@ class _Study:
             rule=spec.rule,
             max_tokens=spec.batch_tokens,
             name=name,
+            complete=complete,
         )
 
-    def _kept(self, mean: Mapping[Site, Tensor], n: int, label: str) -> Circuit:
+    def _kept(self, mean: Mapping[Site, Tensor], n: int, label: str, complete: Completeness) -> Circuit:
         about = {"task": f"{shift_judge.SUPPORT}: {label}", "method": self.spec.method, "probe": str(self.site)}
+        about |= {"completeness": complete.to_dict(), "incomplete": complete.problem()}
         return Circuit({site: values.unsqueeze(0) for site, values in mean.items()}, {}, False, n, about)
 
     # -- the table ------------------------------------------------------------------------------------------------
@@ -328,6 +335,10 @@ def _found(
             f"the oracle's worst group is only {100 * gap:.0f} points above the original's: the task is too easy to "
             "say anything about SHIFT"
         )
+    for name, of in (("circuit", "latents"), ("neurons", "neurons of the skyline")):
+        off = [(seed, problem) for seed, found in enumerate(circuits) if (problem := found[name].about["incomplete"])]
+        if off:
+            said.append(f"{of}: {off[0][1]} (seed {', '.join(str(seed) for seed, _ in off)})")
     if bare := [i for i, row in enumerate(rows) if not row["ablated"]]:
         said.append(f"no latent was judged irrelevant for seed {', '.join(map(str, bare))}: nothing was ablated")
     told = {"judgement": (spec.judge, shift_judge.in_words(judged)), "biographies": (spec.biographies, _note(spec))}
@@ -339,6 +350,7 @@ def _found(
         "judged": shift_judge.in_words(judged),
         "table": table,
         "gap": gap,
+        "completeness": [found["circuit"].about["completeness"] for found in circuits],
         "recovered": back,
         "ablated": [row["ablated"] for row in rows],
         "circuits": latents,

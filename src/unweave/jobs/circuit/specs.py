@@ -67,7 +67,10 @@ class CircuitFindSpec(OfSAEsSpec):
     pairs: Path | None = field(default=None, metadata={"result": False})
     """Pairs of your own instead: JSON lines with clean_prefix, patch_prefix, clean_answer, patch_answer."""
     inputs: Path | None = field(default=None, metadata={"result": False})
-    """Single texts instead: JSON lines with context and answer; latents are ablated to zero."""
+    """Single texts instead: JSON lines with context and answer; latents are ablated."""
+    ablation: Literal["zero", "mean"] = "zero"
+    """Of single texts: ablate nodes to zero, or to their means over all tokens. Take the mean for neurons, and where
+    effects do not add up to what is measured."""
     examples: int = 100
     """How many examples. A file may hold fewer."""
     split: Literal["train", "test"] = "train"
@@ -142,6 +145,7 @@ class CircuitFindSpec(OfSAEsSpec):
             )
         uses = {
             "metric": self.inputs is not None,
+            "ablation": self.inputs is not None,
             "split": named in ([], ["task"]),
             "steps": self.method == "ig",
             "rule": self.method == "ig",
