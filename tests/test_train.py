@@ -239,6 +239,7 @@ def test_trap_26_resumption_is_bit_exact(kind: str, stop: int) -> None:
     assert begun + [second.step(b) for b in batches[stop:]] == trace
     a, b = whole.state_dict(), second.state_dict()
     assert str(a) == str(b)
+    assert torch.equal(a["window"], b["window"]) and len(a["window"]) == (500 if kind == "batchtopk" else 0)
     for name, p in whole.weights.named().items():
         assert torch.equal(p, second.weights.named()[name])
     assert torch.equal(whole.generator.get_state(), second.generator.get_state())
@@ -375,7 +376,7 @@ def test_trap_20_centring_and_scaling_fold_into_the_weights(kind: str, centre: s
     elif kind == "relu":
         f = torch.relu(z)
     else:
-        limit = t.state.batch_threshold or 0.0 if t.weights.threshold is None else t.weights.threshold.detach().double()
+        limit = t.batch_threshold() if t.weights.threshold is None else t.weights.threshold.detach().double()
         f = torch.relu(z) * (z > limit)
     y = (
         f @ t.weights.W_dec.detach().double() + t.weights.b_dec.detach().double()
@@ -397,6 +398,35 @@ def test_trap_19_batch_topk_keeps_k_per_token_on_average_and_folds_to_one_thresh
     assert isinstance(sae.activation, JumpReLU)
     assert len(set(sae.activation.threshold.tolist())) == 1
     assert float((sae.encode(x) > 0).sum(1).float().mean()) == pytest.approx(K, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
+@pytest.mark.parametrize("batch", [256, 1024])
+@pytest.mark.parametrize("steps", [1, 5, 10, 30])
+def test_the_threshold_keeps_k_per_token_after_few_steps(kind: str, batch: int, steps: int) -> None:
+    """Weights move fast in the first steps: what past steps found says little about the SAE as it stands."""
+    x = _data(31 * batch, seed=3, d=24)
+    t = _trainer(kind, x=x[:2000], lr=1e-2, expansion=8, batch=batch, tokens=100 * batch, k=8)
+    for part in x[: steps * batch].split(batch):
+        t.step(part)
+    assert float((t.to_sae().encode(x[-batch:]) > 0).sum(1).float().mean()) == pytest.approx(8, rel=0.05)
+
+
+def test_the_threshold_is_measured_on_rows_of_the_last_batches_with_the_weights_as_they_stand() -> None:
+    sizes = [700, 1500, 300, 512, 513, 100, 2000, 1024, 900, 600, 1100, 4, 800]
+    batches = list(_data(sum(sizes), seed=5).split(sizes))
+    t = _trainer("batchtopk", lr=3e-3, expansion=5)
+    for b in batches:
+        t.step(b)
+    kept = [t._input(b[:: math.ceil(len(b) / 512)]) for b in batches]
+    rows = torch.cat(kept)[-4096:].double()
+    z = rows @ t.weights.W_enc.detach().double().T + t.weights.b_enc.detach().double()
+    wanted = z.flatten().sort(descending=True).values[K * 4096 - 1]
+    assert t.batch_threshold() == pytest.approx(float(wanted), rel=1e-5)
+    t.weights.b_enc.data.add_(0.25)
+    assert t.batch_threshold() == pytest.approx(float(wanted) + 0.25, rel=1e-5)
+    t.weights.b_enc.data.sub_(1e4)  # nothing is positive
+    assert t.batch_threshold() == 0.0
 
 
 def test_a_transcoder_learns_another_sites_activations() -> None:

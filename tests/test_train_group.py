@@ -65,7 +65,7 @@ def _train(case: str, group: Group) -> dict[str, Any]:
     state = str(t.state.to_dict())
     return {
         "trace": trace, "clocks": t.dead_for, "weights": named, "tokens": t.tokens_seen, "steps": t.steps,
-        "state": state,
+        "state": state, "threshold": t.batch_threshold(),
     }  # fmt: skip
 
 
@@ -111,6 +111,7 @@ def test_trap_29_two_processes_train_as_one_does(case: str, both: list[dict[str,
             torch.testing.assert_close(found[case]["weights"][name], p, rtol=1e-5, atol=1e-7)
     assert torch.equal(both[0][case]["trace"], both[1][case]["trace"])
     assert both[0][case]["state"] == both[1][case]["state"]
+    assert both[0][case]["threshold"] == both[1][case]["threshold"] == pytest.approx(alone["threshold"], rel=1e-6)
     for name in alone["weights"]:  # to the last bit between processes
         assert torch.equal(both[0][case]["weights"][name], both[1][case]["weights"][name])
     assert bool((alone["trace"][:, 3] > 0).any()) or case in ("relu", "p-anneal", "gated")  # some had dead latents

@@ -41,7 +41,7 @@ from unweave.sae.end_to_end import end_to_end_step
 from unweave.sae.module import SAE
 from unweave.sae.train import SAETrainer
 
-VERSION = 3
+VERSION = 4
 _INIT_TOKENS = 16_384
 _LOG_EVERY_TOKENS = 20_000
 _GAMMA_LIMIT = 3.0

@@ -61,6 +61,8 @@ class Tally:
     goal_sum: Tensor
     goal_square: Tensor
     found: Found
+    inputs: tuple[Tensor, ...]
+    """the attempts' rows [n, D], of one's own"""
 
     @classmethod
     def of(cls, attempt: Attempt, loss: float) -> Tally:
@@ -68,7 +70,7 @@ class Tally:
         error = torch.linalg.vector_norm(attempt.scaled.detach() - goal).square()
         square = torch.linalg.vector_norm(goal).square()
         return cls(
-            1, loss, attempt.fired, attempt.active, len(goal), error, goal.sum(0), square, attempt.found
+            1, loss, attempt.fired, attempt.active, len(goal), error, goal.sum(0), square, attempt.found, (attempt.x,)
         )  # fmt: skip
 
     def __add__(self, other: Tally) -> Tally:
@@ -76,6 +78,7 @@ class Tally:
             self.attempts + other.attempts, self.loss + other.loss, self.fired | other.fired,
             self.active + other.active, self.rows + other.rows, self.error + other.error,
             self.goal_sum + other.goal_sum, self.goal_square + other.goal_square, self.found.joined(other.found),
+            self.inputs + other.inputs,
         )  # fmt: skip
 
     def over(self, group: Group) -> Tally:
@@ -86,7 +89,8 @@ class Tally:
         sums = group.sum(torch.cat([counts, counts.new_tensor([self.rows]), self.goal_sum.double()]))
         fired = group.max(self.fired.to(torch.uint8)).bool()
         return Tally(
-            self.attempts, self.loss, fired, sums[0], int(sums[3]), sums[1], sums[4:], sums[2], self.found
+            self.attempts, self.loss, fired, sums[0], int(sums[3]), sums[1], sums[4:], sums[2], self.found,
+            self.inputs,
         )  # fmt: skip
 
     @property

@@ -35,8 +35,6 @@ SPARSE_BELOW = 0.1
 """share of entries up to which the bounded kinds handle them sparsely"""
 _TRY_AGAIN = 16
 """steps to stay dense after sparse handling was tried in vain"""
-_EMA = 0.95
-"""how much of BatchTopK's threshold each batch keeps; a slower mean lags behind and lets too many latents by"""
 _RATE = 0.02
 """how fast a steered coefficient follows the ratio of L0 to k, per step"""
 _RECENT = 10
@@ -52,7 +50,7 @@ class State:
     coefficient: float
     """of the sparsity penalty, where it is steered"""
     batch_threshold: float | None = None
-    """of batchtopk kinds: a running mean of the smallest winner"""
+    """of batchtopk kinds: the smallest winner of the last batch, near which the next one's is looked for"""
     density: float = 1.0
     """share of entries that were active in the last step"""
     wait: int = 0
@@ -87,8 +85,7 @@ class State:
         """After a step: ``l0`` of the whole batch, ``tokens_seen`` before it."""
         self.density, self.wait = l0 / n_latents, max(0, self.wait - 1)
         if found.smallest is not None:
-            past, now = self.batch_threshold, found.smallest
-            self.batch_threshold = now if past is None else _EMA * past + (1 - _EMA) * now
+            self.batch_threshold = found.smallest
         if spec.steered:
             error = math.log(max(l0, 1e-3) / spec.k)
             self.coefficient *= math.exp(_RATE * max(-1.0, min(1.0, error)))
@@ -252,7 +249,7 @@ def _coded(
     said = reconstructions(spec, w, x, wide, entries, f)
     positive = f.detach() > 0
     smallest = None
-    if spec.kind in ("batchtopk", "matryoshka"):
+    if spec.one_threshold:
         values = entries.values.detach()
         smallest = values.min() if len(values) else values.new_tensor(math.inf)
     sums = _sums(spec, w, x, goal, entries, f, dead, stage, rows)

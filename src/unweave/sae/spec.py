@@ -133,6 +133,11 @@ class SAESpec(Spec):
         return self.kind in ("topk", "batchtopk", "matryoshka")
 
     @property
+    def one_threshold(self) -> bool:
+        """Whether latents are chosen over a whole batch, so that the SAE needs one threshold for single tokens."""
+        return self.kind in ("batchtopk", "matryoshka")
+
+    @property
     def aims(self) -> bool:
         """Whether k says something: latents are chosen by it, or a penalty asks for it."""
         return self._uses()["k"]

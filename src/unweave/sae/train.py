@@ -25,7 +25,7 @@ from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
-from unweave.sae import init, kernels, kinds, objectives, resample, schedule, weights
+from unweave.sae import init, kernels, kinds, objectives, resample, schedule, weights, window
 from unweave.sae.attempt import Attempt, Tally
 from unweave.sae.module import SAE
 from unweave.sae.scaling import Affine
@@ -86,6 +86,7 @@ class SAETrainer:
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.tokens_seen, self.steps = 0, 0
         self.state = kinds.State.first(spec)
+        self._window = x.new_empty(0, d_in)  # batchtopk kinds: rows of the last batches, in the scaled space
         self._begin(self._input(x), None if target is None else self._output(target), start)
         self.dead_for = torch.zeros(self.d_sae, dtype=torch.int64, device=self.device)
         self._gathered: tuple[Tally, Attempt] | None = None
@@ -102,7 +103,7 @@ class SAETrainer:
         if start is not None:
             self._refuse_unfit(start)
             self.weights, threshold = weights.unfold(self.spec, start, self._input, self._output, x)
-            if self.spec.kind in ("batchtopk", "matryoshka"):
+            if self.spec.one_threshold:
                 self.state.batch_threshold = threshold
         else:
             drawing = torch.Generator().manual_seed(self.spec.seed)  # of its own: what it draws hangs on the sample
@@ -252,6 +253,8 @@ class SAETrainer:
         l0 = float(tally.active) / tally.rows
         self.dead_for = (self.dead_for + tally.rows).masked_fill_(tally.fired, 0)  # trap 29: clocks in tokens
         self.state.follow(self.spec, tally.found, l0, self.d_sae, self.tokens_seen)
+        if self.spec.one_threshold:
+            self._window = window.extended(self._window, tally.inputs, tally.rows, self.group)
         before = self.tokens_seen
         self.tokens_seen += tally.rows
         self.steps += 1
@@ -310,6 +313,7 @@ class SAETrainer:
             "tokens_seen": self.tokens_seen,
             "steps": self.steps,
             "kind": self.state.to_dict(),
+            "window": self._window.clone(),
             "generator": self.generator.get_state(),
         }
 
@@ -332,8 +336,18 @@ class SAETrainer:
         self.dead_for = state["dead_for"].to(self.device).clone()
         self.tokens_seen, self.steps = state["tokens_seen"], state["steps"]
         self.state = kinds.State.from_dict(state["kind"])
+        self._window = state["window"].to(self.device).clone()
         self.generator.set_state(state["generator"])
         self._gathered = None
+
+    def batch_threshold(self) -> float:
+        """The one threshold of batchtopk kinds, scaled: measured on the last batches with the weights as they stand.
+
+        Before the first step that of the SAE to start from; 0 where there is none.
+        """
+        if len(self._window):
+            return window.threshold(self.spec, self.weights, self._window)
+        return self.state.batch_threshold or 0.0
 
     def to_sae(
         self,
@@ -344,9 +358,8 @@ class SAETrainer:
         provenance: Mapping[str, Any] | None = None,
     ) -> SAE:
         """The SAE as it stands, with centring and scaling folded in: ReLU, JumpReLU or TopK (see ``weights.fold``)."""
-        threshold = self.state.batch_threshold or 0.0
         return weights.fold(
-            self.spec, self.weights, threshold, self._input, self._output,
+            self.spec, self.weights, self.batch_threshold(), self._input, self._output,
             read=read, write=write, policy=policy, provenance=provenance,
         )  # fmt: skip
 

@@ -140,7 +140,7 @@ def fold(
         factor = weights.r_mag.double().exp()
         threshold = (weights.b_mag - factor * bias).clamp_min(0)
         encoder, bias = encoder * factor[:, None], weights.b_mag.double()
-    elif spec.kind in ("batchtopk", "matryoshka"):
+    elif spec.one_threshold:
         threshold = torch.full_like(bias, batch_threshold)
     dtype = weights.W_enc.dtype
     activation: Activation = TopK(spec.k) if spec.kind == "topk" else ReLU()
