@@ -33,6 +33,7 @@ from unweave.sae.activations import ReLU, TopK
 from unweave.sae.module import SAE
 from unweave.sae.presets import PRESETS
 from unweave.sae.spec import SAESpec
+from unweave.sae.train import SAETrainer
 
 SITE = Site("resid_post", 1)
 
@@ -103,6 +104,53 @@ def test_end_to_end_reports_what_its_own_rows_lost(
     assert run.result["outliers_dropped"] == outliers > 100
     assert run.result["epochs"] == pytest.approx(rows.epoch + rows.position / store.n_rows)
     assert [path.name for path in run.path.glob("checkpoint-*.pt")] == [f"checkpoint-{steps}-0.pt"]
+
+
+def test_passes_and_outliers_are_those_of_what_was_trained_on(home: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The buffer holds passes of which little is served: the text is drawn many times over."""
+    base = small(home)
+    stream = replace(base.stream, max_norm_ratio=1.3, buffer_tokens=20_000)
+    run = train.run(replace(base, stream=stream, sae=replace(base.sae, tokens=64 * 50)), tmp_path)
+    (folder,) = (p for p in tmp_path.glob("tokens-*") if read_json(p / "spec.json")["spec"]["split"] == "train")
+    store, found = train.TokenStore.open(folder / "store"), LM.load(base.model)
+    limit = SAE.load(run.path / "sae").policy.max_norm
+    assert limit is not None
+    ordinary, outliers = 0, 0
+    for row in range(store.n_rows):
+        tokens, _ = store.batch([row], found.pad_id)
+        with found.taps(read=[SITE]) as seen:
+            found(tokens)
+        norms = seen[SITE].norm(dim=-1)[tokens.mask & ~torch.isin(tokens.ids, torch.arange(4))]
+        ordinary, outliers = ordinary + len(norms), outliers + int((norms > limit).sum())
+    assert run.result["epochs"] == pytest.approx(3200 / len(store.ids))
+    assert run.result["outliers_dropped"] == pytest.approx(3200 * outliers / (ordinary - outliers), abs=1)
+    assert outliers > 100
+
+
+def test_a_resumed_training_took_as_long_as_all_its_processes(
+    home: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, step, stops = [0.0], SAETrainer.step, [3, 7, 8]
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(self: SAETrainer, *args: torch.Tensor) -> dict[str, float]:
+        if stops and self.steps == stops[0]:
+            del stops[0]
+            raise KeyboardInterrupt
+        now[0] += 2.0
+        return step(self, *args)
+
+    monkeypatch.setattr(SAETrainer, "step", slow)
+    spec = replace(small(home), checkpoint_seconds=1.0)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train.run(spec, tmp_path)
+        now[0] += 1000.0  # in which nobody works
+    run = train.run(spec, tmp_path)
+    assert len(run.events("resumed")) == 3
+    assert run.result["seconds"] == 20.0  # ten steps
 
 
 END_TO_END = """

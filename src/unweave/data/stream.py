@@ -224,7 +224,7 @@ class MixingBuffer:
         self.generator = torch.Generator().manual_seed(seed)
         self.seed = seed
         self.epoch, self.position = 0, 0  # the next chunk is the position-th of this epoch's order
-        self.outliers, self.nonfinite = 0, 0
+        self.outliers, self.nonfinite = 0, 0  # left out of what was drawn into the pool
         self._rows = torch.zeros(0, 2, dtype=torch.int64)  # chunk and row of each token in the pool
         self._order = torch.zeros(0, dtype=torch.int64)
         self._cursor = 0
@@ -291,6 +291,14 @@ class MixingBuffer:
         first = max(0, min(self._cursor, len(self._order) - n))
         chosen = self._order[first : first + n]
         return {site: x[chosen] for site, x in self._pool.items()}
+
+    def left_out(self, served: int) -> tuple[int, int]:
+        """Norm outliers and tokens not finite that belong to ``served`` tokens, which is how many were taken so far.
+
+        What was drawn into the pool and not served yet does not count: of all that was left out, the share served.
+        """
+        share = served / max(1, served + len(self._order) - self._cursor)
+        return round(self.outliers * share), round(self.nonfinite * share)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the stream is; a few integers per token in the pool."""

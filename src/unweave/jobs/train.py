@@ -68,14 +68,14 @@ def run(spec: TrainSpec, runs: Path) -> Run:
         sites = sorted({site for member in found for site in (member.read, member.write)})
         source = activation_source(lm, store, store_run, sites, spec.stream, spec.dtype, runs, group)
         _refuse_too_little(spec, store, source)
-        work = _Work(run, spec, lm, store, source, found, group)
+        work = _Work(run, spec, lm, store, source, found, group, started)
         result = work.train()
         work.save(heldout)
         if group.rank == 0:
             result |= _saved(run, found)
             result["peak_memory_gb"] = peak_memory_gb()
             result["summary"] = _summary(result)
-            run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
+            run.finish(result | {"seconds": round(work.seconds, 1)})
             checkpoint.remove(run)
         group.barrier()
     return run
@@ -186,6 +186,14 @@ class _Work:
     source: ActivationSource
     members: list[Member]
     group: Group
+    started: float
+    before: float = 0.0
+    """seconds that earlier processes worked on it, up to the checkpoint"""
+
+    @property
+    def seconds(self) -> float:
+        """How long the training has taken, in all processes that followed one another."""
+        return self.before + time.monotonic() - self.started
 
     def __post_init__(self) -> None:
         self.divided = _divided(self.members, self.group)
@@ -215,6 +223,7 @@ class _Work:
         )
         saved = checkpoint.load(self.run, [member.name for member in self.own])
         if saved is not None:
+            self.before = saved["seconds"]
             self.buffer.load_state_dict(saved["stream"])
             self.rows.load_state_dict(saved["rows"])
         sample = self.buffer.peek(_INIT_TOKENS)  # what a trainer measures on its first sample is part of its state
@@ -317,6 +326,7 @@ class _Work:
         state = {
             "stream": self.buffer.state_dict(),
             "rows": self.rows.state_dict(),
+            "seconds": self.seconds,
             "trainers": {name: trainer.state_dict() for name, trainer in self.trainers.items()},
         }
         step = next(iter(self.trainers.values())).steps
@@ -372,15 +382,15 @@ class _Work:
 
     def _result(self) -> dict[str, Any]:
         counted = {str(s): asdict(n) for s, n in self.norms.items()}
-        rows, buffer = self.rows, self.buffer
+        rows = self.rows
         if self.spec.objective == "end-to-end":
-            served, lost = rows.epoch + rows.position / self.store.n_rows, (rows.outliers, rows.nonfinite)
-        else:
-            served, lost = buffer.epoch + buffer.position / self.source.n_chunks, (buffer.outliers, buffer.nonfinite)
+            epochs, lost = rows.epoch + rows.position / self.store.n_rows, (rows.outliers, rows.nonfinite)
+        else:  # the buffer has drawn more than was trained on
+            epochs, lost = self.tokens_seen / self.store.n_tokens, self.buffer.left_out(self.tokens_seen)
         return {
             "tokens": self.tokens_seen,
             "distinct_tokens": self.store.n_tokens,
-            "epochs": served,
+            "epochs": epochs,
             "outliers_dropped": lost[0],
             "nonfinite_dropped": lost[1],
             "text": {name: value for name, value in self.store.meta.items() if name != "tokenizer"},
