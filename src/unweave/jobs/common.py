@@ -25,6 +25,7 @@ from unweave.sae.module import SAE
 USUAL_TOKENS = 200_000
 """how many tokens latents' records are taken from"""
 _CACHE_VERSION = 2
+_TOKENS_VERSION = 2
 """of the chunks of activations on disk"""
 
 
@@ -67,7 +68,8 @@ def token_store(
     budget, unit = budget_of(data, split, tokens)
     asked = _TokensQuestion(model=model, data=data, split=split, tokens=budget if unit == "tokens" else None)
     fingerprint = lm.tokenizer_fingerprint() or ""
-    with Run.open(runs, "tokens", asked, inputs=stamps(model, data) | {"tokenizer": fingerprint}) as run:
+    inputs = stamps(model, data) | {"tokenizer": fingerprint}
+    with Run.open(runs, "tokens", asked, version=_TOKENS_VERSION, inputs=inputs) as run:
         if not (run.done and (run.path / "store").exists()):
             refuse_long_rows(lm, data.pack.context)
             if lm.tokenizer is None:

@@ -26,7 +26,7 @@ from unweave.steer.degradation import SweetSpot, sweet_spot
 from unweave.steer.special_tokens import AlphaSweep, TokenMaxima, alpha_sweep, average_maxima, random_latents
 from unweave.tasks.special_tokens import QUESTIONS, SpecialTokens
 
-VERSION = 1
+VERSION = 2
 _TOP = 5
 
 

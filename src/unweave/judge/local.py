@@ -131,8 +131,7 @@ class LocalModel:
     @property
     def _ends(self) -> Tensor:
         """The ids that end a turn, int64 [n]."""
-        own = self._lm.model.generation_config.eos_token_id
-        return torch.tensor([] if own is None else own if isinstance(own, list) else [own], dtype=torch.int64)
+        return torch.tensor(self._lm.end_ids, dtype=torch.int64)
 
     def _reply(self, prompt_tokens: int, row: Tensor) -> Reply:
         ended = torch.isin(row, self._ends).nonzero().flatten()

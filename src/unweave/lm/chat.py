@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from itertools import repeat
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -104,9 +105,10 @@ def render_each(
 
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Plain text as token ids and roles: what ``tokenizer(text)`` gives, special tokens included, BOS never doubled.
+    """Plain text as token ids and roles: what ``tokenizer(text)`` gives, BOS included and never doubled.
 
-    Special tokens are SPECIAL, everything else TEXT.
+    What a tokenizer appends (an end token, where it adds one) is left off: a prompt goes on, and what is packed gets
+    its separators there. Special tokens are SPECIAL, everything else TEXT.
     """
     return encode_texts(tokenizer, [text])[0]
 
@@ -118,11 +120,25 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], 
     special = special_ids(tokenizer)
     bos = tokenizer.bos_token_id
     found = []
-    for ids in tokenizer(list(texts), verbose=False)["input_ids"]:
+    marked = {"return_special_tokens_mask": True} if hasattr(tokenizer, "is_fast") else {}
+    encoded = tokenizer(list(texts), verbose=False, **marked)
+    for ids, added in zip(encoded["input_ids"], encoded.get("special_tokens_mask") or repeat([]), strict=False):
+        ids = _without_end(ids, added, bos)
         if bos is not None and ids[:2] == [bos, bos]:  # the text brought its own
             ids = ids[1:]
         found.append((ids, [Role.SPECIAL.value if i in special else Role.TEXT.value for i in ids]))
     return found
+
+
+def _without_end(ids: list[int], added: list[int], bos: int | None) -> list[int]:
+    """Token ids without those that the tokenizer added at the end (``added`` is 1 there, and 0 for typed ones).
+
+    Of an empty text nothing is left but BOS.
+    """
+    end = len(ids)
+    while end and added and added[end - 1]:
+        end -= 1
+    return ids[:end] if end else ids[: int(bos is not None and ids[:1] == [bos])]
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

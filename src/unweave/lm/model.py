@@ -16,6 +16,8 @@ from unweave.core.spec import digest
 from unweave.lm import chat as chat_roles
 from unweave.lm import taps as _taps
 from unweave.lm.chat import Role
+from unweave.lm.ends import end_ids
+from unweave.lm.fingerprint import fingerprint_distance as fingerprint_distance
 from unweave.lm.layout import Layout
 
 if TYPE_CHECKING:
@@ -148,6 +150,11 @@ class LM:
             if found is not None:  # 0 is a fine id (trap 5)
                 return int(found)
         return 0
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every id at which generation ends: the model's, tokenizer's and chat template's; see ``lm/ends.py``."""
+        return end_ids(self.model, self.tokenizer, self.vocab_size)
 
     @property
     def special_ids(self) -> tuple[int, ...]:
@@ -285,7 +292,7 @@ class LM:
 
         ``chat`` puts each prompt in the model's chat template as the user's turn; None does so where there is one.
         Greedy at temperature 0, otherwise sampled from the whole distribution with ``seed``. Text only, no special
-        tokens. Generation stops at the model's end token.
+        tokens. Generation stops at the first of ``end_ids``.
         """
         if isinstance(prompt, Tokens):
             tokens = prompt
@@ -322,7 +329,7 @@ class LM:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
         # Nothing else: many instruct models ship settings of their own (sampling, penalties) that fill every gap.
         self.model.generation_config = GenerationConfig(
-            **sampling, max_new_tokens=max_new_tokens, eos_token_id=own.eos_token_id, pad_token_id=self.pad_id
+            **sampling, max_new_tokens=max_new_tokens, eos_token_id=list(self.end_ids) or None, pad_token_id=self.pad_id
         )
         with self._running(batch), self.taps(edit=edit), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
@@ -385,16 +392,3 @@ class LM:
                 "products": (x @ directions / directions.norm(dim=0)).flatten().tolist(),
             }
         return self._fingerprints[parsed]
-
-
-def fingerprint_distance(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:
-    """How far two fingerprints are apart, relative to their size: 0 for equal models, about 1 for unrelated ones.
-
-    The median over tokens, so that one attention sink's huge norm neither hides nor makes a difference.
-    """
-    if len(a["norms"]) != len(b["norms"]) or len(a["products"]) != len(b["products"]):
-        return float("inf")
-    norms = torch.tensor([a["norms"], b["norms"]], dtype=torch.float64)
-    products = torch.tensor([a["products"], b["products"]], dtype=torch.float64).view(2, len(a["norms"]), -1)
-    gap = ((norms[0] - norms[1]).square() + (products[0] - products[1]).square().sum(-1)).sqrt()
-    return float((gap / norms.max(dim=0).values.clamp(min=1e-30)).median())

@@ -113,6 +113,8 @@ class Session:
     taken: dict[Site, nn.Module] = field(default_factory=dict)
     """the sites read, edited or stopped at, with the module that each hangs on"""
     step: int = -1
+    started: Tokens | None = None
+    """the tokens of ``lm.current`` whose first forward pass has begun; further passes of them are a generation's"""
     batch: tuple[Tensor, Tensor, Tensor] | None = None  # ids, mask, roles of the forward pass under way
     handles: list[Any] = field(default_factory=list)
 
@@ -120,17 +122,19 @@ class Session:
         """A forward pass of the whole model begins: works out which tokens it holds."""
         self.step += 1
         tokens: Tokens | None = self.lm.current
-        if tokens is not None and tokens.ids.shape == ids.shape:
+        first = tokens is not self.started
+        self.started = tokens
+        if tokens is not None and first and tokens.ids.shape == ids.shape:
             self.batch = (ids, tokens.mask, tokens.roles)
             return
         n_positions = ids.shape[1]
+        seen = attention_mask.shape[1] if attention_mask is not None and attention_mask.ndim == 2 else None
         mask = torch.ones_like(ids, dtype=torch.bool)
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if attention_mask is not None and seen is not None:
             mask = attention_mask[:, -n_positions:].bool()
-        if tokens is not None and self.step == 0:
-            roles = tokens.roles[:, -n_positions:]
-        else:
-            roles = torch.full_like(ids, Role.ASSISTANT if self.step else Role.TEXT, dtype=torch.uint8)
+        roles = torch.full_like(ids, Role.ASSISTANT if self.step else Role.TEXT, dtype=torch.uint8)
+        if tokens is not None:
+            roles = _roles_in_generation(tokens.roles, ids, seen)
         self.batch = (ids, mask, roles)
 
     def at(self, site: Site) -> At:
@@ -138,6 +142,18 @@ class Session:
             raise UnweaveError("taps saw an activation outside a forward pass of the whole model", where=str(site))
         ids, mask, roles = self.batch
         return At(site, ids, mask, roles, self.step, self.seen)
+
+
+def _roles_in_generation(prompt: Tensor, ids: Tensor, seen: int | None) -> Tensor:
+    """The roles of a later pass of a generation, [B, P]: the prompt's [B, N], and behind it everything is ASSISTANT.
+
+    The pass holds the last P of the ``seen`` tokens so far: the newest alone, or without a cache all of them.
+    """
+    before, n_positions = prompt.shape[1], ids.shape[1]
+    if seen is None:  # then a pass longer than the prompt holds everything, and a shorter one what is new
+        seen = n_positions if n_positions > before else before + n_positions
+    new = prompt.new_full((len(prompt), max(0, seen - before)), Role.ASSISTANT)
+    return torch.cat([prompt, new], dim=1)[:, :seen][:, -n_positions:]
 
 
 @dataclass(frozen=True, eq=False)

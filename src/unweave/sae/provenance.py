@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unweave.core.errors import UnweaveError
-from unweave.lm.model import fingerprint_distance
+from unweave.lm.fingerprint import fingerprint_distance
 
 if TYPE_CHECKING:
     from unweave.lm.model import LM

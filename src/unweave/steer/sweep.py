@@ -119,9 +119,7 @@ def prompt_tokens(lm: LM, prompts: Sequence[str], chat: bool | None) -> Tokens:
 
 def until_end(lm: LM, ids: Tensor) -> Tensor:
     """How many of the new tokens [B, N] of each row come before an end token, int64 [B]."""
-    ends = lm.model.generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    ended = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device)).int()
+    ended = torch.isin(ids, torch.tensor(lm.end_ids, dtype=ids.dtype, device=ids.device)).int()
     return torch.where(ended.any(1), ended.argmax(1), ids.shape[1])
 
 
