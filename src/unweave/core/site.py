@@ -105,7 +105,7 @@ class Site:
             return cls("path", path=site[len("path.") :])
         if site in MODEL_POINTS:
             return cls(site)
-        match = re.fullmatch(r"([a-z_]+)\.(\d+)", site)
+        match = re.fullmatch(r"([a-z_]+)\.([0-9]{1,6})", site)
         if match is None:
             raise _unknown(site)
         return cls(match[1], int(match[2]))
@@ -126,7 +126,7 @@ class Site:
         """The site with the value of a TransformerLens hook; UnweaveError where none has the same value."""
         if name == "hook_embed":
             return cls("embed")
-        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        match = re.fullmatch(r"blocks\.([0-9]{1,6})\.(.+)", name)
         if match is None or match[2] not in _FROM_TL:
             known = ", ".join(["hook_embed", *(f"blocks.N.{tl}" for tl in _FROM_TL)])
             raise UnweaveError(f"TransformerLens hook {name!r} names no site", remedy=f"known hooks: {known}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
+from unweave.core.fields import Fields
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class TokenPolicy:
         return {"exclude_ids": list(self.exclude_ids), "max_norm": self.max_norm}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        limit = values.get("max_norm")
-        return cls(tuple(int(i) for i in values.get("exclude_ids", ())), None if limit is None else float(limit))
+    def from_dict(cls, values: Mapping[str, Any] | Fields) -> Self:
+        """The policy in a file. Raises UnweaveError for ids that are no ids, and a norm that is no number above 0."""
+        fields = values if isinstance(values, Fields) else Fields(values, "", "policy")
+        return cls(fields.integers("exclude_ids", most=1 << 31), fields.number("max_norm", above=0))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unweave.core.errors import UnweaveError
+from unweave.core.fields import Fields
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.sae.formats.parts import Parts
@@ -26,15 +27,46 @@ def own_block(sae: SAE) -> dict[str, Any]:
     return block | {"policy": sae.policy.to_dict(), "provenance": sae.provenance}
 
 
-def build_own(parts: Parts, own: Mapping[str, Any]) -> SAE:
+def build_own(parts: Parts, own: Fields) -> SAE:
     """The SAE of a file that holds our block."""
-    read, write = own.get("read"), own.get("write")
+    read, write = own.text("read"), own.text("write")
+    provenance = own.mapping("provenance")
+    _check_provenance(provenance)
     return parts.build(
         read=Site.parse(read) if read else None,
         write=Site.parse(write) if write else None,
-        policy=TokenPolicy.from_dict(own.get("policy", {})),
-        provenance=own.get("provenance", {}),
+        policy=TokenPolicy.from_dict(own.mapping("policy")),
+        provenance=provenance.values,
     )
+
+
+def _check_provenance(told: Fields) -> None:
+    """Refuses a provenance whose parts are not what later stages read them as."""
+    model = told.mapping("model")
+    for name in ("name", "note", "tokenizer", "site"):
+        model.text(name)
+    fingerprint = model.mapping("fingerprint")
+    norms, products = fingerprint.numbers("norms"), fingerprint.numbers("products")
+    if fingerprint and (not norms or not products or len(products) % len(norms)):
+        raise UnweaveError(
+            "the model's fingerprint is damaged: norms and products do not belong together", where=told.where,
+            remedy="restore the file, or remove provenance.model.fingerprint",
+        )  # fmt: skip
+    data = told.mapping("data")
+    data.boolean("begins_with_bos")
+    data.integer("context")
+    train = told.mapping("train")
+    train.text("model")
+    train.text("dtype")
+    for name in ("data", "stream", "sae"):
+        train.mapping(name)
+    reference = told.mapping("reference")
+    for name in ("l0", "unexplained_variance"):
+        reference.number(name)
+    source = told.mapping("source")
+    for name in ("hook_name", "hook_name_out"):
+        source.text(name)
+    told.sequence("accepted")
 
 
 def build_foreign(
@@ -93,12 +125,12 @@ _HF_SIDES = {
 
 def site_of_hf_hook(hook: str | None) -> Site | None:
     """The site of a name such as ``model.layers.3.post_feedforward_layernorm.output``; None for any other."""
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", hook or "")
+    match = re.fullmatch(r"model\.layers\.([0-9]{1,6})\.(.+)", hook or "")
     point = _HF_SIDES.get(match[2]) if match else None
     return Site(point, int(match[1])) if match and point else None
 
 
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.(.+))?$")
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]{1,6})(?:\.(.+))?$")
 _ATTENTIONS = ("attn", "self_attn", "attention")
 
 

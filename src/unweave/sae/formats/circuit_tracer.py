@@ -11,9 +11,9 @@ layers: its ``W_enc_N.safetensors`` gives an SAE that encodes and refuses to dec
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from unweave.core.errors import UnweaveError
+from unweave.core.fields import Fields
 from unweave.sae.formats.about import build_foreign
 from unweave.sae.formats.parts import Parts, assemble, vector
 from unweave.sae.formats.source import Source
@@ -64,20 +64,20 @@ def _layer(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def _activation(config: dict[str, Any], tensors: Tensors, parts: Parts) -> None:
+def _activation(config: Fields, tensors: Tensors, parts: Parts) -> None:
     where = tensors.where
-    said = config.get("activation")
-    k = tensors.number("k")
+    said = config.text("activation")
+    k = tensors.integer("k")
     threshold = tensors.maybe(_THRESHOLD)
     if threshold is not None:
         parts.threshold = vector(threshold.flatten(), _THRESHOLD, where, parts.d_sae)
         if bool((parts.threshold < 0).any()):
             raise UnweaveError("thresholds below 0 let negative latents through, which is not understood", where=where)
     if k is not None or said == "topk":
-        k = config.get("k") if k is None else k
+        k = config.integer("k", least=1) if k is None else k
         if k is None or threshold is not None:
             raise UnweaveError("a TopK transcoder needs k, and no threshold", where=where, remedy="restore config.yaml")
-        parts.k = int(k)
+        parts.k = k
     elif said not in (None, "relu", "jump_relu", "jumprelu"):
         raise UnweaveError(
             f"the activation {said!r} is not understood", where=where, remedy="known: relu, jump_relu, topk"
@@ -86,7 +86,7 @@ def _activation(config: dict[str, Any], tensors: Tensors, parts: Parts) -> None:
         raise UnweaveError(f"missing {_THRESHOLD}", where=where, remedy="the file is incomplete: restore it")
 
 
-def _cross_layer(source: Source, config: dict[str, Any], tensors: Tensors, layer: int) -> SAE:
+def _cross_layer(source: Source, config: Fields, tensors: Tensors, layer: int) -> SAE:
     where = tensors.where
     b_enc = vector(tensors.take(f"b_enc_{layer}"), f"b_enc_{layer}", where)
     b_dec = vector(tensors.take(f"b_dec_{layer}"), f"b_dec_{layer}", where)
@@ -104,10 +104,10 @@ def _cross_layer(source: Source, config: dict[str, Any], tensors: Tensors, layer
     return _build(source, config, parts, layer)
 
 
-def _build(source: Source, config: dict[str, Any], parts: Parts, layer: int | None) -> SAE:
+def _build(source: Source, config: Fields, parts: Parts, layer: int | None) -> SAE:
     hooks = [
-        f"blocks.{layer}.{config[name]}" if layer is not None and config.get(name) else None
-        for name in ("feature_input_hook", "feature_output_hook")
+        f"blocks.{layer}.{said}" if layer is not None and said else None
+        for said in (config.text("feature_input_hook"), config.text("feature_output_hook"))
     ]
     known = hooks[0] is not None and hooks[1] is not None
     return build_foreign(
@@ -117,5 +117,5 @@ def _build(source: Source, config: dict[str, Any], parts: Parts, layer: int | No
         hook=hooks[0],
         hook_out=hooks[1],
         sites=None if known else (None, None),
-        model=config.get("model_name"),
+        model=config.text("model_name"),
     )

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from unweave.core.errors import UnweaveError, UnweaveWarning
+from unweave.core.fields import Fields
 from unweave.core.run import atomic_write, write_json
 from unweave.core.site import Site
 from unweave.sae.activations import JumpReLU, TopK
@@ -53,26 +54,26 @@ def load(source: Source) -> SAE:
     """Reads a dictionary. Raises UnweaveError for kinds that are not known and whatever does not fit."""
     path = source.file(WEIGHTS) or source.path
     config = source.config(CONFIG, f"../{CONFIG}")  # checkpoints/ae_N.pt lie one folder deeper
-    trainer = config.get("trainer") or {}
+    trainer, own = config.mapping("trainer"), config.mapping("unweave")
     tensors = read_torch(path)
     where = str(path)
-    kind = _kind(tensors, trainer.get("dict_class"), where)
+    kind = _kind(tensors, trainer.text("dict_class"), where)
     parts = _parts(kind, tensors, trainer, source)
     tensors.finish()
-    agree("activation_dim", trainer.get("activation_dim"), parts.d_in, where)
-    agree("dict_size", trainer.get("dict_size"), parts.d_sae, where)
-    if config.get("unweave"):
-        return build_own(parts, config["unweave"])
+    agree("activation_dim", trainer.integer("activation_dim"), parts.d_in, where)
+    agree("dict_size", trainer.integer("dict_size"), parts.d_sae, where)
+    if own:
+        return build_own(parts, own)
     taken_for = _taken_for(kind, trainer, where)
     site = _site(config, source)
     return build_foreign(
         parts,
         source,
         NAME,
-        hook=trainer.get("submodule_name"),
+        hook=trainer.text("submodule_name"),
         sites=(site, site),
-        model=trainer.get("lm_name"),
-        about={"dict_class": kind, "taken_for": taken_for, "context": (config.get("buffer") or {}).get("ctx_len")},
+        model=trainer.text("lm_name"),
+        about={"dict_class": kind, "taken_for": taken_for, "context": config.mapping("buffer").integer("ctx_len")},
     )
 
 
@@ -112,9 +113,9 @@ def _kind(tensors: Tensors, said: str | None, where: str) -> str:
     return said or found.pop()
 
 
-def _taken_for(kind: str, trainer: dict[str, Any], where: str) -> str | None:
+def _taken_for(kind: str, trainer: Fields, where: str) -> str | None:
     """What a file is read as although nothing but its tensors' names says so, which is also warned of; else None."""
-    if kind not in ("AutoEncoder", "AutoEncoderNew") or trainer.get("dict_class") is not None:
+    if kind not in ("AutoEncoder", "AutoEncoderNew") or "dict_class" in trainer:
         return None
     bias = "b_dec is taken off the input" if kind == "AutoEncoder" else "nothing is taken off the input"
     taken_for = f"{kind}: ReLU, {bias}"
@@ -127,7 +128,7 @@ def _taken_for(kind: str, trainer: dict[str, Any], where: str) -> str | None:
     return taken_for
 
 
-def _parts(kind: str, tensors: Tensors, trainer: dict[str, Any], source: Source) -> Parts:
+def _parts(kind: str, tensors: Tensors, trainer: Fields, source: Source) -> Parts:
     where = tensors.where
     names = _NAMES
     if kind == "AutoEncoder":  # a decoder.bias beside bias would be another class: it stays, and is refused
@@ -146,9 +147,9 @@ def _parts(kind: str, tensors: Tensors, trainer: dict[str, Any], source: Source)
         tensors.drop("threshold")  # an estimate for another way of encoding, which is not the class's own
     elif kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         _k(tensors, trainer, where)
-        groups = tensors.values.pop("group_sizes", None)
+        groups = tensors.integers("group_sizes")
         if groups is not None:
-            agree("group_sizes that sum to", int(groups.sum()), parts.d_sae, where)
+            agree("group_sizes that sum to", sum(groups), parts.d_sae, where)
         threshold = tensors.number("threshold")
         if threshold is None or threshold < 0:
             raise UnweaveError(
@@ -156,6 +157,7 @@ def _parts(kind: str, tensors: Tensors, trainer: dict[str, Any], source: Source)
                 where=where,
                 remedy="train it past threshold_start_step, where the threshold is first estimated",
             )
+        parts.widen()
         parts.threshold = torch.full_like(parts.b_enc, threshold)
     if kind not in ("AutoEncoderNew", "JumpReluAutoEncoder"):
         parts.fold_input_bias()
@@ -167,8 +169,8 @@ def _plain(tensors: Tensors, source: Source) -> Parts:
     config = source.config(source.path.with_suffix("").name + "_cfg.json")
     if config:
         parts = assemble(tensors, _NAMES, _DIRECT)
-        agree("act_size", config.get("act_size"), parts.d_in, tensors.where)
-        agree("dict_size", config.get("dict_size"), parts.d_sae, tensors.where)
+        agree("act_size", config.integer("act_size"), parts.d_in, tensors.where)
+        agree("dict_size", config.integer("dict_size"), parts.d_sae, tensors.where)
         parts.fold_input_bias()
         return parts
     match = re.search(r"L0_(\d+)", source.hint)
@@ -184,28 +186,27 @@ def _plain(tensors: Tensors, source: Source) -> Parts:
     return parts
 
 
-def _k(tensors: Tensors, trainer: dict[str, Any], where: str) -> int:
-    stored, said = tensors.number("k"), trainer.get("k")
+def _k(tensors: Tensors, trainer: Fields, where: str) -> int:
+    stored, said = tensors.integer("k"), trainer.integer("k", least=1)
     if stored is not None:
-        agree("k", said, int(stored), where)
-        return int(stored)
+        agree("k", said, stored, where)
+        return stored
     if said is None:
         raise UnweaveError("neither the file nor its configuration says k", where=where, remedy=f"restore {CONFIG}")
-    return int(said)
+    return said
 
 
-_SITES = re.compile(r"(resid_post|resid_out|resid|attn_out|mlp_out)_?layer_?(\d+)")
+_SITES = re.compile(r"(resid_post|resid_out|resid|attn_out|mlp_out)_?layer_?([0-9]{1,4})(?![0-9])")
 
 
-def _site(config: dict[str, Any], source: Source) -> Site | None:
+def _site(config: Fields, source: Source) -> Site | None:
     """Where it reads, by the trainer's submodule name or the folder's: outputs of the model's own modules."""
-    if (config.get("buffer") or {}).get("io", "out") != "out":
+    if (config.mapping("buffer").text("io") or "out") != "out":
         return None
-    hook = source.config(source.path.with_suffix("").name + "_cfg.json").get("act_name")
+    hook = source.config(source.path.with_suffix("").name + "_cfg.json").text("act_name")
     if hook is not None:
         return site_of(hook)
-    trainer = config.get("trainer") or {}
-    name = str(trainer.get("submodule_name") or source.hint)
+    name = config.mapping("trainer").text("submodule_name") or source.hint
     match = next(reversed(list(_SITES.finditer(name))), None)
     layer = re.search(r"layer(\d+)\.sae\.pt$|[-_]l(\d+)(?:\.pth?)?$", source.path.name)
     if match is None and layer is not None:

@@ -14,7 +14,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.sae.formats.about import build_foreign, site_of_hf_hook
 from unweave.sae.formats.parts import Parts, assemble, vector
@@ -83,9 +82,8 @@ def _place(hint: str) -> tuple[str | None, str | None, Site | None]:
 
 
 def _second(source: Source, path: Path) -> SAE:
-    config: dict[str, Any] = source.config("config.json")
-    if config.get("architecture", "jump_relu") != "jump_relu":
-        raise UnweaveError(f"the architecture {config['architecture']!r} is not understood", where=str(path.parent))
+    config = source.config("config.json")
+    config.choice("architecture", ("jump_relu",), "jump_relu")
     tensors = read_safetensors(path)
     cross_layer = "w_dec" in tensors and tensors.values["w_dec"].ndim == 3
     if cross_layer:
@@ -100,7 +98,7 @@ def _second(source: Source, path: Path) -> SAE:
             )
     parts.threshold = vector(tensors.take("threshold"), "threshold", str(path), parts.d_sae)
     tensors.finish()
-    hook, hook_out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
+    hook, hook_out = config.text("hf_hook_point_in"), config.text("hf_hook_point_out")
     read, write = site_of_hf_hook(hook), site_of_hf_hook(hook_out or hook)
     if cross_layer:
         write = read
@@ -111,7 +109,7 @@ def _second(source: Source, path: Path) -> SAE:
         hook=hook,
         hook_out=hook_out,
         sites=(read, write) if read and write else (None, None),
-        model=config.get("model_name"),
+        model=config.text("model_name"),
     )
 
 

@@ -75,7 +75,7 @@ def fetch(name: str) -> Source:
 def parse(name: str) -> tuple[str, str | None, str]:
     """``hub:org/name[@revision][/path]`` as (org/name, revision, path)."""
     match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+?))?/?", name)
-    if match is None:
+    if match is None or ".." in (match[3] or "").split("/"):
         raise UnweaveError(
             f"{name!r} names nothing on the hub", remedy="write hub:org/name, with @revision and /sub/folder if needed"
         )

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from unweave.core.errors import UnweaveError
+from unweave.core.fields import Fields
 from unweave.sae.formats.about import build_foreign
 from unweave.sae.formats.parts import Parts, agree, assemble, vector
 from unweave.sae.formats.source import Source, tensor_names
@@ -33,6 +33,7 @@ _NAMES = {
     "b_dec": ("decoder.bias", "b_D"),
 }
 _LINEAR, _DIRECT = {"W_enc": "transposed", "W_dec": "transposed"}, {"W_enc": "as is", "W_dec": "as is"}
+_DATASET = "dataset-wise"
 _NORM = "dataset_average_activation_norm"
 _THRESHOLDS = ("log_jumprelu_threshold", "activation_function.log_jumprelu_threshold")
 
@@ -55,27 +56,26 @@ def load(source: Source) -> SAE:
     path = _weights(source) if old else source.file(WEIGHTS)
     assert path is not None
     where = str(path)
-    _refuse(config, where)
+    _refuse(config)
     tensors = read_safetensors(path)
     norms = _norms(config, tensors)
-    if "decoder.bias" not in tensors and "b_D" not in tensors and not config.get("use_decoder_bias", True):
-        width = int(config.get("d_model", 0))
-        tensors.values["b_D"] = torch.zeros(width, dtype=next(iter(tensors.values.values())).dtype)
+    if "decoder.bias" not in tensors and "b_D" not in tensors and not config.flag("use_decoder_bias", True):
+        tensors.values["b_D"] = _no_bias(config, tensors)
     parts = assemble(tensors, _NAMES, _LINEAR if "encoder.weight" in tensors else _DIRECT)
-    agree("d_model", config.get("d_model"), parts.d_in, where)
+    agree("d_model", config.integer("d_model"), parts.d_in, where)
     agree("d_sae", _width(config), parts.d_sae, where)
-    if config.get("apply_decoder_bias_to_pre_encoder", False):
+    if config.flag("apply_decoder_bias_to_pre_encoder"):
         parts.fold_input_bias()
     _activate(config, tensors, parts, norms)
     tensors.finish()
-    hook, hook_out = config.get("hook_point_in"), config.get("hook_point_out")
+    hook, hook_out = config.text("hook_point_in"), config.text("hook_point_out")
     return build_foreign(
         parts,
         source,
         NAME if old else "openmoss",
         hook=hook,
         hook_out=None if hook_out == hook else hook_out,
-        model=config.get("model_name"),
+        model=config.text("model_name"),
     )
 
 
@@ -87,61 +87,80 @@ def _weights(source: Source) -> Path:
     return source.file(FINAL) or beside or source.folder / FINAL
 
 
-def _k(config: dict[str, Any], where: str) -> int:
-    k = config.get("top_k")
-    if not isinstance(k, int) or k < 1:
-        raise UnweaveError("the configuration must say top_k", where=where, remedy="restore the file")
+def _k(config: Fields) -> int:
+    k = config.integer("top_k", least=1)
+    if k is None:
+        raise UnweaveError("the configuration must say top_k", where=config.where, remedy="restore the file")
     return k
 
 
-def _width(config: dict[str, Any]) -> int | None:
-    if config.get("d_sae") is not None:
-        return int(config["d_sae"])
-    if "expansion_factor" in config and "d_model" in config:
-        return round(config["d_model"] * config["expansion_factor"])
-    return None
+def _width(config: Fields) -> int | None:
+    width, model = config.integer("d_sae", least=1), config.integer("d_model", least=1)
+    factor = config.number("expansion_factor", above=0, most=1e6)
+    if width is not None:
+        return width
+    return None if model is None or factor is None else round(model * factor)
 
 
-def _refuse(config: dict[str, Any], where: str) -> None:
-    kind = config.get("sae_type") or "sae"
-    if kind not in ("sae", "transcoder"):
-        raise UnweaveError(f"{kind!r} is no SAE that is understood", where=where, remedy="known: sae, transcoder")
-    if config.get("use_glu_encoder", False):
-        raise UnweaveError("encoders with a gated linear unit are not understood", where=where)
-    scaling = config.get("norm_activation", "dataset-wise")
-    if scaling not in ("dataset-wise", "token-wise", "inference"):
+def _no_bias(config: Fields, tensors: Tensors) -> torch.Tensor:
+    """Zeros in place of a decoder's bias, as long as the decoder is wide."""
+    width = config.integer("d_model", least=1)
+    decoder = next((tensors.values[name] for name in _NAMES["W_dec"] if name in tensors), None)
+    if width is None or decoder is None or width not in decoder.shape:
         raise UnweaveError(
-            f"inputs scaled {scaling!r} cannot be encoded one token at a time", where=where,
+            f"the configuration says d_model {width}, which no side of the decoder has", where=config.where,
+            remedy="configuration and weights do not belong together: restore them",
+        )  # fmt: skip
+    return decoder.new_zeros(width)
+
+
+def _refuse(config: Fields) -> None:
+    if "sae_type" in config:
+        config.choice("sae_type", ("sae", "transcoder"), "sae")
+    if config.flag("use_glu_encoder"):
+        raise UnweaveError(
+            "encoders with a gated linear unit are not understood", where=config.where, remedy="use another SAE"
+        )
+    scaling = config.text("norm_activation") or _DATASET
+    if scaling not in (_DATASET, "token-wise", "inference"):
+        raise UnweaveError(
+            f"inputs scaled {scaling[:80]!r} cannot be encoded one token at a time", where=config.where,
             remedy="fold the scale into the weights before saving",
         )  # fmt: skip
 
 
-def _norms(config: dict[str, Any], tensors: Tensors) -> dict[str, float]:
+def _norms(config: Fields, tensors: Tensors) -> dict[str, float]:
     """Average norms of the data's activations: "in" and "out", from the tensors or the configuration."""
-    said = config.get(_NORM) or {}
-    known: dict[Any, Any] = {"in": said} if isinstance(said, (int, float)) else dict(said)
+    if config.holds(_NORM, (int, float)):
+        both = config.number(_NORM, above=0)
+        known = {} if both is None else {"in": both}
+    else:
+        inner = config.mapping(_NORM)
+        known = {name: value for name in inner if (value := inner.number(name, above=0)) is not None}
     for name in [name for name in tensors.values if name.startswith(f"{_NORM}.")]:
-        known[name.removeprefix(f"{_NORM}.")] = tensors.number(name)
+        value = tensors.number(name)
+        if value is not None:
+            known[name.removeprefix(f"{_NORM}.")] = value
     found: dict[str, float] = {}
     for side in ("in", "out"):
-        value = known.get(side, known.get(config.get(f"hook_point_{side}")))
+        value = known.get(side, known.get(config.text(f"hook_point_{side}") or ""))
         if value is not None:
-            found[side] = float(value)
+            found[side] = value
     return found
 
 
-def _activate(config: dict[str, Any], tensors: Tensors, parts: Parts, norms: dict[str, float]) -> None:
+def _activate(config: Fields, tensors: Tensors, parts: Parts, norms: dict[str, float]) -> None:
     """Activation and input scale. The order matters: decoder norms are those of the scaled decoder."""
-    function = str(config.get("act_fn", "jumprelu")).lower()
-    by_norm = bool(config.get("sparsity_include_decoder_norm", False))
-    transcodes = config.get("hook_point_out") not in (None, config.get("hook_point_in"))
+    function = (config.text("act_fn") or "jumprelu").lower()
+    by_norm = config.flag("sparsity_include_decoder_norm")
+    transcodes = config.text("hook_point_out") not in (None, config.text("hook_point_in"))
     s_in, s_out = _scales(config, parts, norms, transcodes, tensors.where)
     if function == "jumprelu":
         parts.threshold = _threshold(config, tensors, parts, s_out if by_norm else s_in)
         if by_norm:
             parts.fold_jump_by_norm()
     elif function == "topk":
-        parts.k = _k(config, tensors.where)
+        parts.k = _k(config)
         if by_norm:
             parts.fold_rank_by_norm()
     elif function != "relu":
@@ -152,13 +171,11 @@ def _activate(config: dict[str, Any], tensors: Tensors, parts: Parts, norms: dic
         parts.fold_input_scale(s_in, s_out)
 
 
-def _scales(
-    config: dict[str, Any], parts: Parts, norms: dict[str, float], transcodes: bool, where: str
-) -> tuple[float, float]:
-    scaling = config.get("norm_activation", "dataset-wise")
+def _scales(config: Fields, parts: Parts, norms: dict[str, float], transcodes: bool, where: str) -> tuple[float, float]:
+    scaling = config.text("norm_activation") or _DATASET
     if scaling == "token-wise":
         parts.input_norm = "constant_norm"
-    if scaling != "dataset-wise":
+    if scaling != _DATASET:
         return 1.0, 1.0
     missing = [name for name in (("in", "out") if transcodes else ("in",)) if not norms.get(name, 0.0) > 0]
     if missing:
@@ -172,15 +189,15 @@ def _scales(
     return s_in, (root / norms["out"] if transcodes else s_in)
 
 
-def _threshold(config: dict[str, Any], tensors: Tensors, parts: Parts, unit: float) -> torch.Tensor:
+def _threshold(config: Fields, tensors: Tensors, parts: Parts, unit: float) -> torch.Tensor:
     """Thresholds of scaled pre-activations (times |d|, where those count); ``unit`` turns raw ones into those."""
     stored = tensors.maybe(*_THRESHOLDS)
     if stored is not None:
         return vector(stored.float(), _THRESHOLDS[0], tensors.where, parts.d_sae).exp()
-    scalar = config.get("jump_relu_threshold")
-    if not isinstance(scalar, (int, float)):
+    scalar = config.number("jump_relu_threshold")
+    if scalar is None:
         raise UnweaveError(
             "a JumpReLU SAE needs its threshold", where=tensors.where, remedy="restore the configuration"
         )
     parts.widen()
-    return torch.full_like(parts.b_enc, float(scalar) * unit)
+    return torch.full_like(parts.b_enc, scalar * unit)

@@ -180,9 +180,9 @@ def vector(tensor: Tensor, name: str, where: str, length: int | None = None) -> 
     return tensor
 
 
-def agree(what: str, said: Any, found: int, where: str) -> None:
+def agree(what: str, said: int | None, found: int, where: str) -> None:
     """UnweaveError unless the configuration, if it says anything, says what the tensors' shapes show."""
-    if said is not None and int(said) != found:
+    if said is not None and said != found:
         raise UnweaveError(
             f"the configuration says {what} {said}, but the tensors' shapes say {found}",
             where=where,

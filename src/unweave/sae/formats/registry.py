@@ -55,13 +55,20 @@ def locate(name: str | Path) -> Source:
     if text.startswith((hub.HUB, hub.SAELENS)):
         return hub.fetch(text)
     path = Path(name).expanduser()
-    if not path.exists():
+    if not _exists(path):
         raise UnweaveError(
             "no such SAE folder or file",
             where=text,
             remedy="give a folder, a file, hub:org/name/sub/folder, or saelens:RELEASE/ID",
         )
     return Source(path, text)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or a folder that may not be read
+        return False
 
 
 def detect(source: Source) -> Format:
@@ -79,7 +86,12 @@ def detect(source: Source) -> Format:
 def load(name: str | Path) -> SAE:
     """Reads an SAE; see ``SAE.load``."""
     source = locate(name)
-    return detect(source).load(source)
+    try:
+        return detect(source).load(source)
+    except UnweaveError as error:
+        if error.where:
+            raise
+        raise UnweaveError(error.what, where=source.origin, remedy=error.remedy) from None  # the SAE's own checks
 
 
 def save(sae: SAE, folder: Path, format: str) -> Path:

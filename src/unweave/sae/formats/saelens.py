@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from unweave.core.errors import UnweaveError, UnweaveWarning
-from unweave.core.files import read_json
 from unweave.core.run import atomic_write, write_json
 from unweave.core.site import Site
 from unweave.sae.activations import JumpReLU, TopK
@@ -131,31 +130,28 @@ def _hook_name(site: Site | None) -> str:
 def load(source: Source) -> SAE:
     """Reads a folder. Raises UnweaveError for whatever is missing, unused, mis-shaped, damaged or not understood."""
     folder = source.folder
-    raw = read_json(folder / CONFIG)
-    if not isinstance(raw, dict):
-        raise UnweaveError("the configuration does not hold named fields", where=str(folder / CONFIG))
-    config = modern(raw, str(folder / CONFIG))
+    config = modern(source.config(CONFIG))
     tensors = read_safetensors(folder / WEIGHTS)
     parts = _parts(config, tensors)
     tensors.finish()
-    own = config.metadata.get("unweave")
+    own = config.metadata.mapping("unweave")
     if own:
         return build_own(parts, own)
     _warn_of_processed_models(config, str(folder))
     said = config.metadata
-    head = said.get("hook_head_index")
+    head = said.integer("hook_head_index")
     return build_foreign(
         parts,
         source,
         NAME,
-        hook=said.get("hook_name") or None,
-        hook_out=said.get("hook_name_out") or None,
+        hook=said.text("hook_name") or None,
+        hook_out=said.text("hook_name_out") or None,
         sites=(None, None) if head is not None else None,  # one head alone is no site of ours
-        model=said.get("model_name") or None,
+        model=said.text("model_name") or None,
         about={
             "hook_head_index": head,
-            "prepend_bos": said.get("prepend_bos"),
-            "context": said.get("context_size"),
+            "prepend_bos": said.boolean("prepend_bos"),
+            "context": said.integer("context_size"),
         },
     )
 
@@ -205,6 +201,7 @@ def _batch_threshold(config: Config, tensors: Tensors, parts: Parts) -> None:
         )
     if config.rescale:
         parts.fold_rank_by_norm()
+    parts.widen()
     parts.threshold = torch.full_like(parts.b_enc, threshold)
 
 
@@ -225,7 +222,7 @@ def _known_extras(config: Config, tensors: Tensors) -> tuple[torch.Tensor | None
 
 
 def _warn_of_processed_models(config: Config, where: str) -> None:
-    asked = config.metadata.get("model_from_pretrained_kwargs") or {}
+    asked = config.metadata.mapping("model_from_pretrained_kwargs")
     changes = [
         name
         for name in (
@@ -235,7 +232,7 @@ def _warn_of_processed_models(config: Config, where: str) -> None:
             "fold_value_biases",
             "refactor_factored_attn_matrices",
         )
-        if asked.get(name)
+        if asked.boolean(name)
     ]
     if changes:  # trap 12
         warnings.warn(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unweave.core.errors import UnweaveError
+from unweave.core.fields import Fields
 from unweave.sae.input_norm import InputNorm
 
 _WEIGHTS = {"W_enc", "b_enc", "W_dec", "b_dec"}
@@ -41,9 +42,9 @@ class Config:
 
     architecture: str
     tensors: set[str]
-    d_in: Any
-    d_sae: Any
-    d_out: Any
+    d_in: int | None
+    d_sae: int | None
+    d_out: int | None
     k: int | None
     rescale: bool
     """TopK ranks by z |d|, and a batch's threshold is one of z |d|"""
@@ -53,68 +54,80 @@ class Config:
     """one number for all tokens"""
     input_norm: InputNorm | None
     finetuned: bool
-    metadata: dict[str, Any]
+    metadata: Fields
 
 
-def modern(raw: dict[str, Any], where: str) -> Config:
+def modern(raw: Fields) -> Config:
     """``cfg.json`` of any version. Raises UnweaveError for what is not understood, naming the field."""
-    metadata = dict(raw.get("metadata") or {})
-    version = str(metadata.get("sae_lens_version") or raw.get("sae_lens_version") or "")
+    where, metadata = raw.where, raw.mapping("metadata")
+    version = metadata.text("sae_lens_version") or raw.text("sae_lens_version") or ""
     old = not re.match(r"([6-9]|\d\d)\.", version)
-    config = {_OLD_NAMES.get(name, name): value for name, value in raw.items()}
+    config = _renamed(raw)
     if old:
-        metadata = {k: v for k, v in config.items() if k != "metadata"} | metadata
-    architecture = config.get("architecture") or "standard"
-    function = config.get("activation_fn_str") or "relu"
-    arguments = dict(config.get("activation_fn_kwargs") or {})
-    if architecture == "standard" and function == "topk":  # trap 19
-        architecture = "topk"
-        config.setdefault("k", arguments.get("k"))
-    elif function not in ("relu", "topk"):
-        raise UnweaveError(f"an SAE with the activation {function!r} is not understood", where=where)
-    if architecture not in TENSORS:
-        raise UnweaveError(
-            f"SAEs of architecture {architecture!r} cannot be loaded",
-            where=where,
-            remedy=f"known: {', '.join(TENSORS)}",
-        )
+        said = {name: value for name, value in config.values.items() if name != "metadata"}
+        metadata = Fields(said | dict(metadata.values), where, "metadata")
+    architecture = config.text("architecture") or "standard"
+    arguments = config.mapping("activation_fn_kwargs")
     if set(arguments) - {"k"}:
         raise UnweaveError(
             f"activation_fn_kwargs {', '.join(sorted(set(arguments) - {'k'}))} are not understood", where=where
         )
-    reshaped = config.get("reshape_activations") or "none"
-    if reshaped not in ("none", "hook_z"):  # trap 17; hook_z only flattens heads, as our sites have them
-        raise UnweaveError(f"activations reshaped by {reshaped!r} are not understood", where=where)
-    scale, norm = _scaling(config, where)
+    function = config.choice("activation_fn_str", ("relu", "topk"), "relu")
+    if architecture == "standard" and function == "topk":  # trap 19
+        architecture = "topk"
+    if architecture not in TENSORS:
+        raise UnweaveError(
+            f"SAEs of architecture {architecture[:80]!r} cannot be loaded",
+            where=where,
+            remedy=f"known: {', '.join(TENSORS)}",
+        )
+    config.choice("reshape_activations", ("none", "hook_z"), "none")  # trap 17; hook_z flattens heads, as our sites do
+    scale, norm = _scaling(config)
     return Config(
         architecture=architecture,
         tensors=TENSORS[architecture],
-        d_in=config.get("d_in"),
-        d_sae=config.get("d_sae"),
-        d_out=config.get("d_out"),
-        k=_k(architecture, config, where),
-        rescale=bool(config.get("rescale_acts_by_decoder_norm", False)),
-        input_bias=_input_bias(architecture, config, old, where),
+        d_in=config.integer("d_in", least=1),
+        d_sae=config.integer("d_sae", least=1),
+        d_out=config.integer("d_out", least=1),
+        k=_k(architecture, config, arguments),
+        rescale=config.flag("rescale_acts_by_decoder_norm"),
+        input_bias=_input_bias(architecture, config, old),
         input_scale=scale,
         input_norm=norm,
-        finetuned=bool(config.get("finetuning_scaling_factor", False)),
+        finetuned=config.flag("finetuning_scaling_factor"),
         metadata=metadata,
     )
 
 
-def _k(architecture: str, config: dict[str, Any], where: str) -> int | None:
+def _renamed(raw: Fields) -> Fields:
+    """The fields under their newer names; one that stands under both must say the same."""
+    made: dict[str, Any] = {}
+    for name, value in raw.values.items():
+        new = _OLD_NAMES.get(name, name)
+        if new in made and made[new] != value:
+            old = next(known for known, newer in _OLD_NAMES.items() if newer == new)
+            raise UnweaveError(
+                f"{new} and {old} are one field and differ", where=raw.where, remedy="remove one of them"
+            )
+        made[new] = value
+    return Fields(made, raw.where)
+
+
+def _k(architecture: str, config: Fields, arguments: Fields) -> int | None:
     if not architecture.startswith("topk"):
         return None
-    k = config.get("k")
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        says = "the activation 'topk'" if config.get("architecture") != architecture else "a TopK SAE's configuration"
-        raise UnweaveError(f"{says} must say k", where=where, remedy='add "k": a whole number')
-    return k
+    k, argument = config.integer("k", least=1), arguments.integer("k", least=1)
+    if k is None and argument is None:
+        says = "the activation 'topk'" if config.text("architecture") != architecture else "a TopK SAE's configuration"
+        raise UnweaveError(f"{says} must say k", where=config.where, remedy='add "k": a whole number')
+    if k is not None and argument is not None and k != argument:
+        raise UnweaveError(f"k is {k} and also {argument}", where=config.where, remedy="remove one of them")
+    return argument if k is None else k
 
 
-def _input_bias(architecture: str, config: dict[str, Any], old: bool, where: str) -> bool:
+def _input_bias(architecture: str, config: Fields, old: bool) -> bool:
     """Whether b_dec is taken off the input: version 6 says it, older ones did it unless told otherwise (trap 21)."""
-    said = config.get("apply_b_dec_to_input")
+    where, said = config.where, config.boolean("apply_b_dec_to_input")
     if architecture.endswith("transcoder"):
         if said:
             raise UnweaveError("a transcoder cannot take b_dec off its input (apply_b_dec_to_input)", where=where)
@@ -125,29 +138,30 @@ def _input_bias(architecture: str, config: dict[str, Any], old: bool, where: str
             where=where,
             remedy="add it: true or false",
         )
-    return True if said is None else bool(said)
+    return True if said is None else said
 
 
-def _scaling(config: dict[str, Any], where: str) -> tuple[float | None, InputNorm | None]:
-    said = config.get("normalize_activations")
-    if said is True:
-        said = "expected_average_only_in"
-    if said in (None, False, "none"):
+def _scaling(config: Fields) -> tuple[float | None, InputNorm | None]:
+    if config.holds("normalize_activations", bool):
+        said = "expected_average_only_in" if config.flag("normalize_activations") else "none"
+    else:
+        said = config.text("normalize_activations") or "none"
+    if said == "none":
         return None, None
     if said in _INPUT_NORMS:
         return None, _INPUT_NORMS[said]
     if said == "expected_average_only_in":
-        factor = config.get("norm_scaling_factor")
-        if isinstance(factor, (int, float)) and factor > 0:
-            return float(factor), None
+        factor = config.number("norm_scaling_factor", above=0)
+        if factor is not None:
+            return factor, None
         raise UnweaveError(
             f"this SAE wants its inputs scaled by one number ({said}), and the file does not hold it",
-            where=where,
+            where=config.where,
             remedy='add it to cfg.json as "norm_scaling_factor" (SAELens lists it with the release), or fold it before '
             "saving (SAELens: fold_activation_norm_scaling_factor)",
         )
     raise UnweaveError(
-        f"this SAE wants its inputs scaled by {said!r}, which the file does not hold",
-        where=where,
+        f"this SAE wants its inputs scaled by {said[:80]!r}, which the file does not hold",
+        where=config.where,
         remedy="fold the scaling into the weights before saving",
     )

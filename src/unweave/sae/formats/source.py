@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from unweave.core.errors import UnweaveError
+from unweave.core.fields import Fields
 from unweave.core.files import read_json, read_yaml
+
+_CONFIG_BYTES = 1 << 24
+"""configurations have a few kB; ours may hold a model's fingerprint and the settings of its training"""
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,14 @@ class Source:
         """The file itself if it ends so; None for folders and other files."""
         return self.path if self.path.is_file() and self.path.name.endswith(suffix) else None
 
-    def config(self, *names: str) -> dict[str, Any]:
-        """The first of these JSON or YAML files beside the weights, or {}. UnweaveError for damaged ones."""
+    def config(self, *names: str) -> Fields:
+        """The first of these JSON or YAML files beside the weights, or none. UnweaveError for damaged ones."""
         for name in names:
             path = self.folder / name
             if path.is_file():
-                found = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
-                if not isinstance(found, dict):
-                    raise UnweaveError("the configuration does not hold named fields", where=str(path))
-                return found
-        return {}
+                found = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path, at_most=_CONFIG_BYTES)
+                return Fields(found, str(path))
+        return Fields({}, str(self.folder))
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from unweave.core.errors import UnweaveError
+from unweave.core.fields import Fields
 from unweave.core.run import atomic_write, write_json
 from unweave.sae.activations import TopK
 from unweave.sae.formats.about import build_foreign, build_own, own_block, sites_of_module
@@ -40,20 +40,19 @@ def load(source: Source) -> SAE:
     where = str(path.parent / CONFIG)
     if not config:
         raise UnweaveError("the configuration is missing, and with it k", where=where, remedy="restore the file")
-    _refuse(config, where)
+    k, transcodes, skips = _settings(config)
     tensors = read_safetensors(path)
     parts = assemble(tensors, _NAMES, _STATED)
     skip = tensors.maybe("W_skip")
-    if bool(config.get("skip_connection", False)) != (skip is not None):
+    if skips != (skip is not None):
         said = "no W_skip" if skip is None else "a W_skip"
         raise UnweaveError(f"the tensors hold {said}, against skip_connection in the configuration", where=where)
     if skip is not None:
         parts.W_skip = oriented(skip, "W_skip", parts.d_in, len(parts.b_dec), stated="transposed", where=str(path))
     tensors.finish()
-    agree("d_in", config.get("d_in"), parts.d_in, where)
-    agree("num_latents", config.get("num_latents") or _product(config), parts.d_sae, where)
-    parts.k = int(config["k"])
-    transcodes = bool(config.get("transcode", False))
+    agree("d_in", config.integer("d_in"), parts.d_in, where)
+    agree("num_latents", config.integer("num_latents") or _product(config), parts.d_sae, where)
+    parts.k = k
     if not transcodes:
         parts.fold_input_bias()
     own = source.config(OWN)
@@ -65,24 +64,27 @@ def load(source: Source) -> SAE:
         NAME,
         hook=path.parent.name,
         sites=sites_of_module(path.parent.name, transcodes),
-        model=source.config("../config.json").get("model"),
+        model=source.config("../config.json").text("model"),
     )
 
 
-def _product(config: dict[str, Any]) -> int | None:
-    if "expansion_factor" not in config or "d_in" not in config:
-        return None
-    return int(config["d_in"]) * int(config["expansion_factor"])
+def _product(config: Fields) -> int | None:
+    width, factor = config.integer("d_in"), config.integer("expansion_factor")
+    return None if width is None or factor is None else width * factor
 
 
-def _refuse(config: dict[str, Any], where: str) -> None:
-    if not isinstance(config.get("k"), int) or config["k"] < 1:
-        raise UnweaveError("the configuration must say k", where=where, remedy="restore the file")
-    activation = config.get("activation", "topk")
-    if activation != "topk":
-        raise UnweaveError(f"the activation {activation!r} is not understood", where=where, remedy="only topk is")
-    if config.get("signed", False):
-        raise UnweaveError("signed latents are not understood: a latent here is never below 0", where=where)
+def _settings(config: Fields) -> tuple[int, bool, bool]:
+    """k, whether it is a transcoder, and whether it has a skip."""
+    k = config.integer("k", least=1)
+    if k is None:
+        raise UnweaveError("the configuration must say k", where=config.where, remedy="restore the file")
+    config.choice("activation", ("topk",), "topk")
+    if config.flag("signed"):
+        raise UnweaveError(
+            "signed latents are not understood: a latent here is never below 0", where=config.where,
+            remedy="use an SAE whose latents are not signed",
+        )  # fmt: skip
+    return k, config.flag("transcode"), config.flag("skip_connection")
 
 
 def save(sae: SAE, folder: Path) -> Path:

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
+from unweave.core.fields import LARGEST
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_RESTORE = "the file is damaged: restore it"
 
 
 class Tensors:
@@ -36,6 +39,8 @@ class Tensors:
                         f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating point numbers",
                         where=self.where, remedy="quantised weights are not read: get the original ones",
                     )  # fmt: skip
+                if not bool(torch.isfinite(tensor).all()):
+                    raise UnweaveError(f"{name} holds NaN or infinity", where=self.where, remedy=_RESTORE)
                 return tensor
         raise UnweaveError(f"missing {names[0]}", where=self.where, remedy="the file is incomplete: restore it")
 
@@ -44,13 +49,39 @@ class Tensors:
         return self.take(*names) if any(name in self.values for name in names) else None
 
     def number(self, name: str) -> float | None:
-        """A tensor that holds one number; None when it is not there."""
+        """A tensor that holds one finite number; None when it is not there."""
         tensor = self.values.pop(name, None)
         if tensor is None:
             return None
         if tensor.numel() != 1:
-            raise UnweaveError(f"{name} has shape {list(tensor.shape)}, not a single number", where=self.where)
+            raise UnweaveError(
+                f"{name} has shape {list(tensor.shape)}, not a single number", where=self.where, remedy=_RESTORE
+            )
+        if tensor.dtype not in (*_FLOATS, *_WHOLE) or not abs(float(tensor)) <= LARGEST:
+            raise UnweaveError(
+                f"{name} holds {tensor.flatten().tolist()[0]}, not a number of at most {LARGEST:g} in size",
+                where=self.where,
+                remedy=_RESTORE,
+            )
         return float(tensor)
+
+    def integer(self, name: str) -> int | None:
+        """A tensor that holds one whole number of at least 1; None when it is not there."""
+        found = self.number(name)
+        if found is not None and (found != int(found) or found < 1):
+            raise UnweaveError(
+                f"{name} holds {found:g}, not a whole number of at least 1", where=self.where, remedy=_RESTORE
+            )
+        return None if found is None else int(found)
+
+    def integers(self, name: str) -> list[int] | None:
+        """A vector of whole numbers of at least 1; None when it is not there."""
+        tensor = self.values.pop(name, None)
+        if tensor is None:
+            return None
+        if tensor.ndim != 1 or tensor.dtype not in _WHOLE or not bool((tensor > 0).all()):
+            raise UnweaveError(f"{name} is no list of whole numbers of at least 1", where=self.where, remedy=_RESTORE)
+        return tensor.tolist()
 
     def drop(self, *names: str) -> None:
         """Tensors that are known and have no part in encoding or decoding."""
