@@ -32,6 +32,7 @@ from unweave.sae.states import chunks, reads_of, values_of
 
 ATTENTION = ("attn_heads", "attn_out", "attn_add")
 MLP = ("mlp_act", "mlp_out", "mlp_add")
+_BEFORE_ATTENTION = ("resid_pre", "attn_in")
 _READS = {"attn": ("resid_pre", "attn_in", *ATTENTION), "mlp": ("resid_mid", "mlp_in", *MLP)}
 
 
@@ -204,14 +205,19 @@ class Paths:
             arrived = self._to_site(into, site)
             emit(site, arrived)
             skip = self._around(arrived, site)
-            if skip:  # token by token, for it reads what attention reads
-                stream = stream.holding(stream.cot + self._attention(into, layer, skip))
-            self._arrive(stream, layer - 1, emit)
-            return
+            if any(read.point in _BEFORE_ATTENTION for read in skip):  # token by token
+                stream, skip = stream.holding(stream.cot + self._attention(into, layer, skip)), {}
+            if not skip:
+                self._arrive(stream, layer - 1, emit)
+                return
+            ((end, cot),) = skip.items()
+            into = into.holding(cot)
+        else:
+            end = Site("attn_add", layer)
         if not self.plan.any_below(layer - 1) and layer - 1 not in self.plan.stream:
             return
         for past, here in self._spread([stream, into]):
-            through = self._attention(here, layer, {Site("attn_add", layer): here.cot})
+            through = self._attention(here, layer, {end: here.cot})
             self._arrive(past.holding(past.cot + through), layer - 1, emit)
 
     def _arrive(self, rows: Rows, layer: int, emit: Emit) -> None:

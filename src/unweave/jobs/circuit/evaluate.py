@@ -26,7 +26,7 @@ from unweave.jobs.circuit.specs import CircuitEvaluateSpec, CircuitFindSpec
 from unweave.report.plots import png
 from unweave.tasks import agreement, answers
 
-VERSION = 2
+VERSION = 3
 NAMES: dict[Errors, str] = {
     "default": FEATURES,
     "remove-attn-mlp": "without attention and MLP errors",
