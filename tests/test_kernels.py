@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unweave.core.dist import SOLO, Group
 from unweave.sae import kernels, products
+from unweave.sae.entries import Entries
 
 
 def _sorted(values: Tensor) -> Tensor:
@@ -61,6 +62,22 @@ def test_among_equal_entries_the_first_win(levels: int, width: int) -> None:
             order = sorted(range(width), key=lambda j: (not z[row, j].isnan(), -z[row, j].nan_to_num(9).item(), j))
             assert sorted(indices[row].tolist()) == sorted(order[:k])
         assert torch.equal(z.gather(1, indices).nan_to_num(9), values.nan_to_num(9))
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7])
+@pytest.mark.parametrize(("k", "fewer"), [(4, 2), (40, 10), (200, 19)])
+def test_training_chooses_by_the_same_rule_however_it_is_cut(k: int, fewer: int, chunk: int | None) -> None:
+    g = torch.Generator().manual_seed(k)
+    x, W = torch.randint(-1, 2, (23, 6), generator=g).float(), torch.randint(-1, 2, (301, 6), generator=g).float()
+    values, choice = kernels.choose_topk(x, W, None, k, chunk=chunk)
+    both = {k: Entries(values, choice), fewer: Entries(values, choice).largest(fewer)}
+    for count, found in both.items():
+        assert found.choice is not None
+        for row, z in enumerate((x @ W.T).tolist()):
+            order = sorted(range(301), key=lambda j: (-z[j], j))[:count]
+            chosen = found.choice.indices.view(23, count)[row].tolist()
+            assert sorted(chosen) == sorted(order)
+            assert found.values.view(23, count)[row].tolist() == [z[j] for j in chosen]
 
 
 def test_grouped_topk_with_all_winners_in_one_group_or_at_the_end() -> None:

@@ -327,7 +327,9 @@ def test_wrong_width_and_missing_site(tiny) -> None:  # type: ignore[no-untyped-
         nowhere.encode(torch.randn(2, 31))
 
 
-@pytest.mark.parametrize("latent", [1.7, "1", True, None, float("nan")])
+@pytest.mark.parametrize(
+    "latent", [1.7, "1", True, None, float("nan"), np.True_, torch.tensor(True), torch.tensor(1.0)]
+)
 def test_latents_are_whole_numbers(latent: object) -> None:
     sae = random_sae("relu")
     for build in (lambda: sae.clamp({latent: 1.0}), lambda: sae.add({latent: 1.0}), lambda: sae.ablate([latent])):  # type: ignore[dict-item,list-item]
@@ -337,13 +339,31 @@ def test_latents_are_whole_numbers(latent: object) -> None:
     assert torch.equal(sae.subset([np.int64(2), torch.tensor(3)]).encode(x), sae.encode(x)[:, [2, 3]])  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "2", None, True, [1.0], torch.ones(2)])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), "2", b"2", None, True, [1.0], torch.ones(2), np.True_, 1j, 1e39, 10**400]
+)
 def test_values_are_finite_numbers(value: object) -> None:
     sae = random_sae("relu")
     for build in (sae.clamp, sae.add):
         with pytest.raises(UnweaveError, match="value for latent 0"):
             build({0: value})  # type: ignore[dict-item]
-    sae.clamp({0: np.float32(2.0)})  # type: ignore[dict-item]
+    for mistaken in ([1.0], 3, None, "12"):
+        with pytest.raises(UnweaveError, match="which values"):
+            sae.clamp(mistaken)  # type: ignore[arg-type]
+    x = torch.randn(1, 4, D)
+    for same in (np.float32(2.0), torch.tensor(2.0), 2):
+        assert torch.equal(sae.clamp({0: same}).change(x, x), sae.clamp({0: 2.0}).change(x, x))  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("latents", ["12", 3, None, [], b"1", iter(())])
+def test_ablation_of_what_is_no_latent_or_in_no_known_way_is_refused(latents: object) -> None:
+    sae = random_sae("relu")
+    with pytest.raises(UnweaveError, match=r"name latents|no latents"):
+        sae.ablate(latents)  # type: ignore[arg-type]
+    with pytest.raises(UnweaveError, match="no way to ablate"):
+        sae.ablate([1], mode="half")  # type: ignore[arg-type]
+    with pytest.raises(UnweaveError, match="twice"):
+        sae.ablate([1, np.int64(1)])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("where", ["polcy", None, [], "padding", {"assistant", "nobody"}, 3, ["policy"]])
@@ -405,9 +425,32 @@ def test_ties_have_one_rule_everywhere(dtype: torch.dtype) -> None:
         assert torch.equal(sae.subset(chosen).encode(x).float(), wanted[:, chosen])
 
 
+def test_ties_at_zero_negative_entries_and_nan_have_the_same_rule() -> None:
+    """Pre-activations as given, by an encoder that is the identity: k-th places at zero or below fire nothing."""
+    z = torch.randint(-2, 3, (200, D), generator=torch.Generator().manual_seed(2)).float()
+    z[:40] = -z[:40].abs()
+    z[40:60] = 0.0
+    z[60:80, :5], z[70:90, 3], z[80:100, 9] = 2.0, float("nan"), float("nan")
+    z[100:110] = float("nan")
+    for k in (1, 3, D - 1, D):
+        sae = SAE(torch.eye(D), torch.zeros(D), torch.eye(D), torch.zeros(D), TopK(k), read=SITE)
+        sae.pre = lambda x: x  # type: ignore[method-assign]  (a product would spread NaN)
+        wanted = torch.zeros_like(z)
+        for row in range(len(z)):
+            order = sorted(range(D), key=lambda j: (not z[row, j].isnan(), -z[row, j].nan_to_num(0).item(), j))
+            wanted[row, order[:k]] = torch.relu(z[row, order[:k]])
+        found = [sae.encode(z), sae.codes(z).dense(), sae.subset(range(D)).encode(z)]
+        found.append(torch.cat([sae.subset([j]).encode(z) for j in range(D)], 1))
+        for one in found:
+            torch.testing.assert_close(one, wanted, rtol=0, atol=0, equal_nan=True)
+        assert sae.subset([]).encode(z).shape == (200, 0)
+
+
 def test_an_sae_without_latents_or_with_too_many_winners_is_refused() -> None:
     with pytest.raises(UnweaveError, match="needs inputs and latents"):
         SAE(torch.ones(4, 0), torch.ones(0), torch.ones(0, 4), torch.ones(4), ReLU())
+    with pytest.raises(UnweaveError, match="writes nothing"):
+        SAE(torch.ones(4, 2), torch.ones(2), torch.ones(2, 0), torch.ones(0), ReLU())
     for k in (6, 10**30):
         with pytest.raises(UnweaveError, match="more than the 5 latents"):
             SAE(torch.ones(4, 5), torch.ones(5), torch.ones(5, 4), torch.ones(4), TopK(k))

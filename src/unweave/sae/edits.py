@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,9 +54,9 @@ class Subset:
     W_enc: Tensor
     b_enc: Tensor
 
-    def __init__(self, sae: SAE, latents: Sequence[int]) -> None:
-        """Raises UnweaveError for latents that do not exist or are named twice."""
-        chosen = [_whole(j) for j in latents]
+    def __init__(self, sae: SAE, latents: Iterable[int]) -> None:
+        """Raises UnweaveError for what is no latent, does not exist or is named twice."""
+        chosen = _numbers(latents)
         for j in chosen:
             if not 0 <= j < sae.d_sae:
                 raise UnweaveError(f"latent {j} does not exist", where=repr(sae), remedy=f"use 0 to {sae.d_sae - 1}")
@@ -109,16 +110,21 @@ class Subset:
             return torch.relu(pre)
         everything = self.sae.pre(x)
         pre = everything[..., self.latents]
-        if len(self.latents) <= _COUNT_UP_TO:
+        if 0 < len(self.latents) <= _COUNT_UP_TO:
             counts = [_before(everything, j) for j in self.latents.tolist()]
-            return torch.relu(pre) * (torch.stack(counts, -1) < activation.k)
+            return torch.where(torch.stack(counts, -1) < activation.k, torch.relu(pre), 0.0)
         return activation(everything)[..., self.latents]
 
 
 def _before(pre: Tensor, latent: int) -> Tensor:
-    """How many pre-activations [..., F] go before a latent's: the larger ones, and equal ones that stand before it."""
-    z = pre[..., latent : latent + 1]
-    return (pre[..., :latent] >= z).sum(-1) + (pre[..., latent + 1 :] > z).sum(-1)
+    """How many pre-activations [..., F] go before a latent's: the larger ones, and equal ones that stand before it.
+
+    NaN is the largest, as in ``kernels.topk_rows``, whose rule this is.
+    """
+    z, earlier, later = pre[..., latent : latent + 1], pre[..., :latent], pre[..., latent + 1 :]
+    ahead = (earlier >= z) | earlier.isnan()
+    behind = (later > z) | (later.isnan() & ~z.isnan())
+    return ahead.sum(-1) + behind.sum(-1)
 
 
 @dataclass(frozen=True)
@@ -197,26 +203,44 @@ def _roles_of(where: Where) -> list[int] | None:
 def _whole(latent: object) -> int:
     """A latent's number. UnweaveError for what is no whole number."""
     try:
-        if isinstance(latent, bool):
+        if _is_truth(latent):
             raise TypeError
         return operator.index(latent)  # type: ignore[arg-type]
     except TypeError:
         raise UnweaveError(f"{latent!r} is no latent", remedy="name latents by whole numbers") from None
 
 
+def _is_truth(value: object) -> bool:
+    return isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+
+
 def _vector(sae: SAE, values: Mapping[int, float]) -> Tensor:
+    """The values in the SAE's dtype, [S]. UnweaveError for what is no finite number there."""
+    if not isinstance(values, Mapping):
+        raise UnweaveError(f"{values!r} does not say which latents get which values", remedy="pass {latent: value}")
     if not values:
         raise UnweaveError("no latents were named", remedy="pass {latent: value}")
+    dtype, numbers = sae.W_dec.dtype, []
     for latent, value in values.items():
         try:
-            fine = not isinstance(value, bool) and math.isfinite(value)
+            number = math.nan if _is_truth(value) or isinstance(value, (str, bytes)) else float(value)
+            fine = math.isfinite(number) and abs(number) <= torch.finfo(dtype).max
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            fine = False
+            number, fine = math.nan, False
         if not fine:
             raise UnweaveError(
-                f"the value for latent {latent!r} is {value!r}", remedy="give a finite number for each latent"
+                f"the value for latent {latent!r} is {value!r}",
+                remedy=f"give a finite number for each latent, within the range of {dtype}",
             )
-    return torch.tensor([float(v) for v in values.values()], dtype=sae.W_dec.dtype, device=sae.W_dec.device)
+        numbers.append(number)
+    return torch.tensor(numbers, dtype=dtype, device=sae.W_dec.device)
+
+
+def _numbers(latents: Iterable[int]) -> list[int]:
+    """The numbers of latents. UnweaveError for what is none."""
+    if not isinstance(latents, Iterable) or isinstance(latents, (str, bytes)):
+        raise UnweaveError(f"{latents!r} does not name latents", remedy="pass the numbers of latents, as a list")
+    return [_whole(latent) for latent in latents]
 
 
 def clamp(sae: SAE, values: Mapping[int, float], where: Where = "policy") -> Edit:
@@ -243,7 +267,9 @@ def add(sae: SAE, values: Mapping[int, float], where: Where = "policy") -> Edit:
 
 def ablate(sae: SAE, latents: Iterable[int], mode: Literal["zero", "span"] = "zero", where: Where = "policy") -> Edit:
     """See ``SAE.ablate``."""
-    chosen = [_whole(latent) for latent in latents]
+    if mode not in ("zero", "span"):
+        raise UnweaveError(f"there is no way to ablate called {mode!r}", remedy="use mode zero or span")
+    chosen = _numbers(latents)
     if not chosen:
         raise UnweaveError("no latents were named", remedy="pass the numbers of latents")
     subset = Subset(sae, chosen)

@@ -55,19 +55,30 @@ def topk_rows(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _first_of_ties(z: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The first k of the k + 1 largest ``values`` of z [N, F] in descending order, and their ``indices``; in rows
-    whose last two are equal the entries above them and the first of those that equal them."""
+    """The first k of the k + 1 largest ``values`` of z [N, F], which are in descending order, and their ``indices``.
+
+    Where the last two are equal, the places of all that equal them go to the first entries of z that do. NaN is the
+    largest and equals itself, as it does for torch.
+    """
     k = values.shape[1] - 1
-    tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
+    last, next_one = values[:, k - 1], values[:, k]
+    tied = ((last == next_one) | next_one.isnan()).nonzero().squeeze(1)
     values, indices = values[:, :k], indices[:, :k]
     if not len(tied):
         return values, indices
-    rows, bound = z[tied], values[tied, k - 1 :]
-    equal, above = rows == bound, ~(rows <= bound)  # NaN counts as the largest, as it does for torch
-    wanted = k - above.sum(1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(1) <= wanted))
-    indices = indices.index_copy(0, tied, chosen.nonzero()[:, 1].view(len(tied), k))
-    return z.gather(1, indices), indices
+    rows, bound = z.index_select(0, tied), last.index_select(0, tied)
+    equal = rows == bound[:, None]
+    if bool(bound.isnan().any()):
+        equal |= rows.isnan() & bound.isnan()[:, None]
+    places = _places(equal)
+    row = places.div(z.shape[1], rounding_mode="floor")
+    counts = torch.bincount(row, minlength=len(tied))
+    # What is above the bound stays; after it come the first of what equals it.
+    above = (~(values.index_select(0, tied) <= bound[:, None]) & ~bound.isnan()[:, None]).sum(1)
+    slot = torch.arange(len(places), device=z.device) + (above - counts.cumsum(0) + counts).index_select(0, row)
+    fits = slot < k
+    indices = indices.index_put((tied[row[fits]], slot[fits]), places[fits] % z.shape[1])
+    return (z.gather(1, indices) if values.requires_grad else values), indices
 
 
 def chunk_rows(n_latents: int, itemsize: int = 4) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -92,6 +92,10 @@ class SAE(nn.Module):
         if d_in == 0 or d_sae == 0:
             raise UnweaveError(
                 f"W_enc has shape {[d_in, d_sae]}: an SAE needs inputs and latents", remedy="check the file"
+            )
+        if self.W_dec.shape[1] == 0 and not self.encode_only:
+            raise UnweaveError(
+                f"W_dec has shape {list(self.W_dec.shape)} and writes nothing", remedy="say why: encode_only"
             )
         if isinstance(self.activation, TopK) and self.activation.k > d_sae:
             raise UnweaveError(f"k is {self.activation.k}, more than the {d_sae} latents", remedy="check the settings")
@@ -251,7 +255,7 @@ class SAE(nn.Module):
         out = self.explained(self.codes(flat), flat)
         return out.view(*x.shape[:-1], self.d_out).to(x.dtype)
 
-    def subset(self, latents: Sequence[int]) -> edits.Subset:
+    def subset(self, latents: Iterable[int]) -> edits.Subset:
         """A few latents on their own: their values and directions at the cost of their rows alone."""
         return edits.Subset(self, latents)
 
