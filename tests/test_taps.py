@@ -10,7 +10,8 @@ import torch
 from conftest import FAMILIES
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
-from unweave.lm.model import LM, Tokens, fingerprint_distance
+from unweave.lm.fingerprint import fingerprint_distance
+from unweave.lm.model import LM, Tokens
 from unweave.lm.shortcuts import last_tokens_only
 
 IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(1))

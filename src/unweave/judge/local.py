@@ -3,6 +3,7 @@
 1. Prompts are rendered by the model's chat template; text in them that reads as a special token is broken up.
 2. What all prompts begin with (instructions, examples) goes through the model once, and each batch starts from there.
    Not in models with sliding windows: there the padding between the beginning and the rest would use up the window.
+   Nor where position frequencies change with a row's length: keys made before are then of another length.
 3. Batches go from the longest prompts to the shortest, padded on the left of what is not shared.
 """
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.judge.base import Budget, Conversation, Reply
 from unweave.judge.spec import JudgeSpec
-from unweave.lm.chat import has_template, render_many
-from unweave.lm.model import LM
+from unweave.lm.chat import Role, has_template, render_many
+from unweave.lm.model import LM, Tokens
+from unweave.lm.rotary import rows_apart
 
 _SAMPLED = 64
 _WORTH_SHARING = 16
@@ -91,12 +93,23 @@ class LocalModel:
         length = min((len(row) for row in rows), default=1) - 1 if length is None else length
         if len(rows) < 2 or length < _WORTH_SHARING or _has_windows(self._lm.model.config):
             return _Beginning(0, None)
+        if not self._lm.may_cache(torch.tensor([length]), max(map(len, rows)) + self._max_new_tokens - length):
+            return _Beginning(0, None)
         shared = torch.tensor([rows[0][:length]], device=self._lm.device)
-        return _Beginning(length, self._lm.model(input_ids=shared, use_cache=True, logits_to_keep=1).past_key_values)
+        with rows_apart(self._lm.rotaries):
+            out = self._lm.model(input_ids=shared, use_cache=True, logits_to_keep=1)
+        return _Beginning(length, out.past_key_values)
 
     @torch.no_grad()
     def _generate(self, rows: Sequence[list[int]], beginning: _Beginning) -> Tensor:
         """The likeliest new tokens [B, up to max_new_tokens] one by one; anything may stand behind an end token."""
+        if not self._lm.may_cache(torch.tensor([len(row) for row in rows]), self._max_new_tokens):
+            whole = Tokens.pad([(row, [Role.TEXT] * len(row)) for row in rows], self._lm.pad_id, "left")
+            return self._lm.generate_ids(whole, max_new_tokens=self._max_new_tokens).cpu()
+        with rows_apart(self._lm.rotaries):
+            return self._one_by_one(rows, beginning)
+
+    def _one_by_one(self, rows: Sequence[list[int]], beginning: _Beginning) -> Tensor:
         model, device = self._lm.model, self._lm.device
         rests = [row[beginning.length :] for row in rows]
         width = max(map(len, rests))

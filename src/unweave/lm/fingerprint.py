@@ -1,8 +1,35 @@
-"""How alike two models are, by what fixed tokens do at a site; see ``LM.fingerprint``."""
+"""What recognises a model's weights: what a few fixed tokens do at a site (trap 12)."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+
+if TYPE_CHECKING:
+    from unweave.lm.model import LM
+
+
+def fingerprint(lm: LM, site: Site) -> dict[str, list[float]]:
+    """What 16 fixed tokens do at a site: each one's norm and its products with four fixed directions.
+
+    Two models with the same weights agree to rounding; folded, fine-tuned or shifted ones do not.
+    """
+    if lm.sessions:
+        raise UnweaveError(
+            "a model cannot be recognised while taps are open on it", remedy="call sae.verify(lm) before"
+        )
+    with lm.taps(read=[site], stop=site) as seen:
+        lm(lm.probe())
+    x = seen[site][0].double().cpu()
+    directions = torch.randn(x.shape[-1], 4, generator=torch.Generator().manual_seed(0)).double()
+    return {
+        "norms": x.norm(dim=-1).tolist(),
+        "products": (x @ directions / directions.norm(dim=0)).flatten().tolist(),
+    }
 
 
 def fingerprint_distance(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:

@@ -1,9 +1,9 @@
-"""Where each model family keeps each site, and the check that confirms it.
+"""Where each model family keeps each site.
 
 1. ``FAMILIES`` says, for each supported ``model_type``, which module's input or output is which point.
 2. ``Layout`` resolves a Site to that module in a given model, or refuses with what exists.
-3. ``check`` runs a few tokens and confirms ``resid_pre + attn_add + mlp_add == resid_post`` in every block, so that a
-   model whose code differs from the table is refused instead of read wrongly.
+3. Loading runs a few tokens and confirms ``resid_pre + attn_add + mlp_add == resid_post`` in every block
+   (``admission.py``), so that a model whose code differs from the table is refused instead of read wrongly.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Family:
     mlp_add: str
     mid: str
     """the module whose input is the residual stream between attention and MLP"""
+    positions: str = ""
+    """from the model: the table of position embeddings, whose end no row may pass; rotary families have none"""
 
 
 _LLAMA = Family(
@@ -76,6 +78,7 @@ FAMILIES: dict[str, Family] = {
         attn_add="attn",
         mlp_add="mlp",
         mid="ln_2",
+        positions="transformer.wpe",
     ),
     "gpt_neox": Family(
         blocks="gpt_neox.layers",
@@ -120,6 +123,12 @@ class Layout:
     @property
     def n_layers(self) -> int:
         return len(self.blocks)
+
+    @property
+    def n_positions(self) -> int | None:
+        """How long a row may be; None where positions are computed and not looked up."""
+        path = self.family.positions
+        return self.model.get_submodule(path).weight.shape[0] if path else None  # type: ignore[union-attr, return-value]
 
     def points(self) -> list[str]:
         """The points that each block of this model has."""

@@ -15,17 +15,18 @@ from unweave.core.site import Site, matching
 from unweave.core.spec import digest
 from unweave.lm import chat as chat_roles
 from unweave.lm import taps as _taps
+from unweave.lm.admission import check_model, check_tokens, confirm_layout
 from unweave.lm.chat import Role
 from unweave.lm.ends import end_ids
-from unweave.lm.fingerprint import fingerprint_distance as fingerprint_distance
+from unweave.lm.fingerprint import fingerprint
 from unweave.lm.layout import Layout
+from unweave.lm.rotary import changing, rows_apart, steady
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Side = Literal["left", "right"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_RESIDUAL_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Tokens:
     def rows(self, rows: slice) -> Tokens:
         """Some of the rows."""
         return Tokens(self.ids[rows], self.mask[rows], self.roles[rows])
+
+    def columns(self, columns: slice) -> Tokens:
+        """Some of the positions."""
+        return Tokens(self.ids[:, columns], self.mask[:, columns], self.roles[:, columns])
 
     def to(self, device: torch.device | str) -> Tokens:
         return Tokens(self.ids.to(device), self.mask.to(device), self.roles.to(device))
@@ -83,22 +88,25 @@ class Tokens:
 class LM:
     """A causal language model, its tokenizer (or None: token ids only) and the layout of its sites.
 
-    The model is put in evaluation mode and its parameters are frozen. Loading confirms the layout on a few tokens and
-    raises UnweaveError where it does not hold.
+    The model is put in evaluation mode, its parameters are frozen and its outputs are named. Loading confirms the
+    layout on a few tokens and raises UnweaveError where it does not hold.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, *, name: str = "", note: str = ""
     ) -> None:
+        check_model(model)
         self.model: Any = model.eval().requires_grad_(False)
+        self.model.config.return_dict = True  # with False, parts of many families cannot read each other's outputs
         self.tokenizer: Any = tokenizer
         self.layout = Layout(model)
+        self.rotaries = changing(model)
         self.name = name or str(getattr(self.model.config, "_name_or_path", "")) or self.model.config.model_type
         self.note = note
         self.sessions: list[_taps.Session] = []
         self.current: Tokens | None = None
         self._fingerprints: dict[Site, dict[str, list[float]]] = {}
-        self._confirm_layout()
+        confirm_layout(self)
 
     @classmethod
     def load(cls, source: str, *, dtype: str = "float32", device: str | None = None) -> Self:
@@ -180,7 +188,7 @@ class LM:
         """The size of the last dimension at a site."""
         parsed = self.site(site)
         with self.taps(read=[parsed], stop=parsed) as seen:
-            self(self._probe())
+            self(self.probe())
         return seen[parsed].shape[-1]
 
     def __repr__(self) -> str:
@@ -257,24 +265,32 @@ class LM:
         ``keep_logits`` computes only those of the last so many positions. Positions count from each row's first token,
         whatever the padding side (trap 1). Gradients are recorded only inside ``taps(grad=True)``.
         """
-        batch = (tokens if isinstance(tokens, Tokens) else Tokens.of(tokens)).to(self.device)
+        batch = self._admitted(tokens if isinstance(tokens, Tokens) else Tokens.of(tokens))
         extra: dict[str, Tensor] = {}
-        if not bool(batch.mask[:, 0].all()):  # left padding: causal attention would see it, right padding it does not
+        # Causal attention sees padding on the left. On the right positions would run on, past a table's end perhaps.
+        width = batch.ids.shape[1]
+        if self.rotaries or (self.layout.n_positions or width) < width or not bool(batch.mask[:, 0].all()):
             extra["attention_mask"] = batch.mask.long()
             extra["position_ids"] = (batch.mask.long().cumsum(-1) - 1).clamp(min=0)
         grad = any(session.grad for session in self.sessions)
+        options = {"use_cache": False, "logits_to_keep": keep_logits, "return_dict": True}
         with self._running(batch), torch.set_grad_enabled(grad):
             try:
-                out = self.model(input_ids=batch.ids, use_cache=False, logits_to_keep=keep_logits, **extra)
+                out = self.model(input_ids=batch.ids, **options, **extra)
             except _taps.Stop:
                 return None
-        return out.logits
+        return out[0] if isinstance(out, tuple) else out.logits
+
+    def _admitted(self, tokens: Tokens, new: int = 0) -> Tokens:
+        check_tokens(self.model, self.layout, tokens, new)
+        return tokens.to(self.device)
 
     @contextmanager
     def _running(self, tokens: Tokens) -> Iterator[None]:
         self.current = tokens
         try:
-            yield
+            with rows_apart(self.rotaries):
+                yield
         finally:
             self.current = None
 
@@ -320,16 +336,20 @@ class LM:
         """The new token ids [B, up to max_new_tokens]; rows that ended early are filled with ``pad_id``."""
         from transformers import GenerationConfig
 
-        batch = tokens.to(self.device)
-        if not bool(batch.mask[:, -1].all()):
+        if not bool(tokens.mask[:, -1].all()):
             raise UnweaveError("generation needs padding on the left", remedy='tokenize with side="left"')
         if max_new_tokens < 1 or not temperature >= 0:
             raise UnweaveError(f"cannot generate {max_new_tokens} tokens at temperature {temperature}")
+        batch = self._admitted(tokens.columns(slice(int(tokens.mask.any(0).int().argmax()), None)), max_new_tokens)
         own = self.model.generation_config
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
         # Nothing else: many instruct models ship settings of their own (sampling, penalties) that fill every gap.
         self.model.generation_config = GenerationConfig(
-            **sampling, max_new_tokens=max_new_tokens, eos_token_id=list(self.end_ids) or None, pad_token_id=self.pad_id
+            **sampling,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(self.end_ids) or None,
+            pad_token_id=self.pad_id,
+            use_cache=self.may_cache(batch.mask.sum(1), max_new_tokens),
         )
         with self._running(batch), self.taps(edit=edit), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
@@ -338,6 +358,10 @@ class LM:
             finally:
                 self.model.generation_config = own
         return out[:, batch.ids.shape[1] :]
+
+    def may_cache(self, lengths: Tensor, new: int) -> bool:
+        """Whether keys stay right while ``new`` tokens are added to rows of these lengths; see ``lm/rotary.py``."""
+        return steady(self.rotaries, lengths, new)
 
     def logit_lens(self, directions: Tensor) -> Tensor:
         """What directions [n, D] of the residual stream write to the logits [n, V]: final norm, then unembedding.
@@ -352,43 +376,13 @@ class LM:
 
     # -- trust ----------------------------------------------------------------------------------------------------
 
-    def _probe(self, n: int = 16) -> Tokens:
+    def probe(self, n: int = 16) -> Tokens:
+        """A row of fixed tokens."""
         return Tokens.of((torch.arange(n) * 7919 + 13) % self.vocab_size)
 
-    def _confirm_layout(self) -> None:
-        layers = range(self.n_layers)
-        points = ("resid_pre", "attn_add", "mlp_add", "resid_post")
-        reads = [Site(p, layer) for p in points for layer in layers]
-        with self.taps(read=reads) as seen, _taps.what_blocks_return(self) as self.layout.wrapped:
-            self(self._probe(8))
-        tolerance = _RESIDUAL_TOLERANCE.get(self.dtype, 2e-2)
-        for layer in layers:
-            before, attention, mlp, after = (seen[Site(p, layer)].double() for p in points)
-            error = float((before + attention + mlp - after).norm() / after.norm())
-            if not error <= tolerance:  # also refuses NaN
-                raise UnweaveError(
-                    f"resid_pre + attn_add + mlp_add differs from resid_post by {error:.1e} relative",
-                    where=f"{self.name}, block {layer}, {self.dtype}",
-                    remedy="this model's code does not follow its family's layout, or its weights hold NaN",
-                )
-
     def fingerprint(self, site: str | Site) -> dict[str, list[float]]:
-        """What 16 fixed tokens do at a site: each one's norm and its products with four fixed directions (trap 12).
-
-        Two models with the same weights agree to rounding; folded, fine-tuned or shifted ones do not.
-        """
+        """What fixed tokens do at a site, by which these weights are recognised; see ``lm/fingerprints.py``."""
         parsed = self.site(site)
         if parsed not in self._fingerprints:
-            if self.sessions:
-                raise UnweaveError(
-                    "a model cannot be recognised while taps are open on it", remedy="call sae.verify(lm) before"
-                )
-            with self.taps(read=[parsed], stop=parsed) as seen:
-                self(self._probe())
-            x = seen[parsed][0].double().cpu()
-            directions = torch.randn(x.shape[-1], 4, generator=torch.Generator().manual_seed(0)).double()
-            self._fingerprints[parsed] = {
-                "norms": x.norm(dim=-1).tolist(),
-                "products": (x @ directions / directions.norm(dim=0)).flatten().tolist(),
-            }
+            self._fingerprints[parsed] = fingerprint(self, parsed)
         return self._fingerprints[parsed]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.progress import task
+from unweave.lm.admission import check_config, check_model
 from unweave.lm.catalogue import CATALOGUE, CatalogueEntry
 from unweave.lm.fetch import building, cache_dir, fetch_package
 
@@ -209,6 +210,7 @@ def _load_model(folder: Path | str, dtype: torch.dtype, source: str) -> Any:
 
     with _refusals(str(folder), f"cannot load {source!r}", _remedy(folder)), _quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_config(config, repr(source))
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -221,7 +223,21 @@ def _load_model(folder: Path | str, dtype: torch.dtype, source: str) -> Any:
             attn_implementation="eager" if capped else None,
         )
     model, loading = loaded
+    check_model(model)
+    _check_whole(model, loading, folder, source)
+    return model
+
+
+def _check_whole(model: Any, loading: dict[str, Any], folder: Path | str, source: str) -> None:
+    """Refuses a model some of whose weights were not in its files, and warns of tensors that were for no part of it."""
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    of_head = {id(tensor) for tensor in model.get_output_embeddings().parameters()}
+    if missing and set(missing) <= {name for name, tensor in model.named_parameters() if id(tensor) in of_head}:
+        raise UnweaveError(
+            f"the weights of {source!r} have no language-model head: {', '.join(missing)} is missing",
+            where=str(folder),
+            remedy="give the whole causal language model; these files hold only what stands below its head",
+        )
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
         raise UnweaveError(
@@ -234,9 +250,8 @@ def _load_model(folder: Path | str, dtype: torch.dtype, source: str) -> Any:
         warnings.warn(
             f"{source}: {len(unexpected)} stored tensors belong to no part of the model, e.g. {unexpected[0]}",
             UnweaveWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    return model
 
 
 def _load_tokenizer(folder: Path | str, source: str) -> Any:

@@ -45,7 +45,7 @@ class At:
     roles: Tensor
     """one Role per token, uint8 [B, P]"""
     step: int
-    """0 for the prompt; n for the n-th generated token's pass"""
+    """0 for the prompt; n for the n-th generated token's pass: that token, or the whole row where no keys are kept"""
     read: Mapping[Site, Tensor]
     """values read earlier in this forward pass, [B, P, D]"""
 
