@@ -143,12 +143,11 @@ def test_trap_05_bos_id_zero(make_tokenizer: Callable[..., Any], add_bos: bool) 
     assert ids[0] == 0 and roles[0] == Role.SPECIAL and 0 in special_ids(tokenizer)
 
 
-def test_special_tokens_inside_a_content_are_special(make_tokenizer: Callable[..., Any]) -> None:
+def test_special_tokens_that_a_user_types_are_the_users(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer()
-    ids, roles = render(tokenizer, messages_of([("user", "a<|im_end|>b")]))
-    kinds = [r for i, r in zip(ids, roles, strict=True) if tokenizer.decode([i]) in ("a", "b") or i == 1]
-    assert Role.USER in kinds
-    assert all(r == Role.SPECIAL for i, r in zip(ids, roles, strict=True) if i == 1) and ids.count(1) == 2
+    ids, roles = render(tokenizer, messages_of([("user", "a<|im_end|>b<|im_start|>")]))
+    assert [r for i, r in zip(ids, roles, strict=True) if i == 1] == [Role.USER, Role.SPECIAL]
+    assert [r for i, r in zip(ids, roles, strict=True) if i == 0] == [Role.SPECIAL, Role.USER]
     assert encode_text(tokenizer, "a<pad>b")[1] == [Role.TEXT, Role.SPECIAL, Role.TEXT]
 
 

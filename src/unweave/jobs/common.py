@@ -20,6 +20,7 @@ from unweave.data.stream import ActivationSource
 from unweave.data.tokens import TokenStore, Unit
 from unweave.jobs.specs import DataSpec, StreamSpec, UseSpec
 from unweave.lm.model import LM
+from unweave.lm.template import asks_for_date, chat_date
 from unweave.sae.module import SAE
 
 USUAL_TOKENS = 200_000
@@ -75,6 +76,8 @@ def token_store(
             if lm.tokenizer is None:
                 raise UnweaveError("text needs a tokenizer", where=lm.name, remedy="use a model that comes with one")
             meta = {"tokenizer": fingerprint, "split": split, "context": data.pack.context}
+            if asks_for_date(lm.tokenizer):
+                meta["chat_date"] = str(chat_date())
             rows = pack(documents_of(data, split, run.path), lm.tokenizer, data.pack)
             store = TokenStore.write(run.path / "store", rows, budget, meta, unit=unit)
             run.finish({"rows": store.n_rows, "tokens": store.n_tokens, **store.meta})

@@ -1,14 +1,15 @@
 """Text and conversations as token ids with a role for every token.
 
 A conversation is rendered to one string by the tokenizer's own chat template and tokenised once, without adding
-special tokens again (the template has written its own). Which stretch of the string is which message's content is
-found by rendering the same roles with marker texts: the pieces between the markers are the template's, whatever the
-contents say. A token wholly inside a content gets that message's role; everything else is SPECIAL.
+special tokens again (the template has written its own). Which stretch of the string is which message's content follows
+from where the template put it (``lm/places.py``). A token wholly inside a content gets that message's role, be it a
+special token that somebody typed; everything else is SPECIAL.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from enum import IntEnum
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -17,13 +18,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from unweave.core.errors import UnweaveError
+from unweave.lm.places import find_places
+from unweave.lm.template import Message, apply, chat_date, has_template
 
 
 class Role(IntEnum):
     """What a token is part of; stored as one byte per token."""
 
     SPECIAL = 0
-    """Template text and special tokens."""
+    """The template's text and special tokens, and in plain text every special token."""
     SYSTEM = 1
     USER = 2
     ASSISTANT = 3
@@ -34,9 +37,6 @@ class Role(IntEnum):
 
 _ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
 
-Message = Mapping[str, Any]
-"""``{"role": "system" | "user" | "assistant", "content": text}``"""
-
 
 class _Span(NamedTuple):
     start: int
@@ -45,9 +45,10 @@ class _Span(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What was found out about one tokenizer, valid as long as its template stays the same."""
+    """What was found out about one tokenizer, valid as long as its template and its date stay the same."""
 
     template: Any
+    day: date
     default_system: tuple[str, str] | None
     special_ids: frozenset[int]
 
@@ -60,10 +61,11 @@ def render(
 ) -> tuple[list[int], list[int]]:
     """One conversation as token ids and the role of each token (two lists of equal length).
 
-    Tokens of a message's content get its role, and so does a system prompt that the template inserts by itself;
-    template text and special tokens are SPECIAL. ``add_generation_prompt`` ends with the opening of an assistant turn.
-    Raises UnweaveError when the tokenizer has no chat template or gives no offsets, when a role is unknown or refused
-    by the template, or when a content does not appear in the rendering.
+    Tokens of a message's content get its role, and so does a system prompt that the template inserts by itself; the
+    template's text and special tokens are SPECIAL, while a special token that somebody typed is theirs.
+    ``add_generation_prompt`` ends with the opening of an assistant turn. Raises UnweaveError when the tokenizer has no
+    chat template or gives no offsets, when a role is unknown or refused by the template, or when a content cannot be
+    followed into the rendering.
     """
     return render_many(tokenizer, [messages], add_generation_prompt=add_generation_prompt)[0]
 
@@ -92,7 +94,6 @@ def render_each(
     if not texts:
         return [one for one in located if isinstance(one, UnweaveError)]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    special = special_ids(tokenizer)
     pairs = iter(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
     found: list[tuple[list[int], list[int]] | UnweaveError] = []
     for one in located:
@@ -100,7 +101,7 @@ def render_each(
             found.append(one)
         else:
             ids, offsets = next(pairs)
-            found.append((ids, _roles(ids, offsets, one[1], special)))
+            found.append((ids, _roles(offsets, one[1])))
     return found
 
 
@@ -146,11 +147,6 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     return _facts(tokenizer).special_ids
 
 
-def has_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer can render conversations."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
 def _require_offsets(tokenizer: Any) -> None:
     if tokenizer is None or not has_template(tokenizer):
         name = getattr(tokenizer, "name_or_path", "") or ""
@@ -168,28 +164,13 @@ def _require_offsets(tokenizer: Any) -> None:
 
 def _facts(tokenizer: Any) -> _Known:
     template = getattr(tokenizer, "chat_template", None)
-    known = _known.get(tokenizer)
-    if known is None or known.template != template:
+    known, day = _known.get(tokenizer), chat_date()
+    if known is None or known.template != template or known.day != day:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         default = _default_system(tokenizer) if template else None
-        known = _known[tokenizer] = _Known(template, default, frozenset(special))
+        known = _known[tokenizer] = _Known(template, day, default, frozenset(special))
     return known
-
-
-def _apply(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-        roles = ", ".join(str(message.get("role")) for message in messages[:6]) + (", ..." if messages[6:] else "")
-        raise UnweaveError(
-            f"the chat template refuses a conversation with the roles {roles}: {error}",
-            remedy="start with a user message and let user and assistant take turns; some templates take no system",
-        ) from error
 
 
 def _marker(index: int) -> str:
@@ -206,8 +187,8 @@ def _default_system(tokenizer: Any) -> tuple[str, str] | None:
     system, user = _marker(0), _marker(1)
     question = {"role": "user", "content": user}
     try:
-        given = _apply(tokenizer, [{"role": "system", "content": system}, question], False)
-        bare = _apply(tokenizer, [question], False)
+        given = apply(tokenizer, [{"role": "system", "content": system}, question])
+        bare = apply(tokenizer, [question])
     except UnweaveError:
         return None  # a template that takes no system message, or none of this shape, has no default to mark
     prefix, found, suffix = given.partition(system)
@@ -242,48 +223,23 @@ def _located(
 def _locate(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[_Span]]:
     """The rendered text and the stretches that are somebody's words, in order and disjoint."""
     _check(messages)
-    text = _apply(tokenizer, messages, add_generation_prompt)
-    marked = [{"role": m["role"], "content": _marker(i)} for i, m in enumerate(messages)]
-    rest = _apply(tokenizer, marked, add_generation_prompt)
+
+    def rendered(some: Sequence[Message]) -> str:
+        return apply(tokenizer, some, add_generation_prompt)
+
+    text = rendered(messages)
     spans: list[_Span] = []
     default = _facts(tokenizer).default_system
     if default is not None and messages[0]["role"] != "system" and text.startswith(default[0] + default[1]):
         spans.append(_Span(len(default[0]), len(default[0]) + len(default[1]), Role.SYSTEM))
-    at = 0
-    for index, message in enumerate(messages):
-        before, found, rest = rest.partition(_marker(index))
-        start, content = _content_at(text, at, before, message["content"])
-        if not found or start < 0:
-            raise UnweaveError(
-                f"the content of message {index} ({message['role']}) does not appear in the template's rendering",
-                remedy="the template drops or rewrites it; change the message or the template",
-            )
-        at = start + len(content)
-        spans.append(_Span(start, at, _ROLES[message["role"]]))
-    return text, spans
+    places = find_places(rendered, messages, text)
+    return text, spans + [_Span(place.start, place.end, _ROLES[messages[place.message]["role"]]) for place in places]
 
 
-def _content_at(text: str, at: int, before: str, content: str) -> tuple[int, str]:
-    """Where a content stands (-1: nowhere) after the template's ``before``, and how: whole, or stripped of blanks."""
-    start = at + len(before)
-    forms = (content, content.strip(), content.lstrip(), content.rstrip())
-    if text.startswith(before, at):
-        for form in forms:
-            if text.startswith(form, start):
-                return start, form
-    # The template's own words depend on what the messages say; then look for the content itself.
-    for form in forms:
-        if form and (found := text.find(form, at)) >= 0:
-            return found, form
-    return -1, content
-
-
-def _roles(
-    ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[_Span], special: frozenset[int]
-) -> list[int]:
+def _roles(offsets: Sequence[tuple[int, int]], spans: Sequence[_Span]) -> list[int]:
     """The role of each token from the characters it covers."""
-    roles = np.zeros(len(ids), dtype=np.int64)
-    if len(ids) and spans:
+    roles = np.zeros(len(offsets), dtype=np.int64)
+    if len(offsets) and spans:
         where = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
         first, last = where[:, 0], where[:, 1]
         starts, ends, kinds = (np.asarray(column) for column in zip(*spans, strict=True))
@@ -291,6 +247,5 @@ def _roles(
         inside = (first >= starts[span]) & (last <= ends[span])
         # Some tokenizers cut blanks off offsets; a token left with no characters must lie strictly inside.
         inside &= (last > first) | ((first > starts[span]) & (last < ends[span]))
-        inside &= ~np.isin(np.asarray(ids), list(special))
         roles[inside] = kinds[span][inside]
     return roles.tolist()

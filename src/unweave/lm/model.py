@@ -15,6 +15,7 @@ from unweave.core.site import Site, matching
 from unweave.core.spec import digest
 from unweave.lm import chat as chat_roles
 from unweave.lm import taps as _taps
+from unweave.lm import template as templates
 from unweave.lm.admission import check_model, check_tokens, confirm_layout
 from unweave.lm.chat import Role
 from unweave.lm.ends import end_ids
@@ -235,11 +236,15 @@ class LM:
         return [tokenizer.decode([int(i)]) for i in ids]
 
     def tokenizer_fingerprint(self) -> str | None:
-        """Twelve digits over vocabulary, special tokens and chat template; None without a tokenizer (trap 10)."""
+        """Twelve digits over vocabulary, special tokens and chat template, with the date that it is told where this is
+        not the usual one; None without a tokenizer (trap 10)."""
         if self.tokenizer is None:
             return None
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return digest([vocabulary, list(self.special_ids), str(self.tokenizer.chat_template or "")])
+        parts = [vocabulary, list(self.special_ids), str(self.tokenizer.chat_template or "")]
+        if templates.asks_for_date(self.tokenizer) and templates.chat_date() != templates.USUAL_DATE:
+            parts.append(str(templates.chat_date()))
+        return digest(parts)
 
     # -- running it -----------------------------------------------------------------------------------------------
 

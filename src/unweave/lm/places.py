@@ -1,0 +1,172 @@
+"""Where a chat template puts each message's words.
+
+It is found by marks, never by looking for the words: a template may write the same words itself.
+
+1. Every content is replaced by a run of one private character, as long as the content. If this rendering with the
+   contents put back reads as the real one, the runs stand where the contents do.
+2. Else the template's own words depend on what is said, or it takes contents apart. Then each message is followed by
+   itself, the others as they are: by its run as in 1, or by marks at its beginning, at its end and before its words,
+   which move along with what the template keeps of them. Without the marks that rendering must read as the real one.
+3. A content whose words the template takes out altogether (a switch such as SmolLM3's "/no_think") stands nowhere.
+
+What cannot be followed is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from unweave.core.errors import UnweaveError
+from unweave.lm.template import Message
+
+Render = Callable[[Sequence[Message]], str]
+
+_FIRST = 0x100000  # the last plane of characters for private use, in which nobody writes
+_MOST = 0xFF00
+_MARK = re.compile("[\U00100000-\U0010ffff]")
+_RUN = re.compile("([\U00100000-\U0010ffff])\\1*")
+_WORD = re.compile(r"(?<=\s)(?=\S)")
+
+
+class Place(NamedTuple):
+    """A stretch of the rendering that is words of a message."""
+
+    start: int
+    end: int
+    message: int
+
+
+def find_places(render: Render, messages: Sequence[Message], text: str) -> list[Place]:
+    """The stretches of ``text``, the messages' rendering, that are somebody's words, in order and disjoint.
+
+    Raises UnweaveError for a content that cannot be followed.
+    """
+    contents = [str(message["content"]) for message in messages]
+    if len(messages) > _MOST or any(not one.isascii() and _MARK.search(one) for one in (text, *contents)):
+        raise UnweaveError(
+            "the conversation holds characters from U+100000 on, or too many messages to tell apart",
+            remedy="take them out of the text",
+        )
+    found = _by_runs(render, messages, dict(enumerate(contents)), text)
+    if found is not None:
+        return found
+    found = []
+    for index, content in enumerate(contents):
+        alone = _by_runs(render, messages, {index: content}, text)
+        if alone is None and not content.strip():
+            continue  # no words that somebody could be given
+        if alone is None:
+            alone = _by_marks(render, messages, index, text)
+        if alone is None:
+            raise UnweaveError(
+                f"the content of message {index} ({messages[index]['role']}) does not appear in the template's "
+                "rendering, or cannot be told from the template's own words",
+                remedy="the template drops or rewrites it; change the message or the template",
+            )
+        found += alone
+    return sorted(found)
+
+
+def _with(messages: Sequence[Message], contents: dict[int, str]) -> list[Message]:
+    """The messages with other contents for some of them."""
+    return [{**message, "content": contents[i]} if i in contents else message for i, message in enumerate(messages)]
+
+
+def _by_runs(render: Render, messages: Sequence[Message], contents: dict[int, str], text: str) -> list[Place] | None:
+    """Where these contents stand, by runs in their place; None unless they account for the whole text."""
+    try:
+        marked = render(_with(messages, {i: chr(_FIRST + i) * len(content) for i, content in contents.items()}))
+    except UnweaveError:
+        return None
+    places: list[Place] = []
+    at, behind = 0, 0  # in the text, and in the marked rendering
+    runs = list(_pieces(marked, contents))
+    for number, (run, end, index) in enumerate(runs):
+        before = marked[behind:run]
+        following = marked[end : runs[number + 1][0]] if number + 1 < len(runs) else marked[end:]
+        at, behind = at + len(before), end
+        form = _form(text, at, contents[index], following) if text.startswith(before, at - len(before)) else None
+        if form is None:
+            return None
+        if form:
+            places.append(Place(at, at + len(form), index))
+        at += len(form)
+    shown = {index for _, _, index in runs}
+    hidden = any(content.strip() and i not in shown for i, content in contents.items())
+    return None if hidden or text[at:] != marked[behind:] else places
+
+
+def _pieces(marked: str, contents: dict[int, str]) -> Iterator[tuple[int, int, int]]:
+    """Start, end and message of each content in the marked rendering; a run of twice the length is two of them."""
+    for found in _RUN.finditer(marked):
+        index = ord(found[1]) - _FIRST
+        size = len(contents[index])
+        whole = found.end() - (found.end() - found.start()) % size
+        for start in range(found.start(), whole, size):
+            yield start, start + size, index
+
+
+def _form(text: str, at: int, content: str, following: str) -> str | None:
+    """How a content stands in the text before the template's ``following``: whole, or stripped of blanks."""
+    for form in (content, content.strip(), content.lstrip(), content.rstrip()):
+        if text.startswith(form, at) and text.startswith(following, at + len(form)):
+            return form
+    return None
+
+
+def _by_marks(render: Render, messages: Sequence[Message], index: int, text: str) -> list[Place] | None:
+    """Where one content stands, by marks within it; [] where the template takes all its words out; None: unknown."""
+    content = str(messages[index]["content"])
+    core = content.strip()
+    lead = content[: len(content) - len(content.lstrip())]
+    used_up = False
+    for before, words, behind in (("", content, ""), (lead, core, content[len(lead) + len(core) :])):
+        cuts = sorted({0, *(found.start() for found in _WORD.finditer(words)), len(words)})
+        cuts = cuts if len(cuts) <= _MOST else [*cuts[: _MOST - 1], len(words)]
+        parts = [chr(_FIRST + k) + words[a:b] for k, (a, b) in enumerate(zip(cuts, [*cuts[1:], None], strict=True))]
+        try:
+            marked = render(_with(messages, {index: before + "".join(parts) + behind}))
+        except UnweaveError:
+            continue
+        kept = list(_kept(marked, len(cuts)))
+        if _MARK.sub("", marked) == text and kept:
+            return _kept_places(text, kept, words, cuts, index)
+        # Both ends are there and nothing between them: then the template has emptied it, and says what it says of none.
+        whole = [marks[0][0] == 0 and marks[-1][0] == len(cuts) - 1 for marks in kept]
+        emptied = [not _MARK.sub("", marked)[marks[0][1] : marks[-1][1]].strip() for marks in kept]
+        used_up = used_up or (bool(kept) and all(whole) and all(emptied))
+    return [] if used_up else None
+
+
+def _kept(marked: str, n_marks: int) -> Iterator[list[tuple[int, int]]]:
+    """(number, place without marks) of the marks that are left, for each time that the content was put in."""
+    group: list[tuple[int, int]] = []
+    for count, found in enumerate(_MARK.finditer(marked)):
+        number = ord(found[0]) - _FIRST
+        if group and number <= group[-1][0]:
+            yield group
+            group = []
+        if number < n_marks:
+            group.append((number, found.start() - count))
+    if group:
+        yield group
+
+
+def _kept_places(
+    text: str, kept: list[list[tuple[int, int]]], words: str, cuts: list[int], index: int
+) -> list[Place] | None:
+    """Each time from the first mark left to the last, which must be the content's end. What stands between them must
+    be the content's: with words taken out where its beginning is there too, else exactly."""
+    places = []
+    for marks in kept:
+        (first, start), (last, end) = marks[0], marks[-1]
+        shown, said = text[start:end], words[cuts[first] :]
+        left = iter(said)
+        ours = all(character in left for character in shown) if first == 0 else shown == said
+        if last != len(cuts) - 1 or not ours:
+            return None
+        if shown:
+            places.append(Place(start, end, index))
+    return places
