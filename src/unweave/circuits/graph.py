@@ -20,14 +20,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from unweave.circuits import stored
+from unweave.circuits.stored import ARROW, Y
 from unweave.core.errors import UnweaveError
 from unweave.core.run import atomic_write
 from unweave.core.site import Site
 
 VERSION = 1
-_EDGE = " -> "
-Y = "y"
-"""the metric, as the downstream end of edges"""
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Circuit:
 
         tensors = {f"nodes/{site}": effects for site, effects in self.nodes.items()}
         for (up, down), edges in self.edges.items():
-            name = f"edges/{up}{_EDGE}{Y if down is None else down}"
+            name = f"edges/{up}{ARROW}{Y if down is None else down}"
             tensors |= {f"{name}/up": edges.up, f"{name}/down": edges.down, f"{name}/weight": edges.weight}
         about = {"version": VERSION, "positions": self.positions, "n_examples": self.n_examples, "about": self.about}
         with atomic_write(Path(path)) as temporary:
@@ -134,36 +133,25 @@ class Circuit:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads what ``save`` wrote. UnweaveError when it is missing, damaged or something else."""
+        """Reads what ``save`` wrote. UnweaveError when it is missing, damaged, no whole circuit or something else."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, "pt") as handle:
-                about = json.loads((handle.metadata() or {})["unweave.circuit"])
+                told = handle.metadata() or {}
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
-            if about["version"] != VERSION:
-                raise ValueError(f"written in version {about['version']}, this is version {VERSION}")
-            return cls(*_taken_apart(tensors), about["positions"], int(about["n_examples"]), about["about"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if "unweave.circuit" not in told:
+                raise ValueError("it says nothing of a circuit")
+            head = stored.header(told["unweave.circuit"], VERSION)
+            nodes = stored.nodes_of(tensors, head["positions"])
+            edges = {pair: Edges(*parts) for pair, parts in stored.edges_of(tensors, nodes).items()}
+            return cls(nodes, edges, head["positions"], head["n_examples"], head["about"])
+        except (OSError, SafetensorError, ValueError) as error:
             raise UnweaveError(
                 f"cannot read a circuit: {error}",
                 where=str(path),
                 remedy="give a circuit.safetensors, or make it anew",
             ) from error
-
-
-def _taken_apart(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[Site, Tensor], dict[tuple[Site, Site | None], Edges]]:
-    nodes = {Site.parse(name[6:]): value for name, value in tensors.items() if name.startswith("nodes/")}
-    names = {name.rpartition("/")[0] for name in tensors if name.startswith("edges/")}
-    edges = {}
-    for name in names:
-        up, _, down = name.removeprefix("edges/").partition(_EDGE)
-        pair = (Site.parse(up), None if down == Y else Site.parse(down))
-        edges[pair] = Edges(*(tensors[f"{name}/{part}"] for part in ("up", "down", "weight")))
-    ordered = sorted(edges, key=lambda pair: (pair[1] is None, pair[1] or pair[0], pair[0]))
-    return dict(sorted(nodes.items())), {pair: edges[pair] for pair in ordered}
 
 
 def slots_of(effects: Mapping[Site, Any]) -> dict[Site, Tensor]:
