@@ -68,14 +68,17 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_sums_of_effects_stand_beside_what_is_measured(tiny: Any, family: str) -> None:
-    """Neurons ablated to zero: normalisation makes the path's end steep. To their means: a few steps are enough."""
+    """Neurons ablated to zero: normalisation makes the path's end steep. Steps that grow shorter towards it find the
+    sum where equal ones do not; to their means a few steps are enough."""
     lm = LM(tiny(family).double(), None)
     clean, _, _ = pair(6, 5, 3)
     saes = {site: neurons(lm, site) for site in (Site("resid_post", 0), Site("resid_post", 1))}
-    options = Options(steps=10, summed="positions", skip_first=1, max_tokens=64)
+    options = Options(steps=10, rule="midpoint", summed="positions", skip_first=1, max_tokens=64)
     with pytest.warns(UnweaveWarning, match=r"add up to .*ablation: mean"):
         off = find_nodes(lm, saes, [(clean, None, difference)], options).about
     assert "add up" in off["incomplete"] and not all(row["complete"] for row in off["completeness"].values())
+    graded = dataclasses.replace(options, rule="graded", steps=80)
+    assert find_nodes(lm, saes, [(clean, None, difference)], graded).about["incomplete"] is None
     circuit = find_nodes(lm, saes, [(clean, None, difference)], dataclasses.replace(options, ablation="mean"))
     fine = circuit.about
     assert fine["incomplete"] is None and all(row["complete"] for row in fine["completeness"].values())

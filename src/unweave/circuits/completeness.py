@@ -2,8 +2,8 @@
 
 Integrated gradients promise it in the limit of many steps. With few it can fail badly, above all where the path ends at
 the zero vector (neurons ablated to zero, or an SAE without a decoder bias): normalisation makes gradients explode
-there, and neither ten steps nor hundreds, spread evenly or towards the end, find the sum. On such paths the mean
-activation as an end point does (docs/circuits.md has the measurement).
+there. Equal steps, however many, then miss the sum. Many that grow shorter towards the end find it in most places,
+and the mean activation as an end point has no such edge (docs/circuits.md has the measurement).
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class Completeness:
         more = f" and at {len(off) - 1} other sites of {len(self.sums)}" if len(off) > 1 else ""
         return (
             f"effects at {worst} add up to {off[worst]['sum']:.3g}, but moving everything there changes the metric by "
-            f"{off[worst]['change']:.3g}; they differ by more than {TOLERANCE:.0%}{more}. Take more steps, or where "
-            "nodes are ablated to zero, ablate them to their means (ablation: mean)"
+            f"{off[worst]['change']:.3g}; they differ by more than {TOLERANCE:.0%}{more}. Take more steps. Where nodes "
+            "are ablated to zero, ablate them to their means (ablation: mean), or take 80 or more graded steps (rule: "
+            "graded) and leave first tokens alone (skip_first: 1)"
         )
 
     def warn(self) -> str | None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -50,10 +50,15 @@ from unweave.sae.states import (
 )
 
 Method = Literal["attribution", "ig", "exact"]
-Rule = Literal["left", "midpoint", "right"]
-"""Where in each of the equal steps from clean to patch a gradient is taken. The paper's eq. 4 has the right end, its
-released code the left end; both err in first order of the step, the midpoint in second order."""
+Rule = Literal["left", "midpoint", "right", "graded"]
+"""Where on the way from clean to patch gradients are taken: at one end or in the middle of each of equal steps. The
+paper's eq. 4 has the right end, its released code the left end; both err in first order of the step, the midpoint in
+second order. Steps that are "graded" grow shorter towards the end, as the fourth power, and have their point in the
+middle: for ways that end at the zero vector, where normalisation makes gradients explode."""
 
+_GRADE = 4
+"""how fast graded steps grow shorter; of 2 to 6 the best in sum and in each effect where ways end at zero (measured in
+tiny models of six families, and in SmolLM2)"""
 _FEW = 1 / 400
 """The share of latents that change up to which one product for each is faster than one dense product (on a CPU)."""
 
@@ -113,9 +118,9 @@ def node_effects(
             sae.b_enc.new_zeros(0, sae.d_sae)
         )  # refuses now, and not after all passes, what cannot be taken apart
     ends = None if patch is None else values_of(lm, {*by_site, *reads}, patch, max_tokens=max_tokens)
-    alphas = fractions(steps, rule) if method == "ig" else []
+    from_clean = method == "ig" and 0.0 in fractions(steps, rule)
     gradients: dict[Site, Tensor] = {}
-    if method == "attribution" or 0.0 in alphas:  # a path's first point is the clean run: one pass for all sites
+    if method == "attribution" or from_clean:  # a path's first point is the clean run: one pass for all sites
         needed = run.needs(by_site) if method == "ig" else set()
         gradients, values = run.gradients(list(by_site), reads | needed)
         run.know({site: values[site] for site in needed})
@@ -141,7 +146,7 @@ def node_effects(
             else change(site)[1].x  # without what the skip does, which is no node's doing
             for site, sae in by_site.items()
         }
-        gradients = _path_means(run, xs, shifts, alphas, gradients)
+        gradients = _path_means(run, xs, shifts, (fractions(steps, rule), step_lengths(steps, rule)), gradients)
     _check_gradients(gradients)
     for site, sae in by_site.items():
         found[site] = effects_of(sae, gradients[site], change(site)[1])
@@ -193,18 +198,18 @@ def _path_means(
     run: Runner,
     xs: Mapping[Site, Tensor],
     shifts: Mapping[Site, Tensor],
-    alphas: Sequence[float],
+    points: tuple[Sequence[float], Sequence[float]],
     at_clean: Mapping[Site, Tensor],
 ) -> dict[Site, Tensor]:
-    """The gradients' means over ``alphas`` on each site's way from clean to patch; ``at_clean`` is that at alpha 0."""
-    rest = [alpha for alpha in alphas if alpha != 0 or not at_clean]
-    if not rest:
-        return dict(at_clean)
-    paths = [Path(site, x, shifts[site], run.all_rows) for site, x in xs.items()]
-    means = dict(zip(xs, run.path_gradients(paths, rest), strict=True))
-    if not at_clean:
-        return means
-    return {site: (at_clean[site] + len(rest) * mean) / len(alphas) for site, mean in means.items()}
+    """The gradients' means over ``points`` (alphas, and how much each counts) on each site's way from clean to patch;
+    ``at_clean`` is that at the first of them, where it is known."""
+    known = 1 if at_clean else 0
+    alphas, lengths = points[0][known:], points[1][known:]
+    means = {site: torch.zeros_like(x) for site, x in xs.items()}
+    if alphas:
+        paths = [Path(site, x, shifts[site], run.all_rows) for site, x in xs.items()]
+        means = dict(zip(xs, run.path_gradients(paths, alphas, lengths), strict=True))
+    return {site: mean + points[1][0] * at_clean[site] if at_clean else mean for site, mean in means.items()}
 
 
 def _check_gradients(gradients: Mapping[Site, Tensor]) -> None:
@@ -283,7 +288,8 @@ def alone_effects(
         moves = change.latents[..., latent]
         rows = (moves != 0).any(1).nonzero()[:, 0]
         shift = moves[rows].unsqueeze(-1) * sae.W_dec[latent]
-        (mean,) = run.path_gradients([Path(site, start.x[rows], shift, rows)], fractions(steps, rule))
+        paths = [Path(site, start.x[rows], shift, rows)]
+        (mean,) = run.path_gradients(paths, fractions(steps, rule), step_lengths(steps, rule))
         effects[place, rows] = (mean * shift).sum((1, 2)).to(effects.dtype)
     return effects
 
@@ -309,12 +315,22 @@ def endpoints(
 
 
 def fractions(steps: int, rule: Rule) -> list[float]:
-    """The points alpha of a path at which gradients are taken: one in each of ``steps`` equal parts of [0, 1]."""
-    if steps < 1 or rule not in ("left", "midpoint", "right"):
+    """The points alpha of a path at which gradients are taken: one in each of ``steps`` parts of [0, 1]."""
+    if steps < 1 or rule not in get_args(Rule):
         raise UnweaveError(
             f"integrated gradients cannot take {steps} steps by the rule {rule!r}", remedy="try 10 and midpoint"
         )
-    return [(k + {"left": 0.0, "midpoint": 0.5, "right": 1.0}[rule]) / steps for k in range(steps)]
+    if rule == "graded":
+        return [1 - (1 - (k + 0.5) / steps) ** _GRADE for k in range(steps)]
+    within = {"left": 0.0, "midpoint": 0.5, "right": 1.0}[rule]
+    return [(k + within) / steps for k in range(steps)]
+
+
+def step_lengths(steps: int, rule: Rule) -> list[float]:
+    """The lengths of the parts of [0, 1] that ``fractions`` has a point in: how much each counts. They add up to 1."""
+    if rule != "graded":
+        return [1 / steps] * steps
+    return [(1 - k / steps) ** _GRADE - (1 - (k + 1) / steps) ** _GRADE for k in range(steps)]
 
 
 def _one_site(

@@ -241,39 +241,48 @@ class Runner:
                 values[site].append(found[site].detach())
         return _cat(gradients), _cat(values)
 
-    def path_gradients(self, paths: Sequence[Path], alphas: Sequence[float]) -> list[Tensor]:
+    def path_gradients(
+        self, paths: Sequence[Path], alphas: Sequence[float], weights: Sequence[float] | None = None
+    ) -> list[Tensor]:
         """For each path the mean over ``alphas`` of the metric's gradient at x + alpha shift, [N, P, D].
 
-        On each path only its own site moves. Paths that begin at the same place share batches; only one mean gradient
-        per path and example is kept.
+        ``weights`` are how much each point counts (by default all the same, adding up to 1). On each path only its own
+        site moves. Paths that begin at the same place share batches; only one mean gradient per path and example is
+        kept.
         """
+        points = list(zip(alphas, weights or [1 / len(alphas)] * len(alphas), strict=True))
         means = [torch.zeros_like(path.x) for path in paths]
         by_start: dict[Site | None, list[int]] = {}
         for place, path in enumerate(paths):
             by_start.setdefault(self.beginning(path.site).stream, []).append(place)
         for places in by_start.values():
-            sizes = [len(paths[place].rows) * len(alphas) for place in places]
+            sizes = [len(paths[place].rows) * len(points) for place in places]
             for part in self.chunks(sum(sizes)):
-                self._points(paths, list(_segments(places, sizes, part)), alphas, means)
-        return [mean / len(alphas) for mean in means]
+                self._points(paths, list(_segments(places, sizes, part)), points, means)
+        return means
 
     def _points(
-        self, paths: Sequence[Path], segments: Sequence[tuple[int, range]], alphas: Sequence[float], means: list[Tensor]
+        self,
+        paths: Sequence[Path],
+        segments: Sequence[tuple[int, range]],
+        points: Sequence[tuple[float, float]],
+        means: list[Tensor],
     ) -> None:
-        """Adds to ``means`` the gradients at some points of some paths: pass by (path, numbers of its points)."""
-        settings, leaves = [], []
+        """Adds to ``means`` the weighted gradients at some points of some paths: by (path, numbers of its points)."""
+        settings, leaves, shares = [], [], []
         for place, numbers in segments:
             path = paths[place]
             numbered = torch.arange(numbers.start, numbers.stop, device=path.x.device)
             here = numbered % len(path.rows)
-            alpha = torch.tensor(alphas, dtype=path.x.dtype, device=path.x.device)[numbered // len(path.rows)]
-            leaves.append((path.x[here] + alpha[:, None, None] * path.shift[here]).requires_grad_())
+            at = torch.tensor(points, dtype=path.x.dtype, device=path.x.device)[numbered // len(path.rows)]
+            alpha, weight = at[:, :, None, None].unbind(1)
+            leaves.append((path.x[here] + alpha * path.shift[here]).requires_grad_())
             settings.append((path.site, path.rows[here], leaves[-1]))
+            shares.append((here, weight))
         value = self.with_sites(settings, grad=True)
         gradients = _grad(value, leaves, [site for site, _, _ in settings])
-        for (place, numbers), g in zip(segments, gradients, strict=True):
-            here = torch.arange(numbers.start, numbers.stop, device=g.device) % len(paths[place].rows)
-            means[place].index_add_(0, here, g)
+        for (place, _), (here, weight), g in zip(segments, shares, gradients, strict=True):
+            means[place].index_add_(0, here, g * weight)
 
     def with_sites(self, settings: Sequence[tuple[Site, Tensor, Tensor]], grad: bool) -> Tensor:
         """The metric of rows, one after another: of each (site, examples int64 [n], value [n, P, D]) with it in place.

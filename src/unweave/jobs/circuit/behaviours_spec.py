@@ -59,8 +59,9 @@ class CircuitBehavioursSpec(OfSAEsSpec):
     """Integrated gradients, or attribution patching, which is one step of it."""
     steps: int = 4
     """Steps of integrated gradients."""
-    rule: Literal["left", "midpoint", "right"] = "midpoint"
-    """Where in each step the gradient is taken."""
+    rule: Literal["left", "midpoint", "right", "graded"] = "midpoint"
+    """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
+    ablation to the zero vector (neurons, an autoencoder without a decoder bias), with 80 steps or more."""
     metric: Literal["neg-log-p", "neg-logit"] = "neg-log-p"
     """What circuits explain: -log p(answer), as the paper, or -logit(answer), as its released code."""
     node_threshold: float = 0.1

@@ -44,8 +44,9 @@ class CircuitShiftSpec(OfSAEsSpec):
     """Integrated gradients, or attribution patching, which is one step of it."""
     steps: int = 3
     """Steps of integrated gradients."""
-    rule: Literal["left", "midpoint", "right"] = "midpoint"
-    """Where in each step the gradient is taken."""
+    rule: Literal["left", "midpoint", "right", "graded"] = "midpoint"
+    """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
+    ablation to the zero vector (neurons, an autoencoder without a decoder bias), with 80 steps or more."""
     threshold: float = 0.0
     """Latents that support the labels by more than this, in logits, are in the circuit."""
     top: int | None = 100

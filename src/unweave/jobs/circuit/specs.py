@@ -81,8 +81,9 @@ class CircuitFindSpec(OfSAEsSpec):
     """Integrated gradients; attribution patching, which is one step of it; or exact effects, for tiny models."""
     steps: int = 10
     """Steps of integrated gradients."""
-    rule: Literal["left", "midpoint", "right"] = "midpoint"
-    """Where in each step the gradient is taken."""
+    rule: Literal["left", "midpoint", "right", "graded"] = "midpoint"
+    """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
+    ablation to the zero vector (neurons, an autoencoder without a decoder bias), with 80 steps or more."""
     metric: Literal["neg-log-p", "neg-logit"] = "neg-log-p"
     """Of single inputs: -log p(answer), or -logit(answer). Of pairs it is always logit(patch) - logit(clean)."""
     summed: Literal["none", "positions"] | None = None
