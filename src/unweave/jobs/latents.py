@@ -18,7 +18,7 @@ from unweave.jobs.common import (
 from unweave.jobs.specs import LatentsSpec
 from unweave.sae.records import Records, RecordsSpec, collect
 
-VERSION = 1
+VERSION = 2
 
 
 def run(spec: LatentsSpec, runs: Path) -> Run:

@@ -17,7 +17,7 @@ from unweave.sae.records import LatentRecord, Records
 from unweave.steer.output_score import choose_latents, output_scores
 from unweave.steer.sweep import SteeredText, sweep
 
-VERSION = 2
+VERSION = 3
 
 
 def run(spec: SteerSpec, runs: Path) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
@@ -104,3 +104,10 @@ def check_tokens(model: Any, layout: Layout, tokens: Tokens, new: int = 0) -> No
             f"a row of {longest} tokens{more} does not fit: the model has a table of {layout.n_positions} positions",
             remedy="use shorter rows, or generate fewer tokens",
         )
+
+
+def known_ids(tokenizer: Any, n_ids: int) -> Tensor:
+    """The ids below ``n_ids`` that a tokenizer has, int64 [n], ascending; all where there is no tokenizer."""
+    every = range(n_ids)
+    found = every if tokenizer is None else set(tokenizer.get_vocab().values()).intersection(every)
+    return torch.tensor(sorted(found), dtype=torch.int64)

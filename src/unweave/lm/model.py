@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -16,7 +17,7 @@ from unweave.core.spec import digest
 from unweave.lm import chat as chat_roles
 from unweave.lm import taps as _taps
 from unweave.lm import template as templates
-from unweave.lm.admission import check_model, check_tokens, confirm_layout
+from unweave.lm.admission import check_model, check_tokens, confirm_layout, known_ids
 from unweave.lm.chat import Role
 from unweave.lm.ends import end_ids
 from unweave.lm.fingerprint import fingerprint
@@ -98,7 +99,7 @@ class LM:
     ) -> None:
         check_model(model)
         self.model: Any = model.eval().requires_grad_(False)
-        self.model.config.return_dict = True  # with False, parts of many families cannot read each other's outputs
+        self.model.config.return_dict = True  # with False, many families' parts cannot read each other's outputs
         self.tokenizer: Any = tokenizer
         self.layout = Layout(model)
         self.rotaries = changing(model)
@@ -151,6 +152,11 @@ class LM:
     @property
     def vocab_size(self) -> int:
         return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @cached_property
+    def known_ids(self) -> Tensor:
+        """The ids that the tokenizer has, int64 [n], ascending; all without one. Embeddings are often padded beyond."""
+        return known_ids(self.tokenizer, self.vocab_size)
 
     @property
     def pad_id(self) -> int:

@@ -50,6 +50,19 @@ def unembed(lm: LM, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)  # type: ignore[operator]
 
 
+def top_tokens(lm: LM, logits: Tensor, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
+    """The k largest (or smallest) logits [..., V] and their ids, both [..., k], of the ids that the tokenizer has.
+
+    Rows of the unembedding beyond them only make its size round: they are no tokens, whatever their logits. Of fewer
+    than k ids all are given.
+    """
+    known = lm.known_ids.to(logits.device)
+    found = (logits if len(known) == logits.shape[-1] else logits[..., known]).topk(
+        min(k, len(known)), dim=-1, largest=largest
+    )
+    return found.values, known[found.indices]
+
+
 def knows(lm: LM) -> bool:
     """Whether ``unembed`` gives this model's logits, found out once on a few tokens. No taps may be open."""
     if lm not in _agreed:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unweave.core.progress import task
 from unweave.core.site import Site
+from unweave.lm.unembed import top_tokens
 from unweave.sae.contexts import Array
 
 if TYPE_CHECKING:
@@ -32,18 +33,17 @@ class Written:
 def logit_effects(lm: LM, sae: SAE, k: int = 8, latents: Tensor | None = None) -> Written:
     """The k tokens that each latent's direction promotes and suppresses most, through final norm and unembedding.
 
-    Of all latents, or of those numbered in ``latents`` [n]. Only some directions at a time, so that at most 16 million
-    logits are held.
+    Tokens are the ids that the tokenizer has. Of all latents, or of those numbered in ``latents`` [n]. Only some
+    directions at a time, so that at most 16 million logits are held.
     """
     rows = sae.W_dec if latents is None else sae.W_dec[latents.to(sae.W_dec.device)]
-    k = min(k, lm.vocab_size)
     step = max(1, _LENS_ELEMENTS // lm.vocab_size)
     found: list[list[Tensor]] = [[], [], [], []]
     with task("logit lens", total=len(rows), unit="latents") as progress:
         for directions in rows.split(step):
             logits = lm.logit_lens(directions).float()
-            up, down = logits.topk(k), logits.topk(k, largest=False)
-            for column, values in zip(found, (up.indices, up.values, down.indices, down.values), strict=True):
+            (up, raised), (down, lowered) = (top_tokens(lm, logits, k, largest=way) for way in (True, False))
+            for column, values in zip(found, (raised, up, lowered, down), strict=True):
                 column.append(values.cpu())
             progress.advance(len(directions))
     return Written(*(torch.cat(column).numpy() for column in found))

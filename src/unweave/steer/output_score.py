@@ -3,7 +3,8 @@
 1. The output score (Arad et al. 2025) asks whether the model says what a latent's direction promotes. At the last token
    of a neutral prompt the latent is raised by 10 times the largest activation of any latent there; with p the
    next-token distribution, S_out = (1 - r / |V|) p_max, p_max the largest probability among the 20 tokens of the
-   direction's logit lens and r that token's rank (0 is best).
+   direction's logit lens and r that token's rank (0 is best). Tokens are the |V| ids that the tokenizer has; p is the
+   model's own distribution, over all rows of its unembedding.
 2. In a small model's early layers that finds latents that promote function words. So ``choose_latents`` begins from
    the latents with the clearest themes (``themes``) and asks for their expression: what the theme's words add to the
    divergence of the next token's distribution, at neutral prompts, when the latent is turned up as it will be in use.
@@ -101,12 +102,13 @@ def output_scores(
     shift = torch.zeros(len(lens), row.ids.shape[1], sae.d_out, dtype=sae.W_dec.dtype, device=lm.device)
     shift[:, -1] = amount * strongest * sae.subset(latents).directions
     found: list[OutputScore] = []
+    known = lm.known_ids.to(lm.device)
     for part, p in _raised(lm, write, row, shift, max_tokens):
         best = p.gather(1, lens[part]).max(1).values
-        ranks = (p > best.unsqueeze(1)).sum(1).tolist()
+        ranks = (p[:, known] > best.unsqueeze(1)).sum(1).tolist()
         for latent, theme, high, rank in zip(latents[part], lens[part], best.tolist(), ranks, strict=True):
             tokens = tuple(lm.token_strings(theme[:_SHOWN]))
-            found.append(OutputScore(int(latent), (1 - rank / lm.vocab_size) * high, high, rank, tokens))
+            found.append(OutputScore(int(latent), (1 - rank / len(known)) * high, high, rank, tokens))
     return found
 
 

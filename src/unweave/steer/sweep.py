@@ -21,6 +21,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
+from unweave.lm.unembed import top_tokens
 from unweave.sae.edits import Edit, Where
 from unweave.sae.module import SAE
 
@@ -157,5 +158,5 @@ def lens_tokens(lm: LM, sae: SAE, latents: Sequence[int], k: int = _THEME) -> Te
             remedy="use an SAE whose site adds to the residual stream",
         )
     directions = sae.subset(latents).directions
-    parts = [lm.logit_lens(part).topk(k, dim=-1).indices for part in directions.split(256)]
+    parts = [top_tokens(lm, lm.logit_lens(part), k)[1] for part in directions.split(256)]
     return torch.cat(parts)

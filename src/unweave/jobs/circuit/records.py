@@ -36,7 +36,7 @@ from unweave.sae.activations import TopK
 from unweave.sae.module import SAE
 from unweave.sae.records import Records, RecordsSpec, build
 
-VERSION = 1
+VERSION = 2
 Split = Literal["train", "heldout"]
 
 
