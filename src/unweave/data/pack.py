@@ -7,12 +7,12 @@
 
 Conversations go through the chat template either way and keep a role per token; a block may begin in mid-turn. BOS
 stands only where a row begins, never inside one, unless it is the only separator there is (trap 4). Everything that is
-left out is counted.
+left out is counted. A text far longer than a row is tokenised piece by piece, as rows are taken and no further.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, Self
 
@@ -21,9 +21,12 @@ from unweave.core.spec import Spec
 from unweave.data.corpus import Document
 from unweave.data.splits import SplitDocuments
 from unweave.lm.chat import Role, encode_text, encode_texts, has_template, render_each, special_ids
+from unweave.lm.pieces import Piece, encode_pieces
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 2_000_000
+_PIECE = 16_384, 32
+"""characters, and characters a token of a row: a text longer than both is tokenised in pieces, the first that long"""
 _PATIENCE = 1000
 """After so many conversations none of which can be used, the text is refused."""
 
@@ -71,6 +74,9 @@ class PackCounts:
     removed_bos: int = 0
     truncated_documents: int = 0
     truncated_tokens: int = 0
+    """tokens cut off"""
+    unread_characters: int = 0
+    """text cut off behind those, of documents so long that it was not tokenised"""
     short_documents: int = 0
     short_tokens: int = 0
     remainder_tokens: int = 0
@@ -84,6 +90,15 @@ class PackCounts:
     """the first of them, and why"""
     empty_messages: int = 0
     """messages without text in conversations that were rendered; they stay"""
+
+
+class _Encoded(NamedTuple):
+    """A document as token ids and roles, in one or more pieces."""
+
+    pieces: Iterable[Piece]
+    length: int
+    """where the last piece ends"""
+    document: int
 
 
 class Packed(Iterator[Row]):
@@ -118,6 +133,7 @@ class Packed(Iterator[Row]):
         for count, what in (
             (counts.short_documents, f"shorter than {self.spec.min_tokens} tokens"),
             (counts.truncated_tokens, "tokens cut off"),
+            (counts.unread_characters, "characters behind them not tokenised"),
             (counts.unanswered_conversations, "conversations without an assistant turn"),
             (counts.rejected_conversations, "refused by the chat template"),
         ):
@@ -141,9 +157,15 @@ class Packed(Iterator[Row]):
             remedy="set data.pack.unanswered to keep, or give conversations with answers",
         )
 
-    def _documents(self, encoded: Iterator[Row], tokenizer: Any) -> Iterator[Row]:
+    def _documents(self, encoded: Iterator[_Encoded], tokenizer: Any) -> Iterator[Row]:
         bos = tokenizer.bos_token_id
-        for ids, roles, document in encoded:
+        for pieces, length, document in encoded:
+            ids, roles, end = list[int](), list[int](), 0
+            for piece in pieces:
+                ids, roles, end = [*ids, *piece.ids], [*roles, *piece.roles], piece.end
+                if len(ids) > self.spec.context + 1:  # whether BOS is put in front or taken off
+                    break
+            self.counts.unread_characters += length - end
             if self.spec.bos == "always" and ids[:1] != [bos]:
                 ids, roles = [bos, *ids], [Role.SPECIAL.value, *roles]
                 self.counts.added_tokens += 1
@@ -159,7 +181,7 @@ class Packed(Iterator[Row]):
             self.counts.truncated_tokens += over
             yield Row(ids[: self.spec.context], roles[: self.spec.context], document)
 
-    def _blocks(self, encoded: Iterator[Row], tokenizer: Any) -> Iterator[Row]:
+    def _blocks(self, encoded: Iterator[_Encoded], tokenizer: Any) -> Iterator[Row]:
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         separator = eos if eos is not None else bos
         size = self.spec.context - (1 if self._bos else 0)
@@ -168,17 +190,10 @@ class Packed(Iterator[Row]):
         ids: list[int] = []
         roles: list[int] = []
         origin: list[int] = []
-        for new_ids, new_roles, document in encoded:
-            if _opens(new_ids, bos):
-                new_ids, new_roles = new_ids[1:], new_roles[1:]
-                self.counts.removed_bos += 1
-            # A template's end of turn is a separator, be it followed by a line break (ChatML's is).
-            if separator is not None and new_ids and marks.isdisjoint(new_ids[-2:]):
-                new_ids, new_roles = [*new_ids, separator], [*new_roles, Role.SPECIAL.value]
-                self.counts.added_tokens += 1
-            ids += new_ids
-            roles += new_roles
-            origin += [document] * len(new_ids)
+        for part, document in self._parts(encoded, bos, separator, marks):
+            ids += part.ids
+            roles += part.roles
+            origin += [document] * len(part.ids)
             at = 0
             while len(ids) - at >= size:
                 self.counts.added_tokens += len(head[0])
@@ -187,8 +202,27 @@ class Packed(Iterator[Row]):
             ids, roles, origin = ids[at:], roles[at:], origin[at:]
         self.counts.remainder_tokens += len(ids)
 
-    def _encoded(self, docs: Iterable[Document]) -> Iterator[Row]:
-        """Ids and roles of each document that is used, tokenised in batches."""
+    def _parts(
+        self, encoded: Iterator[_Encoded], bos: int | None, separator: int | None, marks: Set[int]
+    ) -> Iterator[tuple[Piece, int]]:
+        """What blocks are made of: each document in pieces, without an opening BOS and with its separator."""
+        for pieces, length, document in encoded:
+            last: list[int] = []
+            for number, piece in enumerate(pieces):
+                # A text in several pieces holds no BOS but the first token (see ``encode_pieces``).
+                ids, roles, end = piece
+                if number == 0 and _opens(ids, bos):
+                    ids, roles = ids[1:], roles[1:]
+                    self.counts.removed_bos += 1
+                last = [*last, *ids][-2:]
+                # A template's end of turn is a separator, be it followed by a line break (ChatML's is).
+                if end == length and separator is not None and last and marks.isdisjoint(last):
+                    ids, roles = [*ids, separator], [*roles, Role.SPECIAL.value]
+                    self.counts.added_tokens += 1
+                yield Piece(ids, roles, end), document
+
+    def _encoded(self, docs: Iterable[Document]) -> Iterator[_Encoded]:
+        """Ids and roles of each document that is used, tokenised in batches, long ones as their pieces are taken."""
         batch: list[Document] = []
         characters, first = 0, 0
         for document in docs:
@@ -200,7 +234,7 @@ class Packed(Iterator[Row]):
         yield from self._encode_batch(batch, first)
         self.require_conversations()
 
-    def _encode_batch(self, batch: list[Document], first: int) -> Iterator[Row]:
+    def _encode_batch(self, batch: list[Document], first: int) -> Iterator[_Encoded]:
         tokenizer, bos = self._tokenizer, self._tokenizer.bos_token_id
         asked = [d for d in batch if d.messages is not None]
         if asked and not has_template(tokenizer):
@@ -211,9 +245,13 @@ class Packed(Iterator[Row]):
             )
         used = [d.messages or () for d in asked if self.spec.unanswered == "keep" or _answered(d)]
         rendered = iter(render_each(tokenizer, used))
-        plain = iter(encode_texts(tokenizer, [d.text for d in batch if d.text is not None]))
+        size = max(_PIECE[0], _PIECE[1] * self.spec.context)
+        plain = iter(encode_texts(tokenizer, [d.text for d in batch if d.text is not None and len(d.text) <= size]))
         for offset, document in enumerate(batch):
             self.counts.documents += 1
+            if document.text is not None and len(document.text) > size:
+                yield _Encoded(encode_pieces(tokenizer, document.text, size), len(document.text), first + offset)
+                continue
             if document.messages is None:
                 found = next(plain)
             elif self.spec.unanswered == "keep" or _answered(document):
@@ -233,7 +271,7 @@ class Packed(Iterator[Row]):
                     where=_place(document),
                     remedy="mend the tokenizer's chat template",
                 )
-            yield Row(*found, first + offset)
+            yield _Encoded([Piece(*found, 0)], 0, first + offset)
 
     def _skip(self, document: Document, refusal: UnweaveError | None) -> None:
         """Counts a conversation that is left out, because it is refused or (None) because nobody answers in it."""
