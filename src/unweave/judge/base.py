@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any, Protocol
 
 from unweave.core.errors import UnweaveError
+from unweave.core.files import read_json
 from unweave.core.progress import task
 from unweave.core.run import write_json
 from unweave.judge.spec import JudgeSpec
@@ -147,7 +148,7 @@ class CachedJudge:
                 found[key] = reply
                 progress.advance()
         if len(found) < len(set(keys)):
-            raise self._spent(len(found), len(set(keys)))
+            raise self._spent(sum(reply.text is not None for reply in found.values()), len(set(keys)))
         return [found[key] for key in keys]
 
     def _answers(self, missing: Mapping[str, Conversation]) -> Iterator[tuple[str, Reply]]:
@@ -199,13 +200,15 @@ class CachedJudge:
         if path is None or not path.is_file():
             return None
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))["reply"]
-            text, prompt_tokens, new_tokens, cut = (kept[n] for n in ("text", "prompt_tokens", "new_tokens", "cut"))
-        except (OSError, ValueError, KeyError, TypeError):
+            kept = read_json(path)["reply"]
+            text, *counts, cut = (kept[n] for n in ("text", "prompt_tokens", "new_tokens", "cut"))
+        except (UnweaveError, KeyError, TypeError):
             return None
-        if not isinstance(text, str):
+        if not isinstance(text, str) or not isinstance(cut, bool):
             return None
-        return Reply(text, "", int(prompt_tokens), int(new_tokens), bool(cut), kept=True)
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in counts):
+            return None
+        return Reply(text, "", *counts, cut=cut, kept=True)
 
     def _keep(self, key: str, conversation: Conversation, reply: Reply) -> None:
         path = self._path(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit
 
 from unweave.core.errors import UnweaveError
 from unweave.core.spec import Spec, operational, require
+from unweave.judge.secrets import Secret
 
 DEFAULT_JUDGE = "qwen2.5-coder-1.5b-instruct"
 
@@ -32,11 +34,12 @@ class JudgeSpec(Spec):
     budget_requests: int | None = operational(None)
     """Prompts to ask at most before stopping; kept replies are free, and asking again goes on from there."""
     budget_tokens: int | None = operational(None)
-    """Tokens to use at most, of prompts and replies together, before stopping; what is under way is still finished."""
+    """Tokens to use at most, of prompts and replies together, before stopping; what is under way is still finished.
+    Where a server does not say how many there were, they are estimated, rather too many."""
     at_once: int = operational(8)
     """Requests in flight, or prompts in one batch of a model that runs here."""
     timeout: float | None = operational(None)
-    """Seconds to wait for one reply of a server; by default 120."""
+    """Seconds that a server has for one reply, all tries together and waiting between them aside; by default 120."""
 
     def __post_init__(self) -> None:
         limits = ("budget_requests", "budget_tokens", "timeout")
@@ -65,6 +68,7 @@ class JudgeSpec(Spec):
                 where="judge.base_url",
                 remedy="use an https address; http is for this machine only (localhost), or without api_key_env",
             )
+        _check_no_key(self)
 
 
 def _keeps_secrets(url: str) -> bool:
@@ -80,7 +84,17 @@ def _keeps_secrets(url: str) -> bool:
 
 
 def _check_url(url: str) -> None:
-    """Refuses addresses that are none, or that could carry a secret into files and messages."""
+    """Refuses addresses that are none, or that could carry a secret into files and messages. Nor are they repeated:
+    what is no address may be a key."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets and ports that are none
+        fine = False
+    if not fine or not url.isprintable() or " " in url:  # half a surrogate pair is not printable
+        raise UnweaveError(
+            "this is not an http or https address", where="judge.base_url", remedy="e.g. http://127.0.0.1:8000/v1"
+        )
     parts = urlsplit(url)
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise UnweaveError(
@@ -88,7 +102,15 @@ def _check_url(url: str) -> None:
             where="judge.base_url",
             remedy="put the key into an environment variable and name it with judge.api_key_env",
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UnweaveError(
-            f"{url!r} is not an http or https address", where="judge.base_url", remedy="e.g. http://127.0.0.1:8000/v1"
-        )
+
+
+def _check_no_key(spec: JudgeSpec) -> None:
+    """Refuses a key that stands in a field besides its variable: fields are written to files."""
+    key = os.environ.get(spec.api_key_env or "", "").strip()
+    for name in ("model", "base_url"):
+        if Secret(key).is_whole_in(getattr(spec, name) or ""):
+            raise UnweaveError(
+                f"{name} holds the key of {spec.api_key_env}, and would be written to files",
+                where=f"judge.{name}",
+                remedy=f"leave the key out of {name}; it is taken from the variable",
+            )
