@@ -88,7 +88,7 @@ class ChatServer:
         attempts: int = 6,
         first_wait: float = 1.0,
     ) -> None:
-        self._openai, self._stamina = _packages()
+        self._openai, self._stamina, self._portal = _packages()
         self.name, self.note = model, f"asked at {base_url}"
         self.settings: Mapping[str, Any] = {
             "kind": "chat completions",
@@ -134,12 +134,10 @@ class ChatServer:
 
         Whoever stops asking for replies ends the requests that are under way.
         """
-        from anyio.from_thread import start_blocking_portal
-
         running: dict[Future[Reply], int] = {}
         waiting = iter(range(len(conversations)))
         stopped: UnweaveError | None = None
-        with start_blocking_portal(name="judge") as portal, portal.wrap_async_context_manager(self._open()) as client:
+        with self._portal() as portal, portal.wrap_async_context_manager(self._open()) as client:
             try:
                 while True:
                     while stopped is None and len(running) < self._at_once:
@@ -334,10 +332,11 @@ def _carrier(openai: Any) -> type[Exception]:
     return importlib.import_module(home.split(".")[0]).RequestError
 
 
-def _packages() -> tuple[Any, Any]:
+def _packages() -> tuple[Any, Any, Any]:
     try:
         import openai
         import stamina
+        from anyio.from_thread import start_blocking_portal
     except ImportError as error:
         raise UnweaveError(
             f"a judge behind an address needs the package {error.name}",
@@ -348,7 +347,7 @@ def _packages() -> tuple[Any, Any]:
     log = logging.getLogger("stamina")
     if not log.handlers:
         log.addHandler(logging.NullHandler())
-    return openai, stamina
+    return openai, stamina, start_blocking_portal
 
 
 def _seconds(header: str | None) -> float | None:
