@@ -23,6 +23,7 @@ from torch import Tensor
 from unweave.circuits import stored
 from unweave.circuits.stored import ARROW, Y
 from unweave.core.errors import UnweaveError
+from unweave.core.memory import refuse_if_memory
 from unweave.core.run import atomic_write
 from unweave.core.site import Site
 
@@ -147,6 +148,7 @@ class Circuit:
             edges = {pair: Edges(*parts) for pair, parts in stored.edges_of(tensors, nodes).items()}
             return cls(nodes, edges, head["positions"], head["n_examples"], head["about"])
         except (OSError, SafetensorError, ValueError) as error:
+            refuse_if_memory(error, path)
             raise UnweaveError(
                 f"cannot read a circuit: {error}",
                 where=str(path),

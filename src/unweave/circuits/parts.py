@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
+from unweave.core.memory import refuse_if_memory
 from unweave.core.run import atomic_write
 from unweave.core.site import Site
 from unweave.core.spec import digest
@@ -42,6 +43,7 @@ class Parts:
                 keys = [key for key in handle.keys() if key.startswith(kind)]  # noqa: SIM118 (not a mapping)
                 return {key: handle.get_tensor(key) for key in keys}
         except (SafetensorError, OSError) as error:
+            refuse_if_memory(error, path)
             raise UnweaveError(f"cannot read a finished part: {error}", where=str(path), remedy="delete it") from error
 
     def made(self, name: str, work: Callable[[], Mapping[str, Tensor]], later: str | None = None) -> Held:

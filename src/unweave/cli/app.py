@@ -31,6 +31,7 @@ from unweave.cli.models import models
 from unweave.cli.output import nothing_on_stdout, print_json
 from unweave.cli.stages import GROUPS, STAGES
 from unweave.core.errors import UnweaveError, UnweaveWarning
+from unweave.core.memory import out_of_memory
 
 OUR_FAULT, USERS_MISTAKE, INTERRUPTED = 1, 2, 130
 
@@ -109,7 +110,7 @@ def as_user_error(error: Exception, tokens: Sequence[str]) -> UnweaveError | Non
     if isinstance(error, OSError) and error.errno in _SYSTEM_REMEDIES:
         what, remedy = _SYSTEM_REMEDIES[error.errno]
         return UnweaveError(what, where=str(error.filename or ""), remedy=remedy)
-    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error).lower():
+    if out_of_memory(error):
         return UnweaveError(
             f"not enough memory: {str(error).splitlines()[0] if str(error) else 'an allocation failed'}",
             remedy="ask 'unweave doctor' with the same fields what the run needs; make batches smaller",

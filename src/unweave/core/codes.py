@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
+from unweave.core.memory import refuse_if_memory
 from unweave.core.run import atomic_write
 
 
@@ -105,6 +106,7 @@ class Codes:
                 tensors = {name: handle.get_tensor(name) for name in ("offsets", "indices", "values")}
                 n_latents = int(handle.metadata()["n_latents"])
         except (OSError, SafetensorError, KeyError, TypeError) as error:
+            refuse_if_memory(error, path)
             raise UnweaveError(
                 f"cannot read sparse codes: {error}", where=str(path), remedy="make them again"
             ) from error

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from unweave.core.errors import UnweaveError
+from unweave.core.memory import refuse_if_memory
 
 _DEEPEST = 100
 """levels of nesting; conversations and configurations need about ten"""
@@ -235,6 +236,7 @@ def _decoded(content: bytes, where: str) -> str:
 
 def _unreadable(path: Path, error: OSError | ValueError) -> UnweaveError:
     """ValueError: a null byte or half a surrogate pair in the name."""
+    refuse_if_memory(error, path)
     if isinstance(error, FileNotFoundError):
         return UnweaveError("the file does not exist", where=str(path), remedy="check the path")
     shown = str(path).encode(errors="backslashreplace").decode()[:300]

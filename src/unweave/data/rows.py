@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unweave.core.errors import UnweaveError
+from unweave.core.memory import refuse_if_memory
 
 Messages = tuple[dict[str, str], ...]
 """The messages of a conversation, each {"role": "system" | "user" | "assistant", "content": text}."""
@@ -146,6 +147,7 @@ def parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, str]]
                     number += 1
                     yield row, f"{path}, row {number}"
     except (pa.ArrowException, OSError) as error:
+        refuse_if_memory(error, path)
         reason = str(error).splitlines()[0]
         raise UnweaveError(f"cannot read it as Parquet: {reason}", where=str(path), remedy="get it again") from error
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
+from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
 from unweave.core.run import atomic_write
 from unweave.core.site import Site
@@ -100,6 +101,7 @@ class ActivationSource:
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
+            refuse_if_memory(error, path)
             raise UnweaveError(
                 f"cached activations are damaged: {error}", where=str(path), remedy="delete this file and run again"
             ) from error

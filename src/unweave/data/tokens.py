@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
+from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
 from unweave.core.run import friendly_io, sync_folder
 from unweave.data.pack import Packed, Row
@@ -117,6 +118,7 @@ class TokenStore:
         except FileNotFoundError as error:
             refuse(f"this folder does not hold stored tokens: {Path(error.filename).name} is missing")
         except (ValueError, KeyError, TypeError, OSError) as error:
+            refuse_if_memory(error, folder)
             refuse(f"stored tokens cannot be read: {error}")
         rows_fit = len(documents) == len(starts) - 1 >= 1 and starts[0] == 0 and bool((np.diff(starts) > 0).all())
         if not rows_fit or expected["ids.bin"] != 4 * starts[-1] or expected["roles.bin"] != starts[-1]:

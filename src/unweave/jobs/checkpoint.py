@@ -15,6 +15,7 @@ import torch
 from unweave.core.dist import Group
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
+from unweave.core.memory import refuse_if_memory
 from unweave.core.run import Run, atomic_write, write_json
 
 _INDEX = "checkpoint.json"
@@ -64,6 +65,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        refuse_if_memory(error, path)
         raise UnweaveError(
             f"the checkpoint is damaged: {str(error).splitlines()[0]}",
             where=str(path),

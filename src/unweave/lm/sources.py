@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unweave.core.errors import UnweaveError, UnweaveWarning
+from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
 from unweave.lm.admission import check_config, check_model
 from unweave.lm.catalogue import CATALOGUE, CatalogueEntry
@@ -94,7 +95,8 @@ def load_pretrained(source: str | Path, dtype: torch.dtype, device: torch.device
     folder, located = _ready(located)
     model = _load_model(folder, dtype, str(source))
     tokenizer = _load_tokenizer(folder, str(source))
-    return model.to(device).eval(), tokenizer, located
+    with _refusals(str(folder), f"cannot put {str(source)!r} on {device}", "use another device"):
+        return model.to(device).eval(), tokenizer, located
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -277,11 +279,12 @@ def _refusals(where: str, what: str, remedy: str) -> Iterator[None]:
     """Whatever a foreign reader raises on bad files becomes one UnweaveError; it may raise almost anything."""
     try:
         yield
-    except (UnweaveError, MemoryError):
+    except UnweaveError:
         raise
     except ImportError as error:
         raise UnweaveError(f"{what}: {_short(error)}", where=where, remedy="install the package it names") from error
     except Exception as error:
+        refuse_if_memory(error, where)
         full = "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
         if full or isinstance(error, PermissionError):  # whoever owns the folder explains these
             raise OSError(errno.ENOSPC if full else errno.EACCES, _short(error), where) from error

@@ -9,18 +9,9 @@ from typing import TypeVar
 import torch
 
 from unweave.core.errors import UnweaveError
+from unweave.core.memory import out_of_memory
 
 T = TypeVar("T")
-
-_SIGNS = ("out of memory", "allocate memory", "cannot allocate", "alloc_failed")
-"""What a plain RuntimeError says, in lower case, when its cause is memory (PyTorch on a CPU, CUDA's libraries)."""
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
 
 
 def halving(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError, UnweaveWarning
+from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
 from unweave.core.run import atomic_write
 from unweave.lm.chat import Role
@@ -259,6 +260,7 @@ class Records:
             about = json.loads((latents.schema.metadata or {})[b"unweave.records"])
             return cls._from_tables(latents, contexts, about)
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+            refuse_if_memory(error, folder)
             remedy = "collect the records again"
             raise UnweaveError(f"cannot read latents' records: {error}", where=str(folder), remedy=remedy) from error
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError
+from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
 from unweave.core.run import Run, atomic_write
 from unweave.core.site import Site
@@ -307,6 +308,7 @@ def _build(
                     handle.get_tensor(f"{site}/{name}") for name in ("offsets", "indices", "values", "where")
                 )
         except (OSError, SafetensorError) as error:
+            refuse_if_memory(error, path)
             raise UnweaveError(
                 f"codes on disk are damaged: {error}", where=str(path), remedy="delete this file and run again"
             ) from error

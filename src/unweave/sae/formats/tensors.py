@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.core.fields import LARGEST
+from unweave.core.memory import refuse_if_memory
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -142,7 +143,7 @@ def read_safetensors(path: Path) -> Tensors:
         raise UnweaveError("the SAE's weights are missing", where=str(path), remedy="restore the file")
     try:
         return Tensors(load_file(path), str(path))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise _damaged(path, error) from error
 
 
@@ -191,6 +192,7 @@ def read_torch(path: Path) -> Tensors:
 
 
 def _damaged(path: Path, error: Exception) -> UnweaveError:
+    refuse_if_memory(error, path)
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UnweaveError(
         f"the weights are damaged: {reason}", where=str(path), remedy="restore the file or train the SAE again"
