@@ -210,6 +210,17 @@ def _whole(latent: object) -> int:
         raise UnweaveError(f"{latent!r} is no latent", remedy="name latents by whole numbers") from None
 
 
+def finite(value: object) -> float | None:
+    """A finite number, be it NumPy's or a tensor; None for anything else, truth values and texts among them."""
+    if _is_truth(value) or isinstance(value, (str, bytes)):
+        return None
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _is_truth(value: object) -> bool:
     return isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool)
 
@@ -220,14 +231,10 @@ def _vector(sae: SAE, values: Mapping[int, float]) -> Tensor:
         raise UnweaveError(f"{values!r} does not say which latents get which values", remedy="pass {latent: value}")
     if not values:
         raise UnweaveError("no latents were named", remedy="pass {latent: value}")
-    dtype, numbers = sae.W_dec.dtype, []
+    dtype, numbers = sae.W_dec.dtype, list[float]()
     for latent, value in values.items():
-        try:
-            number = math.nan if _is_truth(value) or isinstance(value, (str, bytes)) else float(value)
-            fine = math.isfinite(number) and abs(number) <= torch.finfo(dtype).max
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            number, fine = math.nan, False
-        if not fine:
+        number = finite(value)
+        if number is None or abs(number) > torch.finfo(dtype).max:
             raise UnweaveError(
                 f"the value for latent {latent!r} is {value!r}",
                 remedy=f"give a finite number for each latent, within the range of {dtype}",

@@ -22,7 +22,7 @@ from unweave.core.progress import task
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
 from unweave.lm.unembed import top_tokens
-from unweave.sae.edits import Edit, Where
+from unweave.sae.edits import Edit, Where, finite
 from unweave.sae.module import SAE
 
 Mode = Literal["clamp", "add"]
@@ -73,12 +73,12 @@ def sweep(
     """
     if not prompts:
         raise UnweaveError("there are no prompts", remedy="give at least one")
-    if not (math.isfinite(maximum) and maximum > 0):
+    if not (finite(maximum) or 0.0) > 0:
         raise UnweaveError(
             f"latent {latent} has no largest activation to measure strengths by ({maximum})",
             remedy="choose a latent that fires, or collect records on more text",
         )
-    if not all(math.isfinite(strength) for strength in strengths):
+    if any(finite(strength) is None for strength in strengths):
         raise UnweaveError(f"strengths must be numbers, not {list(strengths)}", remedy="for example 1 2 4")
     edits = [_edit(sae, latent, strength * maximum, mode, where) for strength in strengths]
     theme = lens_tokens(lm, sae, [latent])[0] if sae.d_out == lm.d_model else None
