@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from unweave.core.errors import UnweaveError
+from unweave.core.files import parse_json, read_text
 from unweave.core.run import friendly_io
 from unweave.core.site import Site
 
@@ -84,7 +85,7 @@ def name_of(site: Site, latent: int | None) -> str:
 def parse_name(name: str) -> tuple[Site, int | None]:
     """The site and latent (None: the error) of ``resid_post.24/3036``. UnweaveError for anything else."""
     site, slash, inner = str(name).rpartition("/")
-    if not slash or not (inner == ERROR or re.fullmatch(r"\d+", inner)):
+    if not slash or not (inner == ERROR or re.fullmatch("[0-9]{1,18}", inner)):
         raise UnweaveError(f"{name!r} names no latent", remedy="write SITE/NUMBER, e.g. resid_post.24/3036")
     return Site.parse(site), None if inner == ERROR else int(inner)
 
@@ -98,20 +99,21 @@ def load(path: str | Path, sites: Iterable[Site] = ()) -> dict[str, Annotation]:
     used = list(sites)
     found: dict[str, Annotation] = {}
     try:
-        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except UnweaveError as error:
         raise UnweaveError(
-            f"cannot read annotations: {error}", where=str(path), remedy="give a file of JSON lines"
-        ) from error
-    for number, line in enumerate(lines, 1):
+            f"cannot read annotations: {error.what}", where=error.where, remedy="give a file of JSON lines"
+        ) from None
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            annotation = _from_line(line, used)
-        except (UnweaveError, ValueError) as error:
-            what = error.what if isinstance(error, UnweaveError) else f"not JSON ({error})"
-            remedy = error.remedy if isinstance(error, UnweaveError) else "mend or delete that line"
-            raise UnweaveError(what, where=f"{path}, line {number}", remedy=remedy) from error
+            annotation = _from_value(parse_json(line, where, finite=False), used)
+        except UnweaveError as error:
+            what = error.what.replace("not valid JSON", "not JSON")
+            remedy = "mend or delete that line" if error.remedy == "fix the file" else error.remedy
+            raise UnweaveError(what, where=where, remedy=remedy) from error
         if annotation is not None:
             found[annotation.name] = annotation
     return found
@@ -148,8 +150,7 @@ def refuse_strangers(annotations: Mapping[str, Annotation], digests: Mapping[Sit
             )
 
 
-def _from_line(line: str, used: list[Site]) -> Annotation | None:
-    content = json.loads(line)
+def _from_value(content: Any, used: list[Site]) -> Annotation | None:
     if not isinstance(content, dict):
         raise UnweaveError("not a JSON object", remedy="mend or delete that line")
     if "Name" in content or "Component" in content:
@@ -162,7 +163,7 @@ def _from_line(line: str, used: list[Site]) -> Annotation | None:
             raise UnweaveError(f"there is no field {key!r}", remedy=f"{hint}fields: {', '.join(known)}")
     if not isinstance(content.get("name"), str):
         raise UnweaveError("there is no name", remedy='write "name": "resid_post.24/3036"')
-    text = {key: content.get(key) or "" for key in ("annotation", "notes")}
+    text = {key: "" if content.get(key) is None else content[key] for key in ("annotation", "notes")}
     given: dict[str, Any] = content | text | {"name": _our_name(content["name"], used)}
     return Annotation(**given)
 
@@ -183,7 +184,7 @@ def _from_paper(content: Mapping[str, Any], used: list[Site]) -> Annotation | No
 
 def _our_name(name: str, used: list[Site]) -> str:
     """A name of ours as it is, one of the paper's by the sites in use."""
-    match = re.fullmatch(r"(embed|(?:attn|mlp|resid)_(\d+))/(\d+)", name.strip())
+    match = re.fullmatch(r"(embed|(?:attn|mlp|resid)_(\d+))/([0-9]{1,18})", name.strip())
     if match is None:
         return name_of(*parse_name(name.strip()))
     kind, layer = match[1].partition("_")[0], None if match[2] is None else int(match[2])

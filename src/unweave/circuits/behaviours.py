@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
+from unweave.core.files import lines, parse_json
 from unweave.core.progress import task
 from unweave.core.run import atomic_write
 from unweave.core.site import Site
@@ -308,19 +309,20 @@ def _grouped(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
 
 def save(path: Path, found: Found) -> None:
     """Writes the counts and one JSON line per example."""
-    lines = [json.dumps({"counts": found.counts}), *(json.dumps(asdict(example)) for example in found.examples)]
+    written = [json.dumps({"counts": found.counts}), *(json.dumps(asdict(example)) for example in found.examples)]
     with atomic_write(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        temporary.write_text("".join(line + "\n" for line in written), encoding="utf-8")
 
 
 def load(path: Path) -> Found:
     """Reads what ``save`` wrote. UnweaveError when it is missing or damaged."""
     try:
-        first, *rest = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        first, *rest = (parse_json(line, f"{path}, line {number}") for number, line in lines(path))
         return Found(tuple(_example(values) for values in rest), first["counts"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UnweaveError, ValueError, KeyError, TypeError) as error:
+        reason = error.what if isinstance(error, UnweaveError) else error
         raise UnweaveError(
-            f"cannot read the contexts: {error}", where=str(path), remedy="delete the file and ask again"
+            f"cannot read the contexts: {reason}", where=str(path), remedy="delete the file and ask again"
         ) from error
 
 

@@ -227,8 +227,10 @@ def _decoded(content: bytes, where: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
+        marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        what = "not UTF-8 text but UTF-16, by its first bytes" if marked else "not UTF-8 text"
         raise UnweaveError(
-            f"not UTF-8 text: byte 0x{content[error.start]:02x} at {error.start:,}",
+            f"{what}: byte 0x{content[error.start]:02x} at {error.start:,}",
             where=where,
             remedy="save the file as UTF-8",
         ) from None

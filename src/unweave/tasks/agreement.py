@@ -29,6 +29,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.run import atomic_write
 from unweave.lm.chat import encode_text
 from unweave.lm.model import LM, Tokens
+from unweave.tasks.entries import entries, faults
 from unweave.tasks.suitable import suitable, tokenizer_of
 
 Structure = Literal["simple", "within_rc", "across_rc", "across_pp"]
@@ -159,6 +160,8 @@ def problem_of(tokenizer: Any, pair: Pair) -> str | None:
     """Why a pair cannot be used with a tokenizer, or None: answers must be single tokens, prefixes equally long, and
     neither prefix may be tokenised in another way once an answer follows it."""
     clean, patch = (encode_text(tokenizer, prefix)[0] for prefix in (pair.clean_prefix, pair.patch_prefix))
+    if not clean or not patch:
+        return "a prefix has no tokens"
     if len(clean) != len(patch):
         return "the prefixes have different numbers of tokens"
     for prefix, ids in ((pair.clean_prefix, clean), (pair.patch_prefix, patch)):
@@ -239,29 +242,18 @@ def save(path: str | Path, chosen: Iterable[Pair]) -> None:
 
 
 def load(path: str | Path) -> list[Pair]:
-    """Reads pairs from JSON lines; ``case`` may be missing, other keys are passed over. Errors name the bad line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnweaveError(f"cannot read the pairs: {error}", where=str(path), remedy="check the path") from None
-    found = []
+    """Reads pairs from JSON lines or one JSON array; ``case`` may be missing, other keys are passed over.
+
+    Raises UnweaveError that names the bad line or entry, and the field.
+    """
     names = [field.name for field in fields(Pair)]
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            values = {"case": "", **json.loads(line)}
-            bad = [name for name in names if not isinstance(values.get(name), str)]
-        except (ValueError, TypeError) as error:
-            raise UnweaveError(
-                f"not JSON: {error}", where=f"{path}, line {number}", remedy="one object a line"
-            ) from None
-        if bad:
-            remedy = f"each line needs {', '.join(names[:4])}"
-            raise UnweaveError(f"{', '.join(bad)} is missing or no text", where=f"{path}, line {number}", remedy=remedy)
-        found.append(Pair(**{name: values[name] for name in names}))
-    if not found:
-        raise UnweaveError("the file holds no pairs", where=str(path), remedy="one JSON object a line")
+    found = []
+    for where, value in entries(path, "pairs", names[:4]):
+        given = {"case": "", **value}
+        if bad := faults(given, names):
+            remedy = f"each pair needs {', '.join(names[:4])}"
+            raise UnweaveError(", ".join(bad), where=where, remedy=remedy)
+        found.append(Pair(**{name: given[name] for name in names}))
     return found
 
 

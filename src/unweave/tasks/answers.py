@@ -2,6 +2,7 @@
 
     {"context": "The capital of France is", "answer": " Paris"}              one object a line
     {"context": ["The", " capital"], "answer": " of"}                        the tokens' texts, joined
+    [{"context": ..., "answer": ...}, ...]                                   one array
     {"17": {"context": ..., "answer": ...}, "18": ...}                       the paper's form: one object
 
 The metric is what the model loses when the answer becomes less likely: -log p(answer), as in the paper, or
@@ -11,7 +12,7 @@ The metric is what the model loses when the answer becomes less likely: -log p(a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.run import atomic_write
 from unweave.lm.chat import encode_text
 from unweave.lm.model import LM, Tokens
+from unweave.tasks.entries import entries, faults
 from unweave.tasks.suitable import suitable, tokenizer_of
 
 AnswerMetric = Literal["neg-log-p", "neg-logit"]
@@ -124,46 +126,19 @@ def save(path: str | Path, chosen: Iterable[Input]) -> None:
 
 
 def load(path: str | Path) -> list[Input]:
-    """Reads inputs from JSON lines, or from one object of the paper's form. Other keys are passed over.
+    """Reads inputs from JSON lines, from one JSON array, or from one object of the paper's form. Other keys are passed
+    over.
 
-    Raises UnweaveError that names the bad line or entry.
+    Raises UnweaveError that names the bad line or entry, and the field.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnweaveError(f"cannot read the inputs: {error}", where=str(path), remedy="check the path") from None
-    whole = _papers_form(text)
-    if whole is not None:
-        found = [_input(value, f"{path}, entry {name}") for name, value in whole.items()]
-    else:
-        found = []
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                try:
-                    value = json.loads(line)
-                except ValueError as error:
-                    raise UnweaveError(f"not JSON: {error}", where=where, remedy="one object a line") from None
-                found.append(_input(value, where))
-    if not found:
-        raise UnweaveError("the file holds no inputs", where=str(path), remedy="one JSON object a line")
-    return found
+    return [_input(value, where) for where, value in entries(path, "inputs", ("context", "answer"))]
 
 
-def _papers_form(text: str) -> dict[str, Any] | None:
-    """The entries of {id: {"context", "answer"}}; None where the text is something else."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) and not {"context", "answer"} & set(value) else None
-
-
-def _input(value: Any, where: str) -> Input:
-    context, answer = (value.get(name) if isinstance(value, dict) else None for name in ("context", "answer"))
-    if isinstance(context, list) and all(isinstance(token, str) for token in context):
-        context = "".join(context)
-    if not isinstance(context, str) or not isinstance(answer, str):
+def _input(value: Mapping[str, Any], where: str) -> Input:
+    context = value.get("context")
+    if isinstance(context, list) and context and all(isinstance(token, str) for token in context):
+        value = {**value, "context": "".join(context)}
+    if bad := faults(value, ("context", "answer")):
         remedy = 'each needs "context" (text, or a list of tokens\' texts) and "answer" (text)'
-        raise UnweaveError("context or answer is missing or no text", where=where, remedy=remedy)
-    return Input(context, answer)
+        raise UnweaveError(", ".join(bad), where=where, remedy=remedy)
+    return Input(value["context"], value["answer"])
