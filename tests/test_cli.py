@@ -456,6 +456,30 @@ def test_help_and_import_load_no_heavy_library() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def waiting(**given: str) -> tuple[str | None, str | None]:
+    """What a command line leaves in OMP_WAIT_POLICY, and how often GNU's OpenMP, loaded after it, spins by its word."""
+    code = (
+        "import os, sys\n"
+        "from unweave.cli.app import main\n"
+        "assert main(['--version']) == 0 and 'torch' not in sys.modules\n"
+        "import torch\n"
+        "print('policy', os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    environment = own | {"OMP_DISPLAY_ENV": "verbose"} | given
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    policy = re.search(r"policy (\w+)", done.stdout)
+    spins = re.search(r"GOMP_SPINCOUNT = '(\w+)'", done.stderr)
+    return policy and policy[1], spins and spins[1]
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise() -> None:
+    assert waiting() in (("PASSIVE", "0"), ("PASSIVE", None))
+    assert waiting(OMP_WAIT_POLICY="active")[0] == "active"
+    assert waiting(GOMP_SPINCOUNT="777") in (("None", "777"), ("None", None))
+    assert waiting(KMP_BLOCKTIME="200")[0] == "None"
+
+
 def test_public_names_are_there_when_asked_for() -> None:
     done = python(
         "import unweave\n"

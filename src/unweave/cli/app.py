@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit status."""
     tokens = list(sys.argv[1:] if argv is None else argv)
     machine = "--json" in tokens
+    wait_passively()
     quieten()
     try:
         with nothing_on_stdout() if machine else contextlib.nullcontext():
@@ -164,6 +165,19 @@ def _report(machine: bool, what: str, where: str, remedy: str, status: int) -> N
         print(f"{what}: {remedy}", file=sys.stderr)
     else:
         print(f"error: {UnweaveError(what, where=where, remedy=remedy)}", file=sys.stderr)
+
+
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def wait_passively() -> None:
+    """Lets PyTorch's threads sleep while they wait for each other, unless the user has said how they wait.
+
+    Otherwise they spin, and on cores that are shared they take the time from those that they wait for. PyTorch's OpenMP
+    reads this once, when it is loaded: torch must not be imported before.
+    """
+    if not any(name in os.environ for name in _WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def quieten() -> None:

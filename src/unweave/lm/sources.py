@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
-from unweave.lm.admission import check_config, check_model
 from unweave.lm.catalogue import CATALOGUE, CatalogueEntry
 from unweave.lm.fetch import building, cache_dir, fetch_package
 
@@ -209,6 +208,8 @@ def _check_gguf(path: Path) -> str:
 
 def _load_model(folder: Path | str, dtype: torch.dtype, source: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from unweave.lm.admission import check_config, check_model
 
     with _refusals(str(folder), f"cannot load {source!r}", _remedy(folder)), _quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
