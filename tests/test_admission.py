@@ -22,6 +22,7 @@ _GPT2: dict[str, Any] = {
     "pad_token_id": 2,
 }  # fmt: skip
 _T5: dict[str, Any] = {"vocab_size": 97, "d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8}
+_VIT: dict[str, Any] = {key: value for key, value in _SIZE.items() if "_id" not in key and key != "vocab_size"}
 
 NOT_CAUSAL: dict[str, tuple[Callable[[], Any], str]] = {
     "a bare GPT-2": (lambda: hf.GPT2Model(hf.GPT2Config(**_GPT2)), "no language-model head"),
@@ -29,6 +30,11 @@ NOT_CAUSAL: dict[str, tuple[Callable[[], Any], str]] = {
     "a bare GPT-NeoX": (lambda: hf.GPTNeoXModel(hf.GPTNeoXConfig(**_SIZE)), "no language-model head"),
     "a classifier": (lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**_SIZE)), "no language-model head"),
     "a tagger": (lambda: hf.GPT2ForTokenClassification(hf.GPT2Config(**_GPT2)), "no language-model head"),
+    "a bare BERT": (
+        lambda: hf.BertModel(hf.BertConfig(**_SIZE)),
+        "known for the model family 'bert'|head",
+    ),
+    "no text model": (lambda: hf.ViTModel(hf.ViTConfig(**_VIT)), "known for the model family 'vit'|head"),
     "a T5": (lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)), "encoder with a decoder"),
 }
 

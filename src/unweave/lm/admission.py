@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
+from unweave.lm.layout import FAMILIES, family_of
 from unweave.lm.taps import what_blocks_return
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def check_model(model: nn.Module) -> None:
 def check_config(config: Any, name: str) -> None:
     """Raises UnweaveError where the weights beside a configuration are no causal language model's."""
     _check_decoder(config, name)
+    text = config.get_text_config()
+    family_of((text if text.model_type in FAMILIES else config).model_type)
     built = getattr(config, "architectures", None) or ()
     if built and all(one.endswith(_OTHER_HEADS) for one in built):
         raise UnweaveError(

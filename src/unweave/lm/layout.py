@@ -95,6 +95,16 @@ FAMILIES: dict[str, Family] = {
 """By ``config.model_type``."""
 
 
+def family_of(model_type: str) -> Family:
+    """The layout of a ``model_type``. Raises UnweaveError where none is known."""
+    if model_type not in FAMILIES:
+        raise UnweaveError(
+            f"no layout is known for the model family {model_type!r}",
+            remedy=f"known families: {', '.join(FAMILIES)}; add one to FAMILIES in lm/layout.py",
+        )
+    return FAMILIES[model_type]
+
+
 @dataclass(frozen=True)
 class Tap:
     """The input or the output of one module."""
@@ -108,12 +118,7 @@ class Layout:
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
-        family = FAMILIES.get(config.model_type)
-        if family is None:
-            raise UnweaveError(
-                f"no layout is known for the model family {config.model_type!r}",
-                remedy=f"known families: {', '.join(FAMILIES)}; add one to FAMILIES in lm/layout.py",
-            )
+        family = family_of(config.model_type)
         self.model, self.family = model, family
         self.blocks = list(model.get_submodule(family.blocks).children())
         self.parallel = bool(getattr(config, "use_parallel_residual", False))
