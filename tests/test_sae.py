@@ -446,9 +446,19 @@ def test_ties_at_zero_negative_entries_and_nan_have_the_same_rule() -> None:
         assert sae.subset([]).encode(z).shape == (200, 0)
 
 
+def test_gradients_reach_the_tied_latents_that_fire() -> None:
+    """Pre-activations as given, many of them equal: the gradient of what fires is one, of all else zero."""
+    z = torch.randint(1, 3, (40, 700), generator=torch.Generator().manual_seed(4)).float().requires_grad_()
+    f = TopK(9)(z)
+    f.sum().backward()
+    assert z.grad is not None and torch.equal(z.grad, (f > 0).float()) and int(f.count_nonzero()) == 9 * 40
+
+
 def test_an_sae_without_latents_or_with_too_many_winners_is_refused() -> None:
     with pytest.raises(UnweaveError, match="needs inputs and latents"):
         SAE(torch.ones(4, 0), torch.ones(0), torch.ones(0, 4), torch.ones(4), ReLU())
+    with pytest.raises(UnweaveError, match="not floats"):
+        SAE(torch.ones(4, 2).long(), torch.ones(2), torch.ones(2, 4), torch.ones(4), ReLU())
     with pytest.raises(UnweaveError, match="writes nothing"):
         SAE(torch.ones(4, 2), torch.ones(2), torch.ones(2, 0), torch.ones(0), ReLU())
     for k in (6, 10**30):

@@ -78,7 +78,7 @@ def _first_of_ties(z: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, 
     slot = torch.arange(len(places), device=z.device) + (above - counts.cumsum(0) + counts).index_select(0, row)
     fits = slot < k
     indices = indices.index_put((tied[row[fits]], slot[fits]), places[fits] % z.shape[1])
-    return (z.gather(1, indices) if values.requires_grad else values), indices
+    return z.gather(1, indices), indices  # equal to the values, but gradients must reach those that won
 
 
 def chunk_rows(n_latents: int, itemsize: int = 4) -> int:

@@ -112,6 +112,8 @@ class SAE(nn.Module):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise UnweaveError(f"{name} has shape {list(tensor.shape)}, not {list(shape)}", remedy="check the file")
         for name, tensor in self.state_dict().items():
+            if not tensor.is_floating_point():
+                raise UnweaveError(f"{name} holds {tensor.dtype}, not floats", remedy="check the file")
             if not bool(torch.isfinite(tensor).all()):
                 raise UnweaveError(f"{name} holds NaN or infinity", remedy="the SAE is damaged: load or train another")
 
