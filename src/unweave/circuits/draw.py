@@ -256,6 +256,11 @@ def _heading(name: str, told: str, width: float) -> str:
     return f"<g><title>{_esc(name)}</title>{title}</g><g><title>{_esc(told)}</title>{rows}</g>"
 
 
+def _column(token: str) -> str:
+    """A token's name above its column: "..." where it holds only the rest of a character that began before it."""
+    return visible(token.strip() or " ") if token else "\u2026"
+
+
 def _ground(layout: Layout, tokens: Sequence[str] | None) -> str:
     """Bands with the names of their sites, columns with their tokens."""
     parts = []
@@ -274,7 +279,7 @@ def _ground(layout: Layout, tokens: Sequence[str] | None) -> str:
         if column.position is None:
             continue
         known = tokens is not None and column.position < len(tokens)
-        label = f"{column.position}" if not known or tokens is None else visible(tokens[column.position].strip() or " ")
+        label = f"{column.position}" if not known or tokens is None else _column(tokens[column.position])
         middle = (column.left + column.right) / 2
         note = f"position {column.position}" + (f": {tokens[column.position]!r}" if known and tokens else "")
         text = _text(middle, layout.height - 8, _cut(label, column.right - column.left - 8, 13), 13, weight=600)
@@ -327,7 +332,7 @@ def _node(
     edge = _hex(POSITIVE if node.effect > 0 else NEGATIVE)
     words = words_of(node, annotations)
     at = f" at position {node.position}" if node.position is not None else ""
-    if node.position is not None and tokens is not None and node.position < len(tokens):
+    if node.position is not None and tokens is not None and node.position < len(tokens) and tokens[node.position]:
         at += f" ({tokens[node.position].strip()})"
     said = annotations.get(key_of(node))
     notes = f". {said.notes}" if said and said.notes else ""

@@ -87,7 +87,7 @@ def _record(node: Node, records: Mapping[Site, Records]) -> LatentRecord | None:
 def _at(node: Node, tokens: Sequence[str] | None) -> str:
     if node.position is None:
         return ""
-    known = tokens is not None and node.position < len(tokens)
+    known = tokens is not None and node.position < len(tokens) and tokens[node.position]
     return f"position {node.position}" + (f", {tokens[node.position].strip()!r}" if known and tokens else "")
 
 

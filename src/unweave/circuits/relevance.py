@@ -16,11 +16,13 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from unweave.circuits.annotations import Annotation, name_of
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.judge.base import Conversation, Judge, Reply
+from unweave.lm.shown import is_letter
 from unweave.sae.records import Context, LatentRecord
 
 Latent = tuple[Site, int]
@@ -144,14 +146,13 @@ def word_at(context: Context) -> str:
 
 def _written_at(context: Context) -> str:
     """As ``word_at``, as it was written."""
-    texts, at = context.texts, context.focus
-    first = at
-    while first > 0 and texts[first][:1].isalpha() and texts[first - 1][-1:].isalpha():
-        first -= 1
-    last = at
-    while last + 1 < len(texts) and texts[last][-1:].isalpha() and texts[last + 1][:1].isalpha():
-        last += 1
-    whole = "".join(texts[first : last + 1])
+    shown = context.shown()
+    at = next(place for place, one in enumerate(shown) if one.focus)
+    before, whole, behind = ("".join(one.text for one in some) for some in (shown[:at], [shown[at]], shown[at + 1 :]))
+    if whole and is_letter(whole[0]):
+        whole = "".join(takewhile(is_letter, reversed(before)))[::-1] + whole
+    if whole and is_letter(whole[-1]):
+        whole += "".join(takewhile(is_letter, behind))
     return _bare(whole) or whole.strip()
 
 
@@ -225,7 +226,7 @@ def _shown(record: LatentRecord) -> str:
 def _marked(context: Context, maximum: float) -> str:
     """A context's text in one line, with the tokens on which the latent is at least half as strong as ever marked."""
     parts = []
-    for text, value, counted in zip(context.texts, context.values, context.counted, strict=True):
+    for text, value, counted, _ in context.shown():
         plain = text.replace("\r", " ").replace("\n", " ")
         body = plain.strip()
         strong = counted and body and value >= 0.5 * maximum and value > 0

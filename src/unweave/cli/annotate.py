@@ -168,10 +168,10 @@ def _line(context: Context, largest: float) -> Text:
 
     styles = ("", "yellow", "black on yellow", "bold black on bright_yellow")
     line = Text(f"{context.value:7.3g}  ", style="dim")
-    for place, (token, value) in enumerate(zip(context.texts, context.values, strict=True)):
+    for token, value, _, focus in context.shown():
         share = value / largest if largest > 0 else 0.0
         step = 0 if value <= 0 else 1 + (share > 1 / 3) + (share > 2 / 3)
-        style = styles[step] + (" underline" if place == context.focus else "")
+        style = styles[step] + (" underline" if focus else "")
         blank = token.startswith(" ") and token.strip(" ") != ""
         line.append(" " if blank else "", style="none").append(visible(token[1:] if blank else token), style.strip())
     return line

@@ -17,7 +17,7 @@ from unweave.report.page import render
 from unweave.report.records import entry_of
 from unweave.sae.records import Records
 
-VERSION = 2
+VERSION = 3
 _STAGES = ("eval", "latents", "trace", "steer")
 
 

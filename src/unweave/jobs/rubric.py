@@ -29,7 +29,7 @@ from unweave.label.rubric import (
     summarise,
 )
 
-VERSION = 2
+VERSION = 3
 REPLIES = "judge-replies"
 """The folder under the runs' root with every judge's kept replies, shared by all runs."""
 

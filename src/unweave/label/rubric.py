@@ -214,7 +214,7 @@ def _texts(item: Item) -> str:
 def _shown(context: Context, largest: float) -> str:
     """Tokens, each with its value behind it unless that is 0; 10 is the latent's largest. Line breaks as in code."""
     parts = []
-    for text, value, counted in zip(context.texts, context.values, context.counted, strict=True):
+    for text, value, counted, _ in context.shown():
         number = _number(_TOP * value / largest) if counted else "?"
         plain = text.replace("\r", "\\r").replace("\n", "\\n")
         parts.append(plain if counted and value == 0 else f"{plain}{{{number}}}")

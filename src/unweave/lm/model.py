@@ -15,6 +15,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site, matching
 from unweave.core.spec import digest
 from unweave.lm import chat as chat_roles
+from unweave.lm import shown
 from unweave.lm import taps as _taps
 from unweave.lm import template as templates
 from unweave.lm.admission import check_model, check_tokens, confirm_layout, known_ids
@@ -237,9 +238,12 @@ class LM:
         return self._needs_tokenizer().decode(list(map(int, ids)), skip_special_tokens=True)
 
     def token_strings(self, ids: Iterable[int] | Tensor) -> list[str]:
-        """Each token's own text, special tokens included."""
-        tokenizer = self._needs_tokenizer()
-        return [tokenizer.decode([int(i)]) for i in ids]
+        """Each token's text on its own, space before it and special tokens included; ``pieces`` for those of a row."""
+        return shown.alone(self._needs_tokenizer(), [int(i) for i in ids])
+
+    def pieces(self, ids: Iterable[int] | Tensor) -> list[str]:
+        """The tokens of one row as pieces that joined are the decoded row; see ``lm/shown.py``."""
+        return [piece.text for piece in shown.pieces(self._needs_tokenizer(), [int(i) for i in ids])]
 
     def tokenizer_fingerprint(self) -> str | None:
         """Twelve digits over vocabulary, special tokens and chat template, with the date that it is told where this is
@@ -247,10 +251,7 @@ class LM:
         if self.tokenizer is None:
             return None
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        parts = [vocabulary, list(self.special_ids), str(self.tokenizer.chat_template or "")]
-        if templates.asks_for_date(self.tokenizer) and templates.chat_date() != templates.USUAL_DATE:
-            parts.append(str(templates.chat_date()))
-        return digest(parts)
+        return digest([vocabulary, list(self.special_ids), *templates.identity(self.tokenizer)])
 
     # -- running it -----------------------------------------------------------------------------------------------
 

@@ -35,6 +35,12 @@ def asks_for_date(tokenizer: Any) -> bool:
     return _ASKS in str(getattr(tokenizer, "chat_template", None) or "")
 
 
+def identity(tokenizer: Any) -> list[str]:
+    """The template's text, and the date that it is told where it asks for one and this is not the usual one."""
+    text = str(tokenizer.chat_template or "")
+    return [text, str(chat_date())] if asks_for_date(tokenizer) and chat_date() != USUAL_DATE else [text]
+
+
 def chat_date() -> date:
     """The day that chat templates are told. UnweaveError where the environment variable names none."""
     given = os.environ.get(_VARIABLE, "").strip()

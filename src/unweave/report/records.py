@@ -28,4 +28,6 @@ def entry_of(record: LatentRecord, note: str = "", kinds: Sequence[str] = KINDS)
 
 def _context(kind: str, context: Context) -> ContextEntry:
     label = "" if context.band is None else f"band {context.band + 1}, strongest first"
-    return ContextEntry(kind, context.texts, context.values, context.focus, label)
+    shown = context.shown()
+    peak = next(place for place, one in enumerate(shown) if one.focus)
+    return ContextEntry(kind, [one.text for one in shown], [one.value for one in shown], peak, label)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -24,7 +24,9 @@ from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
 from unweave.core.run import atomic_write
 from unweave.lm.chat import Role
+from unweave.lm.shown import first_texts, joined, own_texts, shown_alone
 from unweave.sae.contexts import KINDS, Array, Chosen, Contexts, RecordsSpec, find_contexts
+from unweave.sae.latent_record import Context, LatentRecord
 from unweave.sae.written import Written, logit_effects, writes_into_stream
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from unweave.lm.model import LM
     from unweave.sae.module import SAE
 
-_VERSION = 1
+_VERSION = 2
 _SPECIAL_SHARE = 0.25
 
 __all__ = ["Context", "LatentRecord", "Records", "RecordsSpec", "build", "collect", "logit_effects"]
@@ -48,74 +50,6 @@ class Source(Protocol):
         """Something with ``x`` {site: [n, D]} and ``where`` int64 [n], the store's token of each row."""
 
 
-@dataclass(frozen=True)
-class Context:
-    """A stretch of text and one latent's value at each of its tokens."""
-
-    ids: tuple[int, ...]
-    texts: tuple[str, ...]
-    """Each token's text; its id in angle brackets where no tokenizer was at hand."""
-    values: tuple[float, ...]
-    """The latent at each token; 0 where it does not fire."""
-    counted: tuple[bool, ...]
-    """False at tokens that the SAE did not see (special tokens, norm outliers): their value says nothing."""
-    focus: int
-    """The place of the token that the context was chosen for."""
-    token: int
-    """That token's index in the token store."""
-    document: int
-    role: Role
-    """That token's role."""
-    band: int | None
-    """For quantile contexts: 0 is the strongest band."""
-
-    @property
-    def value(self) -> float:
-        """The latent at the chosen token."""
-        return self.values[self.focus]
-
-    def __str__(self) -> str:
-        words = [f"[{t}]" if i == self.focus else t for i, t in enumerate(self.texts)]
-        return f"{self.value:8.3f}  {''.join(words)!r}"
-
-
-@dataclass(frozen=True, repr=False)
-class LatentRecord:
-    """One latent's record; printing it shows everything."""
-
-    latent: int
-    count: int
-    """On how many tokens it fires."""
-    rate: float
-    """On what share of the tokens it fires."""
-    maximum: float
-    """Its largest value; 0 when it never fires."""
-    mean_active: float
-    """Its mean over the tokens on which it fires; 0 when it never does."""
-    special_share: float | None
-    """Share of special and template tokens among the top contexts' chosen tokens (trap 4); None without any."""
-    promoted: tuple[tuple[str, float], ...]
-    """Tokens whose logit its direction raises most, and by how much, relative to each other (see ``LM.logit_lens``)."""
-    suppressed: tuple[tuple[str, float], ...]
-    """Tokens whose logit it lowers most."""
-    top: tuple[Context, ...]
-    quantile: tuple[Context, ...]
-    random: tuple[Context, ...]
-
-    def __repr__(self) -> str:
-        lines = [
-            f"latent {self.latent}: fires on {self.rate:.3%} of tokens ({self.count:,}), "
-            f"largest {self.maximum:.3f}, mean when active {self.mean_active:.3f}"
-        ]
-        for name, pairs in (("promotes", self.promoted), ("suppresses", self.suppressed)):
-            if pairs:
-                lines.append(f"  {name}: " + " ".join(repr(text) for text, _ in pairs))
-        for name, contexts in zip(KINDS, (self.top, self.quantile, self.random), strict=True):
-            if contexts:
-                lines += [f"  {name}:", *(f"  {context}" for context in contexts)]
-        return "\n".join(lines)
-
-
 @dataclass(frozen=True, repr=False)
 class Records:
     """Latents' records, as columns. count int64 [n], maximum and mean_active float32 [n], n all latents or some."""
@@ -129,10 +63,12 @@ class Records:
     written: Written | None
     """None where the SAE does not write into the residual stream."""
     token_texts: Mapping[int, str]
-    """The text of every token that occurs in the records; empty without a tokenizer."""
+    """The own text of every token that occurs in the records (``lm/shown.py``); empty without a tokenizer."""
     spec: RecordsSpec
     latents: Array | None = None
     """Which latents these are, ascending int64 [n]; None where they are all of the autoencoder's."""
+    first_texts: Mapping[int, str] = field(default_factory=dict)
+    """The text at a row's beginning of the tokens that have another one there."""
 
     def __len__(self) -> int:
         return len(self.count)
@@ -153,8 +89,8 @@ class Records:
         return float((self.contexts.role[top] == Role.SPECIAL).mean()) if top.any() else 0.0
 
     def text(self, token_id: int) -> str:
-        """A token's text."""
-        return self.token_texts.get(int(token_id), f"<{int(token_id)}>")
+        """A token's text on its own."""
+        return shown_alone(self.token_texts.get(int(token_id), ""), token_id)
 
     def latent(self, j: int) -> LatentRecord:
         """One latent's record. Raises UnweaveError when there is no such latent, or no record of it."""
@@ -198,9 +134,13 @@ class Records:
         columns = self.contexts
         window = slice(int(columns.offsets[c]), int(columns.offsets[c + 1]))
         ids = columns.ids[window].tolist()
+        texts = [self.token_texts.get(i, f"<{i}>") for i in ids]
+        texts[:1] = [self.first_texts.get(i, text) for i, text in zip(ids[:1], texts[:1], strict=True)]
+        pieces = joined(texts)
         return Context(
             ids=tuple(ids),
-            texts=tuple(self.text(i) for i in ids),
+            texts=tuple(piece.text for piece in pieces),
+            goes_on=tuple(piece.goes_on for piece in pieces),
             values=tuple(columns.values[window].tolist()),
             counted=tuple(columns.counted[window].tolist()),
             focus=int(columns.focus[c]),
@@ -238,7 +178,8 @@ class Records:
                 contexts[f.name] = pa.array(column)
         about = {"version": _VERSION, "n_tokens": self.n_tokens, "spec": self.spec.to_dict()}
         about["all_latents"] = self.latents is None
-        about["token_texts"] = {str(i): text for i, text in self.token_texts.items()}
+        for name in ("token_texts", "first_texts"):
+            about[name] = {str(i): text for i, text in getattr(self, name).items()}
         tables = {
             "contexts.parquet": pa.table(contexts),
             "latents.parquet": pa.table(latents).replace_schema_metadata({"unweave.records": json.dumps(about)}),
@@ -289,6 +230,7 @@ class Records:
             written=written,
             token_texts={int(i): text for i, text in about["token_texts"].items()},
             spec=RecordsSpec.from_dict(about["spec"]),
+            first_texts={int(i): text for i, text in about["first_texts"].items()},
             latents=None if about.get("all_latents", True) else latents.column("latent").to_numpy().astype(np.int64),
         )
 
@@ -358,15 +300,9 @@ def build(
     written = None
     if writes_into_stream(lm, sae.write, sae.d_out):
         written = logit_effects(lm, sae, spec.logits, None if some is None else torch.from_numpy(some.latents))
-    used = [np.unique(contexts.ids)]
-    if written is not None:
-        used += [np.unique(written.promoted), np.unique(written.suppressed)]
-    token_ids = np.unique(np.concatenate(used))
-    texts: dict[int, str] = {}
-    if lm.tokenizer is not None:
-        texts = dict(zip(token_ids.tolist(), lm.token_strings(token_ids.tolist()), strict=True))
+    texts, firsts = _token_texts(lm, contexts, written)
     which = None if some is None else some.latents
-    records = Records(codes.n_rows, count, maximum, mean, contexts, written, texts, spec, which)
+    records = Records(codes.n_rows, count, maximum, mean, contexts, written, texts, spec, which, firsts)
     base = float((np.asarray(store.roles)[places] == Role.SPECIAL).mean())
     if records.special_share > max(_SPECIAL_SHARE, 2 * base):
         warnings.warn(
@@ -376,6 +312,18 @@ def build(
             stacklevel=2,
         )
     return records
+
+
+def _token_texts(lm: LM, contexts: Contexts, written: Written | None) -> tuple[dict[int, str], dict[int, str]]:
+    """The own text of every token that occurs, and where it differs that at a row's beginning."""
+    if lm.tokenizer is None:
+        return {}, {}
+    used = [contexts.ids] if written is None else [contexts.ids, written.promoted, written.suppressed]
+    ids = np.unique(np.concatenate([np.unique(some) for some in used])).tolist()
+    texts = dict(zip(ids, own_texts(lm.tokenizer, ids), strict=True))
+    begin = np.unique(contexts.ids[contexts.offsets[:-1]]).tolist()
+    firsts = dict(zip(begin, first_texts(lm.tokenizer, begin), strict=True))
+    return texts, {i: text for i, text in firsts.items() if text != texts[i]}
 
 
 def _chosen(latents: Sequence[int], sae: SAE, codes: Codes) -> Chosen:

@@ -1,9 +1,9 @@
 """What latents are about, from the text they fire on: the words that their contexts share and others' contexts lack.
 
 The logit lens of a direction says little about latents of early layers, whose effect goes through many more blocks; the
-contexts do. A latent's theme are the whole words of at least three letters that occur in its top and quantile contexts
-from several documents, and in few of all latents' contexts; its clarity adds up, over these words, the number of
-documents times the log of how rare the word is.
+contexts do. A latent's theme are the words of at least three letters, each the only one in its token and whole there,
+that occur in its top and quantile contexts from several documents, and in few of all latents' contexts; its clarity
+adds up, over these words, the number of documents times the log of how rare the word is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from unweave.lm.model import LM
+from unweave.lm.shown import is_letter, own_texts
 from unweave.sae.contexts import KINDS
 from unweave.sae.records import Records
 
@@ -43,13 +44,11 @@ def themes(lm: LM, records: Records, *, min_count: int = 20, max_rate: float = 0
     ones are badly known, commoner ones are about form rather than content.
     """
     contexts = records.contexts
-    word_of, words = _words(lm, contexts.ids)
+    spelled = _spelled(lm, contexts.ids)
+    word_of, words = spelled.word_of, spelled.words
     window = np.repeat(np.arange(len(contexts)), np.diff(contexts.offsets))
     telling = contexts.kind != KINDS.index("random")  # random contexts show what a latent is not about
-    following = np.append(contexts.ids[1:], -1)
-    same_window = np.append(window[1:] == window[:-1], False)
-    goes_on = same_window & (word_of[following] == _CONTINUES)
-    at = (word_of[contexts.ids] >= 0) & telling[window] & ~goes_on
+    at = (word_of[contexts.ids] >= 0) & telling[window] & _whole(spelled, contexts.ids, window)
     if not at.any():
         return []
     word, latent = word_of[contexts.ids[at]], contexts.latent[window[at]].astype(np.int64)
@@ -75,28 +74,48 @@ def _theme(latent: int, pairs: Array, weights: Array, words: list[str], word_of:
     return Theme(latent, tuple(words[i] for i in chosen), tuple(ids.tolist()), float(weights[mine].sum()))
 
 
-_CONTINUES = -2
+@dataclass(frozen=True)
+class _Spelled:
+    """Of every token id [V]: the number of the one word that it holds (-1: none), and whether letters or digits begin
+    and end it. ``words`` by number, in lower case."""
+
+    word_of: Array
+    begins: Array
+    ends: Array
+    words: list[str]
 
 
-def _words(lm: LM, ids: Array) -> tuple[Array, list[str]]:
-    """For every token id [V + 1] the number of the word it begins with (-1: none, -2: it goes on with one); the words.
-
-    The last entry stands for "no token". Tokens that begin a word are marked by their tokenizer with a sign for the
-    space before them; without a tokenizer there are no words.
-    """
-    present = np.unique(ids)
-    word_of = np.full(max(lm.vocab_size, int(present.max(initial=0)) + 1) + 1, -1, dtype=np.int64)
+def _spelled(lm: LM, ids: Array) -> _Spelled:
+    """What the tokens of some text spell; without a tokenizer there are no words."""
+    present = np.unique(ids).tolist()
+    size = max(lm.vocab_size, max(present, default=-1) + 1)
+    word_of, begins, ends = np.full(size, -1, dtype=np.int64), np.zeros(size, bool), np.zeros(size, bool)
     number: dict[str, int] = {}
-    if lm.tokenizer is None:
-        return word_of, []
-    for i, raw in zip(present.tolist(), lm.tokenizer.convert_ids_to_tokens(present.tolist()), strict=True):
-        begins = raw[:1] in ("Ġ", "▁", " ")
-        text = raw[1:] if begins else raw
-        if begins and len(text) >= _SHORTEST and text.isascii() and text.isalpha():
-            word_of[i] = number.setdefault(text.lower(), len(number))
-        elif not begins and text[:1].isalpha():
-            word_of[i] = _CONTINUES
-    return word_of, list(number)
+    for i, text in zip(present, [] if lm.tokenizer is None else own_texts(lm.tokenizer, present), strict=False):
+        if not text:
+            continue
+        begins[i], ends[i] = _in_word(text[0]), _in_word(text[-1])
+        word = text
+        while word and not _in_word(word[0]):
+            word = word[1:]
+        while word and not _in_word(word[-1]):
+            word = word[:-1]
+        if len(word) >= _SHORTEST and all(map(is_letter, word)):
+            word_of[i] = number.setdefault(word.lower(), len(number))
+    return _Spelled(word_of, begins, ends, list(number))
+
+
+def _whole(spelled: _Spelled, ids: Array, window: Array) -> Array:
+    """True where no word goes on from the token before or into the token behind, bool [W]. At a window's beginning a
+    token that begins with a letter may be the end of a word that was cut."""
+    joins = spelled.ends[ids[:-1]] & spelled.begins[ids[1:]] & (window[1:] == window[:-1])
+    opens = np.append(True, window[1:] != window[:-1]) & spelled.begins[ids]
+    return ~(opens | np.append(False, joins) | np.append(joins, False))
+
+
+def _in_word(character: str) -> bool:
+    """A letter, a digit, or a loose byte, which is part of a letter that other tokens share."""
+    return is_letter(character) or character.isalnum() or "\udc80" <= character <= "\udcff"
 
 
 def _unique(*columns: Array) -> Array:

@@ -17,6 +17,7 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.lm.chat import Role, has_template, render
 from unweave.lm.model import LM, Tokens
+from unweave.lm.shown import pieces
 
 ROLE_WORDS = ("user", "assistant", "system", "model")
 """Words by which chat templates name who speaks; "model" is Gemma's name of the assistant."""
@@ -93,11 +94,11 @@ def _header_words(tokenizer: Any, special: set[int]) -> set[int]:
         except UnweaveError:
             continue  # a template that takes no system message
         written = [role == Role.SPECIAL and i not in special for i, role in zip(ids, roles, strict=True)]
+        texts = [piece.text.strip() for piece in pieces(tokenizer, ids)]
         for first in range(len(ids)):
             for end in range(first + 1, min(len(ids), first + _MOST_PIECES) + 1):
                 if not all(written[first:end]):
                     break
-                pieces = [tokenizer.decode([i]).strip() for i in ids[first:end]]
-                if all(pieces) and "".join(pieces) in ROLE_WORDS:
+                if all(texts[first:end]) and "".join(texts[first:end]) in ROLE_WORDS:
                     found |= set(ids[first:end])
     return found

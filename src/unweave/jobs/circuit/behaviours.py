@@ -34,7 +34,7 @@ from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
 from unweave.jobs.common import token_store
 from unweave.jobs.specs import DataSpec
 
-VERSION = 2
+VERSION = 3
 _PIECE = 128
 """contexts whose vectors are kept at a time"""
 _WINDOWS = 2

@@ -106,7 +106,7 @@ def _card(
         spread=float(clusters.spread[place]),
         answers=[(text, count) for text, (_, count) in zip(texts, answers, strict=True)],
         contexts=[
-            (lm.token_strings(example.ids), lm.token_strings([example.answer])[0], example.loss)
+            (lm.pieces(example.ids), lm.token_strings([example.answer])[0], example.loss)
             for example in examples[:_CONTEXTS]
         ],
         latents=latents,

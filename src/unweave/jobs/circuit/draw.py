@@ -26,10 +26,11 @@ from unweave.jobs.circuit.records import records_of
 from unweave.jobs.circuit.saes import digest_of, found_saes, open_saes
 from unweave.jobs.circuit.specs import CircuitDrawSpec, OfSAEsSpec
 from unweave.lm.chat import encode_text
+from unweave.lm.shown import pieces
 from unweave.sae.module import SAE
 from unweave.tasks import agreement
 
-VERSION = 1
+VERSION = 2
 FILE = "circuit.safetensors"
 _EDGES_A_NODE = 2.5
 
@@ -224,7 +225,7 @@ def _tokens(found: Found, of: OfSAEsSpec | None) -> list[str] | None:
     for pair in agreement.load(path):
         ids = encode_text(tokenizer, pair.clean_prefix)[0]
         if len(ids) == length:
-            return [tokenizer.decode([int(i)]) for i in ids]
+            return [piece.text for piece in pieces(tokenizer, ids)]
     return None
 
 

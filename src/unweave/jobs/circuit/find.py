@@ -18,7 +18,7 @@ from unweave.jobs.circuit.saes import digest_of, open_saes
 from unweave.jobs.circuit.specs import CircuitFindSpec
 from unweave.lm.model import LM
 
-VERSION = 2
+VERSION = 3
 CIRCUIT = "circuit.safetensors"
 _PER_SITE, _EDGES = 5, 20
 """nodes of each site, and edges, that the result lists"""
@@ -47,7 +47,7 @@ def run(spec: CircuitFindSpec, runs: Path, lm: LM | None = None) -> Run:
         circuit.about.update(opened.record, task=task_of(spec), accuracy=examples.about.get("accuracy"))
         if circuit.positions:  # an example's words, for drawings
             first = next(b for b in examples.batches if b[0].ids.shape[1] == circuit.about["lengths"]["longest"])
-            circuit.about["tokens"] = opened.lm.token_strings(first[0].ids[0])
+            circuit.about["tokens"] = opened.lm.pieces(first[0].ids[0])
         circuit.save(run.path / CIRCUIT)
         write_json(run.path / "circuit.json", contents(circuit, spec.node_threshold, spec.edge_threshold))
         result = _result(spec, circuit, examples, skipped)

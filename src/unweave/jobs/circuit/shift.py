@@ -45,7 +45,7 @@ from unweave.sae.neurons import neurons
 from unweave.tasks import biographies
 from unweave.tasks.biographies import Biography
 
-VERSION = 3
+VERSION = 4
 _PROFESSION, _GENDER = "profession", "gender"
 
 

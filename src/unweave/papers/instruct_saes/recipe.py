@@ -114,7 +114,7 @@ def _measured(plan: Plan, trained: Mapping[str, Run], runs: Path) -> Run:
                 "conversations": one.sequences,
                 "tokens": one.everything["all"].tokens,
                 "special_tokens": one.everything["special"].tokens,
-                "special_ids": [lm.tokenizer.decode([i]) for i in one.special_ids] if lm.tokenizer else [],
+                "special_ids": lm.token_strings(one.special_ids) if lm.tokenizer else [],
                 "seconds": round(time.monotonic() - started, 1),
             }
         )
