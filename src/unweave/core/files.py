@@ -11,6 +11,7 @@ Every failure is an UnweaveError that names the file, the rule and the remedy.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Iterator
@@ -55,18 +56,64 @@ def lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise _unreadable(path, error) from None
 
 
-def parse_json(text: str, where: str, *, finite: bool = True) -> Any:
-    """The value of a JSON text. ``finite=False`` lets NaN and infinity pass, for fields that nobody reads."""
-    hooks: dict[str, Any] = {"object_pairs_hook": _unique}
-    if finite:
-        hooks |= {"parse_constant": _not_finite, "parse_float": _finite}
+def files_under(folder: Path) -> list[Path]:
+    """Every file in a folder and in its subfolders, in order; links to folders are followed, each folder once.
+
+    Raises UnweaveError for a link that leads back to a folder around it, and for a folder that cannot be read.
+    """
+    found: list[Path] = []
+    seen: set[Path] = set()
+    open_folders = [folder]
+    while open_folders:
+        inner = open_folders.pop()
+        real = inner.resolve()
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            children = sorted(inner.iterdir(), reverse=True)
+        except OSError as error:
+            raise _unreadable(inner, error) from None
+        for child in children:
+            if child.is_dir():
+                open_folders.append(child)
+                if child.is_symlink() and child.resolve() in (real, *real.parents):
+                    raise UnweaveError(
+                        f"a link leads back to a folder around it, {child.resolve()}",
+                        where=str(child),
+                        remedy="remove the link, or give the folders one by one",
+                    )
+            elif child.is_file():
+                found.append(child)
+            elif child.is_symlink() and _is_loop(child):
+                raise UnweaveError("a link leads to itself", where=str(child), remedy="remove the link")
+    return sorted(found)
+
+
+def _is_loop(link: Path) -> bool:
     try:
-        value = json.loads(text, **hooks)
+        link.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
+def json_decoder(*, finite: bool = True) -> json.JSONDecoder:
+    """Decodes JSON whose keys each stand once. Its errors are ValueError and RecursionError."""
+    hooks: dict[str, Any] = {"parse_constant": _not_finite, "parse_float": _finite} if finite else {}
+    return json.JSONDecoder(object_pairs_hook=_unique, **hooks)
+
+
+def parse_json(text: str, where: str, *, finite: bool = True, halves: bool = False) -> Any:
+    """The value of a JSON text. ``finite=False`` lets NaN and infinity pass, for fields that nobody reads;
+    ``halves`` lets halves of surrogate pairs pass, for who replaces them."""
+    try:
+        value = json_decoder(finite=finite).decode(text)
     except RecursionError:
         raise _too_deep(where) from None
     except ValueError as error:
         raise UnweaveError(f"not valid JSON: {_reason(error)}", where=where, remedy="fix the file") from None
-    _check_plain(value, where)
+    check_plain(value, where, halves=halves)
     return value
 
 
@@ -112,7 +159,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise _too_deep(where) from None
     except (yaml.YAMLError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise UnweaveError(f"not valid YAML: {_reason(error)}", where=where, remedy="fix the file") from None
-    _check_plain(value, where)
+    check_plain(value, where)
     return value
 
 
@@ -127,7 +174,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise _too_deep(str(path)) from None
     except ValueError as error:
         raise UnweaveError(f"not valid TOML: {_reason(error)}", where=str(path), remedy="fix the file") from None
-    _check_plain(value, str(path))
+    check_plain(value, str(path))
     return value
 
 
@@ -140,7 +187,7 @@ def is_text(value: str) -> bool:
     return True
 
 
-def _check_plain(value: Any, where: str) -> None:
+def check_plain(value: Any, where: str, *, halves: bool = False) -> None:
     """Refuses what is nested too deeply, and strings that cannot be written; level by level, not by recursion."""
     level = [value]
     for _ in range(_DEEPEST + 1):
@@ -151,7 +198,7 @@ def _check_plain(value: Any, where: str) -> None:
                 inner += item.values()
             elif isinstance(item, (list, tuple)):
                 inner += item
-            elif isinstance(item, str) and not item.isascii() and not is_text(item):
+            elif not halves and isinstance(item, str) and not item.isascii() and not is_text(item):
                 raise UnweaveError(
                     f"half a surrogate pair in {item[:40]!r}", where=where, remedy="write the whole character"
                 )

@@ -2,7 +2,8 @@
 
 A source is a catalogue text ("chitchat"), a file, a folder, or a hub dataset ("hub:org/name" or "hub:org/name:config"):
 
-    folder      every .txt file in it is one document; .jsonl, .json and .parquet files in it are read row by row
+    folder      every .txt file in it is one document; .jsonl, .json and .parquet files in it are read row by row;
+                links to folders are followed, each folder is read once
     .txt        a file named by itself: blank lines separate documents
     .jsonl      one row a line;  .json: an array of rows, or one row a line;  .parquet: rows
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unweave.core.errors import UnweaveError
+from unweave.core.files import files_under
 from unweave.core.spec import Spec
 from unweave.data.rows import (
     CONVERSATION_FIELDS,
@@ -31,7 +33,7 @@ from unweave.data.rows import (
     line_documents,
     paragraphs,
     parquet_rows,
-    read_text,
+    whole_text,
 )
 from unweave.lm.sources import CATALOGUE, fetch_text
 
@@ -189,14 +191,14 @@ def _rows(source: Source) -> Iterator[tuple[str | None, Messages | None]]:
 
 def _path_rows(path: Path, source: Source) -> Iterator[tuple[str | None, Messages | None]]:
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", *_ROW_SUFFIXES) and p.is_file())
+        files = [file for file in files_under(path) if file.suffix in (".txt", *_ROW_SUFFIXES)]
         if not files:
             raise UnweaveError(
                 "this folder holds no text", where=str(path), remedy="put .txt, .jsonl, .json or .parquet files in it"
             )
         for file in files:
             if file.suffix == ".txt":
-                yield read_text(file), None
+                yield whole_text(file), None
             else:
                 yield from _path_rows(file, source)
     elif path.suffix == ".txt":

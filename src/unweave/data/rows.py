@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from unweave.core import files
 from unweave.core.errors import UnweaveError
 from unweave.core.memory import refuse_if_memory
 
@@ -28,6 +29,10 @@ CONVERSATION_FIELDS = ("conversations", "conversation")
 """Where rows hold a conversation, besides the field that the source names."""
 _LONGEST_PARAGRAPH = 1_000_000
 _READ_BYTES = 1 << 20
+_LONGEST_ROW = 1 << 28
+"""characters; without a bound a quote that nobody closes would draw all of a file into memory"""
+_LONGEST_WORD = 12
+"""letters of a word, number's sign or escape, at most, that the end of what was read can cut"""
 
 
 @contextmanager
@@ -41,38 +46,39 @@ def _readable(path: Path) -> Iterator[None]:
         raise UnweaveError(f"cannot read it: {error.strerror or error}", where=str(path), remedy="check it") from error
 
 
-def read_text(path: Path) -> str:
-    """A whole text file."""
+def whole_text(path: Path) -> str:
+    """A whole text file, however large; its lines end at line feeds."""
     with _readable(path):
-        return path.read_text(encoding="utf-8")
+        size = path.stat().st_size
+    return files.read_text(path, at_most=size).replace("\r\n", "\n")
 
 
 def line_documents(path: Path) -> Iterator[str]:
     """Every line is a document."""
-    with _readable(path), open(path, encoding="utf-8") as handle:
-        for line in handle:
-            yield line.rstrip("\n")
+    return (line for _, line in files.lines(path))
 
 
 def paragraphs(path: Path) -> Iterator[str]:
     """Stretches of a text file between blank lines; one of more than a million characters is cut at a line's end."""
     held: list[str] = []
     size = 0
-    with _readable(path), open(path, encoding="utf-8") as handle:
-        for line in handle:
-            if line.strip():
-                held.append(line)
-                size += len(line)
-            if held and (not line.strip() or size > _LONGEST_PARAGRAPH):
-                yield "".join(held).rstrip("\n")
-                held, size = [], 0
+    for _, line in files.lines(path):
+        if line.strip():
+            held.append(line)
+            size += len(line) + 1
+        if held and (not line.strip() or size > _LONGEST_PARAGRAPH):
+            yield "\n".join(held)
+            held, size = [], 0
     if held:
-        yield "".join(held).rstrip("\n")
+        yield "\n".join(held)
 
 
 def json_rows(path: Path) -> Iterator[tuple[Any, str]]:
-    """Rows of a JSON array or of JSON lines, told apart by the first character; each with where it stands."""
-    with _readable(path), open(path, encoding="utf-8-sig") as handle:
+    """Rows of a JSON array or of JSON lines, told apart by the first character; each with where it stands.
+
+    Fields that nobody reads may hold NaN, and texts halves of surrogate pairs.
+    """
+    with _readable(path), open(path, encoding="utf-8-sig", newline="") as handle:
         first = ""
         while not first and (line := handle.readline(_READ_BYTES)):
             first = line.strip()[:1]
@@ -80,49 +86,97 @@ def json_rows(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _line_rows(path: Path) -> Iterator[tuple[Any, str]]:
-    with _readable(path), open(path, encoding="utf-8-sig") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UnweaveError(f"not JSON: {error}", where=where, remedy="write one JSON object a line") from None
-            yield row, where
+    for number, line in files.lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = files.parse_json(line, where, finite=False, halves=True)
+        except UnweaveError as error:
+            what = error.what.replace("not valid JSON", "not JSON")
+            raise UnweaveError(what, where=where, remedy="write one JSON object a line") from None
+        yield row, where
 
 
 def _array_rows(path: Path) -> Iterator[tuple[Any, str]]:
     """The elements of one large array, parsed as they are read."""
-    decoder = json.JSONDecoder()
-    with _readable(path), open(path, encoding="utf-8-sig") as handle:
-        text, at, number, ended = "", 0, 0, False
-        while "[" not in text:  # blanks at most: the first character decided that this is an array
-            text = handle.read(_READ_BYTES)
-        at = text.index("[") + 1
+    with _readable(path), open(path, encoding="utf-8-sig", newline="") as handle:
+        ahead = _Ahead(handle)
+        ahead.sign()  # "[": the first character decided that this is an array
+        number, sign = 0, ","
+        if ahead.peek() == "]":
+            sign = ahead.sign()
+        while sign == ",":
+            number += 1
+            where = f"{path}, row {number}"
+            yield ahead.value(where), where
+            sign = ahead.sign()
+        if sign != "]":
+            what = "a comma or a bracket is missing" if sign else "the file ends before the array does"
+            raise _no_json(what, f"{path}, behind row {number}")
+        if ahead.peek():
+            raise _no_json("something follows the array", f"{path}, behind row {number}")
+
+
+class _Ahead:
+    """A file of JSON that is read piece by piece; ``text`` from ``at`` on was read and not used yet."""
+
+    def __init__(self, handle: TextIO) -> None:
+        self._handle, self._decoder = handle, files.json_decoder(finite=False)
+        self.text, self.at = "", 0
+
+    def peek(self) -> str:
+        """The next character that is no blank; nothing at the end of the file."""
         while True:
-            while at < len(text) and text[at] in " \t\r\n,":
-                at += 1
-            if text[at : at + 1] == "]":
-                return
-            row = None
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._more():
+                return ""
+
+    def sign(self) -> str:
+        """The same character, which is used by that."""
+        found = self.peek()
+        self.at += len(found)
+        return found
+
+    def value(self, where: str) -> Any:
+        """The value that comes next."""
+        self.peek()
+        while True:
             try:
-                row, end = decoder.raw_decode(text, at)
-                # A number at the end of what was read may go on; anything else ends with its own bracket or quote.
-                complete = end < len(text) or ended
+                value, end = self._decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if self._may_go_on(error) and self._more():
+                    continue
+                raise _no_json(error.msg, where) from None
+            except RecursionError:
+                raise _no_json("nested too deeply", where) from None
             except ValueError as error:
-                complete = False
-                if ended:
-                    where = f"{path}, row {number + 1}"
-                    raise UnweaveError(f"not JSON: {error}", where=where, remedy="mend or cut the file") from None
-            if complete:
-                number, at = number + 1, end
-                yield row, f"{path}, row {number}"
-                continue
-            more = handle.read(
-                max(_READ_BYTES, len(text) - at)
-            )  # doubling keeps long rows from being read over and over
-            text, at, ended = text[at:] + more, 0, not more
+                raise _no_json(str(error)[:200], where) from None
+            # A number at the end of what was read may go on; anything else ends with its own bracket or quote.
+            size = end - self.at
+            if end < len(self.text) or not self._more():
+                self.at += size
+                files.check_plain(value, where, halves=True)
+                return value
+
+    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
+        """Whether an error is only that of a value not read to its end. What is broken in the middle stays broken."""
+        if len(self.text) - self.at > _LONGEST_ROW:
+            return False
+        return error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _LONGEST_WORD
+
+    def _more(self) -> bool:
+        # Doubling keeps long rows from being read over and over.
+        piece = self._handle.read(max(_READ_BYTES, len(self.text) - self.at))
+        self.text, self.at = self.text[self.at :] + piece, 0
+        return bool(piece)
+
+
+def _no_json(what: str, where: str) -> UnweaveError:
+    return UnweaveError(f"not JSON: {what}", where=where, remedy="mend or cut the file")
 
 
 def parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, str]]:
@@ -146,9 +200,9 @@ def parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, str]]
                 for row in batch.to_pylist():
                     number += 1
                     yield row, f"{path}, row {number}"
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError, TypeError, LookupError) as error:
         refuse_if_memory(error, path)
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
         raise UnweaveError(f"cannot read it as Parquet: {reason}", where=str(path), remedy="get it again") from error
 
 
@@ -207,22 +261,30 @@ def conversation_or_text(
             if row.get(field) is not None:
                 return None, _messages(row[field], field, where)
         if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
-            asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+            given = row.get("input")
+            if given is not None and not isinstance(given, str):
+                raise UnweaveError("'input' is no text", where=where, remedy="mend or drop the row")
+            asked = "\n\n".join(part for part in (row["instruction"], given) if part)
             pair = {"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}
-            return None, tuple({**message, "content": _whole(message["content"])} for message in pair)
+            return None, tuple({**message, "content": without_halves(message["content"])} for message in pair)
     text = row.get(text_field)
     if not isinstance(text, str):
+        kind = "null" if text is None else f"a {type(text).__name__}"
+        there = f": it is {kind}" if text_field in row else ""
+        others = ", ".join(str(name) for name in row if name != text_field)[:300]
         raise UnweaveError(
-            f"the row has no text in {text_field!r}" + (f" and no {messages_field!r}" if messages_field else ""),
+            f"the row has no text in {text_field!r}{there}" + (f" and no {messages_field!r}" if messages_field else ""),
             where=where,
-            remedy=f"name one of its fields as text_field or messages_field: {', '.join(map(str, row))}",
+            remedy=("mend or drop the row" if there else "mend the row")
+            + (f", or name another of its fields as text_field or messages_field: {others}" if others else ""),
         )
-    return _whole(text), None
+    return without_halves(text), None
 
 
 def _messages(value: Any, field: str, where: str) -> Messages:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise UnweaveError(f"{field!r} is not a list of messages", where=where, remedy="mend or drop the row")
+        empty = " but an empty one" if isinstance(value, Sequence) and not isinstance(value, str) else ""
+        raise UnweaveError(f"{field!r} is not a list of messages{empty}", where=where, remedy="mend or drop the row")
     found = []
     for index, message in enumerate(value):
         if not isinstance(message, Mapping):
@@ -231,16 +293,18 @@ def _messages(value: Any, field: str, where: str) -> Messages:
         content = message.get("content", message.get("value"))
         if isinstance(content, Sequence) and not isinstance(content, str):
             content = _joined_parts(content)
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             known = ", ".join(_ROLES)
-            raise UnweaveError(f"message {index} has the role {role!r}", where=where, remedy=f"known roles: {known}")
+            raise UnweaveError(
+                f"message {index} has the role {str(role)[:80]!r}", where=where, remedy=f"known roles: {known}"
+            )
         if not isinstance(content, str):
             raise UnweaveError(f"message {index} ({role}) has no text", where=where, remedy="mend or drop the row")
-        found.append({"role": _ROLES[role], "content": _whole(content)})
+        found.append({"role": _ROLES[role], "content": without_halves(content)})
     return tuple(found)
 
 
-def _whole(text: str) -> str:
+def without_halves(text: str) -> str:
     """The text with halves of surrogate pairs, which JSON can hold and no tokenizer takes, replaced."""
     if text.isascii():
         return text

@@ -11,6 +11,7 @@ from typing import Any
 
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
+from unweave.core.files import files_under
 from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.core.spec import Spec, digest
@@ -26,7 +27,7 @@ from unweave.sae.module import SAE
 USUAL_TOKENS = 200_000
 """how many tokens latents' records are taken from"""
 _CACHE_VERSION = 2
-_TOKENS_VERSION = 2
+_TOKENS_VERSION = 3
 """of the chunks of activations on disk"""
 
 
@@ -51,7 +52,7 @@ def stamp(source: str | Path) -> str:
     path = Path(source).expanduser()
     if not path.exists():
         return ""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [path] if path.is_file() else files_under(path) if path.is_dir() else []
     return digest([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
-from unweave.data.rows import hub_rows, json_rows, parquet_rows
+from unweave.data.rows import hub_rows, json_rows, parquet_rows, without_halves
 
 Split = Literal["train", "test"]
 Group = tuple[int, int]
@@ -183,16 +183,23 @@ def _biography(row: Any, where: str) -> Biography | None:
     """A row's biography; None for other professions."""
     try:
         text, profession, gender = (row[name] for name in _FIELDS)
-        profession, gender = int(profession), int(gender)
+        profession, gender = _number(profession), _number(gender)
         good = isinstance(text, str) and gender in (0, 1)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         good, text, profession, gender = False, "", -1, -1
     if not good:
         remedy = "each row needs hard_text (text), profession (21 professor, 13 nurse) and gender (0 male, 1 female)"
         raise UnweaveError("this row is no biography", where=where, remedy=remedy)
     if profession not in _CODES or not text.strip():
         return None
-    return Biography(text.strip(), _CODES[profession], gender)
+    return Biography(without_halves(text).strip(), _CODES[profession], gender)
+
+
+def _number(value: Any) -> int:
+    """A whole number, which may be written as text or as a float. ValueError, TypeError or OverflowError for others."""
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError("no whole number")
+    return int(value)
 
 
 # -- our own ------------------------------------------------------------------------------------------------------
