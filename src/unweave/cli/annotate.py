@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from unweave.core.shown import plain
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -92,11 +94,13 @@ def annotate(
     console = Console(highlight=False)
     if found:
         console.print(f"{len(found):,} latents to look at, {known:,} have answers already. {COMMANDS}", markup=False)
-    tally = walk(found, out, ask, lambda *shown: _show(console, *shown), lambda text: print(f"  {text}"), known=known)
+    tally = walk(
+        found, out, ask, lambda *shown: _show(console, *shown), lambda text: print(plain(f"  {text}")), known=known
+    )
     if json:
         return {"out": str(out), **asdict(tally)}
     print(f"\n{tally.annotated:,} latents annotated, {tally.known:,} had answers already, {tally.left:,} are left")
-    print(f"answers: {out}")
+    print(plain(f"answers: {out}"))
     return None
 
 
@@ -114,7 +118,7 @@ def _asker() -> Callable[[str], str]:
 
     if sys.stdin is not None and sys.stdin.isatty():
         return input
-    lines = [] if sys.stdin is None else sys.stdin.read().splitlines()
+    lines = [] if sys.stdin is None else _piped()
     if not lines:
         raise UnweaveError(
             "there is no terminal to ask in, and no answers are piped in",
@@ -127,10 +131,22 @@ def _asker() -> Callable[[str], str]:
         line = next(rest, None)
         if line is None:
             raise EOFError
-        print(f"{prompt}{line}")
+        print(plain(f"{prompt}{line}"))
         return line
 
     return ask
+
+
+def _piped() -> list[str]:
+    """The lines of standard input, which end at line feeds alone."""
+    from unweave.core.errors import UnweaveError
+
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UnweaveError(f"the answers are no text: {error}", where="standard input", remedy="give UTF-8") from None
+    lines = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n")]
+    return lines if lines[-1] else lines[:-1]
 
 
 def _show(console: Any, question: Question, number: int, n: int, before: Annotation | None) -> None:
@@ -157,7 +173,7 @@ def _show(console: Any, question: Question, number: int, n: int, before: Annotat
         for context in contexts:
             console.print(_line(context, record.maximum))
     if before is not None and before.annotation:
-        console.print(Text(f"so far: {before.annotation}", style="italic"))
+        console.print(Text(plain(f"so far: {before.annotation}"), style="italic"))
 
 
 def _line(context: Context, largest: float) -> Text:
@@ -173,5 +189,7 @@ def _line(context: Context, largest: float) -> Text:
         step = 0 if value <= 0 else 1 + (share > 1 / 3) + (share > 2 / 3)
         style = styles[step] + (" underline" if focus else "")
         blank = token.startswith(" ") and token.strip(" ") != ""
-        line.append(" " if blank else "", style="none").append(visible(token[1:] if blank else token), style.strip())
+        line.append(" " if blank else "", style="none").append(
+            plain(visible(token[1:] if blank else token)), style.strip()
+        )
     return line

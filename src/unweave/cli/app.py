@@ -32,6 +32,7 @@ from unweave.cli.output import nothing_on_stdout, print_json
 from unweave.cli.stages import GROUPS, STAGES
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.memory import out_of_memory
+from unweave.core.shown import plain, plain_json
 
 OUR_FAULT, USERS_MISTAKE, INTERRUPTED = 1, 2, 130
 
@@ -143,7 +144,7 @@ def _our_fault(error: Exception, tokens: Sequence[str], machine: bool) -> int:
     remedy = "please report it with that file, or set UNWEAVE_DEBUG=1 to see it here"
     try:
         handle, path = tempfile.mkstemp(prefix="unweave-error-", suffix=".txt")
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as out:
             out.write(
                 f"unweave {unweave.__version__}, Python {sys.version.split()[0]}\n{shlex.join(tokens)}\n\n{trace}"
             )
@@ -160,11 +161,11 @@ def _report(machine: bool, what: str, where: str, remedy: str, status: int) -> N
         import json
 
         content = {"error": {"what": what, "where": where, "remedy": remedy, "status": status}}
-        print(json.dumps(content, ensure_ascii=False), file=sys.stderr)
+        print(plain_json(json.dumps(content, ensure_ascii=False)), file=sys.stderr)
     elif status == INTERRUPTED:
-        print(f"{what}: {remedy}", file=sys.stderr)
+        print(plain(f"{what}: {remedy}"), file=sys.stderr)
     else:
-        print(f"error: {UnweaveError(what, where=where, remedy=remedy)}", file=sys.stderr)
+        print(plain(f"error: {UnweaveError(what, where=where, remedy=remedy)}"), file=sys.stderr)
 
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -193,6 +194,6 @@ _python_shows = warnings.showwarning
 
 def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
     if issubclass(category, UnweaveWarning):
-        print(f"warning: {message}", file=sys.stderr)
+        print(plain(f"warning: {message}"), file=sys.stderr)
     else:
         _python_shows(message, category, filename, lineno, *rest)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from unweave.core.errors import UnweaveError
+from unweave.core.shown import plain
 
 HELP = (
     "Write a trained SAE as another tool's files.\n\n"
@@ -67,10 +68,10 @@ def convert(
     }
     if json:
         return facts
-    print(f"{loaded}; read again, its reconstructions differ by {difference:.1e}")
+    print(plain(f"{loaded}; read again, its reconstructions differ by {difference:.1e}"))
     if loaded.read is None:
         print("its file names no site that is known: say where it belongs with --site")
-    print(f"SAE folder ({to}): {folder}")
+    print(plain(f"SAE folder ({to}): {folder}"))
     return None
 
 

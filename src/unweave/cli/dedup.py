@@ -37,6 +37,7 @@ def dedup(
     """Writes the documents of the sources that are kept; says how many were read, kept and dropped."""
     from unweave.cli.progress import show_progress
     from unweave.core.errors import UnweaveError
+    from unweave.core.shown import plain
     from unweave.data.corpus import Source
     from unweave.data.dedup import write_deduplicated
 
@@ -51,5 +52,5 @@ def dedup(
         f"{counts['documents']:,} documents read, {counts['kept']:,} kept, {counts['dropped']:,} dropped; "
         f"{counts['grams']:,} different {n}-grams"
     )
-    print(f"kept documents: {out}")
+    print(plain(f"kept documents: {out}"))
     return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unweave.cli.stages import Outcome
+from unweave.core.shown import plain, plain_json
 
 LONG_LIST = 6
 """Lists of more values than this are counted in the table, not shown; they are in result.json."""
@@ -30,10 +31,10 @@ def show_outcome(stage: str, outcome: Outcome) -> None:
     if rows := list(table_rows(result)):
         console.print(_table(stage, rows))
     # Paths are printed plainly, so that they are never wrapped and can be copied.
-    print(f"run directory ({'reused' if was_reused(outcome) else 'made'}): {outcome.path}")
+    print(plain(f"run directory ({'reused' if was_reused(outcome) else 'made'}): {outcome.path}"))
     report = result.get("report")
     if isinstance(report, str):
-        print(f"report: {Path(outcome.path, report)}")
+        print(plain(f"report: {Path(outcome.path, report)}"))
 
 
 def was_reused(outcome: Outcome) -> bool:
@@ -72,7 +73,7 @@ def in_words(value: Any) -> str:
 
 def print_json(value: Any) -> None:
     """One line of JSON on standard output."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+    sys.stdout.write(plain_json(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)) + "\n")
     sys.stdout.flush()
 
 
@@ -116,5 +117,5 @@ def _table(stage: str, rows: Sequence[tuple[str, str, str]]) -> Any:
     if meanings:
         table.add_column("meaning", style="dim")
     for name, value, meaning in rows:
-        table.add_row(*(Text(cell) for cell in (name, value, *([meaning] if meanings else []))))
+        table.add_row(*(Text(plain(cell)) for cell in (name, value, *([meaning] if meanings else []))))
     return table

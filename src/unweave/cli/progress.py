@@ -14,6 +14,7 @@ from rich.progress import Task as RichTask
 from rich.text import Text
 
 from unweave.core import progress
+from unweave.core.shown import plain
 
 PLAIN_INTERVAL = 15.0
 """Seconds between the lines of a long task where standard error is no terminal."""
@@ -42,13 +43,15 @@ def show_progress(silent: bool) -> Iterator[None]:
 class _BarTask:
     def __init__(self, bars: Progress, name: str, total: float, unit: str, done: float) -> None:
         self._bars = bars
-        self._id = bars.add_task(name, total=total or None, completed=int(done), unit=unit, note="", start_at=done)
+        self._id = bars.add_task(
+            plain(name), total=total or None, completed=int(done), unit=unit, note="", start_at=done
+        )
 
     def advance(self, amount: float = 1) -> None:
         self._bars.advance(self._id, amount)
 
     def note(self, text: str) -> None:
-        self._bars.update(self._id, note=text)
+        self._bars.update(self._id, note=plain(text))
 
     def close(self) -> None:
         self._bars.stop_task(self._id)
@@ -154,4 +157,4 @@ class PlainTask:
 
     def _say(self, text: str) -> None:
         note = f"  ({self._note})" if self._note else ""
-        print(f"{self.name}: {text}{note}", file=sys.stderr, flush=True)
+        print(plain(f"{self.name}: {text}{note}"), file=sys.stderr, flush=True)

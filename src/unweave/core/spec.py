@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from unweave.core.errors import UnweaveError
-from unweave.core.files import read_json, read_toml, read_yaml
+from unweave.core.files import is_text, read_json, read_toml, read_yaml
 
 
 def operational(default: Any) -> Any:
@@ -171,6 +171,13 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     return _coerce_scalar(value, hint, where)
 
 
+def _writable(text: str, where: str) -> str:
+    """Text that can be written to files: what a shell passes on of bytes that are no UTF-8 cannot."""
+    if not is_text(text):
+        raise _wrong(text, "text in UTF-8", where)
+    return text
+
+
 def _coerce_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
     if value is None and type(None) in options:
         return None
@@ -214,9 +221,9 @@ def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
     if hint is str:
         if not isinstance(value, (str, int, float)) or isinstance(value, bool):
             raise _wrong(value, "text", where)
-        return str(value)
+        return _writable(str(value), where)
     if hint is Path:
         if not isinstance(value, (str, Path)):
             raise _wrong(value, "a path", where)
-        return Path(value)
+        return Path(_writable(str(value), where))
     raise TypeError(f"{where}: specs do not support the type {hint!r}")

@@ -179,11 +179,11 @@ def _rows(source: Source) -> Iterator[tuple[str | None, Messages | None]]:
         yield from _fields(hub_rows(source.path.removeprefix("hub:"), source.split), source)
     else:
         path = Path(source.path).expanduser()
-        if not path.exists():
+        if not source.path.strip() or not path.exists():
             texts = ", ".join(name for name, e in CATALOGUE.items() if e.kind == "text")
             raise UnweaveError(
                 f"no text {source.path!r}",
-                where=str(path.resolve()),
+                where=str(path.absolute()),
                 remedy=f"give a file, a folder, hub:org/name, or one of {texts}",
             )
         yield from _path_rows(path, source)

@@ -261,7 +261,10 @@ class SteerSpec(UseSpec):
     """How many tokens the latents' records are taken from; as in `unweave latents`, whose run is shared."""
 
     def __post_init__(self) -> None:
-        lists = {"prompts": len(self.prompts) > 0, "strengths": len(self.strengths) > 0}
+        lists = {
+            "prompts": len(self.prompts) > 0 and all(prompt.strip() for prompt in self.prompts),
+            "strengths": len(self.strengths) > 0,
+        }
         require(self, lists | {"max_new_tokens": self.max_new_tokens > 0})
 
 

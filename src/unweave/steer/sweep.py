@@ -73,6 +73,9 @@ def sweep(
     """
     if not prompts:
         raise UnweaveError("there are no prompts", remedy="give at least one")
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UnweaveError(f"prompt {index} holds no words", where=repr(prompt), remedy="write it or leave it out")
     if not (finite(maximum) or 0.0) > 0:
         raise UnweaveError(
             f"latent {latent} has no largest activation to measure strengths by ({maximum})",
