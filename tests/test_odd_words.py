@@ -18,6 +18,7 @@ from unweave.core.errors import UnweaveError
 from unweave.data.corpus import Source, read
 from unweave.jobs.specs import SteerSpec, TrainSpec
 from unweave.steer import sweep
+from unweave.tasks import agreement, answers
 
 BAD = "a\udcff"
 FOREIGN = "\x1b]0;title\x07\x1b[31mred\x9b2J\u202egnp.exe\r\ud800"
@@ -139,3 +140,18 @@ def test_answers_that_are_piped_in_end_at_line_feeds(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
     with pytest.raises(UnweaveError, match="the answers are no text"):
         annotate._asker()
+
+
+def test_half_a_character_has_no_tokens(tiny_lm: Any) -> None:
+    lm = tiny_lm()
+    for asked in (
+        lambda: lm.tokenize("a\ud800b"),
+        lambda: lm.tokenize(["fine", "a\udcffb"]),
+        lambda: lm.chat([[{"role": "user", "content": "a\ud800b"}]]),
+        lambda: lm.generate("\udfff", max_new_tokens=2),
+        lambda: agreement.usable(lm, [agreement.Pair("a\ud800", "b", "c", "d", "")]),
+        lambda: answers.usable(lm, [answers.Input("a", "\ud800")]),
+    ):
+        with pytest.raises(UnweaveError, match="half a surrogate pair"):
+            asked()
+    assert lm.tokenize("a\U0001f600b").n_tokens

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from unweave.core.errors import UnweaveError
+from unweave.core.files import is_text
 from unweave.lm.places import find_places
 from unweave.lm.template import Message, apply, chat_date, has_template
 
@@ -90,6 +91,7 @@ def render_each(
         return []
     _require_offsets(tokenizer)
     located = [_located(tokenizer, messages, add_generation_prompt) for messages in conversations]
+    located = [one if isinstance(one, UnweaveError) else _no_text(one[0]) or one for one in located]
     texts = [one[0] for one in located if not isinstance(one, UnweaveError)]
     if not texts:
         return [one for one in located if isinstance(one, UnweaveError)]
@@ -118,6 +120,9 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], 
     """``encode_text`` of several texts, tokenised together."""
     if not texts:
         return []
+    for text in texts:
+        if (refused := _no_text(text)) is not None:
+            raise refused
     special = special_ids(tokenizer)
     bos = tokenizer.bos_token_id
     found = []
@@ -129,6 +134,16 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], 
             ids = ids[1:]
         found.append((ids, [Role.SPECIAL.value if i in special else Role.TEXT.value for i in ids]))
     return found
+
+
+def _no_text(text: str) -> UnweaveError | None:
+    """Why a text has no tokens: tokenizers take whole characters, and what a shell passes on of odd bytes is none."""
+    if is_text(text):
+        return None
+    half = next(character for character in text if not is_text(character))
+    return UnweaveError(
+        f"half a surrogate pair, {half!r}, is no character", where=repr(text[:80]), remedy="write the whole character"
+    )
 
 
 def _without_end(ids: list[int], added: list[int], bos: int | None) -> list[int]:

@@ -54,7 +54,7 @@ def file_digests(*paths: Path | None) -> dict[str, str]:
         if path is not None:
             try:
                 found["examples"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a null byte in the name
                 raise UnweaveError(f"cannot read it: {error}", where=str(path), remedy="check the path") from None
     return found
 
