@@ -1,4 +1,4 @@
-"""Which latents decide a verb's number? Estimate, check exactly, then turn the strongest one up.
+"""Which latents decide a verb's number? Estimate, measure, then turn the strongest one up.
 
     python examples/trace_and_steer.py runs/train-0123456789ab/sae
     python examples/trace_and_steer.py runs/train-0123456789ab/sae --pairs mine.jsonl
@@ -56,14 +56,17 @@ def main(args: Sequence[str] | None = None) -> int:
     print(f"{len(pairs)} pairs; the model is right on {right.clean:.0%} (clean) and {right.patch:.0%} (patch)\n")
 
     found = compare(lm, sae, batches, top=options.top, n_random=options.top)
-    print("latent   exact    integrated gradients   attribution patching")
+    print(f"the {options.top} strongest latents make {found.top_share:.0%} of the change when they move together\n")
+    print("latent   exact, from both ends   integrated gradients   attribution patching")
     for row in found.latents:
-        print(f"{row.latent:6d}  {row.exact:+.4f}  {row.ig:+.4f}  {row.attribution:+.4f}  {row.chosen}")
-    print(f"Pearson with exact: {found.top['ig']['pearson']:.3f} (IG), {found.top['attribution']['pearson']:.3f} (AP)")
+        values = (row.exact, row.exact_patch, row.ig, row.attribution)
+        print(f"{row.latent:6d}  {'  '.join(f'{value:+.4f}' for value in values)}  {row.chosen}")
+    order = {name: both["spearman"] for name, both in found.top.items()}
+    print(f"Spearman with the mean of both ends: {order['ig']:.3f} (IG), {order['attribution']:.3f} (AP)")
     if found.diagnosis is not None:
         print(found.diagnosis.text)
 
-    strongest = max(found.latents, key=lambda row: abs(row.exact)).latent
+    strongest = max(found.latents, key=lambda row: abs(row.measured)).latent
     largest = largest_activation(lm, sae, strongest, batches)
     print(f"\nlatent {strongest}, largest activation here {largest:.2f}")
     texts = sweep(lm, sae, strongest, [options.prompt], maximum=largest, max_new_tokens=options.max_new_tokens)

@@ -563,16 +563,36 @@ def test_comparison_agrees_with_the_methods_it_calls(lm: LM) -> None:
         for method in ("attribution", "ig")
     }
     assert [row.latent for row in top] == per_method["ig"].abs().topk(5).indices.tolist()
-    exact = torch.cat([exact_effects(lm, sae, *pair, difference, range(F)) for pair in (first, second)], 1).mean(1)
+    exact, exact_patch = (
+        torch.cat(
+            [exact_effects(lm, sae, *pair, difference, range(F), origin=origin) for pair in (first, second)], 1
+        ).mean(1)
+        for origin in ("clean", "patch")  # type: ignore[arg-type]
+    )
     for row in found.latents:
+        assert row.exact_patch == pytest.approx(float(exact_patch[row.latent]))
+        assert row.measured == pytest.approx(float(exact[row.latent] + exact_patch[row.latent]) / 2)
         assert row.ig == pytest.approx(float(per_method["ig"][row.latent]))
         assert row.attribution == pytest.approx(float(per_method["attribution"][row.latent]))
         assert row.exact == pytest.approx(float(exact[row.latent]))
         assert row.changed > 0
-    assert found.top["ig"] == pytest.approx(correlations([r.ig for r in top], [r.exact for r in top]))
+    assert found.top["ig"] == pytest.approx(correlations([r.ig for r in top], [r.measured for r in top]))
+    assert found.top["exact"] == pytest.approx(correlations([r.exact for r in top], [r.measured for r in top]))
     assert found.random["attribution"] == pytest.approx(
-        correlations([r.attribution for r in rest], [r.exact for r in rest])
+        correlations([r.attribution for r in rest], [r.measured for r in rest])
     )
+    together = []
+    for clean, patch in (first, second):
+        x, y = values(lm, "resid_post.1", clean), values(lm, "resid_post.1", patch)
+        moves = (sae.encode(y) - sae.encode(x))[..., [row.latent for row in top]]
+        move = moves @ sae.W_dec[[row.latent for row in top]]
+        at = [
+            naive_metric(lm, clean, "resid_post.1", lambda _, v=v: v).mean(0, keepdim=True) * len(clean)
+            for v in (x, x + move, y - move, y)
+        ]
+        together.append((at[1] - at[0] + at[3] - at[2]) / 2)
+    assert found.top_together == pytest.approx(float(sum(together)) / 6)
+    assert found.top_share == pytest.approx(found.top_together / (found.metric_patched - found.metric_clean))
     again = compare(lm, sae, batches, top=5, n_random=6, steps=4, seed=1, max_tokens=40)
     assert again.latents == found.latents
     with pytest.raises(UnweaveError, match=r"the 25 strongest latents.*only \d+ change"):
@@ -593,7 +613,7 @@ def test_diagnosis_tells_steps_from_interactions(lm: LM, monkeypatch: pytest.Mon
     sae = coordinates(lm)
     clean, patch = make_pair(n=6)
     site = Site("resid_post", 1)
-    for name in ("node_effects", "exact_effects", "alone_effects", "endpoints"):
+    for name in ("node_effects", "exact_effects", "alone_effects", "together_effects", "endpoints"):
         original = getattr(comparison, name)
         monkeypatch.setattr(comparison, name, lambda *a, original=original, **k: original(*a, **k, metric_at=site))
 

@@ -116,9 +116,9 @@ _ALL = (
     ),
     _stage(
         "trace",
-        "Find the latents that cause a behaviour, and check the strongest exactly.",
-        "Attribution patching and integrated gradients over minimal pairs of subject-verb agreement, "
-        "next to the exact effect of the strongest latents, with the correlation between them.",
+        "Find the latents that cause a behaviour, and measure the strongest.",
+        "Attribution patching and integrated gradients over minimal pairs of subject-verb agreement, next to the "
+        "effects of the strongest latents measured from both ends, and how much of the whole they carry together.",
         "unweave trace --sae runs/train-0123456789ab/sae",
     ),
     _stage(

@@ -21,7 +21,7 @@ from unweave.jobs.specs import (
     TrainSpec,
 )
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,14 @@ def _found(done: dict[str, Run]) -> dict[str, Any]:
         ("... against zero ablation", *_recovered(measured, "zero", "an easier comparison")),
         ("alive latents", records["alive_fraction"], f"fire somewhere in {records['tokens']:,} tokens"),
         (
-            "attribution, Pearson",
-            traced["correlations"].get("ig_pearson"),
-            "integrated gradients with the exact effect of the strongest latents",
+            "effect found",
+            traced["share"],
+            "of the change in agreement is what its strongest latents make together",
+        ),
+        (
+            "attribution, Spearman",
+            traced["correlations"].get("weaker_ig_spearman"),
+            "integrated gradients with measured effects of the strongest latents, without the first",
         ),
         ("steered latent", steered["latent"], " ".join(token.strip() for token in steered["label"][:6])),
         ("SAE", str(done["train"].path / "sae"), ""),

@@ -153,6 +153,7 @@ def _attribution(run: Run | None) -> page.Attribution | None:
         example=[tuple(line) for line in found["example"]],
         metric=found["metric"],
         finding=found["finding"],
+        share=found.get("share"),
     )
 
 

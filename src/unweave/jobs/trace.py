@@ -1,4 +1,4 @@
-"""The latents that cause subject-verb agreement, by estimate and by exact effect."""
+"""The latents that cause subject-verb agreement, by estimate and by measured effect."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from unweave.circuits.completeness import Completeness
 from unweave.core.run import Run
 from unweave.jobs.common import open_sae, sae_digest
 from unweave.jobs.specs import TraceSpec
 from unweave.sae.comparison import Comparison, Diagnosis, LatentEffect, compare, diagnose
-from unweave.sae.comparison import correlations as correlate
+from unweave.sae.correlation import correlations
 from unweave.tasks import agreement
 
-VERSION = 1
+VERSION = 2
 _AGREES = 0.95
 """the correlation below which the difference is looked into"""
 
 
 def run(spec: TraceSpec, runs: Path) -> Run:
-    """Attribution patching and integrated gradients for every latent, exact effects for the strongest and for some
-    random ones, and how well they agree."""
+    """Attribution patching and integrated gradients for every latent, effects measured from both ends for the strongest
+    and for some random ones, how well they agree, and how much of the whole change the strongest carry.
+
+    Warns where integrated gradients do not add up to the measured change."""
     with Run.open(runs, "trace", spec, version=VERSION, inputs={"sae": sae_digest(spec.sae)}) as run:
         if run.done:
             return run
@@ -45,32 +50,74 @@ def run(spec: TraceSpec, runs: Path) -> Run:
             others = [e.latent for e in _by_strength(found)[1:]]
             explanation = diagnose(lm, sae, agreement.batches(lm, pairs), others, steps=spec.steps, rule=spec.rule)
         agreement.save(run.path / "pairs.jsonl", pairs)
+        complete = Completeness()
+        change = found.metric_patched - found.metric_clean
+        sums = torch.tensor([found.ig_total, change, found.change_size, 1.0], dtype=torch.float64) * found.n_examples
+        complete.add_sums(lm.site(found.site), sums)
         result = record | _result(spec, pairs[0], right, found, rest, explanation)
+        result |= {"completeness": complete.to_dict(), "incomplete": complete.warn()}
         run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
     return run
 
 
 def _by_strength(found: Comparison) -> list[LatentEffect]:
-    return sorted((e for e in found.latents if e.chosen == "top"), key=lambda e: -abs(e.exact))
+    return sorted((e for e in found.latents if e.chosen == "top"), key=lambda e: -abs(e.measured))
 
 
 def _without_strongest(found: Comparison) -> dict[str, dict[str, float]]:
-    """The correlations without the latent of the largest exact effect, which can make them on its own."""
+    """The correlations without the latent of the largest measured effect, which can make them on its own."""
     rest = _by_strength(found)[1:]
-    exact = [e.exact for e in rest]
-    return {name: correlate([getattr(e, name) for e in rest], exact) for name in ("ig", "attribution")}
+    measured = [e.measured for e in rest]
+    return {name: correlations([getattr(e, name) for e in rest], measured) for name in ("ig", "attribution", "exact")}
+
+
+def _share(found: Comparison) -> float | None:
+    return found.top_share if math.isfinite(found.top_share) else None
 
 
 def _finding(found: Comparison, rest: dict[str, dict[str, float]], explanation: Diagnosis | None) -> str:
     strongest = _by_strength(found)[0]
     total = found.metric_patched - found.metric_clean
+    top = sum(e.chosen == "top" for e in found.latents)
+    share = "" if _share(found) is None else f" ({found.top_share:.0%} of it)"
+    names = {"ig": "integrated gradients", "attribution": "attribution patching", "exact": "the clean end alone"}
+    orders = "; ".join(
+        f"{name} {found.top[key]['spearman']:.2f}, without that latent {rest[key]['spearman']:.2f}"
+        for key, name in names.items()
+    )
     words = (
-        f"Patching the whole site changes the metric by {total:+.2f}; latent {strongest.latent} alone changes it by "
-        f"{strongest.exact:+.2f}. Without that latent the correlation of integrated gradients with the exact effect is "
-        f"{rest['ig']['pearson']:.2f} (Pearson) and {rest['ig']['spearman']:.2f} (Spearman), that of attribution "
-        f"patching {rest['attribution']['pearson']:.2f} and {rest['attribution']['spearman']:.2f}."
+        f"Patching the whole site changes the metric by {total:+.2f}. The {top} strongest latents together change it "
+        f"by {found.top_together:+.2f}{share}, latent {strongest.latent} alone by {strongest.exact:+.2f} from the "
+        f"clean end and {strongest.exact_patch:+.2f} from the patched one. Agreement in order (Spearman) with the mean "
+        f"of both ends: {orders}."
     )
     return words if explanation is None else f"{words} {explanation.text}"
+
+
+def _summary(
+    task: str, right: agreement.Accuracy, found: Comparison, rest: dict[str, dict[str, float]]
+) -> list[list[Any]]:
+    """What the terminal shows: how much the strongest carry, and whether their order can be believed."""
+    strongest = _by_strength(found)[0]
+    total = found.metric_patched - found.metric_clean
+    top = sum(e.chosen == "top" for e in found.latents)
+    one_by_one = f"{strongest.exact:+.3f} from the clean end, {strongest.exact_patch:+.3f} from the patched one"
+    return [
+        ["task", task, ""],
+        ["pairs", found.n_examples, f"the model is right on {right.clean:.0%} (clean) and {right.patch:.0%} (patch)"],
+        ["change", total, "of the metric, when the whole site is patched"],
+        ["strongest together", _share(found), f"of the change: the {top} latents with the largest estimate"],
+        ["strongest latent", strongest.latent, one_by_one],
+        ["sum of estimates", found.ig_total, "integrated gradients of all latents and the error; should be the change"],
+        ["error", found.ig_error, "of that is what the autoencoder does not explain"],
+        ["order, Spearman", _number(found.top["ig"]["spearman"]), "integrated gradients with the mean of both ends"],
+        ["... but the strongest", _number(rest["ig"]["spearman"]), "the same without the strongest latent"],
+        ["... random latents", _number(found.random["ig"]["spearman"]), "the same of latents drawn at random"],
+    ]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _result(
@@ -81,19 +128,27 @@ def _result(
     rest: dict[str, dict[str, float]],
     explanation: Diagnosis | None,
 ) -> dict[str, Any]:
-    correlations = {
+    agreements = {
         f"{prefix}{short}_{kind}": value
         for prefix, by_method in (("", found.top), ("random_", found.random), ("weaker_", rest))
-        for short, method in (("ig", "ig"), ("ap", "attribution"))
+        for short, method in (("ig", "ig"), ("ap", "attribution"), ("exact", "exact"))
         for kind, value in by_method[method].items()
         if math.isfinite(value)
     }
     rows = [
-        {"latent": e.latent, "exact": e.exact, "ig": e.ig, "ap": e.attribution, "chosen": e.chosen == "top"}
+        {
+            "latent": e.latent,
+            "exact": e.exact,
+            "exact_patch": e.exact_patch,
+            "ig": e.ig,
+            "ap": e.attribution,
+            "chosen": e.chosen == "top",
+        }
         for e in found.latents
     ]
+    task = f"subject-verb agreement: {spec.task.replace('_', ' ')}"
     return {
-        "task": f"subject-verb agreement: {spec.task.replace('_', ' ')}",
+        "task": task,
         "pairs": found.n_examples,
         "accuracy": {"clean": right.clean, "patch": right.patch},
         "metric": f"logit({example.patch_answer.strip()}) - logit({example.clean_answer.strip()}) and the like at the "
@@ -104,8 +159,10 @@ def _result(
             ["patch", f"{example.patch_prefix} →{example.patch_answer}"],
         ],
         "rows": rows,
-        "correlations": correlations,
+        "correlations": agreements,
+        "share": _share(found),
         "totals": {
+            "top_together": found.top_together,
             "metric_clean": found.metric_clean,
             "metric_patched": found.metric_patched,
             "ig_total": found.ig_total,
@@ -114,4 +171,5 @@ def _result(
             "attribution_error": found.attribution_error,
         },
         "finding": _finding(found, rest, explanation),
+        "summary": _summary(task, right, found, rest),
     }

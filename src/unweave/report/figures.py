@@ -180,8 +180,8 @@ def attribution_scatter(attribution: Attribution, estimate: str) -> str:
     import matplotlib
 
     names = {"ig": "Integrated gradients", "ap": "Attribution patching"}
-    rows = [row for row in attribution.rows if _finite(row.exact) and _finite(getattr(row, estimate))]
-    both = [value for row in attribution.rows for value in (row.exact, row.ig, row.ap) if _finite(value)]
+    rows = [row for row in attribution.rows if _finite(row.measured) and _finite(getattr(row, estimate))]
+    both = [value for row in attribution.rows for value in (row.measured, row.ig, row.ap) if _finite(value)]
     low, high = min([0.0, *both]), max([0.0, *both])
     pad = 0.08 * ((high - low) or 1.0)
     with matplotlib.rc_context(_settings()):
@@ -203,7 +203,7 @@ def attribution_scatter(attribution: Attribution, estimate: str) -> str:
         axes.set_xlim(*ends)
         axes.set_ylim(*ends)
         axes.set_box_aspect(0.8)
-        axes.set_xlabel("Measured effect")
+        axes.set_xlabel("Measured effect, mean of both ends")
         axes.set_ylabel(names[estimate])
         axes.legend(loc="upper left", handletextpad=0.3, borderpad=0.1, labelcolor=_STAND_IN["ink"])
         svg = _svg(figure, estimate, f"{names[estimate]} against the measured effect of {len(rows)} latents")
@@ -213,7 +213,7 @@ def attribution_scatter(attribution: Attribution, estimate: str) -> str:
 
 
 def _points(axes: Axes, rows: Sequence[AttributionRow], estimate: str, colour: str, size: int, label: str) -> None:
-    measured, estimated = [row.exact or 0.0 for row in rows], [getattr(row, estimate) for row in rows]
+    measured, estimated = [row.measured or 0.0 for row in rows], [getattr(row, estimate) for row in rows]
     dots = axes.scatter(measured, estimated, s=size, color=colour, alpha=0.8, linewidths=0, label=label)
     dots.set_urls([f"#latent-{row.latent}" for row in rows])
 
@@ -227,8 +227,8 @@ def _correlations(attribution: Attribution, estimate: str, chosen: bool) -> str:
 
 
 def _name_largest(axes: Axes, rows: Sequence[AttributionRow], estimate: str, most: int = 3) -> None:
-    for row in sorted(rows, key=lambda row: (-abs(row.exact or 0.0), row.latent))[:most]:
-        right = (row.exact or 0.0) <= 0
-        place = (row.exact or 0.0, getattr(row, estimate))
+    for row in sorted(rows, key=lambda row: (-abs(row.measured or 0.0), row.latent))[:most]:
+        right = (row.measured or 0.0) <= 0
+        place = (row.measured or 0.0, getattr(row, estimate))
         axes.annotate(str(row.latent), place, xytext=(6 if right else -6, -3), textcoords="offset points", fontsize=8,
                       ha="left" if right else "right", color=_STAND_IN["soft"])  # fmt: skip

@@ -104,6 +104,15 @@ class AttributionRow:
     """Attribution patching."""
     chosen: bool = True
     """True for the strongest by estimate, False for latents drawn at random for comparison."""
+    exact_patch: float | None = None
+    """As ``exact`` from the other end: what its going back takes away when all others have their patch value."""
+
+    @property
+    def measured(self) -> float | None:
+        """The mean of the effects from both ends; that from the clean end where it alone was measured."""
+        if self.exact is None or self.exact_patch is None:
+            return self.exact
+        return (self.exact + self.exact_patch) / 2
 
 
 @dataclass(frozen=True)
@@ -114,15 +123,17 @@ class Attribution:
     pairs: int
     rows: Sequence[AttributionRow]
     correlations: Mapping[str, float] = field(default_factory=dict)
-    """``ig_pearson``, ``ig_spearman``, ``ap_pearson``, ``ap_spearman`` over the chosen latents and the same with
-    ``random_`` in front over the random ones, ``weaker_`` over the chosen ones but the strongest; other keys are
-    listed as they are."""
+    """``ig_spearman``, ``ig_pearson`` and the same of ``ap`` and ``exact``, with the mean of both ends, over the chosen
+    latents; with ``random_`` in front over the random ones, ``weaker_`` over the chosen ones but the strongest; other
+    keys are listed as they are."""
     example: Sequence[tuple[str, str]] = ()
     """One pair of the task as (label, text) lines, e.g. ("clean", "The keys to the cabinet")."""
     metric: str = ""
     """The metric in one sentence."""
     finding: str = ""
     """What explains a disagreement between estimate and measurement, in a sentence or two."""
+    share: float | None = None
+    """What share of the metric's whole change the chosen latents make together."""
 
 
 @dataclass(frozen=True)

@@ -75,13 +75,14 @@ def _tiles(data: ReportData) -> str:
         if value_of(values, key) is not None:
             tiles.append((shown(key, values), name, sentence(key, values, data.sae) or ""))
     found = data.attribution
-    if found is not None and "ig_pearson" in found.correlations:
-        words = f"How well integrated gradients predict a latent's measured effect on {found.task}; 1 is perfect"
-        value = found.correlations["ig_pearson"]
-        if "weaker_ig_pearson" in found.correlations:  # one strong latent can make the whole correlation
-            rest = number(found.correlations["weaker_ig_pearson"])
-            words += f". Without the strongest latent it is {rest}"
-        tiles.append((number(value), "correlation with cause", f"{words}."))
+    if found is not None and found.share is not None:
+        n = sum(row.chosen for row in found.rows)
+        words = f"How much of the whole change in {found.task} its {n} strongest latents make when they move together"
+        order = found.correlations.get("weaker_ig_spearman", found.correlations.get("ig_spearman"))
+        if order is not None:  # without the strongest, where it is known: one latent can make a correlation on its own
+            rest = " but the first" if "weaker_ig_spearman" in found.correlations else ""
+            words += f". Integrated gradients order them{rest} as measurements do at {number(order)}; 1 is perfect"
+        tiles.append((f"{found.share:.0%}", "of the effect found", f"{words}."))
     if not tiles:
         return ""
     cells = "".join(

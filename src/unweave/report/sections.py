@@ -181,7 +181,7 @@ def strongest(attribution: Attribution) -> list[AttributionRow]:
     """Return the chosen latents, the largest effect (measured, else estimated) first."""
 
     def size(row: AttributionRow) -> float:
-        return abs(next((value for value in (row.exact, row.ig, row.ap) if value is not None), 0.0))
+        return abs(next((value for value in (row.measured, row.ig, row.ap) if value is not None), 0.0))
 
     return sorted((row for row in attribution.rows if row.chosen), key=lambda row: (-size(row), row.latent))
 
@@ -194,10 +194,15 @@ def attribution(data: ReportData) -> Section:
         return Section("attribution", "Causes", heading, body)
     parts = [
         f"<p>Which latents does the model use for {esc(found.task)}? Over {found.pairs:,} pairs of sentences, each "
-        "latent was given the value that it has in the pair's other sentence. The change this makes is its effect. "
-        "Measuring it takes a run of the model for every latent, so estimates that need only a few gradients pick the "
+        "latent was given the value that it has in the pair's other sentence. The change this makes is its effect, "
+        "while all other latents stay as they are, or while all have the values of the other sentence; where latents "
+        "act on one another the two differ, and their mean is the fairer share. "
+        "Measuring takes runs of the model for every latent, so estimates that need only a few gradients pick the "
         f"candidates, and measurements test the estimates. {esc(found.metric)}</p>"
     ]
+    if found.share is not None:
+        n = sum(row.chosen for row in found.rows)
+        parts.append(f"<p>Moved together, the {n} strongest latents make <b>{found.share:.0%}</b> of the change.</p>")
     if found.example:
         lines = "".join(f"<dt>{esc(label)}</dt><dd>{esc(text)}</dd>" for label, text in found.example)
         parts.append(f'<dl class="uw-pair">{lines}</dl>')
@@ -209,9 +214,10 @@ def attribution(data: ReportData) -> Section:
     by_index = {entry.index: entry for entry in data.latents or ()}
     chosen = strongest(found)
     rows = [_effect_row(row, by_index.get(row.latent)) for row in chosen]
-    head = ("Latent", "Fires on", "Measured", "Integrated gradients", "Attribution patching")
+    ends = ("Mean of both ends", "From the clean end", "From the other end")
+    head = ("Latent", "Fires on", *ends, "Integrated gradients", "Attribution patching")
     title = f"The {len(chosen)} strongest by estimate, largest measured effect first"
-    parts.append(table(head, rows, (2, 3, 4), title))
+    parts.append(table(head, rows, (2, 3, 4, 5, 6), title))
     known = [row for row in chosen if row.latent in by_index][:3]
     if known:
         cards = "".join(card(_strongest_text(by_index[row.latent]), _card_heading(row)) for row in known)
@@ -225,22 +231,23 @@ def _strongest_text(entry: LatentEntry) -> LatentEntry:
 
 
 def _card_heading(row: AttributionRow) -> str:
-    effect = "" if row.exact is None else f' <span class="uw-badge">effect {number(row.exact)}</span>'
+    effect = "" if row.measured is None else f' <span class="uw-badge">effect {number(row.measured)}</span>'
     return f"Latent {latent_link(row.latent)}{effect}"
 
 
 def _scatters(found: Attribution) -> list[str]:
     drawn = []
     for key, name in (("ig", "Integrated gradients"), ("ap", "Attribution patching")):
-        if any(row.exact is not None and getattr(row, key) is not None for row in found.rows):
+        if any(row.measured is not None and getattr(row, key) is not None for row in found.rows):
             caption = f"{name} against the measured effect, one dot per latent; on the dashed line both are equal."
             drawn.append(_figure(figures.attribution_scatter(found, key), caption))
     return drawn
 
 
 _CORRELATIONS = {
-    "ig_pearson": "Integrated gradients, Pearson", "ig_spearman": "Integrated gradients, Spearman",
-    "ap_pearson": "Attribution patching, Pearson", "ap_spearman": "Attribution patching, Spearman",
+    "ig_spearman": "Integrated gradients, Spearman", "ap_spearman": "Attribution patching, Spearman",
+    "exact_spearman": "The clean end alone, Spearman", "ig_pearson": "Integrated gradients, Pearson",
+    "ap_pearson": "Attribution patching, Pearson", "exact_pearson": "The clean end alone, Pearson",
 }  # fmt: skip
 
 
@@ -256,12 +263,12 @@ def _agreement(found: Attribution) -> str:
     ]
     known = {f"{group}{key}" for key in _CORRELATIONS for group in _GROUPS}
     rows += [(esc(key), number(value), "", "") for key, value in given.items() if key not in known]
-    best = given.get("ig_pearson")
+    order = given.get("ig_spearman")
     words = (
-        f"Integrated gradients correlate with the measured effect at {number(best)} (Pearson): at 1 the estimate could "
-        "replace the measurement, at 0 it would be useless. Spearman's correlation asks only if the order is right."
+        f"Integrated gradients order the latents as measurements do at {number(order)} (Spearman; 1 is the same order, "
+        "0 none). Pearson's correlation asks for the sizes, and one strong latent can make it on its own."
     )
-    return ("" if best is None else f"<p>{words}</p>") + table(
+    return ("" if order is None else f"<p>{words}</p>") + table(
         ("Agreement with the measured effect", *_GROUPS.values()), rows, (1, 2, 3)
     )
 
@@ -269,7 +276,8 @@ def _agreement(found: Attribution) -> str:
 def _effect_row(row: AttributionRow, entry: LatentEntry | None) -> tuple[str, ...]:
     peaks = [(c.tokens[c.peak], 0.0) for c in entry.contexts if c.kind == "top"] if entry is not None else []
     fires = chips(list(dict.fromkeys(peaks))[:4]) if peaks else ""
-    return (latent_link(row.latent), fires, number(row.exact), number(row.ig), number(row.ap))
+    values = (row.measured, row.exact, row.exact_patch, row.ig, row.ap)
+    return (latent_link(row.latent), fires, *map(number, values))
 
 
 def steering(data: ReportData) -> Section:

@@ -262,6 +262,29 @@ def exact_effects(
     return effects
 
 
+def together_effects(
+    lm: LM,
+    sae: SAE,
+    clean: Tokens,
+    patch: Patch,
+    metric: Metric,
+    latents: Sequence[int] | Tensor,
+    *,
+    positions: Tensor | None = None,
+    metric_at: Site | None = None,
+    max_tokens: int = 1024,
+) -> Tensor:
+    """The change [2, B] of the metric when all of some latents move together, at all positions: from the clean end, and
+    from the patched one, as ``exact_effects`` has them for each alone."""
+    run, site, start, change = _one_site(lm, sae, clean, patch, metric, positions, metric_at, max_tokens)
+    chosen = torch.as_tensor(latents, dtype=torch.int64, device=lm.device)
+    move = change.latents[..., chosen] @ sae.W_dec[chosen]
+    ends = [
+        run.values_at(site, x, None) for x in (start.x, start.x + move, start.x + change.x - move, start.x + change.x)
+    ]
+    return torch.stack([ends[1] - ends[0], ends[3] - ends[2]])
+
+
 def alone_effects(
     lm: LM,
     sae: SAE,

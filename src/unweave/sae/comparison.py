@@ -1,12 +1,16 @@
-"""How far the quick estimates of a latent's effect can be believed: next to the exact effect, on the same examples.
+"""How far the quick estimates of a latent's effect can be believed: next to measured effects, on the same examples.
 
 1. Attribution patching and integrated gradients (IG) give an effect for every latent, summed over positions and
    averaged over examples.
-2. The latents with the largest |IG|, and random ones among those that change at all, get their exact effect.
-3. Where IG and exact correlate less than they should, or differ in size, two causes are told apart. Too few steps:
-   then more steps bring IG closer. Interactions: IG moves all latents at once, exact moves one while the others stay
-   clean; then more steps change nothing, IG along the path of one latent alone agrees with exact, and IG lies nearer to
-   the mean of the exact effects at the two ends of the path.
+2. The latents with the largest |IG|, and random ones among those that change at all, are measured one at a time: from
+   the clean end (one latent takes its patch value, the rest stays clean), and from the patched end (the rest has its
+   patch value, and what the metric loses when this latent alone goes back). Where latents interact the two differ, and
+   neither is a latent's share of the whole change. Their mean is, where only pairs of latents interact: then it is the
+   Shapley value, and IG with enough steps (all three average over what the others do). So estimates are set beside it.
+3. All top latents moved together say how much of the whole change they carry.
+4. Where IG and the exact effects from the clean end correlate less than they should, or differ in size, two causes are
+   told apart. Too few steps: then more steps bring IG closer. Interactions: then more steps change nothing, IG along
+   the path of one latent alone agrees with exact, and IG lies nearer to the mean of both ends.
 """
 
 from __future__ import annotations
@@ -17,14 +21,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
 from unweave.lm.model import LM, Tokens
-from unweave.sae.attribution import Method, Metric, Rule, alone_effects, endpoints, exact_effects, node_effects
+from unweave.sae.attribution import (
+    Method,
+    Metric,
+    Rule,
+    alone_effects,
+    endpoints,
+    exact_effects,
+    node_effects,
+    together_effects,
+)
+from unweave.sae.correlation import correlations, scale
 from unweave.sae.module import SAE
 from unweave.sae.runner import Shifted
 
@@ -39,6 +52,8 @@ _MEANING: dict[Cause, str] = {
     "neither": "Neither steps nor interactions explain it: the effects may be too small to tell apart.",
 }
 
+_ESTIMATES = ("ig", "attribution", "exact")
+"""what is set beside the mean of both ends: two estimates, and the exact effect from the clean end alone"""
 _FINE_STEPS = 20
 _ALONE_STEPS = 4
 _DIAGNOSED_EXAMPLES = 24
@@ -50,15 +65,23 @@ _PIECE = 32
 
 @dataclass(frozen=True)
 class LatentEffect:
-    """One latent's effect on the metric by three methods: summed over positions, mean over examples."""
+    """One latent's effect on the metric, estimated and measured: summed over positions, mean over examples."""
 
     latent: int
     chosen: Literal["top", "random"]
     attribution: float
     ig: float
     exact: float
+    """measured from the clean end: it alone takes its patch value"""
+    exact_patch: float
+    """measured from the patched end: what its going back to its clean value takes away"""
     changed: int
     """in how many examples the latent changes at all"""
+
+    @property
+    def measured(self) -> float:
+        """The mean of the effects from both ends."""
+        return (self.exact + self.exact_patch) / 2
 
 
 @dataclass(frozen=True)
@@ -87,7 +110,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Attribution patching and IG against exact effects at one site. Effects are in units of the metric."""
+    """Attribution patching and IG against measured effects at one site. Effects are in units of the metric."""
 
     site: str
     n_examples: int
@@ -97,6 +120,12 @@ class Comparison:
     """mean metric of the clean run"""
     metric_patched: float
     """mean metric of the clean run with the whole site patched"""
+    change_size: float
+    """mean |change| of the metric over examples"""
+    top_together: float
+    """how the metric changes when all top latents move together: the mean from both ends"""
+    top_share: float
+    """the same as a share of metric_patched - metric_clean; NaN where that is 0"""
     ig_total: float
     """IG of all latents and the error together: metric_patched - metric_clean, up to the error of the steps"""
     ig_error: float
@@ -106,13 +135,15 @@ class Comparison:
     latents: tuple[LatentEffect, ...]
     """the top latents by |IG|, then the random ones"""
     top: dict[str, dict[str, float]]
-    """{"ig" or "attribution": {"pearson", "spearman"}} with exact, over the top latents"""
+    """{"ig", "attribution" or "exact": {"pearson", "spearman"}} with the mean of both ends, over the top latents"""
     random: dict[str, dict[str, float]]
     """the same over the random latents; NaN where there are too few or their effects are all the same"""
     scale: dict[str, float]
-    """{"ig" or "attribution": how many times larger than exact it is over the top latents, by least squares}"""
+    """{"ig", "attribution" or "exact": how many times larger than the mean of both ends it is over the top latents, by
+    least squares}"""
     diagnosis: Diagnosis | None
-    """where Pearson of IG over the top latents is below ``threshold``, or its scale not between 0.8 and 1.25"""
+    """where Pearson of IG with exact from the clean end over the top latents is below ``threshold``, or its size is not
+    0.8 to 1.25 times exact's"""
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,7 +164,7 @@ def compare(
     seed: int = 0,
     max_tokens: int = 1024,
 ) -> Comparison:
-    """Measures attribution patching and IG against exact effects on all examples of ``batches``.
+    """Sets attribution patching and IG beside measured effects on all examples of ``batches``.
 
     Each batch holds examples of equal length (``tasks.agreement.batches`` makes them). Raises UnweaveError when fewer
     than ``top`` latents change anywhere, naming both numbers.
@@ -142,52 +173,80 @@ def compare(
     if not batches:
         raise UnweaveError("there are no examples", remedy="give at least one batch")
     pieces = _pieces(batches)
-    with task("attribution", total=len(pieces) * (steps + 4), unit="passes") as shown:
+    with task("attribution", total=len(pieces) * (steps + 8), unit="passes") as shown:
         ap = _Means(lm, sae, pieces, "attribution", steps, rule, max_tokens, shown)
         ig = _Means(lm, sae, pieces, "ig", steps, rule, max_tokens, shown)
         chosen, others = _choose(ig, top, n_random, seed)
-        both = [*chosen, *others]
-        exact, ends = [], []
-        for piece in pieces:
-            exact.append(exact_effects(lm, sae, *piece, both, max_tokens=max_tokens).double().cpu())
-            ends.append(endpoints(lm, sae, *piece, max_tokens=max_tokens))
-            shown.advance(3)
-    means = torch.cat(exact, 1).mean(1).tolist()
+        measured = _measure(lm, sae, pieces, chosen, others, max_tokens, shown)
     rows = tuple(
         LatentEffect(
             latent,
             "top" if place < len(chosen) else "random",
             float(ap.latents[latent]),
             float(ig.latents[latent]),
-            means[place],
+            measured.clean[place],
+            measured.patch[place],
             int(ig.changed[latent]),
         )
-        for place, latent in enumerate(both)
+        for place, latent in enumerate([*chosen, *others])
     )
-    correlated = {name: _correlate(rows, name) for name in ("top", "random")}
-    scale = {name: _scale([getattr(row, name) for row in rows[:top]], means[:top]) for name in ("ig", "attribution")}
+    best = rows[:top]
+    means = [row.measured for row in best]
     diagnosis = None
-    if not (correlated["top"]["ig"]["pearson"] >= threshold and _SAME_SIZE[0] <= scale["ig"] <= _SAME_SIZE[1]):
+    exact = [row.exact for row in best]
+    agrees = correlations([row.ig for row in best], exact)["pearson"] >= threshold
+    if not (agrees and _SAME_SIZE[0] <= scale([row.ig for row in best], exact) <= _SAME_SIZE[1]):
         diagnosis = diagnose(lm, sae, batches, chosen, steps=steps, rule=rule, max_tokens=max_tokens)
-    clean, patched = (torch.cat([end[side] for end in ends]) for side in (0, 1))
+    start, end = (float(side.mean()) for side in measured.ends)
     return Comparison(
         site=str(sae.write),
-        n_examples=len(clean),
+        n_examples=len(measured.ends[0]),
         steps=steps,
         rule=rule,
-        metric_clean=float(clean.mean()),
-        metric_patched=float(patched.mean()),
+        metric_clean=start,
+        metric_patched=end,
+        change_size=float((measured.ends[1] - measured.ends[0]).abs().mean()),
+        top_together=measured.together,
+        top_share=measured.together / (end - start) if end != start else math.nan,
         ig_total=float(ig.latents.sum() + ig.error),
         ig_error=float(ig.error),
         attribution_total=float(ap.latents.sum() + ap.error),
         attribution_error=float(ap.error),
         latents=rows,
-        top=correlated["top"],
-        random=correlated["random"],
-        scale=scale,
+        top=_correlate(rows, "top"),
+        random=_correlate(rows, "random"),
+        scale={name: scale([getattr(row, name) for row in best], means) for name in _ESTIMATES},
         diagnosis=diagnosis,
         seconds=time.perf_counter() - began,
     )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Exact effects of some latents from the clean and the patched end, means over examples; that of the top ones
+    together, mean of both ends; the metric [N] clean and with the whole site patched."""
+
+    clean: list[float]
+    patch: list[float]
+    together: float
+    ends: tuple[Tensor, Tensor]
+
+
+def _measure(
+    lm: LM, sae: SAE, pieces: Sequence[Batch], top: list[int], others: list[int], max_tokens: int, shown: Task
+) -> _Measured:
+    found: list[list[Tensor]] = [[], [], [], [], []]
+    for piece in pieces:
+        for place, origin in enumerate(("clean", "patch")):
+            each = exact_effects(lm, sae, *piece, [*top, *others], origin=origin, max_tokens=max_tokens)
+            found[place].append(each.double().cpu())
+            shown.advance(3)
+        found[2].append(together_effects(lm, sae, *piece, top, max_tokens=max_tokens).double().cpu())
+        for place, end in enumerate(endpoints(lm, sae, *piece, max_tokens=max_tokens), 3):
+            found[place].append(end.double().cpu())
+        shown.advance()
+    clean, patch = (torch.cat(part, 1).mean(1).tolist() for part in found[:2])
+    return _Measured(clean, patch, float(torch.cat(found[2], 1).mean()), (torch.cat(found[3]), torch.cat(found[4])))
 
 
 def diagnose(
@@ -218,7 +277,7 @@ def diagnose(
     here, there, alone = (torch.cat(part, 1).double().mean(1).cpu() for part in found)
     alone_error = float((alone - here[: len(strong)]).abs().max() / here.abs().max().clamp(min=1e-30))
     r = [correlations(a, b)["pearson"] for a, b in ((coarse, here), (fine, here), (fine, there), (fine, here + there))]
-    sizes = _scale(coarse, here), _scale(fine, here)
+    sizes = scale(coarse, here), scale(fine, here)
     cause = _cause(r[0], r[1], sizes, alone_error)
     text = (
         f"On {n} examples IG correlates with exact at {r[0]:.3f} and is {sizes[0]:.2g} times as large; with "
@@ -238,35 +297,6 @@ def _cause(coarse: float, fine: float, sizes: tuple[float, float], alone_error: 
     if steps and interactions:
         return "steps and interactions"
     return "steps" if steps else "interactions" if interactions else "neither"
-
-
-def correlations(a: Sequence[float] | Tensor, b: Sequence[float] | Tensor) -> dict[str, float]:
-    """Pearson's and Spearman's correlation (ties share their mean rank).
-
-    NaN where a correlation is not defined: fewer than two values, or all values of one side the same.
-    """
-    x, y = (np.asarray(torch.as_tensor(v, dtype=torch.float64).cpu()) for v in (a, b))
-    if x.shape != y.shape or x.ndim != 1:
-        raise UnweaveError(f"cannot correlate {list(x.shape)} with {list(y.shape)} values", remedy="pair them")
-    return {"pearson": _pearson(x, y), "spearman": _pearson(_ranks(x), _ranks(y))}
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return math.nan
-    x, y = x - x.mean(), y - y.mean()
-    return float(np.clip((x @ y) / np.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    _, group, sizes = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
-
-
-def _scale(estimates: Sequence[float] | Tensor, exact: Sequence[float] | Tensor) -> float:
-    """The factor c for which c times ``exact`` is nearest to ``estimates``; NaN where all exact effects are 0."""
-    x, y = (np.asarray(torch.as_tensor(v, dtype=torch.float64).cpu()) for v in (exact, estimates))
-    return float(x @ y / (x @ x)) if bool(x.any()) else math.nan
 
 
 class _Means:
@@ -318,8 +348,8 @@ def _choose(ig: _Means, top: int, n_random: int, seed: int) -> tuple[list[int], 
 
 def _correlate(rows: Sequence[LatentEffect], chosen: str) -> dict[str, dict[str, float]]:
     mine = [row for row in rows if row.chosen == chosen]
-    exact = [row.exact for row in mine]
-    return {name: correlations([getattr(row, name) for row in mine], exact) for name in ("ig", "attribution")}
+    measured = [row.measured for row in mine]
+    return {name: correlations([getattr(row, name) for row in mine], measured) for name in _ESTIMATES}
 
 
 def _part(batch: Batch, start: int, stop: int) -> Batch:
