@@ -108,6 +108,13 @@ DATE = "26 July 2024"
             ],
         ),
         (
+            _said(("system", "Be brief. /no_think "), ("user", "A")),
+            [
+                (f"<|im_start|>system\nToday Date: {DATE}\nReasoning Mode: /no_think\n\n", SPECIAL),
+                ("Be brief.", SYSTEM), ("<|im_end|><|im_start|>user: ", SPECIAL), ("A", USER), ("<|im_end|>", SPECIAL),
+            ],
+        ),
+        (
             _said(("system", "You think. A lot."), ("user", "A")),
             [
                 (f"<|im_start|>system\nToday Date: {DATE}\nReasoning Mode: /think\n\n", SPECIAL),

@@ -25,6 +25,8 @@ Render = Callable[[Sequence[Message]], str]
 
 _FIRST = 0x100000  # the last plane of characters for private use, in which nobody writes
 _MOST = 0xFF00
+_EDGE = 16
+"""so many words at the ends of a content are looked at for being taken out"""
 _MARK = re.compile("[\U00100000-\U0010ffff]")
 _RUN = re.compile("([\U00100000-\U0010ffff])\\1*")
 _WORD = re.compile(r"(?<=\s)(?=\S)")
@@ -119,25 +121,51 @@ def _form(text: str, at: int, content: str, following: str) -> str | None:
 def _by_marks(render: Render, messages: Sequence[Message], index: int, text: str) -> list[Place] | None:
     """Where one content stands, by marks within it; [] where the template takes all its words out; None: unknown."""
     content = str(messages[index]["content"])
-    core = content.strip()
-    lead = content[: len(content) - len(content.lstrip())]
-    used_up = False
-    for before, words, behind in (("", content, ""), (lead, core, content[len(lead) + len(core) :])):
-        cuts = sorted({0, *(found.start() for found in _WORD.finditer(words)), len(words)})
-        cuts = cuts if len(cuts) <= _MOST else [*cuts[: _MOST - 1], len(words)]
-        parts = [chr(_FIRST + k) + words[a:b] for k, (a, b) in enumerate(zip(cuts, [*cuts[1:], None], strict=True))]
-        try:
-            marked = render(_with(messages, {index: before + "".join(parts) + behind}))
-        except UnweaveError:
-            continue
-        kept = list(_kept(marked, len(cuts)))
-        if _MARK.sub("", marked) == text and kept:
-            return _kept_places(text, kept, words, cuts, index)
-        # Both ends are there and nothing between them: then the template has emptied it, and says what it says of none.
-        whole = [marks[0][0] == 0 and marks[-1][0] == len(cuts) - 1 for marks in kept]
-        emptied = [not _MARK.sub("", marked)[marks[0][1] : marks[-1][1]].strip() for marks in kept]
-        used_up = used_up or (bool(kept) and all(whole) and all(emptied))
-    return [] if used_up else None
+    words = [found.span() for found in re.finditer(r"\S+", content)]
+    for start, end in ((0, len(content)), (words[0][0], words[-1][1])):
+        found = _by_marks_in(render, messages, index, (start, end), text)
+        if found is not None:
+            return found
+    # Words that the template takes out at an end may leave blanks that it strips, but not before a mark.
+    left = list(words)
+    while left and len(words) - len(left) < _EDGE and _used_up(render, messages, index, left[-1]):
+        left.pop()
+    while left and len(words) - len(left) < _EDGE and _used_up(render, messages, index, left[0]):
+        left.pop(0)
+    if not left:
+        return []
+    return _by_marks_in(render, messages, index, (left[0][0], left[-1][1]), text) if len(left) < len(words) else None
+
+
+def _by_marks_in(
+    render: Render, messages: Sequence[Message], index: int, part: tuple[int, int], text: str
+) -> list[Place] | None:
+    """As ``_by_marks``, with marks in one part of the content; the rest of it is as it was, and nobody's."""
+    content, (start, end) = str(messages[index]["content"]), part
+    words = content[start:end]
+    cuts = sorted({0, *(found.start() for found in _WORD.finditer(words)), len(words)})
+    cuts = cuts if len(cuts) <= _MOST else [*cuts[: _MOST - 1], len(words)]
+    parts = [chr(_FIRST + k) + words[a:b] for k, (a, b) in enumerate(zip(cuts, [*cuts[1:], None], strict=True))]
+    marked = _rendered(render, messages, index, content[:start] + "".join(parts) + content[end:])
+    kept = list(_kept(marked, len(cuts)))
+    return _kept_places(text, kept, words, cuts, index) if kept and _MARK.sub("", marked) == text else None
+
+
+def _used_up(render: Render, messages: Sequence[Message], index: int, word: tuple[int, int]) -> bool:
+    """Whether a template puts a word's marks into the rendering, and the word not: then it has taken the word out."""
+    content, (start, end) = str(messages[index]["content"]), word
+    word_marked = chr(_FIRST) + content[start:end] + chr(_FIRST + 1)
+    marked = _rendered(render, messages, index, content[:start] + word_marked + content[end:])
+    kept, bare = list(_kept(marked, 2)), _MARK.sub("", marked)
+    return bool(kept) and all(len(marks) == 2 and not bare[marks[0][1] : marks[1][1]].strip() for marks in kept)
+
+
+def _rendered(render: Render, messages: Sequence[Message], index: int, content: str) -> str:
+    """The rendering with another content for one message; nothing where the template refuses it."""
+    try:
+        return render(_with(messages, {index: content}))
+    except UnweaveError:
+        return ""
 
 
 def _kept(marked: str, n_marks: int) -> Iterator[list[tuple[int, int]]]:
