@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -18,9 +19,10 @@ from unweave.circuits.find import Options, find_circuit
 from unweave.circuits.graph import Circuit
 from unweave.circuits.sweep import Sweep, sweep
 from unweave.cli.app import main
+from unweave.core.contents import listing
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
-from unweave.core.run import Run
+from unweave.core.run import Run, write_json
 from unweave.core.site import Site
 from unweave.jobs.circuit import evaluate, examples, find
 from unweave.jobs.circuit.saes import open_saes
@@ -263,6 +265,11 @@ def test_an_evaluation_is_known_by_the_circuit_s_content(home: Path, found: Run,
     circuit = Circuit.load(found.path / "circuit.safetensors")
     nodes = {site: effects * 2 for site, effects in circuit.nodes.items()}
     replace(circuit, nodes=nodes).save(tmp_path / "renamed" / "circuit.safetensors")
+    with pytest.raises(UnweaveError, match=r"damaged: circuit\.safetensors"):  # not what that run made
+        evaluate.run(replace(quick, circuit=tmp_path / "renamed"), tmp_path / "runs")
+    listed = read_json(tmp_path / "renamed" / "DONE")
+    listed |= listing(tmp_path / "renamed", leave_out=set(os.listdir(tmp_path / "renamed")) - {"circuit.safetensors"})
+    write_json(tmp_path / "renamed" / "DONE", listed)  # a run that made this one
     assert evaluate.run(replace(quick, circuit=tmp_path / "renamed"), tmp_path / "runs").path != first.path
 
 

@@ -139,10 +139,11 @@ def test_every_stage_runs_on_it_and_the_report_shows_them(trained: Run, runs: Pa
     assert found.result["latents"] == 128 and found.result["alive"] > 10
     made = report.run(ReportSpec(sae=folder), runs)
     assert made.result["not_run"] == ["trace", "steer"]
-    page = Path(made.result["report"]).read_text()
+    page = (made.path / made.result["report"]).read_text()
     assert "unweave trace" in page and "resid_post.1" in page
     assert report.run(ReportSpec(sae=folder), runs).reused
-    short = Path(report.run(ReportSpec(sae=folder, latents=5), runs).result["report"]).read_text()
+    few = report.run(ReportSpec(sae=folder, latents=5), runs)
+    short = (few.path / few.result["report"]).read_text()
     assert "These are 5 of 128 latents" in short and len(short) < len(page) / 2 and "of 128 latents, the" not in page
 
 
@@ -477,6 +478,55 @@ def test_a_kill_while_tokenising_is_got_over(home: Path, tmp_path: Path) -> None
     (store / "store").rename(store / f".store.{child.stdout.strip()}.tmp")
     (run.path / "DONE").unlink()
     assert weights(train.run(spec, tmp_path)) == weights(run)
+
+
+def test_two_equal_runs_have_equal_bytes(home: Path, tmp_path: Path) -> None:
+    """Time and memory are in files of their own; a page that shows times is made of these too."""
+    found = []
+    for root in (tmp_path / "one", tmp_path / "other"):
+        sae = train.sae_folder(train.run(spec_of(home), root))
+        evaluation.run(EvalSpec(sae=sae, tokens=1500, device="cpu"), root)
+        latents.run(LatentsSpec(sae=sae, tokens=3000, device="cpu"), root)
+        apart = ("log.jsonl", "costs.json", ".lock")
+        files = [p for p in root.rglob("*") if p.is_file() and p.name not in apart]
+        here = str(root).encode()  # where the SAE lies is part of what was asked
+        found.append({str(p.relative_to(root)): p.read_bytes().replace(here, b"") for p in files})
+        assert all(Run.at(p.parent).seconds > 0 for p in root.rglob("DONE"))
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    assert [name for name in found[0] if found[0][name] != found[1][name]] == []
+
+
+@pytest.mark.parametrize("lost", ["sae/sae_weights.safetensors", "sae/cfg.json", "result.json"])
+@pytest.mark.parametrize("how", ["deleted", "cut", "emptied"])
+def test_a_finished_run_that_lost_something_is_made_anew(
+    trained: Run,
+    home: Path,
+    runs: Path,
+    lost: str,
+    how: str,
+) -> None:
+    before, path = weights(trained), trained.path / lost
+    content = path.read_bytes()
+    path.unlink()
+    if how != "deleted":
+        path.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+    with pytest.raises(UnweaveError, match=f"damaged: {lost}") as caught:
+        Run.at(trained.path).result  # noqa: B018
+    assert "run the same command again" in caught.value.remedy
+    with pytest.warns(UnweaveWarning, match="is made anew"):
+        again = train.run(spec_of(home), runs)
+    assert not again.reused and weights(again) == before and path.read_bytes() == content
+    assert train.run(spec_of(home), runs).reused
+
+
+def test_a_lost_question_is_written_anew(trained: Run, home: Path, runs: Path) -> None:
+    path = trained.path / "spec.json"
+    content = path.read_bytes()
+    for damage in (None, b"[1]", b'{"spec": 3}', b"\xff"):
+        path.unlink()
+        if damage is not None:
+            path.write_bytes(damage)
+        assert train.run(spec_of(home), runs).reused and path.read_bytes() == content
 
 
 def test_a_damaged_checkpoint_is_named(home: Path, tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from conftest import build_tiny
 from unweave.core.codes import Codes
+from unweave.core.contents import listing
 from unweave.core.errors import UnweaveError, UnweaveWarning
+from unweave.core.run import write_json
 from unweave.core.site import Site
 from unweave.data.pack import Row
 from unweave.data.policy import TokenPolicy
@@ -390,7 +392,11 @@ def test_records_of_some_latents_are_saved_and_wrong_choices_refused(lm: LM, tmp
 def test_saved_records_load_equal(lm: LM, tmp_path: Path) -> None:
     _, records = made(lm)
     assert records.save(tmp_path / "records") == tmp_path / "records"
-    assert sorted(p.name for p in (tmp_path / "records").iterdir()) == ["contexts.parquet", "latents.parquet"]
+    assert sorted(p.name for p in (tmp_path / "records").iterdir()) == [
+        "contexts.parquet",
+        "latents.parquet",
+        "records.json",
+    ]
     loaded = Records.load(tmp_path / "records")
     same(records.contexts, loaded.contexts)
     assert loaded.spec == SPEC and loaded.n_tokens == records.n_tokens
@@ -437,8 +443,51 @@ def test_damaged_or_missing_records_are_one_clear_error(lm: LM, tmp_path: Path) 
     table = pq.read_table(tmp_path / "latents.parquet")
     about = json.loads(table.schema.metadata[b"unweave.records"]) | {"version": 99}
     pq.write_table(table.replace_schema_metadata({"unweave.records": json.dumps(about)}), tmp_path / "latents.parquet")
+    with pytest.raises(UnweaveError, match=r"latents\.parquet"):
+        Records.load(tmp_path)
+    listed = listing(tmp_path, leave_out=("records.json",))
+    write_json(tmp_path / "records.json", listed)
     with pytest.raises(UnweaveError, match="version 99"):
         Records.load(tmp_path)
+
+
+def test_no_damaged_record_loads(lm: LM, tmp_path: Path) -> None:
+    """Whole tables of fewer rows or columns too, which Parquet itself would take."""
+    import pyarrow.parquet as pq
+
+    _, records = made(lm)
+    records.save(tmp_path)
+    rng = np.random.default_rng(0)
+    contents = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path, whole in contents.items():
+        for trial in range(60):
+            damaged = bytearray(whole)
+            if trial % 3 == 0:
+                damaged = damaged[: rng.integers(len(whole))]
+            elif trial % 3 == 1:
+                damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+            else:
+                damaged += rng.bytes(5)
+            path.write_bytes(damaged)
+            try:
+                loaded = Records.load(tmp_path)
+            except UnweaveError as error:
+                assert error.remedy
+            else:  # white space in the listing
+                assert path.name == "records.json" and loaded.latent(4) == records.latent(4)
+        if path.suffix == ".parquet":
+            path.write_bytes(whole)
+            table = pq.read_table(path)
+            for changed in (
+                table.slice(0, 0),
+                table.slice(0, len(table) - 1),
+                table.drop_columns(table.column_names[:1]),
+            ):
+                pq.write_table(changed, path)
+                with pytest.raises(UnweaveError, match=path.name):
+                    Records.load(tmp_path)
+        path.write_bytes(whole)
+    assert Records.load(tmp_path).latent(4) == records.latent(4)
 
 
 # -- from activations -------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ from unweave.core.memory import refuse_if_memory
 from unweave.core.run import atomic_write
 from unweave.core.site import Site
 
+COSTS = ("seconds", "memory")
+"""what ``about`` says of time and memory"""
 VERSION = 1
 
 
@@ -119,14 +121,15 @@ class Circuit:
     # -- storage --------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Writes one safetensors file."""
+        """Writes one safetensors file. What finding it cost is left out: equal circuits have equal bytes."""
         from safetensors.torch import save_file
 
         tensors = {f"nodes/{site}": effects for site, effects in self.nodes.items()}
         for (up, down), edges in self.edges.items():
             name = f"edges/{up}{ARROW}{Y if down is None else down}"
             tensors |= {f"{name}/up": edges.up, f"{name}/down": edges.down, f"{name}/weight": edges.weight}
-        about = {"version": VERSION, "positions": self.positions, "n_examples": self.n_examples, "about": self.about}
+        told = {name: value for name, value in self.about.items() if name not in COSTS}
+        about = {"version": VERSION, "positions": self.positions, "n_examples": self.n_examples, "about": told}
         with atomic_write(Path(path)) as temporary:
             held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(held, temporary, {"unweave.circuit": json.dumps(about, ensure_ascii=False, allow_nan=False)})

@@ -32,6 +32,8 @@ def show_outcome(stage: str, outcome: Outcome) -> None:
         console.print(_table(stage, rows))
     # Paths are printed plainly, so that they are never wrapped and can be copied.
     print(plain(f"run directory ({'reused' if was_reused(outcome) else 'made'}): {outcome.path}"))
+    if not was_reused(outcome) and (seconds := float(getattr(outcome, "seconds", 0.0))):
+        print(f"time: {seconds:.1f} s" if seconds < 60 else f"time: {seconds / 60:.1f} min")
     report = result.get("report")
     if isinstance(report, str):
         print(plain(f"report: {Path(outcome.path, report)}"))

@@ -1,8 +1,12 @@
 """Run directories: named by what was asked, finished once, resumable, never half-written.
 
-A run lives in ``<root>/<stage>-<digest>`` and holds ``spec.json``, ``env.json``, ``log.jsonl``, its outputs and, last,
-``DONE``. Asking again finds ``DONE`` and returns at once. Every file is written to a temporary name, flushed to the
-disk and renamed, so a file that is there is whole, whatever killed the process that wrote it.
+A run lives in ``<root>/<stage>-<digest>`` and holds ``spec.json``, ``env.json``, ``log.jsonl``, ``costs.json``, its
+outputs and, last, ``DONE``. Asking again finds ``DONE`` and returns at once. Every file is written to a temporary name,
+flushed to the disk and renamed, so a file that is there is whole, whatever killed the process that wrote it.
+
+``DONE`` lists every output with size and digest. A run that has lost one of them is not finished: asking again makes it
+anew, and opening it by its path refuses, naming the file. Time and memory are in ``costs.json`` alone, so that equal
+questions have equal outputs byte for byte; time adds up over the processes that worked on a run.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -24,11 +29,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from unweave.core.errors import UnweaveError
+from unweave.core import contents
+from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.files import read_json
 from unweave.core.spec import Spec, digest
 
 _NEARLY_NOTHING = 1 << 20
+_NO_OUTPUTS = (".*", "DONE", "spec.json", "env.json", "log.jsonl", "costs.json")
+_PIECES = ("parts*", "codes", "checkpoint*")
+"""what only unfinished work needs: folders and files of these names are gone once a run is done"""
 
 
 @contextmanager
@@ -134,6 +143,7 @@ class Run:
         self.path = path
         self.digest = identity
         self._lock: IO[str] | None = None
+        self._since = 0.0
         self.reused = self.done
 
     @classmethod
@@ -150,8 +160,9 @@ class Run:
         with friendly_io(path):
             path.mkdir(parents=True, exist_ok=True)
         run = cls(path, identity)
-        if not (path / "spec.json").exists():
+        if _asked(path) is None:
             write_json(path / "spec.json", asked | {"spec": spec.to_dict()})
+        if not (path / "env.json").exists():
             write_json(path / "env.json", environment())
         return run
 
@@ -177,52 +188,163 @@ class Run:
             ) from None
         self._lock = handle
         self.reused = self.done
-        for stale in self.path.glob(".*.tmp"):
+        for stale in self.path.rglob(".*.tmp"):
             _remove_stale(stale)
+        if self.reused:
+            self._remove_pieces()
+        elif (self.path / "DONE").exists():
+            self.log("made anew", {"reason": self.problem})
+            warnings.warn(f"{self.path.name} is made anew: {self.problem}", UnweaveWarning, stacklevel=2)
+            (self.path / "DONE").unlink()
+        self._since = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lock is not None:
+            self._count_costs()
             self._lock.close()
             self._lock = None
 
     @property
     def done(self) -> bool:
-        return (self.path / "DONE").exists()
+        """Whether it has finished and holds what it promised."""
+        return (self.path / "DONE").exists() and self.problem is None
+
+    @property
+    def problem(self) -> str | None:
+        """What a finished run has lost: an output is missing or of another size, or the result is damaged."""
+        listed = self._listed()
+        if listed is None:
+            return "DONE is damaged"
+        if "result.json" not in listed:
+            return "DONE does not list result.json"
+        lost = contents.missing(self.path, listed)
+        if lost is None and contents.sha256(self.path / "result.json") != listed["result.json"]["sha256"]:
+            return "result.json is not what was written"
+        return lost
+
+    def _listed(self) -> contents.Listing | None:
+        try:
+            found = read_json(self.path / "DONE")
+        except UnweaveError:
+            return None
+        return found if contents.is_listing(found) else None
+
+    def file(self, name: str) -> Path:
+        """The path of an output. UnweaveError where it is missing, or not what the run wrote."""
+        listed = self._listed() or {}
+        return contents.checked(self.path, name, listed, f"delete {self.path} and run the same command again")
+
+    def folder(self, name: str) -> Path:
+        """The path of a folder of outputs, every file in it checked."""
+        for listed in self._listed() or {}:
+            if listed.startswith(f"{name}/"):
+                self.file(listed)
+        return self.path / name
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """{"seconds", "peak_memory_gb"} of all processes that worked on it, so far; empty where nothing is known."""
+        try:
+            found = read_json(self.path / "costs.json")
+        except UnweaveError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def seconds(self) -> float:
+        """How long its work took, over all processes; 0 where that is not known."""
+        seconds = self.costs.get("seconds", 0.0)
+        return float(seconds) if isinstance(seconds, (int, float)) else 0.0
+
+    def _count_costs(self) -> None:
+        """Adds what has passed since the last time to ``costs.json``."""
+        if self._lock is None or self.reused:
+            return
+        now = time.monotonic()
+        old, memory = self.costs, peak_memory_gb()
+        seconds = self.seconds + now - self._since
+        peak = max(memory, float(old.get("peak_memory_gb", 0.0) or 0.0))
+        self._since = now
+        write_json(self.path / "costs.json", old | {"seconds": round(seconds, 2), "peak_memory_gb": peak})
+
+    def _remove_pieces(self) -> None:
+        for path in [path for pattern in _PIECES for path in self.path.glob(pattern)]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     @property
     def spec(self) -> dict[str, Any]:
         """What was asked, as plain values."""
-        return read_json(self.path / "spec.json")["spec"]
+        return self.asked["spec"]
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """{"stage", "version", "spec", "inputs"}: the whole question. UnweaveError where it is missing or damaged."""
+        found = _asked(self.path)
+        if found is None:
+            raise UnweaveError(
+                "damaged: spec.json does not say what was asked",
+                where=str(self.path),
+                remedy="run the same command again, which writes it anew",
+            )
+        return found
 
     @property
     def result(self) -> dict[str, Any]:
-        """What a finished run found. UnweaveError when it has not finished."""
-        if not self.done:
+        """What a finished run found. UnweaveError when it has not finished, or has lost an output."""
+        if not (self.path / "DONE").exists():
             raise UnweaveError("this run has not finished", where=str(self.path), remedy="run the same command again")
-        return read_json(self.path / "result.json")
+        if self.problem is not None:
+            raise UnweaveError(
+                f"damaged: {self.problem}",
+                where=str(self.path),
+                remedy="run the same command again, which makes it anew",
+            )
+        found = read_json(self.path / "result.json")
+        if not isinstance(found, dict):
+            raise UnweaveError("result.json holds no result", where=str(self.path), remedy="delete the run directory")
+        return found
 
     def log(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
         """Appends one line to ``log.jsonl``. What is logged must hold no secrets."""
         line = {"time": round(time.time(), 3), "event": event, **(fields or {})}
         with friendly_io(self.path), open(self.path / "log.jsonl", "a", encoding="utf-8") as handle:
             handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._count_costs()
 
     def events(self, event: str) -> list[dict[str, Any]]:
-        """The logged lines of one kind, oldest first; a last line cut short by a crash is passed over."""
+        """The logged lines of one kind, oldest first; damaged lines, as a crash leaves them, are passed over."""
         found = []
         path = self.path / "log.jsonl"
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError):
+        for text in path.read_bytes().split(b"\n") if path.is_file() else []:
+            with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(text)
-                if line["event"] == event:
+                if isinstance(line, dict) and line.get("event") == event:
                     found.append(line)
         return found
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes the result and then, last of all, ``DONE``."""
+        """Writes the result and then, last of all, ``DONE`` with the listing of every output.
+
+        What was measured of time and memory belongs in ``costs.json``, not in the result.
+        """
         write_json(self.path / "result.json", dict(result))
-        with atomic_write(self.path / "DONE") as temporary:
-            temporary.write_text(f"{sys.argv[0].rsplit('/', 1)[-1]}\n", encoding="utf-8")
+        self._count_costs()
+        write_json(self.path / "DONE", contents.listing(self.path, leave_out=(*_NO_OUTPUTS, *_PIECES)))
+        self._remove_pieces()
+
+
+def _asked(path: Path) -> dict[str, Any] | None:
+    """What spec.json says, where it has the form of a question."""
+    try:
+        found = read_json(path / "spec.json")
+    except UnweaveError:
+        return None
+    forms = {"stage": str, "version": int, "spec": dict, "inputs": dict}
+    fine = isinstance(found, dict) and all(isinstance(found.get(name), form) for name, form in forms.items())
+    return found if fine else None

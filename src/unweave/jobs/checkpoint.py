@@ -51,12 +51,6 @@ def load(run: Run, names: Collection[str]) -> dict[str, Any] | None:
     return found
 
 
-def remove(run: Run) -> None:
-    """Deletes the checkpoint of a finished run."""
-    for path in (run.path / _INDEX, *run.path.glob("checkpoint-*.pt")):
-        path.unlink(missing_ok=True)
-
-
 def _name(step: int, rank: int) -> str:
     return f"checkpoint-{step}-{rank}.pt"
 

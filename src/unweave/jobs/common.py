@@ -72,7 +72,7 @@ def token_store(
     fingerprint = lm.tokenizer_fingerprint() or ""
     inputs = stamps(model, data) | {"tokenizer": fingerprint}
     with Run.open(runs, "tokens", asked, version=_TOKENS_VERSION, inputs=inputs) as run:
-        if not (run.done and (run.path / "store").exists()):
+        if not run.done:
             refuse_long_rows(lm, data.pack.context)
             if lm.tokenizer is None:
                 raise UnweaveError("text needs a tokenizer", where=lm.name, remedy="use a model that comes with one")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,10 +53,9 @@ def run(spec: DemoSpec, runs: Path) -> Run:
     """Trains, measures, collects, traces, steers and writes the report; each stage is a run of its own."""
     scale = scale_of(spec)
     with Run.open(runs, "demo", spec, version=VERSION, inputs={"train": scale.train.digest()}) as run:
-        if run.done and Path(run.result["report"]).exists():
+        if run.done and _still_there(run, runs):
             return run
         run.reused = False
-        started = time.monotonic()
         trained = train.run(scale.train, runs)
         sae, device = train.sae_folder(trained), spec.device
         stages: dict[str, Callable[[], Run]] = {
@@ -70,8 +68,14 @@ def run(spec: DemoSpec, runs: Path) -> Run:
         done = {"train": trained}
         for name, stage in stages.items():
             done[name] = stage()
-        run.finish(_found(done) | {"minutes": round((time.monotonic() - started) / 60, 1)})
+        run.finish(_found(done))
     return run
+
+
+def _still_there(run: Run, runs: Path) -> bool:
+    """Whether every stage's run still holds what it found."""
+    folders = [Path(runs) / name for name in run.result["runs"].values()]
+    return all((folder / "DONE").exists() and Run.at(folder).done for folder in folders)
 
 
 def _recovered(measured: dict[str, Any], ablation: str, words: str) -> tuple[float | None, str]:
@@ -106,7 +110,7 @@ def _found(done: dict[str, Run]) -> dict[str, Any]:
             "integrated gradients with measured effects of the strongest latents, without the first",
         ),
         ("steered latent", steered["latent"], " ".join(token.strip() for token in steered["label"][:6])),
-        ("SAE", str(done["train"].path / "sae"), ""),
+        ("SAE", f"{done['train'].path.name}/sae", ""),
     ]
     names = ("unexplained_variance", "l0", "recovered_vs_mean", "recovered_vs_zero")
     return {
@@ -115,6 +119,6 @@ def _found(done: dict[str, Run]) -> dict[str, Any]:
         "alive_fraction": records["alive_fraction"],
         "correlations": traced["correlations"],
         "tokens": trained["tokens"],
-        "runs": {stage: str(run.path) for stage, run in done.items()},
-        "report": page["report"],
+        "runs": {stage: run.path.name for stage, run in done.items()},
+        "report": f"../{done['report'].path.name}/{page['report']}",
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from pathlib import Path
 
@@ -20,7 +19,6 @@ def run(spec: EvalSpec, runs: Path) -> Run:
     with Run.open(runs, "eval", spec, version=VERSION, inputs={"sae": sae_digest(spec.sae)}) as run:
         if run.done:
             return run
-        started = time.monotonic()
         lm, sae, record = open_sae(spec)
         data = data_of(sae, spec.data)
         model = spec.model or sae.provenance["train"]["model"]
@@ -29,7 +27,7 @@ def run(spec: EvalSpec, runs: Path) -> Run:
         metrics = evaluate(lm, sae, store_batches(lm, store, range(store.n_rows), spec.batch_tokens))
         findings = drift(metrics, sae.provenance.get("reference", {}))
         result = metrics.to_dict() | record | {"drift": findings}
-        run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
+        run.finish(result)
     return run
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from unweave.core.run import Run
@@ -24,10 +23,8 @@ VERSION = 2
 def run(spec: LatentsSpec, runs: Path) -> Run:
     """Records of every latent, in the run's ``records/``."""
     with Run.open(runs, "latents", spec, version=VERSION, inputs={"sae": sae_digest(spec.sae)}) as run:
-        if run.done and (run.path / "records").exists():
+        if run.done:
             return run
-        run.reused = False
-        started = time.monotonic()
         lm, sae, record = open_sae(spec)
         assert sae.read is not None
         asked, data = sae.provenance.get("train", {}), data_of(sae, spec.data)
@@ -49,10 +46,10 @@ def run(spec: LatentsSpec, runs: Path) -> Run:
             "special_share": records.special_share,
             "records": "records",
         }
-        run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
+        run.finish(result)
     return run
 
 
 def load(run: Run) -> Records:
     """The records of a finished run."""
-    return Records.load(run.path / "records")
+    return Records.load(run.folder("records"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,13 @@ def run(spec: ReportSpec, runs: Path) -> Run:
     found = {stage: newest(Path(runs), stage, identity) for stage in _STAGES}
     inputs = {"sae": identity} | {stage: run.digest for stage, run in found.items() if run is not None}
     with Run.open(runs, "report", spec, version=VERSION, inputs=inputs) as run:
-        if run.done and (run.path / "report.html").exists():
+        if run.done:
             return run
-        run.reused = False
-        started = time.monotonic()
         text = render(gather(spec, found))
         with atomic_write(run.path / "report.html") as temporary:
             temporary.write_text(text, encoding="utf-8")
         missing = [stage for stage, one in found.items() if one is None]
-        result = {"report": str(run.path / "report.html"), "megabytes": round(len(text.encode()) / 1e6, 2)}
-        run.finish(result | {"not_run": missing, "seconds": round(time.monotonic() - started, 1)})
+        run.finish({"report": "report.html", "megabytes": round(len(text.encode()) / 1e6, 2), "not_run": missing})
     return run
 
 
@@ -44,9 +40,11 @@ def newest(runs: Path, stage: str, sae: str) -> Run | None:
     """The newest finished run of a stage for an SAE."""
     candidates = []
     for path in runs.glob(f"{stage}-*"):
-        if (path / "DONE").exists() and read_json(path / "spec.json").get("inputs", {}).get("sae") == sae:
-            candidates.append(path)
-    return Run.at(max(candidates, key=lambda p: (p / "DONE").stat().st_mtime)) if candidates else None
+        if (path / "DONE").exists():
+            run = Run.at(path)
+            if run.asked["inputs"].get("sae") == sae and run.done:
+                candidates.append(run)
+    return max(candidates, key=lambda run: (run.path / "DONE").stat().st_mtime) if candidates else None
 
 
 def training_run(sae: Path) -> Run | None:
@@ -88,11 +86,7 @@ def gather(spec: ReportSpec, found: dict[str, Run | None]) -> page.ReportData:
         steering=_steering(found["steer"]),
         settings={stage: one.spec for stage, one in {"train": trained, **found}.items() if one is not None},
         provenance=_provenance(spec, about, found, trained),
-        timings=[
-            (stage, float(one.result["seconds"]))
-            for stage, one in {"train": trained, **found}.items()
-            if one is not None
-        ],
+        timings=[(stage, one.seconds) for stage, one in {"train": trained, **found}.items() if one is not None],
         notes=_notes(model, found),
     )
 

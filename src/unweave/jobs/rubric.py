@@ -43,10 +43,8 @@ def run(spec: RubricSpec, runs: Path) -> Run:
     if spec.judge.base_url is None and (judge_files := stamp(spec.judge.model)):
         inputs["judge"] = judge_files
     with Run.open(runs, "rubric", spec, version=VERSION, inputs=inputs) as run:
-        if run.done and (run.path / "ratings.jsonl").exists():
+        if run.done:
             return run
-        run.reused = False
-        started = time.monotonic()
         check_judge(spec.judge)
         latents_run = latents_job.run(_latents_spec(spec), runs)
         records = latents_job.load(latents_run)
@@ -57,7 +55,7 @@ def run(spec: RubricSpec, runs: Path) -> Run:
         judge = open_judge(spec.judge, Path(runs) / REPLIES, spec.device)
         asked = time.monotonic()
         ratings = rate(judge, items)
-        per_prompt = _seconds_per_prompt(ratings, time.monotonic() - asked)
+        run.log("judge", {"seconds_per_prompt": _seconds_per_prompt(ratings, time.monotonic() - asked)})
         if all(rating.reply.text is None for rating in ratings):
             raise UnweaveError(
                 f"the judge answered none of {len(ratings)} prompts: {ratings[0].failure}",
@@ -69,8 +67,8 @@ def run(spec: RubricSpec, runs: Path) -> Run:
             name: latents_run.result[name] for name in ("model", "model_note", "accepted") if name in latents_run.result
         }
         result = used | {"records_run": latents_run.path.name, "eligible": len(eligible(records))}
-        result |= _found(spec, judge, ratings, inputs["sae"]) | {"seconds_per_prompt": per_prompt}
-        run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
+        result |= _found(spec, judge, ratings, inputs["sae"])
+        run.finish(result)
     return run
 
 

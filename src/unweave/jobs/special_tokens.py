@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,7 +34,6 @@ def run(spec: SpecialTokensSpec, runs: Path) -> Run:
     with Run.open(runs, "special-tokens", spec, version=VERSION, inputs={"sae": sae_digest(spec.sae)}) as run:
         if run.done:
             return run
-        started = time.monotonic()
         lm, sae, record = open_sae(spec)
         special = SpecialTokens.of(lm, spec.special_ids or None, spec.where)
         store, rows = _conversations(spec, lm, sae, runs)
@@ -58,7 +56,7 @@ def run(spec: SpecialTokensSpec, runs: Path) -> Run:
         _tables(run.path, errors, maxima, swept)
         drawn = figures.save(run.path, errors, swept, spots[0], spec.unit)
         result = record | _result(errors, maxima, swept, spots, reason, spec.unit) | {"figures": drawn}
-        run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
+        run.finish(result)
     return run
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ def run(spec: SteerSpec, runs: Path) -> Run:
     with Run.open(runs, "steer", spec, version=VERSION, inputs={"sae": sae_digest(spec.sae)}) as run:
         if run.done:
             return run
-        started = time.monotonic()
         lm, sae, record = open_sae(spec)
         records = _records(spec, runs)
         candidates = choose_latents(lm, sae, records) if spec.latent is None else []
@@ -53,7 +51,6 @@ def run(spec: SteerSpec, runs: Path) -> Run:
                 "texts": [_plain(text) for text in texts],
                 "note": f"{spec.mode}; strength 1 is the latent's largest activation in {records.n_tokens:,} tokens, "
                 f"{latent.maximum:.1f}",
-                "seconds": round(time.monotonic() - started, 1),
             }
         )
     return run

@@ -26,7 +26,7 @@ from unweave.core.dist import SOLO, Group, refuse_shared_device, world
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.files import read_json
 from unweave.core.progress import task
-from unweave.core.run import Run, peak_memory_gb
+from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.data.stream import ActivationSource, MixingBuffer, Norms, RowBatches, calibrate
@@ -58,7 +58,6 @@ def run(spec: TrainSpec, runs: Path) -> Run:
     with _entered(Run.open(runs, "train", spec, version=VERSION, inputs=inputs), group) as run:
         if run.done:
             return run
-        started = time.monotonic()
         for _ in group.in_turn():
             lm = load_lm(spec.model, spec.dtype, spec.device)
             store, store_run = token_store(lm, spec.model, spec.data, "train", None, runs)
@@ -68,15 +67,13 @@ def run(spec: TrainSpec, runs: Path) -> Run:
         sites = sorted({site for member in found for site in (member.read, member.write)})
         source = activation_source(lm, store, store_run, sites, spec.stream, spec.dtype, runs, group)
         _refuse_too_little(spec, store, source)
-        work = _Work(run, spec, lm, store, source, found, group, started)
+        work = _Work(run, spec, lm, store, source, found, group)
         result = work.train()
         work.save(heldout)
         if group.rank == 0:
             result |= _saved(run, found)
-            result["peak_memory_gb"] = peak_memory_gb()
             result["summary"] = _summary(result)
-            run.finish(result | {"seconds": round(work.seconds, 1)})
-            checkpoint.remove(run)
+            run.finish(result)
         group.barrier()
     return run
 
@@ -134,7 +131,6 @@ def _summary(result: Mapping[str, Any]) -> list[list[Any]]:
     rows: list[list[Any]] = [
         ["training tokens", result["tokens"], f"{result['distinct_tokens']:,} distinct ones"],
         *([name, count, ""] for name, count in left_out.items() if count),
-        ["memory, GB", result["peak_memory_gb"], "at most, of the first process"],
     ]
     for row in result["saes"][:_SHOWN_SAES]:
         about = row["reference"]
@@ -186,14 +182,6 @@ class _Work:
     source: ActivationSource
     members: list[Member]
     group: Group
-    started: float
-    before: float = 0.0
-    """seconds that earlier processes worked on it, up to the checkpoint"""
-
-    @property
-    def seconds(self) -> float:
-        """How long the training has taken, in all processes that followed one another."""
-        return self.before + time.monotonic() - self.started
 
     def __post_init__(self) -> None:
         self.divided = _divided(self.members, self.group)
@@ -223,7 +211,6 @@ class _Work:
         )
         saved = checkpoint.load(self.run, [member.name for member in self.own])
         if saved is not None:
-            self.before = saved["seconds"]
             self.buffer.load_state_dict(saved["stream"])
             self.rows.load_state_dict(saved["rows"])
         sample = self.buffer.peek(_INIT_TOKENS)  # what a trainer measures on its first sample is part of its state
@@ -326,7 +313,6 @@ class _Work:
         state = {
             "stream": self.buffer.state_dict(),
             "rows": self.rows.state_dict(),
-            "seconds": self.seconds,
             "trainers": {name: trainer.state_dict() for name, trainer in self.trainers.items()},
         }
         step = next(iter(self.trainers.values())).steps

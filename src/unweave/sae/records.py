@@ -2,7 +2,7 @@
 
 records = collect(lm, sae, source, store)      # one pass over activations
 records.latent(1234)                           # prints itself
-records.save(folder); Records.load(folder)     # latents.parquet, contexts.parquet
+records.save(folder); Records.load(folder)     # latents.parquet, contexts.parquet, and their digests
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from unweave.core.codes import Codes
+from unweave.core.contents import checked, is_listing
+from unweave.core.contents import listing as file_listing
 from unweave.core.errors import UnweaveError, UnweaveWarning
+from unweave.core.files import read_json
 from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
-from unweave.core.run import atomic_write
+from unweave.core.run import atomic_write, write_json
 from unweave.lm.chat import Role
 from unweave.lm.shown import first_texts, joined, own_texts, shown_alone
 from unweave.sae.contexts import KINDS, Array, Chosen, Contexts, RecordsSpec, find_contexts
@@ -153,7 +156,7 @@ class Records:
     # -- storage --------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> Path:
-        """Writes ``latents.parquet`` and ``contexts.parquet``."""
+        """Writes ``latents.parquet`` and ``contexts.parquet``, and ``records.json`` with their sizes and digests."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -184,25 +187,31 @@ class Records:
             "contexts.parquet": pa.table(contexts),
             "latents.parquet": pa.table(latents).replace_schema_metadata({"unweave.records": json.dumps(about)}),
         }
-        for name, table in tables.items():  # latents last: it completes the pair
-            with atomic_write(Path(folder) / name) as temporary:
+        folder = Path(folder)
+        for name, table in tables.items():
+            with atomic_write(folder / name) as temporary:
                 pq.write_table(table, temporary)
-        return Path(folder)
+        listed = file_listing(folder, leave_out=(".*", "records.json"))
+        write_json(folder / "records.json", {name: listed[name] for name in tables})  # last: it completes the pair
+        return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Reads what ``save`` wrote. UnweaveError when it is missing or damaged."""
+        """Reads what ``save`` wrote. UnweaveError when a file is missing or not what was written."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        folder = Path(folder)
+        folder, remedy = Path(folder), "collect the records again: unweave latents"
+        listed = read_json(folder / "records.json")
+        if not is_listing(listed):
+            raise UnweaveError("damaged: records.json is no listing of files", where=str(folder), remedy=remedy)
+        files = [checked(folder, f"{name}.parquet", listed, remedy) for name in ("latents", "contexts")]
         try:
-            latents, contexts = (pq.read_table(folder / f"{name}.parquet") for name in ("latents", "contexts"))
+            latents, contexts = map(pq.read_table, files)
             about = json.loads((latents.schema.metadata or {})[b"unweave.records"])
             return cls._from_tables(latents, contexts, about)
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             refuse_if_memory(error, folder)
-            remedy = "collect the records again"
             raise UnweaveError(f"cannot read latents' records: {error}", where=str(folder), remedy=remedy) from error
 
     @classmethod

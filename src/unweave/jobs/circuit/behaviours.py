@@ -7,8 +7,6 @@ behaviour, named by its contexts. Vectors are kept in pieces as they are made.
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,25 +89,19 @@ def run(spec: CircuitBehavioursSpec, runs: Path) -> Run:
     # Parts name their contexts; only the whole depends on the text.
     inputs = digest_of(spec) | {name: value for name, value in stamped.items() if name == "model"}
     with Run.open(runs, "circuit-behaviours", spec, version=VERSION, inputs=inputs | stamped) as run:
-        if run.done and (run.path / "index.html").exists():
+        if run.done:
             return run
-        run.reused = False
-        began = time.monotonic()
         opened = open_saes(spec)
         found, contexts_run = _contexts(spec, opened, runs)
         rows, vectors_run = _vectors(spec, opened, found, contexts_run.digest, inputs, runs)
-        seconds = {"contexts": contexts_run.result["seconds"], "vectors": vectors_run.result["seconds"]}
-        clusters, seconds["clusters"] = _clusters(spec, rows, vectors_run.digest, run)
+        clusters = _clusters(spec, rows, vectors_run.digest, run)
         chosen = _chosen(spec, rows, clusters, found)
         parts = []
         with task("circuits of behaviours", total=len(chosen), unit="behaviours") as shown:
             for one in chosen:
                 parts.append(_circuit(spec, opened, list(one.examples[: spec.examples]), inputs, runs))
                 shown.advance()
-        at = time.monotonic()
         cards = cards_of(spec, opened, clusters, chosen, parts, runs)
-        seconds["page"] = round(time.monotonic() - at, 1)
-        seconds["circuits"] = round(sum(part.result["seconds"] for part in parts), 1)
         html = page(cards, _about(spec, opened, found, clusters))
         with atomic_write(run.path / "index.html") as temporary:
             temporary.write_text(html, encoding="utf-8")
@@ -123,7 +115,6 @@ def run(spec: CircuitBehavioursSpec, runs: Path) -> Run:
             | {"completeness": {name: part["completeness"] for name, part in results.items()}}
             | {"warnings": [f"{name}: {part['incomplete']}" for name, part in results.items() if part["incomplete"]]}
             | {"parts": [part.path.name for part in (contexts_run, vectors_run, *parts)], "page": "index.html"}
-            | {"seconds": round(time.monotonic() - began, 1), "seconds_of_parts": seconds}
         )
     return run
 
@@ -137,8 +128,7 @@ def _contexts(spec: CircuitBehavioursSpec, opened: Opened, runs: Path) -> tuple[
     asked = _part(_ContextsQuestion, spec, {"tokens": store_run.digest})
     with Run.open(runs, "circuit-contexts", asked, version=VERSION, inputs={"dtype": str(lm.dtype)}) as run:
         path = run.path / "contexts.jsonl"
-        if not (run.done and path.exists()):
-            began = time.monotonic()
+        if not run.done:
             options = Confidence(
                 max_loss=spec.max_loss,
                 context=spec.context,
@@ -150,8 +140,8 @@ def _contexts(spec: CircuitBehavioursSpec, opened: Opened, runs: Path) -> tuple[
             )
             found = behaviours.find(lm, store, options)
             behaviours.save(path, found)
-            run.finish({"counts": found.counts, "seconds": round(time.monotonic() - began, 1)})
-        return behaviours.load(path), run
+            run.finish({"counts": found.counts})
+        return behaviours.load(run.file(path.name)), run
 
 
 def _text(spec: CircuitBehavioursSpec, opened: Opened) -> tuple[str, DataSpec]:
@@ -183,8 +173,6 @@ def _vectors(
     asked = _part(_VectorsQuestion, spec, {"contexts": contexts})
     read = {} if spec.vectors == "gradients" else dict(inputs) | {"sites": digest(opened.record["sites"])}
     with Run.open(runs, "circuit-vectors", asked, version=VERSION, inputs=read) as run:
-        began = time.monotonic()
-        before = sum(event["seconds"] for event in run.events("piece"))
         sparse, parts = spec.vectors in SPARSE, []
         n = len(found.examples)
         with task(f"vectors: {spec.vectors}", total=n, unit="contexts") as shown:
@@ -192,7 +180,6 @@ def _vectors(
                 few = found.examples[start : start + _PIECE]
                 path = run.path / f"{start // _PIECE:05d}.npz"
                 if not path.exists():
-                    at = time.monotonic()
                     made = vectors(
                         opened.lm,
                         opened.saes,
@@ -206,11 +193,11 @@ def _vectors(
                         max_tokens=spec.max_tokens,
                     )
                     _save_rows(path, made)
-                    run.log("piece", {"piece": path.name, "seconds": round(time.monotonic() - at, 2)})
-                parts.append(_load_rows(path, sparse))
+                    run.log("piece", {"piece": path.name})
+                parts.append(_load_rows(run.file(path.name) if run.done else path, sparse))
                 shown.advance(len(few))
         if not run.done:
-            run.finish({"contexts": n, "seconds": round(before + time.monotonic() - began, 1)})
+            run.finish({"contexts": n})
         return (sp.csr_array(sp.vstack(parts, format="csr")) if sparse else np.concatenate(parts)), run
 
 
@@ -244,21 +231,20 @@ def _part(kind: type[Spec], spec: CircuitBehavioursSpec, more: Mapping[str, Any]
 # -- clusters ---------------------------------------------------------------------------------------------------------
 
 
-def _clusters(spec: CircuitBehavioursSpec, rows: cluster.Vectors, of: str, run: Run) -> tuple[cluster.Clusters, float]:
+def _clusters(spec: CircuitBehavioursSpec, rows: cluster.Vectors, of: str, run: Run) -> cluster.Clusters:
     """The clusters of vectors whose run has the digest ``of``, kept beside the index."""
     path, about = run.path / f"clusters-{of}.npz", run.path / f"clusters-{of}.json"
     if not (path.exists() and about.exists()):
-        began = time.monotonic()
         made = cluster.cluster(rows, spec.clusters, method=spec.clustering, rank=spec.rank, seed=spec.seed)
         arrays = {
             field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "stability"
         }
         with atomic_write(path) as temporary, open(temporary, "wb") as handle:
             np.savez(handle, **arrays)
-        write_json(about, {"stability": made.stability, "seconds": round(time.monotonic() - began, 1)})
+        write_json(about, {"stability": made.stability})
     told = read_json(about)
     with np.load(path, allow_pickle=False) as held:
-        return cluster.Clusters(**dict(held), stability=told["stability"]), told["seconds"]
+        return cluster.Clusters(**dict(held), stability=told["stability"])
 
 
 def _chosen(
@@ -302,8 +288,7 @@ def _circuit(
     )
     read = dict(inputs) | {"sites": digest(opened.record["sites"])}
     with Run.open(runs, "circuit-behaviour", asked, version=VERSION, inputs=read) as run:
-        if not (run.done and (run.path / "circuit.safetensors").exists()):
-            began = time.monotonic()
+        if not run.done:
             batches = behaviours.batches(
                 opened.lm, examples, metric=spec.metric, side="left", max_tokens=spec.max_tokens
             )
@@ -315,9 +300,7 @@ def _circuit(
             nodes = circuit.counts(spec.node_threshold)
             edges = len(circuit.edges_above(spec.node_threshold, spec.edge_threshold))
             complete = {name: circuit.about.get(name) for name in ("completeness", "incomplete")}
-            run.finish(nodes | complete | {"edges": edges, "seconds": round(time.monotonic() - began, 1)})
-        for parts in run.path.glob("parts*"):
-            shutil.rmtree(parts, ignore_errors=True)
+            run.finish(nodes | complete | {"edges": edges})
     return run
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from unweave.circuits.draw_html import draw_html
 from unweave.circuits.graph import Circuit, Node
 from unweave.circuits.picture import Selection, select
 from unweave.core.errors import UnweaveError
-from unweave.core.files import read_json
 from unweave.core.run import Run, atomic_write
 from unweave.core.site import Site
 from unweave.jobs.circuit.examples import PAIRS
@@ -77,9 +75,10 @@ def open_circuit(place: Path) -> Found:
             remedy="give the folder that `unweave circuit find` printed, or a circuit.safetensors",
         )
     folder = path.parent
-    asked = read_json(folder / "spec.json").get("spec", {}) if (folder / "spec.json").is_file() else {}
-    result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
-    return Found(path, Circuit.load(path), asked, result)
+    if not (folder / "DONE").exists():  # a file on its own
+        return Found(path, Circuit.load(path), {}, {})
+    run = Run.at(folder)
+    return Found(path, Circuit.load(run.file(path.name)), run.spec, run.result)
 
 
 def content_of(path: Path) -> str:
@@ -106,12 +105,10 @@ def run(spec: CircuitDrawSpec, runs: Path) -> Run:
             )
         inputs |= digest_of(of)
     with Run.open(runs, "circuit-draw", spec, version=VERSION, inputs=inputs) as run:
-        if run.done and (run.path / "circuit.html").exists():
+        if run.done:
             return run
-        run.reused = False
-        started = time.monotonic()
         result = _draw(spec, found, of, run.path, runs)
-        run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
+        run.finish(result)
     return run
 
 

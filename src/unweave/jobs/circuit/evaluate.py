@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from unweave.circuits.graph import Circuit
 from unweave.circuits.sweep import PAPER_THRESHOLDS, Errors, Sweep, spread_thresholds, sweep
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
-from unweave.core.run import Run, atomic_write, peak_memory_gb, write_json
+from unweave.core.run import Run, atomic_write, write_json
 from unweave.core.site import Site
 from unweave.core.spec import digest
 from unweave.jobs.circuit import find
@@ -64,8 +63,8 @@ def found_circuit(folder: Path, saes: tuple[str, ...] = (), device: str | None =
     Raises UnweaveError for a folder of anything else, and for autoencoders that are not those of the search.
     """
     run = Run.at(folder)
-    asked = read_json(run.path / "spec.json")
-    if asked.get("stage") != "circuit-find" or not run.done:
+    asked = run.asked
+    if asked["stage"] != "circuit-find" or not run.done:
         raise UnweaveError(
             "this is no finished circuit find", where=str(folder), remedy="give the run directory that it printed"
         )
@@ -92,7 +91,6 @@ def run(spec: CircuitEvaluateSpec, runs: Path) -> Run:
     with Run.open(runs, "circuit-evaluate", spec, version=VERSION, inputs=inputs) as run:
         if run.done:
             return run
-        started = time.monotonic()
         opened = open_saes(found.spec)
         examples = _examples(spec, found, opened)
         start_layer = spec.start_layer
@@ -114,7 +112,7 @@ def run(spec: CircuitEvaluateSpec, runs: Path) -> Run:
         write_json(run.path / "faithfulness.json", {name: curve.to_dict() for name, curve in curves.found.items()})
         with atomic_write(run.path / "faithfulness.csv") as temporary:
             temporary.write_text(table(curves.found), encoding="utf-8")
-        run.finish(opened.record | result | {"seconds": round(time.monotonic() - started, 1)})
+        run.finish(opened.record | result)
     return run
 
 
@@ -235,7 +233,6 @@ def _result(
         "metric": {"model": first.model, "empty": first.empty},
         "level": level,
         "reached": reached,
-        "memory": {"peak_gb": peak_memory_gb(), "max_tokens": spec.max_tokens},
         "figure": "faithfulness.png",
         "table": "faithfulness.csv",
         "summary": [

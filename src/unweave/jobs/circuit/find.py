@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 
 from unweave.circuits.find import Options, find_circuit, find_nodes
-from unweave.circuits.graph import Circuit, Node, Y
+from unweave.circuits.graph import COSTS, Circuit, Node, Y
 from unweave.core.run import Run, write_json
 from unweave.jobs.circuit.examples import Examples, accuracy_row, examples_of, file_digests
 from unweave.jobs.circuit.saes import digest_of, open_saes
@@ -36,7 +34,6 @@ def run(spec: CircuitFindSpec, runs: Path, lm: LM | None = None) -> Run:
     with Run.open(runs, "circuit-find", spec, version=VERSION, inputs=inputs) as run:
         if run.done:
             return run
-        started = time.monotonic()
         opened = open_saes(spec, lm)
         examples = examples_of(opened.lm, spec)
         examples.save(run.path)
@@ -48,11 +45,11 @@ def run(spec: CircuitFindSpec, runs: Path, lm: LM | None = None) -> Run:
         if circuit.positions:  # an example's words, for drawings
             first = next(b for b in examples.batches if b[0].ids.shape[1] == circuit.about["lengths"]["longest"])
             circuit.about["tokens"] = opened.lm.pieces(first[0].ids[0])
+        run.log("costs", {name: circuit.about[name] for name in COSTS})
         circuit.save(run.path / CIRCUIT)
         write_json(run.path / "circuit.json", contents(circuit, spec.node_threshold, spec.edge_threshold))
         result = _result(spec, circuit, examples, skipped)
-        run.finish(opened.record | result | {"seconds": round(time.monotonic() - started, 1)})
-        shutil.rmtree(parts, ignore_errors=True)
+        run.finish(opened.record | result)
     return run
 
 
@@ -86,7 +83,7 @@ def contents(circuit: Circuit, node_threshold: float, edge_threshold: float) -> 
     edges = circuit.edges_above(node_threshold, edge_threshold)
     edges.sort(key=lambda edge: -abs(edge[2]))
     return {
-        "about": circuit.about,
+        "about": {name: value for name, value in circuit.about.items() if name not in COSTS},
         "nodes": [_plain(node) for node in circuit.above(node_threshold)],
         "edges": [[up.name, down.name if down else Y, weight] for up, down, weight in edges],
     }
@@ -121,7 +118,6 @@ def _result(spec: CircuitFindSpec, circuit: Circuit, examples: Examples, skipped
         if len(rows) < _PER_SITE:
             rows.append([node.name, node.effect])
     edges = contents(circuit, spec.node_threshold, spec.edge_threshold)["edges"] if spec.edges else []
-    memory = about["memory"]
     values = ", ".join(f"{value:.2f} on {side} texts" for side, value in about["metric"].items())
     summary = [
         ["task", task_of(spec), ""],
@@ -134,8 +130,6 @@ def _result(spec: CircuitFindSpec, circuit: Circuit, examples: Examples, skipped
         *([["edges", len(edges), f"between them, above {spec.edge_threshold:g}"]] if spec.edges else []),
         *([["edges to y", len(circuit.edges), about["edges_to_y"]]] if "edges_to_y" in about else []),
         *[[site, rows[0][0], f"the strongest of its nodes: {rows[0][1]:+.3f}"] for site, rows in strongest.items()],
-        ["memory", f"{memory['peak_gb']} GB", f"{memory['max_tokens_used']:,} tokens at a time"],
-        ["time", f"{sum(about['seconds'].values()):.0f} s", ""],
     ]
     return {
         "task": task_of(spec),
@@ -145,8 +139,6 @@ def _result(spec: CircuitFindSpec, circuit: Circuit, examples: Examples, skipped
         "incomplete": about["incomplete"],
         "above": above,
         "edges": about.get("edges"),
-        "memory": memory,
-        "parts": about["seconds"],
         "strongest": strongest,
         "strongest_edges": edges[:_EDGES],
         "circuit": CIRCUIT,

@@ -10,7 +10,6 @@ Where only some latents are asked for, only their columns are computed and kept.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,7 +174,7 @@ def _of_group(
     inputs = {str(site): opened.saes[site].digest() for site in group.sites} | stamps(group.model, group.data)
     with Run.open(runs, "circuit-records", question, version=VERSION, inputs=inputs) as run:
         places = {site: run.path / "records" / str(site) for site in group.sites}
-        left = [site for site in group.sites if not (places[site] / "latents.parquet").exists()]
+        left = [site for site in group.sites if not (places[site] / "records.json").exists()]
         if left:
             store, store_run = token_store(opened.lm, group.model, group.data, split, stored, runs)
             source = _source(opened, group, store, store_run, runs)
@@ -183,7 +182,6 @@ def _of_group(
             for site in left:
                 _build(opened, site, chosen[site], parts, store, seed).save(places[site])
         if not run.done:
-            shutil.rmtree(run.path / "codes", ignore_errors=True)
             run.finish({"sites": {str(site): str(path.relative_to(run.path)) for site, path in places.items()}})
     return {site: Records.load(path) for site, path in places.items()}
 

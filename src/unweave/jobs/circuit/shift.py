@@ -11,7 +11,6 @@ Every seed's circuits and measurements are files of their own, so that an interr
 from __future__ import annotations
 
 import json
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -57,7 +56,6 @@ def run(spec: CircuitShiftSpec, runs: Path) -> Run:
     with Run.open(runs, "circuit-shift", spec, version=VERSION, inputs=_inputs(spec)) as run:
         if run.done:
             return run
-        started = time.monotonic()
         if spec.judge == "chat":
             check_judge(spec.chat)
         opened = open_saes(spec)
@@ -67,8 +65,7 @@ def run(spec: CircuitShiftSpec, runs: Path) -> Run:
         rows = [study.measured(seed, circuits[seed], verdicts) for seed in range(spec.seeds)]
         found = _found(spec, study, circuits, verdicts, rows, judged)
         found["files"] = shift_table.save(run.path, found)
-        seconds = round(time.monotonic() - started, 1)
-        run.finish(opened.record | found | {"seconds": seconds})
+        run.finish(opened.record | found)
         for warning in found["warnings"]:
             warnings.warn(warning, UnweaveWarning, stacklevel=2)
     return run

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unweave.core.run import Run, peak_memory_gb
+from unweave.core.run import Run
 from unweave.jobs import train
 from unweave.jobs.circuit import behaviours, draw, evaluate, find, shift
 from unweave.jobs.circuit.behaviours_spec import CircuitBehavioursSpec
@@ -56,12 +56,11 @@ def run(spec: FeatureCircuitsSpec, runs: Path) -> Run:
         gc.collect()  # trainers and activations take gigabytes
         parts = _parts(spec, plan, trained, runs)
         names = {name: part.path.name for name, part in parts.all().items()}
-        if done.done and (done.path / "report.html").exists() and done.result["runs"] == names:
+        if done.done and done.result["runs"] == names:
             return done
         done.reused = False
-        seconds = {name: part.result["seconds"] for name, part in parts.all().items()}
         result = page.write(done.path, spec, plan, parts)
-        done.finish(result | {"runs": names, "seconds": seconds, "peak_memory_gb": peak_memory_gb()})
+        done.finish(result | {"runs": names})
     return done
 
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import gc
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from unweave.core.progress import task
-from unweave.core.run import Run, peak_memory_gb
+from unweave.core.run import Run
 from unweave.core.spec import Spec
 from unweave.evaluate.special_tokens import TokenErrors, token_errors
 from unweave.jobs import rubric, special_tokens, train
@@ -48,9 +47,8 @@ def run(spec: InstructSaesSpec, runs: Path) -> Run:
     plan = plan_of(spec)
     inputs = {name: training.digest() for name, training in plan.trainings.items()}
     with Run.open(runs, "paper-instruct-saes", spec, version=VERSION, inputs=inputs) as done:
-        if done.done and (done.path / "report.html").exists():
+        if done.done:
             return done
-        done.reused = False
         trained = {}
         for name, training in plan.trainings.items():
             trained[name] = train.run(training, runs)
@@ -65,21 +63,10 @@ def run(spec: InstructSaesSpec, runs: Path) -> Run:
             | {
                 "runs": {name: part.path.name for name, part in trained.items()}
                 | {"errors": measured.path.name, "special tokens": steered.path.name}
-                | {f"rubric {name}": part.path.name for name, part in rated.items()},
-                "seconds": _seconds(trained, measured, steered, rated),
-                "peak_memory_gb": peak_memory_gb(),
+                | {f"rubric {name}": part.path.name for name, part in rated.items()}
             }
         )
     return done
-
-
-def _seconds(trained: Mapping[str, Run], measured: Run, steered: Run, rated: Mapping[str, Run]) -> dict[str, float]:
-    """What each part took, also where an earlier call spent it."""
-    found: dict[str, float] = {f"train {name}": part.result["seconds"] for name, part in trained.items()}
-    found |= {"measure": measured.result["seconds"], "special tokens": steered.result["seconds"]}
-    if rated:
-        found["rate"] = round(sum(part.result["seconds"] for part in rated.values()), 1)
-    return found
 
 
 def _measured(plan: Plan, trained: Mapping[str, Run], runs: Path) -> Run:
@@ -92,7 +79,6 @@ def _measured(plan: Plan, trained: Mapping[str, Run], runs: Path) -> Run:
     with Run.open(runs, "instruct-saes-errors", asked, version=VERSION, inputs=inputs) as run:
         if run.done:
             return run
-        started = time.monotonic()
         lm = load_lm(training.model, training.dtype, training.device)
         store, _ = token_store(lm, training.model, plan.measured, "heldout", None, runs)
         places = {f"{name}/{row['name']}": (name, row) for name, part in trained.items() for row in part.result["saes"]}
@@ -115,7 +101,6 @@ def _measured(plan: Plan, trained: Mapping[str, Run], runs: Path) -> Run:
                 "tokens": one.everything["all"].tokens,
                 "special_tokens": one.everything["special"].tokens,
                 "special_ids": lm.token_strings(one.special_ids) if lm.tokenizer else [],
-                "seconds": round(time.monotonic() - started, 1),
             }
         )
     return run

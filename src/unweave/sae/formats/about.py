@@ -10,21 +10,47 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from unweave.core.errors import UnweaveError
 from unweave.core.fields import Fields
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.sae.formats.parts import Parts
 from unweave.sae.formats.source import Source
+from unweave.sae.formats.tensors import Tensors, digest
 from unweave.sae.module import SAE
 
+_MOVES = ("device",)
+"""what a configuration may say otherwise later: it has no part in the numbers"""
 
-def own_block(sae: SAE) -> dict[str, Any]:
-    """What we keep of an SAE beside its weights, for JSON."""
+
+def own_block(sae: SAE, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What we keep of an SAE beside its weights, for JSON, with the ``config`` and ``tensors`` that are written."""
+    written = {"config": {k: v for k, v in config.items() if k not in _MOVES}, "tensors": digest(tensors)}
     block: dict[str, Any] = {"read": _text(sae.read)}
     if sae.write != sae.read:
         block["write"] = _text(sae.write)
-    return block | {"policy": sae.policy.to_dict(), "provenance": sae.provenance}
+    return block | {"policy": sae.policy.to_dict(), "provenance": sae.provenance, "written": written}
+
+
+def check_written(own: Fields, config: Fields, tensors: Tensors) -> None:
+    """Refuses files of ours whose settings or numbers are no longer those that were written."""
+    written = own.mapping("written")
+    for name, value in written.mapping("config").values.items():
+        if config.values.get(name) != value:
+            raise UnweaveError(
+                f"{name} was written as {str(value)[:80]} and is now {str(config.values.get(name))[:80]}",
+                where=config.where,
+                remedy='restore the file; or, where the change is meant, remove "written" from its unweave block',
+            )
+    said = written.text("tensors")
+    if said is not None and said != digest(tensors.values):
+        raise UnweaveError(
+            "the weights are not those that were written: the file is damaged, or was changed",
+            where=tensors.where,
+            remedy=f'restore it; or, where the change is meant, remove "written" from the unweave block in {own.where}',
+        )
 
 
 def build_own(parts: Parts, own: Fields) -> SAE:

@@ -26,7 +26,7 @@ from unweave.core.fields import Fields
 from unweave.core.run import atomic_write, write_json
 from unweave.core.site import Site
 from unweave.sae.activations import JumpReLU, TopK
-from unweave.sae.formats.about import build_foreign, build_own, own_block, site_of
+from unweave.sae.formats.about import build_foreign, build_own, check_written, own_block, site_of
 from unweave.sae.formats.parts import Parts, agree, assemble, vector, with_input_bias
 from unweave.sae.formats.source import Source
 from unweave.sae.formats.tensors import Tensors, read_torch
@@ -56,6 +56,7 @@ def load(source: Source) -> SAE:
     config = source.config(CONFIG, f"../{CONFIG}")  # checkpoints/ae_N.pt lie one folder deeper
     trainer, own = config.mapping("trainer"), config.mapping("unweave")
     tensors = read_torch(path)
+    check_written(own, config, tensors)
     where = str(path)
     kind = _kind(tensors, trainer.text("dict_class"), where)
     parts = _parts(kind, tensors, trainer, source)
@@ -243,9 +244,11 @@ def save(sae: SAE, folder: Path) -> Path:
     else:
         kind, trainer = "AutoEncoderNew", "StandardTrainer"
         tensors = linear | {"encoder.bias": sae.b_enc, "decoder.bias": sae.b_dec}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_write(folder / WEIGHTS) as temporary:
-        torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
-    write_json(folder / CONFIG, _config(sae, kind, trainer))
+        torch.save(tensors, temporary)
+    config = _config(sae, kind, trainer)
+    write_json(folder / CONFIG, config | {"unweave": own_block(sae, config, tensors)})
     return folder
 
 
@@ -268,4 +271,4 @@ def _config(sae: SAE, kind: str, trainer: str) -> dict[str, Any]:
     if isinstance(sae.activation, TopK):
         about["k"] = sae.activation.k
     context = sae.provenance.get("data", {}).get("context")
-    return {"trainer": about, "buffer": {"ctx_len": context, "io": "out"}, "unweave": own_block(sae)}
+    return {"trainer": about, "buffer": {"ctx_len": context, "io": "out"}}

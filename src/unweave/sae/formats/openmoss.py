@@ -18,8 +18,9 @@ import torch
 from unweave.core.errors import UnweaveError
 from unweave.core.fields import Fields
 from unweave.sae.formats.about import build_foreign
+from unweave.sae.formats.headers import tensor_names
 from unweave.sae.formats.parts import Parts, agree, assemble, vector
-from unweave.sae.formats.source import Source, tensor_names
+from unweave.sae.formats.source import Source
 from unweave.sae.formats.tensors import Tensors, read_safetensors
 from unweave.sae.module import SAE
 

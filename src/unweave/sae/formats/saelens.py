@@ -18,7 +18,7 @@ from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.run import atomic_write, write_json
 from unweave.core.site import Site
 from unweave.sae.activations import JumpReLU, TopK
-from unweave.sae.formats.about import build_foreign, build_own, own_block
+from unweave.sae.formats.about import build_foreign, build_own, check_written, own_block
 from unweave.sae.formats.parts import Parts, agree, assemble, vector
 from unweave.sae.formats.saelens_config import Config, modern
 from unweave.sae.formats.source import Source
@@ -81,7 +81,7 @@ def save_own(sae: SAE, folder: Path) -> Path:
         tensors["threshold"] = sae.activation.threshold.contiguous().cpu()
     if sae.W_skip is not None:  # SAELens adds x W_skip^T
         tensors["W_skip"] = sae.W_skip.T.contiguous().cpu()
-    config["metadata"] = _metadata(sae)
+    config["metadata"] = _metadata(sae) | {"unweave": own_block(sae, config, tensors)}
     with atomic_write(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary)
     write_json(folder / CONFIG, config)
@@ -112,7 +112,7 @@ def _metadata(sae: SAE) -> dict[str, Any]:
     }
     if sae.is_transcoder:
         metadata["hook_name_out"] = _hook_name(sae.write) or said.get("hook_name_out", "")
-    return metadata | {"unweave": own_block(sae)}
+    return metadata
 
 
 def _hook_name(site: Site | None) -> str:
@@ -130,11 +130,13 @@ def _hook_name(site: Site | None) -> str:
 def load(source: Source) -> SAE:
     """Reads a folder. Raises UnweaveError for whatever is missing, unused, mis-shaped, damaged or not understood."""
     folder = source.folder
-    config = modern(source.config(CONFIG))
+    raw = source.config(CONFIG)
+    config = modern(raw)
+    own = config.metadata.mapping("unweave")
     tensors = read_safetensors(folder / WEIGHTS)
+    check_written(own, raw, tensors)
     parts = _parts(config, tensors)
     tensors.finish()
-    own = config.metadata.mapping("unweave")
     if own:
         return build_own(parts, own)
     _warn_of_processed_models(config, str(folder))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from unweave.core.fields import Fields
 from unweave.core.files import read_json, read_yaml
+from unweave.sae.formats.headers import tensor_names
 
 _CONFIG_BYTES = 1 << 24
 """configurations have a few kB; ours may hold a model's fingerprint and the settings of its training"""
@@ -57,16 +58,3 @@ class Source:
     def hint(self) -> str:
         """Every name on the way to the file, for formats that say layer and kind only there."""
         return f"{self.origin}/{self.path.as_posix()}"
-
-
-def tensor_names(path: Path) -> frozenset[str]:
-    """The names of a safetensors file's tensors, from its header alone; none for other or damaged files."""
-    from safetensors import SafetensorError, safe_open
-
-    if path.suffix != ".safetensors" or not path.is_file():
-        return frozenset()
-    try:
-        with safe_open(path, "pt") as handle:
-            return frozenset(handle.keys())
-    except (SafetensorError, OSError, ValueError):
-        return frozenset()

@@ -15,7 +15,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.fields import Fields
 from unweave.core.run import atomic_write, write_json
 from unweave.sae.activations import TopK
-from unweave.sae.formats.about import build_foreign, build_own, own_block, sites_of_module
+from unweave.sae.formats.about import build_foreign, build_own, check_written, own_block, sites_of_module
 from unweave.sae.formats.parts import agree, assemble, with_input_bias
 from unweave.sae.formats.source import Source
 from unweave.sae.formats.tensors import oriented, read_safetensors
@@ -41,7 +41,8 @@ def load(source: Source) -> SAE:
     if not config:
         raise UnweaveError("the configuration is missing, and with it k", where=where, remedy="restore the file")
     k, transcodes, skips = _settings(config)
-    tensors = read_safetensors(path)
+    own, tensors = source.config(OWN), read_safetensors(path)
+    check_written(own, config, tensors)
     parts = assemble(tensors, _NAMES, _STATED)
     skip = tensors.maybe("W_skip")
     if skips != (skip is not None):
@@ -55,7 +56,6 @@ def load(source: Source) -> SAE:
     parts.k = k
     if not transcodes:
         parts.fold_input_bias()
-    own = source.config(OWN)
     if own:
         return build_own(parts, own)
     return build_foreign(
@@ -122,8 +122,9 @@ def save(sae: SAE, folder: Path) -> Path:
         "transcode": transcodes,
         "d_in": sae.d_in,
     }
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_write(folder / WEIGHTS) as temporary:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
-    write_json(folder / OWN, own_block(sae))  # apart: sparsify prints every field of cfg.json that it does not know
+        save_file(tensors, temporary)
+    write_json(folder / OWN, own_block(sae, config, tensors))
     write_json(folder / CONFIG, config)
     return folder

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import pickle
-import warnings
-import zipfile
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.core.fields import LARGEST
-from unweave.core.memory import refuse_if_memory
+from unweave.sae.formats.archives import damaged, read_arrays
+from unweave.sae.formats.headers import checked_header
+from unweave.sae.formats.state_dict import read_state_dict
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -110,6 +109,15 @@ class Tensors:
             )
 
 
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Sixteen digits over every name, type, shape and number."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return hashed.hexdigest()[:16]
+
+
 def oriented(tensor: Tensor, name: str, rows: int | None, columns: int | None, *, stated: str, where: str) -> Tensor:
     """``tensor`` as [rows, columns], turned when its shape says so.
 
@@ -141,75 +149,18 @@ def read_safetensors(path: Path) -> Tensors:
 
     if not path.is_file():
         raise UnweaveError("the SAE's weights are missing", where=str(path), remedy="restore the file")
+    checked_header(path)
     try:
         return Tensors(load_file(path), str(path))
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def read_npz(path: Path) -> Tensors:
     """All arrays of a NumPy archive. Raises UnweaveError when one carries Python objects, or the file is damaged."""
-    import numpy as np
-
-    found: dict[str, Tensor] = {}
-    if not zipfile.is_zipfile(path):
-        raise _damaged(path, ValueError("it is no NumPy archive, or cut short"))
-    try:
-        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as archive:
-            for name in archive.files:
-                found[name] = torch.from_numpy(np.array(archive[name]))
-    except (OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise _damaged(path, error) from error
-    except (ValueError, TypeError) as error:
-        if "pickle" in str(error) or "object" in str(error):
-            raise _carries_code(path) from error
-        raise _damaged(path, error) from error
-    return Tensors(found, str(path))
+    return Tensors(read_arrays(path), str(path))
 
 
 def read_torch(path: Path) -> Tensors:
     """A PyTorch state dictionary. Raises UnweaveError when it carries anything but tensors, or is damaged."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old ways of pickling; what matters is an error
-            found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise (_carries_code(path) if "global" in str(error).lower() else _no_dictionary(path)) from error
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise _no_dictionary(path)
-    return Tensors({str(name): value.detach() for name, value in found.items()}, str(path))
-
-
-def _damaged(path: Path, error: Exception) -> UnweaveError:
-    refuse_if_memory(error, path)
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UnweaveError(
-        f"the weights are damaged: {reason}", where=str(path), remedy="restore the file or train the SAE again"
-    )
-
-
-def _no_dictionary(path: Path) -> UnweaveError:
-    return UnweaveError(
-        "the file is no dictionary of tensors, or it is damaged",
-        where=str(path),
-        remedy="restore it, or save the SAE's state_dict() alone; reading more could run code that it carries",
-    )
-
-
-def _carries_code(path: Path) -> UnweaveError:
-    return UnweaveError(
-        "the file carries Python objects, which loading would have to run as code",
-        where=str(path),
-        remedy="it is not opened; ask for a file that holds tensors alone",
-    )
+    return Tensors(read_state_dict(path), str(path))
