@@ -543,7 +543,7 @@ def test_an_sae_that_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"init": "data"}, {"bias_init": "mean"}, {"kind": "jumprelu", "threshold_init": 0.1}]
+    "options", [{"init": "random"}, {"bias_init": "mean"}, {"kind": "jumprelu", "threshold_init": 0.1}]
 )
 def test_trap_31_where_to_begin_means_nothing_to_an_sae_that_has_begun(options: dict[str, Any]) -> None:
     x, (name, *_) = _data(300), [name for name in options if name != "kind"]
@@ -788,7 +788,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "tokens": ("topk", {"decay": 0.5}, 900), "batch": ("topk", {"warmup": 0.5}, 60), "seed": ("topk", {}, 1),
     "lr": ("topk", {}, 1e-2), "schedule": ("topk", {}, "cosine"), "lr_end": ("topk", {"schedule": "cosine"}, 1e-3),
     "warmup": ("topk", {}, 0.5), "decay": ("topk", {}, 0.9), "beta1": ("topk", {}, 0.5), "beta2": ("topk", {}, 0.9),
-    "clip": ("topk", {}, 0.1), "init": ("topk", {}, "data"), "centre": ("topk", {}, "median"),
+    "clip": ("topk", {}, 0.1), "init": ("topk", {}, "random"), "centre": ("topk", {}, "median"),
     "normalise": ("topk", {}, False), "bias_init": ("topk", {"centre": "none"}, "mean"),
     "aux_weight": ("topk", {"dead_after": 60}, 0.5), "k_aux": ("topk", {"dead_after": 60}, 2),
     "dead_after": ("topk", {}, 60), "resample_every": ("topk", {}, 200), "multi_topk": ("topk", {}, 0.1),

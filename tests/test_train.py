@@ -143,8 +143,10 @@ def test_auxk_revives_latents_that_never_win() -> None:
     features = torch.randn(256, 48, generator=g)
     x = ((torch.rand(8000, 256, generator=g) < 0.03) * torch.rand(8000, 256, generator=g)) @ features + 1
     alive, unexplained = {}, {}
-    for weight in (0.0, 1 / 32):
-        t = _trainer(x=x, k=8, expansion=8, aux_weight=weight, k_aux=64, dead_after=2000, lr=3e-3, tokens=160_000)
+    for weight, aux in ((0.0, {}), (1 / 32, {"k_aux": 64})):
+        t = _trainer(
+            x=x, k=8, expansion=8, aux_weight=weight, dead_after=2000, lr=3e-3, tokens=160_000, init="random", **aux
+        )
         t.weights.W_enc.data[:192] *= 0.05
         while not t.done:
             t.step(x[torch.randint(0, len(x), (200,), generator=g)])
@@ -153,6 +155,25 @@ def test_auxk_revives_latents_that_never_win() -> None:
         unexplained[weight] = float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum())
     assert alive[0.0] < 64 and alive[1 / 32] > 160
     assert unexplained[1 / 32] < 0.9 * unexplained[0.0]
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
+def test_the_defaults_learn_more_of_the_same_tokens_than_few_large_steps_from_random_directions(kind: str) -> None:
+    """96 planted directions of which 3 are active: what is left unexplained, of data that training has not seen."""
+    g = torch.Generator().manual_seed(77)
+    rows, away = torch.nn.functional.normalize(torch.randn(96, 32, generator=g), dim=1), torch.randn(32, generator=g)
+    on = torch.rand(45_000, 96, generator=g) < 3 / 96
+    x, held = ((on * (0.5 + torch.rand(45_000, 96, generator=g))) @ rows + away).split([40_000, 5_000])
+    before = {"batch": 2048, "init": "random", "aux_weight": 1 / 32, "k_aux": 64, "dead_after": 100_000}
+    unexplained = []
+    for options in ({}, before):
+        spec = SAESpec.from_dict({"kind": kind, "expansion": 4, "k": 4, "tokens": 81_920, **options})
+        t = SAETrainer(spec, 32, init_x=x)
+        while not t.done:
+            t.step(x[torch.arange(t.tokens_seen, t.tokens_seen + t.spec.batch) % 40_000])
+        y = t.to_sae()(held)
+        unexplained.append(float((held - y).square().sum() / (held - held.mean(0)).square().sum()))
+    assert unexplained[0] < 0.7 * unexplained[1]
 
 
 # -- terms on fixed tensors (trap 30) ---------------------------------------------------------------------------------
@@ -406,7 +427,7 @@ def test_trap_19_batch_topk_keeps_k_per_token_on_average_and_folds_to_one_thresh
 def test_the_threshold_keeps_k_per_token_after_few_steps(kind: str, batch: int, steps: int) -> None:
     """Weights move fast in the first steps: what past steps found says little about the SAE as it stands."""
     x = _data(31 * batch, seed=3, d=24)
-    t = _trainer(kind, x=x[:2000], lr=1e-2, expansion=8, batch=batch, tokens=100 * batch, k=8)
+    t = _trainer(kind, x=x[:2000], lr=1e-2, expansion=8, batch=batch, tokens=100 * batch, k=8, init="random")
     for part in x[: steps * batch].split(batch):
         t.step(part)
     assert float((t.to_sae().encode(x[-batch:]) > 0).sum(1).float().mean()) == pytest.approx(8, rel=0.05)

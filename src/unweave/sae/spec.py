@@ -42,8 +42,8 @@ class SAESpec(Spec):
     """share of the tokens over which a fixed sparsity coefficient rises from 0"""
     tokens: int = 1_000_000
     """tokens to train on, repeats counted; the learning rate's schedule spans them"""
-    batch: int = 2048
-    """tokens per optimiser step (of all processes together)"""
+    batch: int = 512
+    """tokens per optimiser step (of all processes together); of so many tokens, smaller ones learn more, and slower"""
     seed: int = 0
     """of the initial weights, and of what resampling draws"""
     lr: float = 3e-3
@@ -62,7 +62,7 @@ class SAESpec(Spec):
     """Adam's memory of squared gradients"""
     clip: float | None = None
     """largest norm of a step's gradient, all parameters together; none: any"""
-    init: Literal["data", "random", "kaiming", "independent"] = "random"
+    init: Literal["data", "random", "kaiming", "independent"] = "data"
     """decoder rows at the start: directions of activations, uniform directions, or uniform entries, with an encoder of
     the same directions; independent: uniform entries for both, drawn apart"""
     centre: Literal["mean", "median", "none"] = "mean"
@@ -73,11 +73,11 @@ class SAESpec(Spec):
     """the decoder's bias at the start, in the space of training: zero, or the mean or geometric median there"""
     skip: Literal["none", "zero", "fit"] = "none"
     """transcoders: a linear map beside the latents, trained from zero or from its least squares fit"""
-    aux_weight: float = 1 / 32
+    aux_weight: float = 1 / 8
     """weight of AuxK, which revives dead latents; 0 switches it off"""
-    k_aux: int = 64
+    k_aux: int = 256
     """how many dead latents a token's residual is explained with"""
-    dead_after: int = 100_000
+    dead_after: int = 30_000
     """tokens without firing after which a latent counts as dead"""
     resample_every: int = 0
     """tokens after which latents that were silent for half of them begin anew at badly explained inputs; 0: never"""

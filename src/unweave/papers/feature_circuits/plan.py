@@ -60,7 +60,18 @@ def _smoke(spec: FeatureCircuitsSpec) -> Plan:
         data=DataSpec(sources=sources, pack=pack, tokens=250_000, heldout_tokens=10_000),
         # layer 27's MLP undoes the first token's attention sink with vectors of 7 medians, which would swamp its SAE
         stream=StreamSpec(max_norm_ratio=5.0),
-        sae=SAESpec(kind="batchtopk", expansion=8, k=64, tokens=999_424, batch=1024),
+        # The page's figures are of these settings, not of what the defaults have become since.
+        sae=SAESpec(
+            kind="batchtopk",
+            expansion=8,
+            k=64,
+            tokens=999_424,
+            batch=1024,
+            init="random",
+            aux_weight=1 / 32,
+            k_aux=64,
+            dead_after=100_000,
+        ),
         device=spec.device,
         checkpoint_seconds=240.0,
     )

@@ -80,7 +80,17 @@ def _smoke(spec: InstructSaesSpec) -> Plan:
         sites=("resid_post.{4,9,14}",),
         data=chat,
         stream=StreamSpec(special_tokens="include", max_norm_ratio=None),
-        sae=SAESpec(expansion=4, k=MATCHED_L0, tokens=tokens, batch=512),
+        # The page's figures are of these settings, not of what the defaults have become since.
+        sae=SAESpec(
+            expansion=4,
+            k=MATCHED_L0,
+            tokens=tokens,
+            batch=512,
+            init="random",
+            aux_weight=1 / 32,
+            k_aux=64,
+            dead_after=100_000,
+        ),
         variants=tuple(kinds),
         epochs=1.0,
         device=spec.device,
