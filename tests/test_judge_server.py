@@ -269,11 +269,12 @@ def test_prompts_and_key_stay_with_the_address_that_was_given(raw: Raw, status: 
             raw.url.replace("http:", "https:"),
             "//127.0.0.2/v1",
             "http://[",
+            "",
         ):
             raw.says = lambda n, sock, place=place: http(f"{status} Away", b"", f"Location: {place}")
             with pytest.raises(UnweaveError, match=rf"sends on to another address \({status}\)"):
                 CachedJudge(raw.connect()).ask([talk("q")])
-        assert len(raw.requests) == 4 and not other.requests
+        assert len(raw.requests) == 5 and not other.requests
     finally:
         other.close()
 

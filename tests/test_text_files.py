@@ -305,3 +305,10 @@ def test_numbers_of_biographies_may_be_text_or_floats(tmp_path: Path) -> None:
     path.write_bytes(b'{"hard_text": "a\\ud800b", "profession": "13", "gender": 1.0}')
     ((row, where),) = biographies._rows(str(path), "train")
     assert biographies._biography(row, where) == biographies.Biography("a\ufffdb", 1, 1)
+
+
+def test_a_table_of_other_columns_is_no_biographies(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(as_parquet([{"body": "a"}]))
+    with pytest.raises(UnweaveError, match="none of the columns") as caught:
+        read_biographies(tmp_path / "a.parquet")
+    assert caught.value.remedy == "rename its columns to hard_text, profession, gender: body"

@@ -179,8 +179,11 @@ def _no_json(what: str, where: str) -> UnweaveError:
     return UnweaveError(f"not JSON: {what}", where=where, remedy="mend or cut the file")
 
 
-def parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, str]]:
-    """Rows of a Parquet file with those of the fields that it has, a few hundred at a time."""
+def parquet_rows(
+    path: Path, fields: Sequence[str], remedy: str = "name one of its columns as text_field or messages_field"
+) -> Iterator[tuple[Any, str]]:
+    """Rows of a Parquet file with those of the fields that it has, a few hundred at a time; ``remedy`` is what to do
+    about a file that has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -194,7 +197,7 @@ def parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, str]]
                 raise UnweaveError(
                     f"the table has none of the columns {wanted}",
                     where=str(path),
-                    remedy=f"name one of its columns as text_field or messages_field: {', '.join(names)}",
+                    remedy=f"{remedy}: {', '.join(names)}",
                 )
             for batch in opened.iter_batches(batch_size=256, columns=columns):
                 for row in batch.to_pylist():

@@ -316,9 +316,11 @@ async def _body(response: Any) -> bytes:
 
 def _same_place(response: Any) -> bool:
     """Whether a redirect stays with the server that was asked."""
-    asked = response.request.url
+    asked, location = response.request.url, response.headers.get("location")
+    if not location:
+        return False
     try:
-        to = asked.join(response.headers.get("location", ""))
+        to = asked.join(location)
     except Exception:  # whatever the package says of an address that is none
         return False
     return (to.scheme, to.host, to.port) == (asked.scheme, asked.host, asked.port) and not to.userinfo

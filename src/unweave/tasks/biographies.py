@@ -176,7 +176,10 @@ def _rows(source: str, split: Split) -> Iterator[tuple[Any, str]]:
             where=str(path),
             remedy=f'give JSON lines, JSON or Parquet, hub:LabHC/bias_in_bios, or "{TEMPLATED}"',
         )
-    yield from parquet_rows(path, _FIELDS) if path.suffix == ".parquet" else json_rows(path)
+    if path.suffix == ".parquet":
+        yield from parquet_rows(path, _FIELDS, f"rename its columns to {', '.join(_FIELDS)}")
+    else:
+        yield from json_rows(path)
 
 
 def _biography(row: Any, where: str) -> Biography | None:
