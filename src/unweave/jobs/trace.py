@@ -53,12 +53,8 @@ def run(spec: TraceSpec, runs: Path) -> Run:
         sums = torch.tensor([found.ig_total, change, found.change_size, 1.0], dtype=torch.float64) * found.n_examples
         complete.add_sums(lm.site(found.site), sums)
         result = record | _result(spec, pairs[0], right, found, rest, explanation)
-<<<<<<< HEAD
         result |= {"completeness": complete.to_dict(), "incomplete": complete.warn()}
-        run.finish(result | {"seconds": round(time.monotonic() - started, 1)})
-=======
         run.finish(result)
->>>>>>> 5eaf1a6 (A finished run lists what it holds, by size and digest; time and memory are apart from results; pieces go with the work that needs them)
     return run
 
 
