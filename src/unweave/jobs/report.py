@@ -16,7 +16,7 @@ from unweave.report.page import render
 from unweave.report.records import entry_of
 from unweave.sae.records import Records
 
-VERSION = 3
+VERSION = 4
 _STAGES = ("eval", "latents", "trace", "steer")
 
 
