@@ -7,7 +7,6 @@ import json
 import logging
 import random
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,79 +15,16 @@ from urllib.parse import quote
 
 import pytest
 
+from raw_server import KEY, Raw, completion, http, leaks
 from unweave.core.errors import UnweaveError
 from unweave.core.shown import plain, plain_json
 from unweave.judge.base import Budget, CachedJudge
-from unweave.judge.client import ChatServer
 from unweave.judge.secrets import Secret
 from unweave.judge.spec import JudgeSpec
-
-KEY = "sk-vErY/secret+0123456789&abcdefghij"
 
 
 def talk(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
-
-
-def completion(text: Any = "fine", **more: Any) -> bytes:
-    message = {"role": "assistant", "content": text}
-    return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], **more}).encode()
-
-
-def http(status: str, body: bytes, *headers: str) -> bytes:
-    head = [f"HTTP/1.1 {status}", "Content-Type: application/json", f"Content-Length: {len(body)}", *headers]
-    return "\r\n".join([*head, "Connection: close", "", ""]).encode() + body
-
-
-class Raw:
-    """A server on this machine that writes ``says`` of (the request's number, the socket): what it returns is sent."""
-
-    def __init__(self) -> None:
-        self.says: Callable[[int, socket.socket], bytes] = lambda n, sock: http("200 OK", completion())
-        self.requests: list[bytes] = []
-        self.closed = threading.Event()
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/v1"
-        self._threads = [threading.Thread(target=self._serve)]
-        self._threads[0].start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listening.accept()
-            except OSError:
-                return
-            if self.closed.is_set():
-                sock.close()
-                return
-            self._threads.append(threading.Thread(target=self._one, args=(sock,)))
-            self._threads[-1].start()
-
-    def _one(self, sock: socket.socket) -> None:
-        with sock:
-            sock.settimeout(5)
-            try:
-                data = b""
-                while b"\r\n\r\n" not in data:
-                    data += sock.recv(1 << 16)
-                head, _, body = data.partition(b"\r\n\r\n")
-                length = int(next(x for x in head.split(b"\r\n") if x.lower().startswith(b"content-length")).split()[1])
-                while len(body) < length:
-                    body += sock.recv(1 << 16)
-                self.requests.append(head + b"\r\n\r\n" + body)
-                sock.sendall(self.says(len(self.requests) - 1, sock))
-            except OSError:
-                pass
-
-    def connect(self, **options: Any) -> ChatServer:
-        return ChatServer("m", self.url, **{"key": KEY, "attempts": 3, "first_wait": 0.001, "timeout": 5.0, **options})
-
-    def close(self) -> None:
-        self.closed.set()
-        socket.create_connection(self._listening.getsockname()).close()  # wakes the one who accepts
-        for thread in self._threads:
-            thread.join()
-        self._listening.close()
 
 
 @pytest.fixture
@@ -96,11 +32,6 @@ def raw() -> Iterator[Raw]:
     made = Raw()
     yield made
     made.close()
-
-
-def leaks(text: str, key: str = KEY) -> bool:
-    """Whether six letters of the key in a row stand in a text, by trying each."""
-    return any(key[i : i + 6] in text for i in range(len(key) - 5))
 
 
 # -- the key -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import random
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from conftest import build_tiny, build_tiny_tokenizer
+from raw_server import KEY, Raw, completion, http, leaks
 from unweave.cli.app import main
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError
@@ -433,6 +435,47 @@ def test_the_command_scores_latents_and_controls(
     shown = capsys.readouterr().out
     assert f"run directory (reused): {made.path}" in shown and "latents: mean score" in shown
     assert len(panel.scripts) == 1
+
+
+@pytest.mark.parametrize("machine", [True, False])
+def test_no_part_of_a_servers_key_is_in_any_file_or_word(
+    trained: Run,
+    tmp_path: Path,
+    machine: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A server that repeats the key whole, in part and packed, in replies, errors, headers and its address."""
+    caplog.set_level("DEBUG")
+    monkeypatch.setenv("JUDGE_TEST_KEY", KEY)
+    server = Raw()
+    packed = base64.b64encode(f"user:{KEY}".encode()).decode()
+    answers = [
+        http("200 OK", completion(f"score: [[3]], name: [[\x1b[31m{KEY[:9]} {packed}]]"), f"X-Echo: Bearer {KEY}"),
+        http("400 No", json.dumps({"error": {"message": "y" * 285 + KEY}}).encode()),
+        http("200 OK", b"x" * 90 + KEY.encode()),
+        http(f"503 {KEY}", b"", f"Retry-After: {KEY}"),
+        http("200 OK", completion("", usage=KEY)),
+    ]
+    asked = iter(range(10**6))
+    server.says = lambda n, sock: answers[next(asked) % len(answers)]
+    argv = ["rubric", "--runs", str(tmp_path), "--sae", str(trained.path / "sae"), "--latents", "6", "--shuffled", "5"]
+    argv += ["--latents-tokens", "2500", "--device", "cpu", "--judge.model", "m", "--judge.at-once", "1"]
+    argv += ["--judge.base-url", server.url, "--judge.api-key-env", "JUDGE_TEST_KEY"]
+    try:
+        assert main([*argv, *(["--json"] if machine else [])]) == 0
+    finally:
+        server.close()
+    said = capfd.readouterr()
+    assert f"Bearer {KEY}" in server.requests[0].decode() and len(server.requests) > 5
+    assert not leaks(said.out) and not leaks(said.err) and not leaks(caplog.text)
+    assert "\x1b[31m" not in said.out + said.err
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    for path in files:
+        content = path.read_bytes().decode("latin-1")
+        assert not leaks(content) and packed[8:24] not in content, path
 
 
 def test_trap_39_the_judge_sees_latents_and_not_their_inputs(trained: Run, tmp_path: Path, panel: Panel) -> None:
