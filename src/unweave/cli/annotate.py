@@ -84,9 +84,11 @@ def annotate(
     from unweave.circuits.annotating import HELP as COMMANDS
     from unweave.circuits.annotating import walk
     from unweave.cli.progress import show_progress
+    from unweave.core.place import usable
     from unweave.jobs.circuit.annotate import Asked, questions
 
     _require_positive(top, tokens)
+    usable(runs)
     ask = _asker()
     asked = Asked(circuit, tuple(saes or ()), tuple(latents or ()), threshold, top, tokens, model, device, again)
     with show_progress(json):

@@ -21,6 +21,7 @@ from unweave.cli.progress import show_progress
 from unweave.cli.stages import Stage
 from unweave.core.errors import UnweaveError
 from unweave.core.files import parse_yaml
+from unweave.core.place import usable
 
 _IN_SEVERAL = ("train",)
 """the stages that torchrun can start in several processes"""
@@ -53,6 +54,7 @@ def stage_command(stage: Stage) -> Callable[..., Any]:
 def execute(stage: Stage, config: Path | None, overrides: dict[str, Any], runs: Path, machine: bool) -> Any:
     """Makes the Spec, runs the stage, and shows the outcome to people or returns it for machines."""
     spec = stage.spec().from_file(config, overrides)
+    usable(runs)
     processes = int(os.environ.get("WORLD_SIZE") or 1)
     if processes > 1 and stage.command not in _IN_SEVERAL:
         raise UnweaveError(

@@ -116,7 +116,7 @@ def in_time(seconds: float) -> str:
 
 @dataclass
 class PlainTask:
-    """A line when a task ends, and one every 15 seconds while it goes on."""
+    """A line when a task ends, and one every 15 seconds while it goes on; one of unknown length says that it begins."""
 
     name: str
     total: float
@@ -131,6 +131,8 @@ class PlainTask:
     def __post_init__(self) -> None:
         self._from = self.done
         self._began = self._spoke = self.clock()
+        if not self.total:
+            self._say("begun")
 
     def advance(self, amount: float = 1) -> None:
         self.done += amount

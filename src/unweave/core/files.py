@@ -187,6 +187,11 @@ def is_text(value: str) -> bool:
     return True
 
 
+def printable(path: str | Path) -> str:
+    """A path as it can be shown whatever its bytes are, cut to a readable length."""
+    return str(path).replace("\0", "\\x00").encode(errors="backslashreplace").decode()[:300]
+
+
 def check_plain(value: Any, where: str, *, halves: bool = False) -> None:
     """Refuses what is nested too deeply, and strings that cannot be written; level by level, not by recursion."""
     level = [value]
@@ -288,8 +293,7 @@ def _unreadable(path: Path, error: OSError | ValueError) -> UnweaveError:
     refuse_if_memory(error, path)
     if isinstance(error, FileNotFoundError):
         return UnweaveError("the file does not exist", where=str(path), remedy="check the path")
-    shown = str(path).encode(errors="backslashreplace").decode()[:300]
-    return UnweaveError(f"cannot read the file: {_reason(error)}", where=shown, remedy="check the path")
+    return UnweaveError(f"cannot read the file: {_reason(error)}", where=printable(path), remedy="check the path")
 
 
 def _reason(error: Exception) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -27,17 +26,23 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, ClassVar, Self
 
 from unweave.core import contents
 from unweave.core.errors import UnweaveError, UnweaveWarning
-from unweave.core.files import read_json
+from unweave.core.files import printable, read_json
+from unweave.core.lock import take, wait_for
+from unweave.core.place import usable
 from unweave.core.spec import Spec, digest
 
 _NEARLY_NOTHING = 1 << 20
 _NO_OUTPUTS = (".*", "DONE", "spec.json", "env.json", "log.jsonl", "costs.json")
 _PIECES = ("parts*", "codes", "checkpoint*")
 """what only unfinished work needs: folders and files of these names are gone once a run is done"""
+_REFUSALS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 
 @contextmanager
@@ -48,7 +53,7 @@ def friendly_io(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(path) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        if error.errno in _REFUSALS:
             reason = (error.strerror or str(error)).lower()
             remedy = "make the folder writable or choose another with --runs"
             raise UnweaveError(f"cannot write here: {reason}", where=str(path), remedy=remedy) from error
@@ -88,18 +93,37 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _remove_stale(temporary: Path) -> None:
-    """Deletes a temporary file or folder of a process that is gone; its name ends in that process's number."""
-    number = temporary.name.split(".")[-2]
-    if number.isdigit() and int(number) != os.getpid():
-        with contextlib.suppress(PermissionError):  # somebody else's process: it is alive
-            try:
-                os.kill(int(number), 0)
-            except ProcessLookupError:
-                if temporary.is_dir():
-                    shutil.rmtree(temporary, ignore_errors=True)
-                else:
-                    temporary.unlink(missing_ok=True)
+def remove_stale(folder: Path) -> None:
+    """Deletes the temporary files and folders below ``folder`` of processes that are gone; their names end in those
+    processes' numbers."""
+    for temporary in list(folder.rglob(".*.tmp")):
+        number = temporary.name.split(".")[-2]
+        if number.isdigit() and int(number) != os.getpid() and not _alive(int(number)):
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it. UnweaveError where that cannot be; a folder that is there needs no writing."""
+    if path.is_dir():
+        return
+    with friendly_io(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # a file system that has no room for folders, as /proc
+            raise PermissionError(errno.EACCES, "no folder can be made here") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -139,6 +163,9 @@ class Run:
     ``done`` says that the stage has finished: then ``result`` is what it found and nothing needs doing.
     """
 
+    _held: ClassVar[set[Path]] = set()
+    """the runs that this process is working in"""
+
     def __init__(self, path: Path, identity: str) -> None:
         self.path = path
         self.digest = identity
@@ -156,9 +183,8 @@ class Run:
         """
         asked = {"stage": stage, "version": version, "spec": spec.digest(), "inputs": dict(inputs or {})}
         identity = digest(asked)
-        path = Path(root).resolve() / f"{stage}-{identity}"
-        with friendly_io(path):
-            path.mkdir(parents=True, exist_ok=True)
+        path = usable(root) / f"{stage}-{identity}"
+        make_folder(path)
         run = cls(path, identity)
         if _asked(path) is None:
             write_json(path / "spec.json", asked | {"spec": spec.to_dict()})
@@ -169,27 +195,19 @@ class Run:
     @classmethod
     def at(cls, path: Path) -> Self:
         """A finished or unfinished run that already has a directory."""
-        path = Path(path).resolve()
-        if not (path / "spec.json").is_file():
+        path = Path(os.path.realpath(printable(path)))
+        if not os.path.isfile(path / "spec.json"):
             raise UnweaveError("this is not a run directory", where=str(path), remedy="give a folder with a spec.json")
         return cls(path, path.name.rsplit("-", 1)[-1])
 
     def __enter__(self) -> Self:
         with friendly_io(self.path):
-            handle = open(self.path / ".lock", "w")  # stays open for as long as the lock is held
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.close()
-            raise UnweaveError(
-                "another process is working in this run directory",
-                where=str(self.path),
-                remedy="wait for it to finish and ask again: its result will be reused",
-            ) from None
-        self._lock = handle
+            self._lock = self._take()
         self.reused = self.done
-        for stale in self.path.rglob(".*.tmp"):
-            _remove_stale(stale)
+        if self._lock is None:
+            return self
+        Run._held.add(self.path)
+        remove_stale(self.path)
         if self.reused:
             self._remove_pieces()
         elif (self.path / "DONE").exists():
@@ -206,6 +224,30 @@ class Run:
             self._count_costs()
             self._lock.close()
             self._lock = None
+            Run._held.discard(self.path)
+
+    def _take(self) -> IO[str] | None:
+        """The lock; None where it cannot be had and the run has finished: reading needs none, nor a disk to write on.
+
+        What another process is making is waited for inside another run, of which it is a part that several may need.
+        Else it is refused.
+        """
+        path = self.path / ".lock"
+        try:
+            handle = take(path)
+        except OSError:
+            if self.done:
+                return None
+            raise
+        if handle is not None or self.done:
+            return handle
+        if Run._held and self.path not in Run._held:
+            return wait_for(path, self.path.name)
+        raise UnweaveError(
+            "another process is working in this run directory",
+            where=str(self.path),
+            remedy="wait for it to finish and ask again: its result will be reused",
+        )
 
     @property
     def done(self) -> bool:
@@ -256,8 +298,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """How long its work took, over all processes; 0 where that is not known."""
-        seconds = self.costs.get("seconds", 0.0)
-        return float(seconds) if isinstance(seconds, (int, float)) else 0.0
+        return _number(self.costs.get("seconds"))
 
     def _count_costs(self) -> None:
         """Adds what has passed since the last time to ``costs.json``."""
@@ -266,7 +307,7 @@ class Run:
         now = time.monotonic()
         old, memory = self.costs, peak_memory_gb()
         seconds = self.seconds + now - self._since
-        peak = max(memory, float(old.get("peak_memory_gb", 0.0) or 0.0))
+        peak = max(memory, _number(old.get("peak_memory_gb")))
         self._since = now
         write_json(self.path / "costs.json", old | {"seconds": round(seconds, 2), "peak_memory_gb": peak})
 
@@ -337,6 +378,10 @@ class Run:
         self._count_costs()
         write_json(self.path / "DONE", contents.listing(self.path, leave_out=(*_NO_OUTPUTS, *_PIECES)))
         self._remove_pieces()
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def _asked(path: Path) -> dict[str, Any] | None:

@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
+from unweave.core.lock import turn
 from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
-from unweave.core.run import atomic_write
+from unweave.core.run import atomic_write, friendly_io, make_folder, remove_stale
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.data.tokens import TokenStore
@@ -90,11 +92,12 @@ class ActivationSource:
         if self.cache is None:
             return self._harvest(index)
         path = self.cache / f"{index:05d}.safetensors"
-        if not bool(self.group.broadcast(torch.tensor(int(path.exists())))):  # all do the same, whatever each one sees
-            chunk = self._harvest(index)
-            if self.group.rank == 0:
-                self._store(path, chunk)
-            return chunk
+        with self._turn(path):
+            if not bool(self.group.broadcast(torch.tensor(int(path.exists())))):  # all do the same, whatever each sees
+                chunk = self._harvest(index)
+                if self.group.rank == 0:
+                    self._store(path, chunk)
+                return chunk
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -106,6 +109,19 @@ class ActivationSource:
                 f"cached activations are damaged: {error}", where=str(path), remedy="delete this file and run again"
             ) from error
         return Chunk({site: tensors[str(site)] for site in self.sites}, tensors["where"], int(tensors["nonfinite"]))
+
+    @contextlib.contextmanager
+    def _turn(self, path: Path) -> Iterator[None]:
+        """Inside, no other run computes a chunk that is not there yet: who comes second waits, and finds it made."""
+        if self.group.rank > 0 or path.exists():
+            yield
+            return
+        with contextlib.ExitStack() as held:
+            make_folder(path.parent)
+            with friendly_io(path):
+                held.enter_context(turn(path))
+            remove_stale(path.parent)
+            yield
 
     def _store(self, path: Path, chunk: Chunk) -> None:
         from safetensors.torch import save_file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from unweave.core.run import Run, atomic_write
 from unweave.core.site import Site
 from unweave.jobs.circuit.examples import PAIRS
 from unweave.jobs.circuit.records import records_of
-from unweave.jobs.circuit.saes import digest_of, found_saes, open_saes
+from unweave.jobs.circuit.saes import digest_of, found_saes, open_saes, split_name
 from unweave.jobs.circuit.specs import CircuitDrawSpec, OfSAEsSpec
 from unweave.lm.chat import encode_text
 from unweave.lm.shown import pieces
@@ -57,12 +58,14 @@ class Found:
 
 def _moved(name: str, folder: Path) -> str:
     """A relative path of a run's question as it is from here: the run was perhaps asked from another folder."""
-    site, equals, rest = name.rpartition("=")
-    there = Path(rest)
-    if there.is_absolute() or there.exists():
+    for above in (Path(), *folder.resolve().parents):
+        if os.path.exists(above / name):
+            return str(above / name)
+    try:
+        site, rest = split_name(name)
+    except UnweaveError:
         return name
-    above = next((up for up in folder.resolve().parents if (up / there).exists()), None)
-    return name if above is None else f"{site}{equals}{above / there}"
+    return name if site is None else f"{site}={_moved(rest, folder)}"
 
 
 def open_circuit(place: Path) -> Found:

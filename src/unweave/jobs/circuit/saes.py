@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unweave.core.errors import UnweaveError
+from unweave.core.files import printable
 from unweave.core.site import Site, matching
 from unweave.core.spec import digest
 from unweave.jobs.circuit.specs import OfSAEsSpec
@@ -27,6 +29,25 @@ class Opened:
     record: dict[str, Any]
 
 
+def split_name(written: str) -> tuple[Site | None, str]:
+    """(site, name) of what was written as SITE=NAME, (None, name) of a name alone, which may hold "=" as well: what is
+    there under the whole name is meant. UnweaveError where neither is."""
+    left, equals, right = written.partition("=")
+    if not equals or os.path.exists(written):
+        return None, written
+    try:
+        site = Site.parse(left.strip())
+    except UnweaveError:
+        raise UnweaveError(
+            "there is no such folder",
+            where=printable(written),
+            remedy=f"check the path; in SITE=NAME the site comes first, and {printable(left)!r} is none",
+        ) from None
+    if not right.strip():
+        raise UnweaveError(f"no autoencoder is named for {site}", where=written, remedy=f"write {site}=FOLDER")
+    return site, right.strip()
+
+
 def found_saes(spec: OfSAEsSpec) -> list[tuple[Site | None, str]]:
     """Every SAE that ``spec.saes`` names, as (site or None where its file names it, name). Folders are looked through.
 
@@ -34,9 +55,9 @@ def found_saes(spec: OfSAEsSpec) -> list[tuple[Site | None, str]]:
     """
     found: list[tuple[Site | None, str]] = []
     for written in spec.saes:
-        site, equals, name = written.partition("=")
-        if equals and not Path(written).exists():
-            found.append((Site.parse(site.strip()), name.strip()))
+        site, name = split_name(written)
+        if site is not None:
+            found.append((site, name))
             continue
         folder = Path(written)
         inner = sorted(p.parent for p in folder.rglob("cfg.json")) if folder.is_dir() else []
