@@ -188,7 +188,7 @@ class Run:
         run = cls(path, identity)
         if _asked(path) is None:
             write_json(path / "spec.json", asked | {"spec": spec.to_dict()})
-        if not (path / "env.json").exists():
+        if not (path / "env.json").exists() and not run.done:
             write_json(path / "env.json", environment())
         return run
 
@@ -331,7 +331,20 @@ class Run:
             raise UnweaveError(
                 "damaged: spec.json does not say what was asked",
                 where=str(self.path),
-                remedy="run the same command again, which writes it anew",
+                remedy="run the same command again, which writes it anew, or delete the folder",
+            )
+        return found
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The versions that it was made with; empty where nobody noted them. UnweaveError where the file is damaged."""
+        path = self.path / "env.json"
+        found = read_json(path) if path.exists() else {}
+        if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+            raise UnweaveError(
+                "damaged: env.json does not name versions",
+                where=str(self.path),
+                remedy="delete it: versions stay unknown",
             )
         return found
 

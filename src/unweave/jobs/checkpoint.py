@@ -44,11 +44,20 @@ def load(run: Run, names: Collection[str]) -> dict[str, Any] | None:
     if not (run.path / _INDEX).exists():
         return None
     found: dict[str, Any] = {}
-    for file in read_json(run.path / _INDEX)["files"]:
+    for file in _files(run.path / _INDEX):
         part = _read(run.path / file)
         trainers = {name: state for name, state in part.pop("trainers").items() if name in names}
         found = part | found | {"trainers": found.get("trainers", {}) | trainers}
     return found
+
+
+def _files(index: Path) -> list[str]:
+    found = read_json(index)
+    files = found.get("files") if isinstance(found, dict) else None
+    if not isinstance(files, list) or not all(isinstance(file, str) and "/" not in file for file in files):
+        remedy = "delete it: training begins again, from the activations that are kept"
+        raise UnweaveError("the checkpoint is damaged: it names no files", where=str(index), remedy=remedy)
+    return files
 
 
 def _name(step: int, rank: int) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unweave.core.files import read_json
 from unweave.core.run import Run, atomic_write
 from unweave.core.spec import digest
 from unweave.jobs.common import sae_digest
@@ -14,6 +14,8 @@ from unweave.jobs.specs import ReportSpec
 from unweave.report import model as page
 from unweave.report.page import render
 from unweave.report.records import entry_of
+from unweave.sae.activations import TopK
+from unweave.sae.module import SAE
 from unweave.sae.records import Records
 
 VERSION = 4
@@ -37,12 +39,12 @@ def run(spec: ReportSpec, runs: Path) -> Run:
 
 
 def newest(runs: Path, stage: str, sae: str) -> Run | None:
-    """The newest finished run of a stage for an SAE."""
+    """The newest finished run of a stage for an SAE; what it has lost since then is an error when it is read."""
     candidates = []
     for path in runs.glob(f"{stage}-*"):
         if (path / "DONE").exists():
             run = Run.at(path)
-            if run.asked["inputs"].get("sae") == sae and run.done:
+            if run.asked["inputs"].get("sae") == sae:
                 candidates.append(run)
     return max(candidates, key=lambda run: (run.path / "DONE").stat().st_mtime) if candidates else None
 
@@ -57,9 +59,8 @@ def training_run(sae: Path) -> Run | None:
 
 def gather(spec: ReportSpec, found: dict[str, Run | None]) -> page.ReportData:
     """Everything on the page, from files alone: no model is loaded."""
-    config = read_json(Path(spec.sae) / "cfg.json")
-    own = (config.get("metadata") or {}).get("unweave", {})
-    about: dict[str, Any] = own.get("provenance", {})
+    sae = SAE.load(spec.sae)  # refuses one that is damaged
+    about, site = sae.provenance, str(sae.read or "")
     trained = training_run(Path(spec.sae).resolve())
     evaluation = found["eval"].result if found["eval"] else None
     records_run = found["latents"]
@@ -75,11 +76,11 @@ def gather(spec: ReportSpec, found: dict[str, Run | None]) -> page.ReportData:
         title=spec.title,
         model=model.get("name", "unknown"),
         model_note=model.get("note", ""),
-        site=own.get("read") or "",
-        sae=_summary(config, about, trained),
+        site=site,
+        sae=_summary(sae, trained),
         evaluation=_measures(evaluation),
         density=page.DensityHistogram(**density) if density else None,
-        training=_curve(trained, config["d_sae"], own.get("read")),
+        training=_curve(trained, sae.d_sae, site),
         latents=[entry_of(records.latent(j)) for j in _shown(records, spec.latents, found)] if records else None,
         recorded=len(records) if records else None,
         attribution=_attribution(found["trace"]),
@@ -98,23 +99,25 @@ def _measures(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if evaluation is None else {k: v for k, v in evaluation.items() if k not in _NOT_MEASURES}
 
 
-def _summary(config: dict[str, Any], about: dict[str, Any], trained: Run | None) -> page.SAESummary:
+def _summary(sae: SAE, trained: Run | None) -> page.SAESummary:
+    about = sae.provenance
     return page.SAESummary(
-        kind=about.get("train", {}).get("sae", {}).get("kind", config["architecture"]),
-        d_in=config["d_in"],
-        latents=config["d_sae"],
-        k=config.get("k"),
+        kind=about.get("train", {}).get("sae", {}).get("kind", sae.kind),
+        d_in=sae.d_in,
+        latents=sae.d_sae,
+        k=sae.activation.k if isinstance(sae.activation, TopK) else None,
         tokens_trained=about.get("tokens"),
         distinct_tokens=about.get("distinct_tokens"),
         epochs=trained.result["epochs"] if trained else None,
     )
 
 
-def _curve(trained: Run | None, latents: int, site: str | None) -> page.TrainingCurve | None:
-    """Lines that a crash made the run log twice count once."""
+def _curve(trained: Run | None, latents: int, site: str) -> page.TrainingCurve | None:
+    """Lines that a crash made the run log twice count once; damaged ones are passed over."""
     if trained is None:
         return None
-    lines = {e["tokens"]: e for e in trained.events("train") if e.get("site") == site}
+    logged = [e for e in trained.events("train") if e.get("site") == site]
+    lines = {e["tokens"]: e for e in logged if all(map(_is_number, map(e.get, ("tokens", "fvu", "dead"))))}
     if not lines:
         return None
     ordered = [lines[tokens] for tokens in sorted(lines)]
@@ -123,6 +126,10 @@ def _curve(trained: Run | None, latents: int, site: str | None) -> page.Training
         loss=[e["fvu"] for e in ordered],
         dead_fraction=[e["dead"] / latents for e in ordered],
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _shown(records: Records, limit: int | None, found: Mapping[str, Run | None]) -> list[int]:
@@ -171,7 +178,7 @@ def _provenance(
     runs = {f"{stage} run": one.path.name for stage, one in named.items() if one is not None}
     accepted = about.get("accepted")
     data = {f"data: {k}": v for k, v in about.get("data", {}).items()}
-    environment = read_json(trained.path / "env.json") if trained else {}
+    environment = trained.environment if trained else {}
     own = {"SAE": sae_digest(spec.sae), "settings": digest(about.get("train", {}))}
     return own | runs | environment | data | ({"accepted mismatch": accepted} if accepted else {})
 

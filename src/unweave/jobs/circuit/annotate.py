@@ -17,6 +17,7 @@ from unweave.jobs.circuit.draw import FILE, Found, open_circuit
 from unweave.jobs.circuit.records import records_of
 from unweave.jobs.circuit.saes import Opened, open_saes
 from unweave.jobs.circuit.shift_judge import BY_NEURONS, SUPPORT, means
+from unweave.jobs.circuit.shift_spec import CircuitShiftSpec
 from unweave.jobs.circuit.specs import OfSAEsSpec
 
 Effects = Sequence[tuple[int | None, float]]
@@ -128,8 +129,9 @@ def _of_classifier(asked: Asked, found: Found) -> Mapping[tuple[Site, int], Effe
             where=str(found.path),
             remedy="annotate the circuit-0.safetensors beside it",
         )
-    threshold = found.asked.get("threshold", 0.0) if asked.threshold is None else asked.threshold
-    strong = strongest(means(found.circuit), threshold=threshold, top=asked.top or found.asked.get("top"))
+    known = CircuitShiftSpec.from_dict(found.asked, where=str(found.path.parent / "spec.json")) if found.asked else None
+    threshold = (known.threshold if known else 0.0) if asked.threshold is None else asked.threshold
+    strong = strongest(means(found.circuit), threshold=threshold, top=asked.top or (known.top if known else None))
     if not strong:
         raise UnweaveError(
             f"no latent supports the label by more than {threshold:g}",

@@ -44,7 +44,7 @@ def cards_of(
     runs: Path,
 ) -> list[Card]:
     """A card for each behaviour, whose circuit is in the part of the same place."""
-    circuits = [Circuit.load(part.path / "circuit.safetensors") for part in parts]
+    circuits = [Circuit.load(part.file("circuit.safetensors")) for part in parts]
     strongest = [_strongest(circuit) for circuit in circuits]
     records = _records(spec, opened, [node for nodes in strongest for node in nodes], runs)
     return [

@@ -51,9 +51,14 @@ class Found:
         known = {f.name: self.asked[f.name] for f in dataclasses.fields(OfSAEsSpec) if f.name in self.asked}
         given = {"saes": list(saes), "model": model, "device": device}
         values = known | {name: value for name, value in given.items() if value}
-        if not saes:
-            values["saes"] = [_moved(name, self.path.parent) for name in values.get("saes", [])]
-        return OfSAEsSpec.from_dict(values) if values.get("saes") or values.get("neurons") else None
+        if not (values.get("saes") or values.get("neurons")):
+            return None
+        spec = OfSAEsSpec.from_dict(values, where=str(self.path.parent / "spec.json"))
+        return (
+            spec
+            if saes
+            else dataclasses.replace(spec, saes=tuple(_moved(name, self.path.parent) for name in spec.saes))
+        )
 
 
 def _moved(name: str, folder: Path) -> str:

@@ -47,8 +47,8 @@ class Found:
     def known(self) -> set[str]:
         """The texts it was found on."""
         if (self.run.path / INPUTS).exists():
-            return {given.context for given in answers.load(self.run.path / INPUTS)}
-        pairs = agreement.load(self.run.path / PAIRS)
+            return {given.context for given in answers.load(self.run.file(INPUTS))}
+        pairs = agreement.load(self.run.file(PAIRS))
         return {text for pair in pairs for text in (pair.clean_prefix, pair.patch_prefix)}
 
     @property
@@ -129,7 +129,7 @@ class _Curves:
     def add(self, name: str, opened: Opened, circuit: Circuit, errors: Errors) -> None:
         path = self.run.path / "curves" / f"{digest(name)}.json"
         if path.exists():
-            self.found[name] = Sweep.from_dict(read_json(path))
+            self.found[name] = _read_curve(path)
             return
         spec = self.spec
         sites = list(ablated_sites(opened.lm, opened.saes, self.start_layer))
@@ -157,6 +157,14 @@ class _Curves:
     def _ablation(self) -> Ablation:
         paired = self.examples.batches[0][1] is not None
         return self.spec.ablation or ("patch" if paired else "clean")
+
+
+def _read_curve(path: Path) -> Sweep:
+    try:
+        return Sweep.from_dict(read_json(path))
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        what = "this curve is damaged"
+        raise UnweaveError(what, where=str(path), remedy="delete this file and run again") from error
 
 
 def _examples(spec: CircuitEvaluateSpec, found: Found, opened: Opened) -> Examples:
@@ -192,7 +200,7 @@ def _neurons(found: Found, opened: Opened, runs: Path) -> tuple[Opened, Circuit,
         edge_threshold=CircuitFindSpec.edge_threshold, upstream=CircuitFindSpec.upstream,
     )  # fmt: skip
     run = find.run(same, runs, opened.lm)
-    return open_saes(same, opened.lm), Circuit.load(run.path / find.CIRCUIT), run
+    return open_saes(same, opened.lm), Circuit.load(run.file(find.CIRCUIT)), run
 
 
 def table(curves: dict[str, Sweep]) -> str:

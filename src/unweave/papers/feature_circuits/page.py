@@ -38,22 +38,22 @@ _RANDOM_AT_MOST = 0.1
 
 def write(folder: Path, spec: FeatureCircuitsSpec, plan: Plan, parts: Parts) -> dict[str, Any]:
     """Writes ``table.md``, ``claims.md``, figures and ``report.html``; returns the run's result."""
-    circuits = {name: Circuit.load(run.path / CIRCUIT) for name, run in parts.found.items()}
+    circuits = {name: Circuit.load(run.file(CIRCUIT)) for name, run in parts.found.items()}
     limits = (plan.thresholds["across_rc"][0], plan.thresholds["across_pp"][0])
     shared = overlap(circuits["across_rc"], circuits["across_pp"], limits)
-    curves = {name: read_json(run.path / "faithfulness.json") for name, run in parts.evaluated.items()}
+    curves = {name: read_json(run.file("faithfulness.json")) for name, run in parts.evaluated.items()}
     claims = [*_agreement_claims(parts, curves, shared), *_shift_claims(parts.shifted), _behaviour_claim(parts)]
     heads, rows = ["structure", *_reached_heads()], [[name, *_reached(run)] for name, run in parts.evaluated.items()]
-    text = _markdown_table(heads, rows) + "\n" + (parts.shifted.path / "table.md").read_text(encoding="utf-8")
+    text = _markdown_table(heads, rows) + "\n" + parts.shifted.file("table.md").read_text(encoding="utf-8")
     _write_text(folder / "table.md", text)
     _write_text(folder / "claims.md", markdown(claims))
     sections = {
         "Claims": claims_html(claims),
         "How many nodes carry a behaviour": table([esc(h) for h in heads], [[esc(c) for c in row] for row in rows])
         + "".join(_curve_figure(run, name) for name, run in parts.evaluated.items()),
-        "The circuit across a prepositional phrase": (parts.drawn["across_pp"].path / "circuit.svg").read_text(
-            encoding="utf-8"
-        ),
+        "The circuit across a prepositional phrase": parts.drawn["across_pp"]
+        .file("circuit.svg")
+        .read_text(encoding="utf-8"),
         "SHIFT": _shift_html(parts.shifted),
         "Behaviours": _behaviours_html(parts.behaviours),
     }
@@ -176,7 +176,7 @@ def _curve_figure(run: Run, structure: str) -> str:
         f"{structure.replace('_', ' ')}: faithfulness of the circuit alone, and of everything but it, on sentences "
         "that it was not found on. Dotted: as many random nodes."
     )
-    return figure((run.path / "faithfulness.png").read_bytes(), caption)
+    return figure(run.file("faithfulness.png").read_bytes(), caption)
 
 
 # -- SHIFT ------------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def _shift_html(run: Run) -> str:
     for method in METHODS:
         values = found[method].values()
         rows.append([esc(method), *(f"{100 * v['mean']:.1f} ± {100 * (v['std'] or 0):.1f}" for v in values)])
-    picture = figure((run.path / "accuracies.png").read_bytes(), "Accuracies, mean and standard deviation over seeds.")
+    picture = figure(run.file("accuracies.png").read_bytes(), "Accuracies, mean and standard deviation over seeds.")
     note = f"<p>{esc(run.result['note'])}.</p>" if run.result["note"] else ""
     return table(["method", "profession", "gender", "worst group"], rows) + note + picture
 
