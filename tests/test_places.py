@@ -26,6 +26,7 @@ from unweave.jobs import latents, report, train
 from unweave.jobs.circuit.draw import _moved
 from unweave.jobs.circuit.saes import found_saes, split_name
 from unweave.jobs.circuit.specs import OfSAEsSpec
+from unweave.jobs.common import stamp
 from unweave.jobs.specs import EvalSpec, LatentsSpec, ReportSpec, TrainSpec
 
 LATIN_1 = os.fsdecode(b"caf\xe9")
@@ -382,3 +383,31 @@ def test_relative_names_with_equals_signs_are_found_from_elsewhere(
     assert _moved("lr=1e-3/sae", folder) == there
     assert _moved("resid_post.1=lr=1e-3/sae", folder) == f"resid_post.1={there}"
     assert _moved(there, folder) == there and _moved("lr=2/sae", folder) == "lr=2/sae"
+
+
+# -- names of anything ------------------------------------------------------------------------------------------------
+
+NAMES = ("x" * 300, "a\0b", "\ud800", LATIN_1, "~nobody-at-all/x", "/dev/null", "loop")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "command", [["eval", "--sae"], ["report", "--sae"], ["circuit", "find", "--saes"], ["circuit", "draw", "--circuit"]]
+)
+def test_names_that_cannot_be_files_are_named(
+    command: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    more = ["--task", "simple"] if command[1] == "find" else []
+    assert main([*command, name, *more, "--json"]) == 2
+    assert json.loads(capfd.readouterr().err.splitlines()[-1])["error"]["what"]
+
+
+def test_what_is_no_file_has_no_stamp_and_touching_one_changes_it(tmp_path: Path) -> None:
+    assert [stamp(name) for name in NAMES if name != "/dev/null"] == [""] * (len(NAMES) - 1)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "gone").symlink_to("nowhere")
+    before = stamp(tmp_path)
+    os.utime(tmp_path / "a.txt", ns=(1, 1))
+    assert before and stamp(tmp_path) not in ("", before)

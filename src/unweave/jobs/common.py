@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,8 +50,8 @@ def load_lm(model: str, dtype: str, device: str | None) -> LM:
 
 def stamp(source: str | Path) -> str:
     """What a local file or folder is now (sizes and times of change); empty for names that are not local."""
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(source))
+    if not os.path.exists(path):  # unlike Path.exists, also False where a name is too long to be one
         return ""
     files = [path] if path.is_file() else files_under(path) if path.is_dir() else []
     return digest([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
@@ -168,7 +169,7 @@ def activation_source(
 def sae_digest(name: str | Path) -> str:
     """Twelve digits over an SAE: over the files of a folder of ours, else over what was read, whatever its format."""
     files = [Path(name) / file for file in ("cfg.json", "sae_weights.safetensors")]
-    if not all(path.is_file() for path in files):
+    if not all(map(os.path.isfile, files)):
         return SAE.load(name).digest()[:12]
     hashed = hashlib.sha256()
     for path in files:

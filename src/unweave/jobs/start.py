@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def inputs(spec: TrainSpec) -> dict[str, str]:
 
 def _digest(start: Path) -> str:
     """Over every SAE folder below, or the one SAE of whatever format."""
-    folders = sorted(path.parent for path in Path(start).rglob("cfg.json"))
+    folders = sorted(path.parent for path in Path(start).rglob("cfg.json")) if os.path.isdir(start) else []
     if folders:
         return digest([[str(folder.relative_to(start)), sae_digest(folder)] for folder in folders])
     try:

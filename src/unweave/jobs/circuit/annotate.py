@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def _circuit(asked: Asked) -> Found | None:
         raise UnweaveError(
             "a circuit and latents are both named", where="--latents", remedy="give --saes and --latents, or a circuit"
         )
-    if asked.target.is_dir() and not (asked.target / FILE).is_file() and list(asked.target.rglob("cfg.json")):
+    if os.path.isdir(asked.target) and not os.path.isfile(asked.target / FILE) and list(asked.target.rglob("cfg.json")):
         raise UnweaveError(
             "this is an autoencoder, not a circuit",
             where=str(asked.target),

@@ -18,6 +18,7 @@ from unweave.circuits.draw_html import draw_html
 from unweave.circuits.graph import Circuit, Node
 from unweave.circuits.picture import Selection, select
 from unweave.core.errors import UnweaveError
+from unweave.core.files import printable
 from unweave.core.run import Run, atomic_write
 from unweave.core.site import Site
 from unweave.jobs.circuit.examples import PAIRS
@@ -75,11 +76,11 @@ def _moved(name: str, folder: Path) -> str:
 
 def open_circuit(place: Path) -> Found:
     """The circuit of a run's folder, or of a file. UnweaveError where there is none."""
-    path = place / FILE if place.is_dir() else place
-    if not path.is_file():
+    path = place / FILE if os.path.isdir(place) else place
+    if not os.path.isfile(path):
         raise UnweaveError(
             "there is no circuit here",
-            where=str(place),
+            where=printable(place),
             remedy="give the folder that `unweave circuit find` printed, or a circuit.safetensors",
         )
     folder = path.parent

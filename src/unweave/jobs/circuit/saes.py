@@ -60,8 +60,8 @@ def found_saes(spec: OfSAEsSpec) -> list[tuple[Site | None, str]]:
             found.append((site, name))
             continue
         folder = Path(written)
-        inner = sorted(p.parent for p in folder.rglob("cfg.json")) if folder.is_dir() else []
-        if not folder.is_dir() or folder in inner or not inner:
+        inner = sorted(p.parent for p in folder.rglob("cfg.json")) if os.path.isdir(folder) else []
+        if not os.path.isdir(folder) or folder in inner or not inner:
             found.append((None, written))
         else:
             found += [(None, str(path)) for path in inner]

@@ -6,6 +6,7 @@ have ``save(sae, folder) -> folder``. To add one, write the module and name it h
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -54,7 +55,7 @@ def locate(name: str | Path) -> Source:
     text = str(name)
     if text.startswith((hub.HUB, hub.SAELENS)):
         return hub.fetch(text)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path's, leaves ~nobody as it is
     if not _exists(path):
         raise UnweaveError(
             "no such SAE folder or file",
@@ -109,7 +110,7 @@ def save(sae: SAE, folder: Path, format: str) -> Path:
 
 def _inside(source: Source) -> str:
     """What a folder holds that could have been meant."""
-    if source.path.is_file():
+    if not source.path.is_dir():
         return f"a file of tensors ends in {', '.join(_WEIGHTS)} and holds an encoder and a decoder"
     files = sorted(path.name for path in source.path.iterdir() if path.suffix in _WEIGHTS)
     folders = sorted(path.name for path in source.path.iterdir() if path.is_dir() and _is_sae(path))
