@@ -17,8 +17,9 @@ import pytest
 from test_jobs import home, runs, spec_of, trained  # noqa: F401  (fixtures)
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
+from unweave.core.lock import remove_stale
 from unweave.core.place import usable
-from unweave.core.run import Run, remove_stale
+from unweave.core.run import Run
 from unweave.core.spec import Spec
 from unweave.data.stream import ActivationSource
 from unweave.jobs import eval as evaluation

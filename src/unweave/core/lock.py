@@ -1,8 +1,11 @@
-"""One process at a time: lock files, which the system gives back when a process ends, however it ends."""
+"""One process at a time: lock files, which the system gives back when a process ends, however it ends, and what such a
+process leaves behind."""
 
 from __future__ import annotations
 
 import fcntl
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +51,18 @@ def turn(path: Path) -> Iterator[None]:
         handle.close()
 
 
+def remove_stale(folder: Path) -> None:
+    """Deletes the temporary files and folders below ``folder`` of processes that are gone; their names end in those
+    processes' numbers."""
+    for temporary in list(folder.rglob(".*.tmp")):
+        number = temporary.name.split(".")[-2]
+        if number.isdigit() and int(number) != os.getpid() and not _alive(int(number)):
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+
+
 def _opened(path: Path) -> IO[str]:
     return open(path, "w")  # stays open for as long as the lock is held
 
@@ -61,4 +76,14 @@ def _locked(handle: IO[str], path: Path) -> bool:
         handle.close()
         what = f"files cannot be locked here: {error.strerror}"
         raise UnweaveError(what, where=str(path), remedy="choose another folder with --runs") from error
+    return True
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
     return True

@@ -31,7 +31,7 @@ from typing import IO, Any, ClassVar, Self
 from unweave.core import contents
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.files import printable, read_json
-from unweave.core.lock import take, wait_for
+from unweave.core.lock import remove_stale, take, wait_for
 from unweave.core.place import usable
 from unweave.core.spec import Spec, digest
 
@@ -91,28 +91,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def remove_stale(folder: Path) -> None:
-    """Deletes the temporary files and folders below ``folder`` of processes that are gone; their names end in those
-    processes' numbers."""
-    for temporary in list(folder.rglob(".*.tmp")):
-        number = temporary.name.split(".")[-2]
-        if number.isdigit() and int(number) != os.getpid() and not _alive(int(number)):
-            if temporary.is_dir():
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                temporary.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def make_folder(path: Path) -> None:

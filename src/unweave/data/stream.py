@@ -22,10 +22,10 @@ from torch import Tensor
 
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
-from unweave.core.lock import turn
+from unweave.core.lock import remove_stale, turn
 from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
-from unweave.core.run import atomic_write, friendly_io, make_folder, remove_stale
+from unweave.core.run import atomic_write, friendly_io, make_folder
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.data.tokens import TokenStore
