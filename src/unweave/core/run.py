@@ -184,7 +184,6 @@ class Run:
         self.reused = self.done
         if self._lock is None:
             return self
-        Run._held.add(self.path)
         remove_stale(self.path)
         if self.reused:
             self._remove_pieces()
@@ -193,6 +192,7 @@ class Run:
             warnings.warn(f"{self.path.name} is made anew: {self.problem}", UnweaveWarning, stacklevel=2)
             (self.path / "DONE").unlink()
         self._since = time.monotonic()
+        Run._held.add(self.path)
         return self
 
     def __exit__(
