@@ -226,3 +226,20 @@ def test_a_run_made_elsewhere_is_not_said_to_be_of_this_environment(trained: Run
     (folder / "env.json").unlink()
     assert train.run(spec_of(home), tmp_path).reused
     assert Run.at(folder).environment == {}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_circuit_beside_a_damaged_question(damage: str, circuit: Path, tmp_path: Path) -> None:
+    """A circuit that was copied out has no DONE; what lies beside it is used, or named where it is damaged."""
+    for name in ("circuit.safetensors", "spec.json"):
+        shutil.copy(circuit / name, tmp_path / name)
+    whole = open_circuit(tmp_path).saes_spec()
+    assert whole is not None and whole.saes
+    path = tmp_path / "spec.json"
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    if damage in ("no keys", "a key less"):
+        assert open_circuit(tmp_path).saes_spec() in (None, whole)
+    else:
+        with pytest.raises(UnweaveError) as caught:
+            open_circuit(tmp_path)
+        assert "spec.json" in caught.value.where

@@ -18,7 +18,7 @@ from unweave.circuits.draw_html import draw_html
 from unweave.circuits.graph import Circuit, Node
 from unweave.circuits.picture import Selection, select
 from unweave.core.errors import UnweaveError
-from unweave.core.files import printable
+from unweave.core.files import printable, read_json
 from unweave.core.run import Run, atomic_write
 from unweave.core.site import Site
 from unweave.jobs.circuit.examples import PAIRS
@@ -84,10 +84,18 @@ def open_circuit(place: Path) -> Found:
             remedy="give the folder that `unweave circuit find` printed, or a circuit.safetensors",
         )
     folder = path.parent
-    if not (folder / "DONE").exists():  # a file on its own
-        return Found(path, Circuit.load(path), {}, {})
+    if not (folder / "DONE").exists():  # a file on its own, or of a search that goes on; what is beside it is of use
+        return Found(path, Circuit.load(path), _beside(folder / "spec.json").get("spec", {}), {})
     run = Run.at(folder)
     return Found(path, Circuit.load(run.file(path.name)), run.spec, run.result)
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """The question in spec.json, where there is one."""
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict) or not isinstance(found.get("spec", {}), dict):
+        raise UnweaveError("damaged: it does not say what was asked", where=str(path), remedy="delete this file")
+    return found
 
 
 def content_of(path: Path) -> str:
