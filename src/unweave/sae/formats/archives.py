@@ -29,12 +29,14 @@ _EXPANDS = 64
 """weights hardly shrink at all, a vector of zeros shrinks a thousandfold: beyond this and ``_SPARE`` it is a trick"""
 _SPARE = 16 << 20
 _HEADER = 4096
-_UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, OverflowError)
+_UNREADABLE = (
+    OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, OverflowError, MemoryError,
+)  # fmt: skip
 _DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1")
 
 
 def damaged(path: Path | str, reason: object) -> UnweaveError:
-    """The error for a weights file that is not whole; raises another where memory ran out while it was read."""
+    """The error for a weights file that is not whole; another one where memory ran out."""
     if isinstance(reason, BaseException):
         refuse_if_memory(reason, path)
     lines = str(reason).splitlines()

@@ -75,7 +75,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             return _from_legacy(handle, path)
     except _Foreign:
         raise carries_code(path) from None
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise damaged(path, error) from error
 
 
