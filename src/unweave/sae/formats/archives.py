@@ -30,7 +30,8 @@ _EXPANDS = 64
 _SPARE = 16 << 20
 _HEADER = 4096
 _UNREADABLE = (
-    OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, OverflowError, MemoryError,
+    OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, OverflowError,
+    MemoryError,
 )  # fmt: skip
 _DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1")
 
@@ -131,7 +132,7 @@ def _array(member: IO[bytes], info: zipfile.ZipInfo, name: str, path: Path) -> T
 
 def _header(text: bytes, name: str, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     try:
-        said = ast.literal_eval(text.decode("latin1").strip())
+        said = ast.literal_eval(text.decode("latin1").strip(" \n"))
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise damaged(path, f"{name[:80]} has a header that cannot be read") from None
     if not isinstance(said, dict) or set(said) != {"descr", "fortran_order", "shape"}:

@@ -78,6 +78,11 @@ def _activation(config: Fields, tensors: Tensors, parts: Parts) -> None:
         if k is None or threshold is not None:
             raise UnweaveError("a TopK transcoder needs k, and no threshold", where=where, remedy="restore config.yaml")
         parts.k = k
+    elif "k" in config:
+        raise UnweaveError(
+            "the configuration says k, and an activation that has none", where=config.where,
+            remedy="restore its activation, or remove k",
+        )  # fmt: skip
     elif said not in (None, "relu", "jump_relu", "jumprelu"):
         raise UnweaveError(
             f"the activation {said!r} is not understood", where=where, remedy="known: relu, jump_relu, topk"

@@ -55,7 +55,8 @@ def load(source: Source) -> SAE:
     old = source.config(HYPERPARAMETERS, f"../{HYPERPARAMETERS}")
     config = old or source.config(CONFIG)
     path = _weights(source) if old else source.file(WEIGHTS)
-    assert path is not None
+    if path is None or not config:
+        raise UnweaveError("the configuration says nothing", where=config.where, remedy="restore the file")
     where = str(path)
     _refuse(config)
     tensors = read_safetensors(path)

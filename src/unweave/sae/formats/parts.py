@@ -56,9 +56,14 @@ class Parts:
         return self.W_enc.shape[1]
 
     def widen(self) -> None:
-        """At least float32, before folding."""
+        """All of one type, which is at least float32, before folding."""
+        self._cast(torch.float32)
+
+    def _cast(self, *least: torch.dtype) -> None:
+        """To the widest type that any tensor has."""
+        dtype = reduce(torch.promote_types, (*least, *(tensor.dtype for tensor in self._tensors().values())))
         for name, tensor in self._tensors().items():
-            setattr(self, name, tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
+            setattr(self, name, tensor.to(dtype))
 
     def _tensors(self) -> dict[str, Tensor]:
         names = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "threshold")
@@ -67,7 +72,13 @@ class Parts:
     def fold_input_bias(self, bias: Tensor | None = None) -> None:
         """Takes ``bias`` [d_in] (b_dec by default) off the input."""
         self.widen()
-        self.b_enc = self.b_enc - (self.b_dec if bias is None else bias).to(self.b_enc.dtype) @ self.W_enc
+        bias = self.b_dec if bias is None else bias
+        if len(bias) != self.d_in:
+            raise UnweaveError(
+                f"a bias of length {len(bias)} cannot be taken off inputs of {self.d_in} dimensions",
+                remedy="restore the file",
+            )
+        self.b_enc = self.b_enc - bias.to(self.b_enc.dtype) @ self.W_enc
 
     def fold_input_scale(self, s_in: float, s_out: float | None = None) -> None:
         """The file wants inputs times ``s_in`` and gives outputs times ``s_out`` (the same by default).
@@ -128,9 +139,9 @@ class Parts:
         provenance: Mapping[str, Any] | None = None,
     ) -> SAE:
         """The SAE, in the widest dtype that any of its tensors has."""
-        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in self._tensors().values()))
+        self._cast()
         for name, tensor in self._tensors().items():
-            setattr(self, name, tensor.to(dtype).contiguous())
+            setattr(self, name, tensor.contiguous())
         return SAE(
             self.W_enc,
             self.b_enc,

@@ -66,7 +66,7 @@ def modern(raw: Fields) -> Config:
     if old:
         said = {name: value for name, value in config.values.items() if name != "metadata"}
         metadata = Fields(said | dict(metadata.values), where, "metadata")
-    architecture = config.text("architecture") or "standard"
+    architecture = config.text("architecture") or ("standard" if old else "")
     arguments = config.mapping("activation_fn_kwargs")
     if set(arguments) - {"k"}:
         raise UnweaveError(
@@ -75,6 +75,11 @@ def modern(raw: Fields) -> Config:
     function = config.choice("activation_fn_str", ("relu", "topk"), "relu")
     if architecture == "standard" and function == "topk":  # trap 19
         architecture = "topk"
+    if architecture == "standard" and ("k" in config or "k" in arguments):
+        raise UnweaveError(
+            "the configuration says k, and an activation that has none", where=where,
+            remedy="restore architecture or activation_fn_str, or remove k",
+        )  # fmt: skip
     if architecture not in TENSORS:
         raise UnweaveError(
             f"SAEs of architecture {architecture[:80]!r} cannot be loaded",
