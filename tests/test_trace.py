@@ -93,7 +93,8 @@ def test_effects_from_both_ends_and_the_share_of_the_strongest(
     row = found["completeness"][str(SITE)]
     assert row["complete"] and found["incomplete"] is None
     assert row["change"] == pytest.approx(change, rel=1e-3) and row["sum"] == pytest.approx(change, rel=0.1)
-    page = Path(report.run(ReportSpec(sae=home / "sae"), tmp_path).result["report"]).read_text()
+    made = report.run(ReportSpec(sae=home / "sae"), tmp_path)
+    page = (made.path / made.result["report"]).read_text()
     assert f"<b>{found['share']:.0%}</b><span>of the effect found" in page
     assert "From the clean end" in page and "From the other end" in page
 
