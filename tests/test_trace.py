@@ -48,10 +48,35 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def traced(home: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, **changed: Any) -> Run:
+def traced(home: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, *, knows: bool = True, **changed: Any) -> Run:
     monkeypatch.setattr(agreement, "pairs", lambda _lm, _task, n, *, seed: made_pairs(n))
+    if knows:  # as if the random model did the task
+        monkeypatch.setattr(agreement, "accuracy", lambda _lm, pairs: agreement.Accuracy(len(pairs), 1.0, 1.0, {}))
+        monkeypatch.setattr(trace, "_LEAST_CHANGE", 0.0)
     options = {"pairs": 12, "top": TOP, "random": 3, "steps": 40, **changed}
     return trace.run(TraceSpec(sae=home / "sae", model=str(home / "model"), device="cpu", **options), runs)
+
+
+@pytest.mark.filterwarnings("ignore:effects at .* add up to:unweave.core.errors.UnweaveWarning")
+def test_where_the_model_does_not_do_the_task_no_number_is_shown(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = traced(home, tmp_path, monkeypatch, knows=False)
+    found = run.result
+    assert (found["accuracy"]["clean"] + found["accuracy"]["patch"]) / 2 < 0.6
+    assert "does not do this task" in found["problem"] and found["correlations"] == {} and found["share"] is None
+    shown = {row[0]: row[1:] for row in found["summary"]}
+    assert shown["order, Spearman"] == [None, found["problem"]]
+    page = report.run(ReportSpec(sae=home / "sae"), tmp_path)
+    text = (page.path / page.result["report"]).read_text()
+    assert "he model does not do this task" in text and "of the effect found" not in text
+
+
+def test_a_site_without_effect_is_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "accuracy", lambda _lm, pairs: agreement.Accuracy(len(pairs), 1.0, 1.0, {}))
+    monkeypatch.setattr(trace, "_LEAST_CHANGE", 1e9)
+    found = traced(home, tmp_path, monkeypatch, knows=False).result
+    assert "next to nothing" in found["problem"] and found["correlations"] == {}
 
 
 def test_effects_from_both_ends_and_the_share_of_the_strongest(

@@ -16,7 +16,9 @@ from unweave.sae.comparison import Comparison, Diagnosis, LatentEffect, compare,
 from unweave.sae.correlation import correlations
 from unweave.tasks import agreement
 
-VERSION = 2
+VERSION = 3
+_LEAST_CHANGE = 0.1
+"""of the metric, in logits, by the whole site; less is made up of the pairs' chance"""
 _AGREES = 0.95
 """the correlation below which the difference is looked into"""
 
@@ -69,6 +71,19 @@ def _without_strongest(found: Comparison) -> dict[str, dict[str, float]]:
     return {name: correlations([getattr(e, name) for e in rest], measured) for name in ("ig", "attribution", "exact")}
 
 
+def _problem(right: agreement.Accuracy, found: Comparison) -> str | None:
+    """Why nothing can be said of what causes the behaviour: there is none, or it does not pass through this site."""
+    total = found.metric_patched - found.metric_clean
+    if right.problem is not None:
+        return right.problem
+    if abs(total) < _LEAST_CHANGE:
+        return (
+            f"patching the whole site changes the metric by {total:+.3f}, which is next to nothing: at {found.site} "
+            f"there is no effect to share out (at least {_LEAST_CHANGE} is wanted)"
+        )
+    return None
+
+
 def _share(found: Comparison) -> float | None:
     return found.top_share if math.isfinite(found.top_share) else None
 
@@ -93,17 +108,26 @@ def _finding(found: Comparison, rest: dict[str, dict[str, float]], explanation: 
 
 
 def _summary(
-    task: str, right: agreement.Accuracy, found: Comparison, rest: dict[str, dict[str, float]]
+    task: str,
+    right: agreement.Accuracy,
+    found: Comparison,
+    rest: dict[str, dict[str, float]],
+    problem: str | None,
 ) -> list[list[Any]]:
     """What the terminal shows: how much the strongest carry, and whether their order can be believed."""
     strongest = _by_strength(found)[0]
     total = found.metric_patched - found.metric_clean
     top = sum(e.chosen == "top" for e in found.latents)
-    one_by_one = f"{strongest.exact:+.3f} from the clean end, {strongest.exact_patch:+.3f} from the patched one"
-    return [
+    head: list[list[Any]] = [
         ["task", task, ""],
         ["pairs", found.n_examples, f"the model is right on {right.clean:.0%} (clean) and {right.patch:.0%} (patch)"],
         ["change", total, "of the metric, when the whole site is patched"],
+    ]
+    if problem is not None:
+        return [*head, ["strongest together", None, problem], ["order, Spearman", None, problem]]
+    one_by_one = f"{strongest.exact:+.3f} from the clean end, {strongest.exact_patch:+.3f} from the patched one"
+    return [
+        *head,
         ["strongest together", _share(found), f"of the change: the {top} latents with the largest estimate"],
         ["strongest latent", strongest.latent, one_by_one],
         ["sum of estimates", found.ig_total, "integrated gradients of all latents and the error; should be the change"],
@@ -145,20 +169,23 @@ def _result(
         for e in found.latents
     ]
     task = f"subject-verb agreement: {spec.task.replace('_', ' ')}"
+    problem = _problem(right, found)
     return {
         "task": task,
         "pairs": found.n_examples,
         "accuracy": {"clean": right.clean, "patch": right.patch},
         "metric": f"logit({example.patch_answer.strip()}) - logit({example.clean_answer.strip()}) and the like at the "
         f"last token: {found.metric_clean:.2f} on the clean sentences, {found.metric_patched:.2f} with the whole site "
-        "patched",
+        f"patched. The model prefers the right answer in {right.clean:.0%} of the clean and {right.patch:.0%} of the "
+        "patch sentences; chance is half",
+        "problem": problem,
         "example": [
             ["clean", f"{example.clean_prefix} →{example.clean_answer}"],
             ["patch", f"{example.patch_prefix} →{example.patch_answer}"],
         ],
         "rows": rows,
-        "correlations": agreements,
-        "share": _share(found),
+        "correlations": agreements if problem is None else {},
+        "share": _share(found) if problem is None else None,
         "totals": {
             "top_together": found.top_together,
             "metric_clean": found.metric_clean,
@@ -168,6 +195,6 @@ def _result(
             "attribution_total": found.attribution_total,
             "attribution_error": found.attribution_error,
         },
-        "finding": _finding(found, rest, explanation),
-        "summary": _summary(task, right, found, rest),
+        "finding": _finding(found, rest, explanation) if problem is None else f"{problem[0].upper()}{problem[1:]}.",
+        "summary": _summary(task, right, found, rest, problem),
     }
