@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,8 @@ def read_weights(path: Path) -> tuple[Shape, dict[str, Tensor], bytes]:
     numbers = (shape.width, shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.context)
     if min(numbers) <= 0 or shape.vocab <= 0 or shape.width % shape.heads:  # a negative vocabulary means an own head
         raise _damaged(str(path))
+    if shape.heads % shape.kv_heads or shape.width // shape.heads % 2:
+        raise _damaged(str(path))
     d, n, head = shape.width, shape.layers, shape.width // shape.heads
     kv = shape.kv_heads * head
     layout = {
@@ -89,13 +92,15 @@ def read_weights(path: Path) -> tuple[Shape, dict[str, Tensor], bytes]:
     tensors: dict[str, Tensor] = {}
     at = 28
     for name, size in layout.items():
-        end = at + 4 * int(np.prod(size))
+        end = at + 4 * math.prod(size)  # NumPy's product would wrap around
         if end > len(data):
             raise _damaged(str(path))
         block = torch.from_numpy(np.frombuffer(data[at:end], dtype="<f4").reshape(size).astype(np.float32))
         at = end
         if name == "rotation":  # a table of sines and cosines, which transformers computes itself
             continue
+        if not bool(torch.isfinite(block).all()):
+            raise UnweaveError(f"{name} holds NaN or infinity", where=str(path), remedy="get the file again")
         if block.ndim == 1 or name == "embed_tokens":
             tensors[f"model.{name}.weight"] = block
             continue
