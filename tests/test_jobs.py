@@ -426,8 +426,11 @@ def test_changed_text_is_another_question(home: Path, tmp_path: Path) -> None:
     spec = spec_of(home)
     first = train.stamps(spec.model, spec.data)
     file = home / "text" / "a.jsonl"
+    before = file.stat().st_mtime_ns
     os.utime(file, ns=(1, 1))
     assert train.stamps(spec.model, spec.data) != first
+    os.utime(file, ns=(before, before))  # other tests ask about the same text
+    assert train.stamps(spec.model, spec.data) == first
 
 
 def test_more_tokens_than_there_are_for_the_records(trained: Run, runs: Path) -> None:
