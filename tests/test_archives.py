@@ -29,7 +29,7 @@ from unweave.sae.module import SAE
 
 
 def bounded(read: Callable[[], object], says: str) -> None:
-    """It is refused within a second and 100 MB."""
+    """It is refused within three seconds, in which memory is traced, and 100 MB."""
     start = time.process_time()
     tracemalloc.start()
     try:
@@ -39,7 +39,7 @@ def bounded(read: Callable[[], object], says: str) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert caught.value.where and caught.value.remedy
-    assert time.process_time() - start < 1 and peak < 100 << 20
+    assert time.process_time() - start < 3 and peak < 100 << 20
 
 
 # -- .pt -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
-from unweave.core.run import Run, write_json
+from unweave.core.run import Run
 from unweave.core.site import Site, matching
 from unweave.jobs.circuit.shift_table import MEASURES, METHODS
 from unweave.papers.feature_circuits import page, plan, recipe
@@ -142,11 +143,10 @@ def parts_of(
     found, evaluated, drawn = {}, {}, {}
     for structure in STRUCTURES:
         about = {"model": "tiny <model>", "model_note": "random", "sites": ["embed", "resid_post.1"]}
-        found[structure] = finished(folder / structure, "find", about, {})
-        circuit_of({("resid_post.1", 0): 1.0}).save(found[structure].path / "circuit.safetensors")
-        pictures = {"faithfulness.png": b"p"}
-        evaluated[structure] = finished(folder / structure, "evaluate", {"reached": reached}, pictures)
-        write_json(evaluated[structure].path / "faithfulness.json", curves)
+        circuit = circuit_of({("resid_post.1", 0): 1.0}).save(folder / "circuit.safetensors").read_bytes()
+        found[structure] = finished(folder / structure, "find", about, {"circuit.safetensors": circuit})
+        files: dict[str, str | bytes] = {"faithfulness.png": b"p", "faithfulness.json": json.dumps(curves)}
+        evaluated[structure] = finished(folder / structure, "evaluate", {"reached": reached}, files)
         drawn[structure] = finished(folder / structure, "draw", {}, {"circuit.svg": "<svg><title>x</title></svg>"})
     worst = dict.fromkeys(METHODS, 0.2)
     worst |= {"SHIFT": shift, "SHIFT + retrain": retrain, "random latents": random, "oracle": oracle}
