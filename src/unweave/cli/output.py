@@ -36,7 +36,7 @@ def show_outcome(stage: str, outcome: Outcome) -> None:
         print(f"time: {seconds:.1f} s" if seconds < 60 else f"time: {seconds / 60:.1f} min")
     report = result.get("report")
     if isinstance(report, str):
-        print(plain(f"report: {Path(outcome.path, report)}"))
+        print(plain(f"report: {os.path.normpath(Path(outcome.path, report))}"))
 
 
 def was_reused(outcome: Outcome) -> bool:
