@@ -87,6 +87,19 @@ def test_configurations_of_the_wrong_shape(tmp_path: Path, content: str, overrid
     assert caught.value.what and (caught.value.where or caught.value.remedy)
 
 
+def test_numbers_that_are_too_large_or_long(tmp_path: Path) -> None:
+    assert SteerSpec.from_dict({"sae": "x", "latent": "9007199254740993"}).latent == 2**53 + 1
+    assert SteerSpec.from_dict({"sae": "x", "latent": "1e6"}).latent == 10**6
+    for value in (10**400, -(10**400), 2**63, "9" * 400, "9" * 5000, 10**5000, "1e999", "nan", 1.5, "1.5", "٣x"):
+        for field in ("latent", "max_new_tokens"):
+            with pytest.raises(UnweaveError, match="is not a whole number") as caught:
+                SteerSpec.from_dict({"sae": "x", field: value})
+            assert len(str(caught.value)) < 500
+    for value in (10**400, "1e999", "-inf", float("nan")):
+        with pytest.raises(UnweaveError, match="is not a number"):
+            SteerSpec.from_dict({"sae": "x", "strengths": [value]})
+
+
 @pytest.mark.parametrize("path", ["", " ", "a\0b"])
 def test_sources_without_a_name(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

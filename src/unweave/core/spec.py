@@ -6,6 +6,7 @@ that names the field. Its digest covers the fields that can change the result, s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -20,6 +21,9 @@ from typing import Any, ClassVar, Self
 
 from unweave.core.errors import UnweaveError
 from unweave.core.files import is_text, read_json, read_toml, read_yaml
+
+_TOO_LARGE = 1 << 63
+_SHOWN = 200
 
 
 def operational(default: Any) -> Any:
@@ -136,7 +140,20 @@ def _plain(value: Any, result_only: bool) -> Any:
 
 
 def _wrong(value: Any, wanted: str, where: str) -> UnweaveError:
-    return UnweaveError(f"{value!r} is not {wanted}", where=where, remedy=f"give {wanted}")
+    try:
+        shown = repr(value)
+    except ValueError:  # of more digits than Python writes
+        shown = "this number"
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    return UnweaveError(f"{shown} is not {wanted}", where=where, remedy=f"give {wanted}")
+
+
+def _number(text: str, hint: type) -> int | float:
+    """A number that was typed; whole ones digit by digit, since floats hold only 15 of them."""
+    if hint is int:
+        with contextlib.suppress(ValueError):
+            return int(text)
+    return float(text)
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
@@ -212,10 +229,11 @@ def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise _wrong(value, wanted, where)
         try:
-            number = float(value.replace("_", "")) if isinstance(value, str) else value
-        except ValueError:
-            raise _wrong(value, wanted, where) from None
-        if not math.isfinite(number) or (hint is int and number != int(number)):
+            number = _number(value.replace("_", ""), hint) if isinstance(value, str) else value
+            fine = math.isfinite(number) and (hint is float or (number == int(number) and abs(number) < _TOO_LARGE))
+        except (ValueError, OverflowError):
+            fine, number = False, 0
+        if not fine:
             raise _wrong(value, wanted, where)
         return hint(number)
     if hint is str:
