@@ -53,15 +53,21 @@ class Raw:
             try:
                 data = b""
                 while b"\r\n\r\n" not in data:
-                    data += sock.recv(1 << 16)
+                    data += self._more(sock)
                 head, _, body = data.partition(b"\r\n\r\n")
                 length = int(next(x for x in head.split(b"\r\n") if x.lower().startswith(b"content-length")).split()[1])
                 while len(body) < length:
-                    body += sock.recv(1 << 16)
+                    body += self._more(sock)
                 self.requests.append(head + b"\r\n\r\n" + body)
                 sock.sendall(self.says(len(self.requests) - 1, sock))
             except OSError:
                 pass
+
+    def _more(self, sock: socket.socket) -> bytes:
+        data = sock.recv(1 << 16)
+        if not data:
+            raise OSError("whoever asked is gone")
+        return data
 
     def connect(self, **options: Any) -> ChatServer:
         return ChatServer("m", self.url, **{"key": KEY, "attempts": 3, "first_wait": 0.001, "timeout": 5.0, **options})

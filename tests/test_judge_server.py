@@ -263,6 +263,19 @@ def test_no_other_services_names_are_sent(raw: Raw, monkeypatch: pytest.MonkeyPa
     assert b"of-mine" not in raw.requests[0]
 
 
+def test_what_is_for_this_machine_goes_to_no_proxy(raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = Raw()
+    try:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        assert CachedJudge(raw.connect()).ask([talk("q")])[0].text == "fine"
+        assert len(raw.requests) == 1 and not proxy.requests
+    finally:
+        proxy.close()
+
+
 # -- what it costs -------------------------------------------------------------------------------------------------
 
 

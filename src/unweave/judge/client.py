@@ -28,7 +28,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.shown import plain
 from unweave.judge.base import Budget, Conversation, Reply
 from unweave.judge.secrets import Secret, keep_out_of_logs
-from unweave.judge.spec import JudgeSpec
+from unweave.judge.spec import JudgeSpec, is_this_machine
 
 _TIMEOUT = 120.0
 _LONGEST_WAIT = 60.0
@@ -176,8 +176,10 @@ class ChatServer:
             if not 200 <= status < 300:
                 raise _Refused(status, response.headers, await _body(response))
 
+        # What is for this machine goes to no proxy that the environment names: it would see prompts and key.
+        here = is_this_machine(url)
         http = self._openai.DefaultAsyncHttpxClient(
-            base_url=url, timeout=None, event_hooks={"request": [before], "response": [arrived]}
+            base_url=url, timeout=None, trust_env=not here, event_hooks={"request": [before], "response": [arrived]}
         )
         # Always a key of our own: without one the package takes another service's from the environment.
         return self._openai.AsyncOpenAI(

@@ -73,9 +73,13 @@ class JudgeSpec(Spec):
 
 def _keeps_secrets(url: str) -> bool:
     """Whether what is sent there can be read by nobody on the way: by https, or because it stays on this machine."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.scheme == "https" or host == "localhost":
+    return urlsplit(url).scheme == "https" or is_this_machine(url)
+
+
+def is_this_machine(url: str) -> bool:
+    """Whether an address is one of this machine's own."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost":
         return True
     try:
         return ip_address(host).is_loopback
