@@ -15,6 +15,7 @@ from unweave.core.errors import UnweaveError
 from unweave.tasks import agreement, answers
 from unweave.tasks.agreement import Pair
 from unweave.tasks.answers import Input
+from unweave.tasks.entries import entries
 
 ODD = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\x1dh\x1ei\rj\tk"
 PAIRS = [Pair(f"The {ODD}", f"The {ODD}s", " is", " are", "singular"), Pair("A", "B", " c", " d", "")]
@@ -41,6 +42,20 @@ def test_examples_are_read_in_every_form(tmp_path: Path, form: str) -> None:
     named = {str(i): asdict(given) for i, given in enumerate(INPUTS)}
     path.write_bytes(json.dumps(named, ensure_ascii=False, indent=1 if form == "indented" else None).encode())
     assert answers.load(path) == INPUTS
+
+
+def test_objects_come_as_lines_or_as_one_array(tmp_path: Path) -> None:
+    odd = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg"
+    values = [{"text": odd}, {"text": "second"}, {"text": ""}]
+    as_lines, as_array, empty = (tmp_path / name for name in ("lines", "array", "empty"))
+    as_lines.write_bytes("\n".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values).encode())
+    as_array.write_bytes(("\n " + json.dumps(values, indent=1, ensure_ascii=False)).encode())
+    empty.write_bytes(b"\n\n")
+    for path in (as_lines, as_array):
+        assert [value for _, value in entries(path, "texts", ["text"])] == values
+    assert [where for where, _ in entries(as_lines, "texts", ["text"])][1] == f"{as_lines}, line 3"
+    with pytest.raises(UnweaveError, match="holds no texts"):
+        entries(empty, "texts", ["text"])
 
 
 def test_what_is_saved_is_read_again_whatever_its_characters(tmp_path: Path) -> None:

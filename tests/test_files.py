@@ -1,6 +1,5 @@
 """Reading files of unknown origin: each oddity has one rule."""
 
-import json
 import time
 
 import pytest
@@ -28,16 +27,6 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert files.read_json(write(tmp_path, b'\xef\xbb\xbf{"a": 1}')) == {"a": 1}
     assert files.read_yaml(write(tmp_path, b"\xef\xbb\xbfa: 1")) == {"a": 1}
     assert files.read_toml(write(tmp_path, b"\xef\xbb\xbfa = 1")) == {"a": 1}
-
-
-def test_objects_come_as_lines_or_as_one_array(tmp_path):
-    values = [{"text": ODD}, {"text": "second"}, [1, 2], "word"]
-    as_lines = write(tmp_path, "\n".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values), "lines")
-    as_array = write(tmp_path, "\n " + json.dumps(values, indent=1, ensure_ascii=False), "array")
-    assert [value for _, value in files.json_objects(as_lines)] == values
-    assert [value for _, value in files.json_objects(as_array)] == values
-    assert [where for where, _ in files.json_objects(as_lines)][1] == f"{as_lines}, line 3"
-    assert list(files.json_objects(write(tmp_path, "\n\n", "empty"))) == []
 
 
 @pytest.mark.parametrize(

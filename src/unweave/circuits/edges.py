@@ -248,14 +248,14 @@ class _State:
             moved = moved & ((x2 != x).any(-1) | (source2 != source).any(-1))
         token = (moved if strong is None else moved | strong.any(-1)).nonzero()[:, 0]
         latents, kept = _encoded(sae, source[token], clean, token)
-        before = x[token] if sae.W_skip is None else x[token] - _skipped(sae, source[token], kept)
+        before = _of_nodes(sae, x[token], source[token], kept)
         if fixed is not None:
             change, shift = fixed.latents - latents, fixed.nodes - before
         elif patch is None or patched is None:
             change, shift = -latents, sae.b_dec - before
         else:
             latents2, kept2 = _encoded(sae, source2[token], patch, token)
-            after = x2[token] if sae.W_skip is None else x2[token] - _skipped(sae, source2[token], kept2)
+            after = _of_nodes(sae, x2[token], source2[token], kept2)
             change, shift = latents2 - latents, after - before
         still = ~moved[token].unsqueeze(1)
         active = kept.expand_as(latents) if isinstance(sae.activation, Identity) else latents != 0
@@ -299,10 +299,10 @@ def _encoded(sae: SAE, source: Tensor, tokens: Tokens, token: Tensor) -> tuple[T
     return sae.encode(source) * kept, kept
 
 
-def _skipped(sae: SAE, source: Tensor, kept: Tensor) -> Tensor:
-    skip = sae.through_skip(source)
-    assert skip is not None
-    return skip * kept
+def _of_nodes(sae: SAE, x: Tensor, source: Tensor, kept: Tensor) -> Tensor:
+    """x [n, D] without what a skip says of what is read."""
+    skip = sae.through_skip(source, kept)
+    return x if skip is None else x - skip
 
 
 # -- edges into one site ----------------------------------------------------------------------------------------------

@@ -285,15 +285,14 @@ class _Run:
         def edit(x: Tensor, at: At) -> Tensor:
             whole, said = x.to(sae.W_dec.dtype), x if source == site else read[source]
             counted = sae.policy.keep(said, at.ids, at.mask).unsqueeze(-1)
-            latents, skip = sae.encode(said) * counted, sae.through_skip(said)
+            latents, skip = sae.encode(said) * counted, sae.through_skip(said, counted)
             kept = circuits.rows(site, which, x.shape[1])
             with_error = kept[..., -1:]
             # Where the error is kept, latents outside are taken off x, so that a circuit of everything leaves the model
             # as it is bit for bit; where it is not, those inside are put together. Each needs one sum of few rows.
             summed = _sums(latents * (kept[..., :-1] != with_error), sae.W_dec)
-            alone = (
-                sae.b_dec + mean.error + summed if skip is None else sae.b_dec + mean.error + summed + skip * counted
-            )
+            alone = sae.b_dec + mean.error + summed
+            alone = alone if skip is None else alone + skip
             new = torch.where(with_error, whole - summed, alone) + fixed[which]
             new = torch.where(free.unsqueeze(-1), new, whole).to(x.dtype)
             if site in self.sources:

@@ -34,11 +34,11 @@ from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.run import peak_memory_gb
 from unweave.core.site import Site
-from unweave.lm.model import LM
+from unweave.lm.model import LM, Tokens
 from unweave.sae.attribution import Method, Rule, fractions, node_effects
 from unweave.sae.comparison import Batch
 from unweave.sae.memory import halving
-from unweave.sae.states import SAEs, State, by_site_of, reads_of
+from unweave.sae.states import Patch, SAEs, State, by_site_of, reads_of
 
 Summed = Literal["none", "positions"]
 _T = TypeVar("_T")
@@ -168,6 +168,10 @@ class _Finder:
                 found.append((f"{number}-{start}-{stop}{f'-{question_of(piece, asked)}' if asked else ''}", piece))
         return found
 
+    def _end(self, patch: Tokens | None) -> Patch:
+        """What nodes of a batch go to: a patch input's values, else their means or zero."""
+        return (self.means or None) if patch is None else patch
+
     # -- nodes ----------------------------------------------------------------------------------------------------
 
     def nodes(self) -> Circuit:
@@ -210,9 +214,8 @@ class _Finder:
 
     def _nodes_of(self, batch: Batch, max_tokens: int) -> Held:
         o, (clean, patch, metric) = self.options, batch
-        end = (self.means or None) if patch is None else patch
         effects = node_effects(
-            self.lm, self.saes, clean, end, metric, method=o.method, steps=o.steps, rule=o.rule,
+            self.lm, self.saes, clean, self._end(patch), metric, method=o.method, steps=o.steps, rule=o.rule,
             positions=moved(clean, o.skip_first), metric_at=o.metric_at, max_tokens=max_tokens,
             measure=o.method != "attribution",  # of which nobody expects that it adds up
         )  # fmt: skip
@@ -296,7 +299,7 @@ class _Finder:
             clean, patch, _ = batch
             positions = moved(clean, o.skip_first)
             mine = {site: g[rows] for site, g in gradients.items()}
-            end = (self.means or None) if patch is None else patch
+            end = self._end(patch)
             effects = EffectsAgain(self.lm, self.saes, clean, end, mine, positions, max_tokens)
             return edge_effects(
                 self.lm, self.saes, clean, end, effects, threshold=o.node_threshold, positions=positions,

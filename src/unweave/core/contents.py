@@ -42,6 +42,14 @@ def _sha256(path: str, size: int, changed: int, inode: int) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def content_of(path: Path) -> str:
+    """Twelve digits over a file's bytes, for the identity of what reads it. UnweaveError where it cannot be read."""
+    try:
+        return sha256(path)[:12]
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise UnweaveError(f"cannot read it: {error}", where=str(path), remedy="check the path") from None
+
+
 def missing(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> str | None:
     """What is wrong with the files of a listing, by existence and size alone; None where nothing is."""
     for name, about in listed.items():

@@ -35,8 +35,6 @@ def read_text(path: str | Path, *, at_most: int = 1 << 28) -> str:
     try:
         with open(path, "rb") as handle:
             content = handle.read(at_most + 1)  # a pipe has no size to ask for first
-    except FileNotFoundError:
-        raise UnweaveError("the file does not exist", where=str(path), remedy="check the path") from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     if len(content) > at_most:
@@ -120,20 +118,6 @@ def parse_json(text: str, where: str, *, finite: bool = True, halves: bool = Fal
 def read_json(path: str | Path, *, at_most: int = 1 << 28) -> Any:
     """The value of a JSON file."""
     return parse_json(read_text(path, at_most=at_most), str(path))
-
-
-def json_objects(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """The values of a file of JSON lines or of one JSON array, each with where it stands; blank lines are passed."""
-    first = True
-    for number, line in lines(path):
-        if not line.strip():
-            continue
-        if first and line.lstrip().startswith("["):
-            for index, value in enumerate(read_json(path)):
-                yield f"{path}, entry {index}", value
-            return
-        first = False
-        yield f"{path}, line {number}", parse_json(line, f"{path}, line {number}")
 
 
 def read_yaml(path: str | Path) -> Any:

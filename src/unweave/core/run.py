@@ -254,15 +254,18 @@ class Run:
 
     def file(self, name: str) -> Path:
         """The path of an output. UnweaveError where it is missing, or not what the run wrote."""
-        listed = self._listed() or {}
-        return contents.checked(self.path, name, listed, f"delete {self.path} and run the same command again")
+        return self._checked(name, self._listed() or {})
 
     def folder(self, name: str) -> Path:
         """The path of a folder of outputs, every file in it checked."""
-        for listed in self._listed() or {}:
-            if listed.startswith(f"{name}/"):
-                self.file(listed)
+        listed = self._listed() or {}
+        for inner in listed:
+            if inner.startswith(f"{name}/"):
+                self._checked(inner, listed)
         return self.path / name
+
+    def _checked(self, name: str, listed: contents.Listing) -> Path:
+        return contents.checked(self.path, name, listed, f"delete {self.path} and run the same command again")
 
     @property
     def costs(self) -> dict[str, Any]:
@@ -331,9 +334,10 @@ class Run:
         """What a finished run found. UnweaveError when it has not finished, or has lost an output."""
         if not (self.path / "DONE").exists():
             raise UnweaveError("this run has not finished", where=str(self.path), remedy="run the same command again")
-        if self.problem is not None:
+        problem = self.problem
+        if problem is not None:
             raise UnweaveError(
-                f"damaged: {self.problem}",
+                f"damaged: {problem}",
                 where=str(self.path),
                 remedy="run the same command again, which makes it anew",
             )

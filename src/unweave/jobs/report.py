@@ -92,7 +92,7 @@ def gather(spec: ReportSpec, found: dict[str, Run | None]) -> page.ReportData:
     )
 
 
-_NOT_MEASURES = ("model", "model_note", "seconds", "drift", "accepted", "metric_set", "site")
+_NOT_MEASURES = ("model", "model_note", "drift", "accepted", "metric_set", "site")
 
 
 def _measures(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -238,9 +238,15 @@ class SAE(nn.Module):
         normal = None if x is None else self.normalised(x)
         return out if normal is None else out * normal.scale + normal.shift
 
-    def through_skip(self, x: Tensor) -> Tensor | None:
-        """What the skip says of x [..., d_in]: x W_skip [..., d_out], or None where there is no skip."""
-        return None if self.W_skip is None else self._matches(x) @ self.W_skip
+    def through_skip(self, x: Tensor, kept: Tensor | None = None) -> Tensor | None:
+        """What the skip says of x [..., d_in]: x W_skip [..., d_out]; None where there is no skip.
+
+        Where ``kept`` [..., 1] is false the skip says nothing: zero.
+        """
+        if self.W_skip is None:
+            return None
+        said = self._matches(x) @ self.W_skip
+        return said if kept is None else said * kept
 
     def explained(self, f: Tensor | Codes, x: Tensor) -> Tensor:
         """All that is no error: decode(f) (+ x W_skip) [..., d_out], with x [..., d_in] what f was encoded from."""

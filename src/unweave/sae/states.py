@@ -91,11 +91,8 @@ def by_site_of(lm: LM, saes: SAEs) -> dict[Site, SAE]:
 
 def _state(sae: SAE, source: Tensor, x: Tensor, ids: Tensor, mask: Tensor) -> State:
     with torch.no_grad():
-        kept = sae.policy.keep(source, ids, mask)
-        latents = sae.encode(source) * kept.unsqueeze(-1)
-        skip = sae.through_skip(source)
-        if skip is not None:
-            skip = skip * kept.unsqueeze(-1)
+        kept = sae.policy.keep(source, ids, mask).unsqueeze(-1)
+        latents, skip = sae.encode(source) * kept, sae.through_skip(source, kept)
         return State(x, latents, (x if skip is None else x - skip) - sae.decode(latents), skip)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from unweave.circuits.draw import counts_text, draw_svg, edge_threshold_for, key
 from unweave.circuits.draw_html import draw_html
 from unweave.circuits.graph import Circuit, Node
 from unweave.circuits.picture import Selection, select
+from unweave.core.contents import content_of
 from unweave.core.errors import UnweaveError
 from unweave.core.files import printable, read_json
 from unweave.core.run import Run, atomic_write
@@ -96,14 +96,6 @@ def _beside(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("spec", {}), dict):
         raise UnweaveError("damaged: it does not say what was asked", where=str(path), remedy="delete this file")
     return found
-
-
-def content_of(path: Path) -> str:
-    """Twelve digits over a file's bytes. UnweaveError where it cannot be read."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    except OSError as error:
-        raise UnweaveError(f"cannot read it: {error.strerror}", where=str(path), remedy="check the path") from error
 
 
 def run(spec: CircuitDrawSpec, runs: Path) -> Run:

@@ -12,13 +12,14 @@ from unweave.circuits.faithfulness import Ablation, ablated_sites
 from unweave.circuits.figures import FEATURES, NEURONS, faithfulness_figure
 from unweave.circuits.graph import Circuit
 from unweave.circuits.sweep import PAPER_THRESHOLDS, Errors, Sweep, spread_thresholds, sweep
+from unweave.core.contents import content_of
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
 from unweave.core.run import Run, atomic_write, write_json
 from unweave.core.site import Site
 from unweave.core.spec import digest
 from unweave.jobs.circuit import find
-from unweave.jobs.circuit.draw import content_of, open_circuit
+from unweave.jobs.circuit.draw import open_circuit
 from unweave.jobs.circuit.examples import INPUTS, PAIRS, Examples, accuracy_row, examples_of, file_digests
 from unweave.jobs.circuit.saes import Opened, digest_of, open_saes
 from unweave.jobs.circuit.specs import CircuitEvaluateSpec, CircuitFindSpec

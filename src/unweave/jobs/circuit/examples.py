@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from unweave.core.contents import content_of
 from unweave.core.errors import UnweaveError
 from unweave.jobs.circuit.specs import CircuitFindSpec
 from unweave.lm.model import LM
@@ -52,10 +52,7 @@ def file_digests(*paths: Path | None) -> dict[str, str]:
     found = {}
     for path in paths:
         if path is not None:
-            try:
-                found["examples"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-            except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-                raise UnweaveError(f"cannot read it: {error}", where=str(path), remedy="check the path") from None
+            found["examples"] = content_of(path)
     return found
 
 
