@@ -43,13 +43,13 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import circuit_loop
+from unweave.attribute.attribution import SiteEffects, node_effects
+from unweave.attribute.states import change_of, moved_positions, states
 from unweave.circuits.edges import edge_effects
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import JumpReLU
-from unweave.sae.attribution import SiteEffects, node_effects
 from unweave.sae.module import SAE
-from unweave.sae.states import change_of, moved_positions, states
 from unweave.tasks.agreement import AnswerDifference
 
 LAYERS, WIDTH, VOCABULARY, STEPS = 6, 512, 50_304, 10

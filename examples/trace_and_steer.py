@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unweave import LM, SAE
+from unweave.attribute.runner import Batch
 from unweave.lm.model import Tokens
-from unweave.sae.comparison import Batch, compare
-from unweave.steer.sweep import sweep
+from unweave.methods.trace.comparison import compare
+from unweave.sae.steered import sweep
 from unweave.tasks import agreement
 
 

@@ -16,10 +16,14 @@ from pathlib import Path
 from unweave import UnweaveError
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
-from unweave.jobs import eval as evaluation
-from unweave.jobs import latents, train
-from unweave.jobs.specs import DataSpec, EvalSpec, LatentsSpec, TrainSpec
-from unweave.sae.spec import SAESpec
+from unweave.data.spec import DataSpec
+from unweave.latents import stage as latents
+from unweave.latents.spec import LatentsSpec
+from unweave.methods.evaluate import stage as evaluation
+from unweave.methods.evaluate.spec import EvalSpec
+from unweave.methods.train import stage as train
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.spec import TrainSpec
 
 
 def spec_of(options: argparse.Namespace) -> TrainSpec:

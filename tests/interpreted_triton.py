@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from unweave.sae import kernels, products
+from unweave.sae.sparse import kernels, products
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run `make test-triton`"
 
-from unweave.sae import triton_kernels  # noqa: E402
+from unweave.sae.sparse import triton_kernels  # noqa: E402
 
 EMPTY_ROWS = [0, 0, 5, 5, 40, 41, 41]
 

@@ -1,4 +1,4 @@
-"""circuits/annotations.py: our lines and the paper's, what is refused, and that nothing given is lost."""
+"""latents/annotations.py: our lines and the paper's, what is refused, and that nothing given is lost."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import build_tiny, build_tiny_tokenizer
-from unweave.circuits import annotations as notes
-from unweave.circuits.annotating import Question, Tally, in_circuit, walk
-from unweave.circuits.annotations import Annotation
 from unweave.circuits.graph import Circuit, Node
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
-from unweave.jobs import train
-from unweave.jobs.circuit import draw, shift_judge
-from unweave.jobs.circuit.saes import open_saes
-from unweave.jobs.circuit.specs import CircuitDrawSpec, OfSAEsSpec
-from unweave.jobs.specs import DataSpec, StreamSpec, TrainSpec
-from unweave.sae.records import LatentRecord
-from unweave.sae.spec import SAESpec
+from unweave.data.spec import DataSpec, StreamSpec
+from unweave.inputs.saes import open_saes
+from unweave.inputs.spec import OfSAEsSpec
+from unweave.latents import annotations as notes
+from unweave.latents.annotations import Annotation
+from unweave.latents.records import LatentRecord
+from unweave.methods.annotate.annotating import Question, Tally, in_circuit, walk
+from unweave.methods.circuits import stage_draw as draw
+from unweave.methods.circuits.spec import CircuitDrawSpec
+from unweave.methods.train import stage as train
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.spec import TrainSpec
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -299,9 +301,9 @@ def test_of_a_classifiers_circuit_come_the_latents_that_its_run_judges(
 ) -> None:
     support = torch.zeros(1, 65)
     support[0, [5, 6, 7, 8, 64]] = torch.tensor([0.5, -0.9, 0.1, 0.3, 0.7])
-    about = {"task": f"{shift_judge.SUPPORT}: profession"}
+    about = {"task": f"{support.SUPPORT}: profession"}
     Circuit({SITE: support}, {}, False, 4, about).save(tmp_path / "circuit-0.safetensors")
-    neurons = about | {"task": f"{shift_judge.SUPPORT}: gender, {shift_judge.BY_NEURONS}"}
+    neurons = about | {"task": f"{support.SUPPORT}: gender, {support.BY_NEURONS}"}
     Circuit({SITE: support}, {}, False, 4, neurons).save(tmp_path / "neurons-0.safetensors")
     known = json.loads((home / "found" / "spec.json").read_text())["spec"]
     (tmp_path / "spec.json").write_text(json.dumps({"spec": known | {"top": 2, "threshold": 0.05}}))

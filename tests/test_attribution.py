@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from unweave.attribute.attribution import alone_effects, endpoints, exact_effects, fractions, node_effects
+from unweave.attribute.states import site_of, states
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
+from unweave.methods.trace.comparison import compare, correlations
 from unweave.sae.activations import JumpReLU, ReLU, TopK
-from unweave.sae.attribution import alone_effects, endpoints, exact_effects, fractions, node_effects
-from unweave.sae.comparison import compare, correlations
 from unweave.sae.module import SAE
-from unweave.sae.states import site_of, states
 
 F = 24
 
@@ -608,7 +608,7 @@ def coordinates(lm: LM) -> SAE:
 
 def test_diagnosis_tells_steps_from_interactions(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A metric that adds up over coordinates has no interactions; products of coordinates are nothing else."""
-    import unweave.sae.comparison as comparison
+    import unweave.methods.trace.comparison as comparison
 
     sae = coordinates(lm)
     clean, patch = make_pair(n=6)

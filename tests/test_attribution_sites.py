@@ -11,14 +11,14 @@ from torch import Tensor
 
 from conftest import FAMILIES
 from test_attribution import F, close, difference, make_pair, make_sae
+from unweave.attribute import attribution
+from unweave.attribute.attribution import alone_effects, endpoints, exact_effects, fractions, node_effects
+from unweave.attribute.runner import Runner, Shifted
+from unweave.attribute.states import change_of, states
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.lm.unembed import knows, unembed
-from unweave.sae import attribution
-from unweave.sae.attribution import alone_effects, endpoints, exact_effects, fractions, node_effects
-from unweave.sae.runner import Runner, Shifted
-from unweave.sae.states import change_of, states
 from unweave.tasks.agreement import AnswerDifference
 
 POINTS = ("resid_pre", "attn_in", "attn_heads", "attn_out", "attn_add", "resid_mid", "mlp_in", "mlp_act", "mlp_out",

@@ -16,23 +16,23 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from unweave.circuits import behaviours, cluster
-from unweave.circuits.behaviours import Confidence, Example, repeated
-from unweave.circuits.gradients import blocks, parameters, projected_gradients, projection_block
+from unweave.attribute.attribution import node_effects
 from unweave.circuits.graph import Circuit
-from unweave.circuits.vectors import vectors
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.data.pack import Row
 from unweave.data.tokens import TokenStore
-from unweave.jobs.circuit import behaviours as job
-from unweave.jobs.circuit.behaviours_page import Card, Latent, page
-from unweave.jobs.circuit.behaviours_spec import CircuitBehavioursSpec
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
+from unweave.methods.behaviours import behaviours, cluster
+from unweave.methods.behaviours import stage as job
+from unweave.methods.behaviours.behaviours import Confidence, Example, repeated
+from unweave.methods.behaviours.gradients import blocks, parameters, projected_gradients, projection_block
+from unweave.methods.behaviours.spec import CircuitBehavioursSpec
+from unweave.methods.behaviours.vectors import vectors
+from unweave.methods.behaviours.view import Card, Latent, page
 from unweave.sae.activations import ReLU
-from unweave.sae.attribution import node_effects
 from unweave.sae.module import SAE
 from unweave.tasks.answers import AnswerLoss
 
@@ -231,7 +231,7 @@ def test_projected_gradients_are_autograds_times_the_matrix(
     name: str, tiny_lm: LMs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Contexts of different lengths in one batch, biases, GPT-2's transposed layers, and several blocks a parameter."""
-    monkeypatch.setattr("unweave.circuits.gradients._BLOCK_ENTRIES", 3000)
+    monkeypatch.setattr("unweave.methods.behaviours.gradients._BLOCK_ENTRIES", 3000)
     lm = tiny_lm(name)
     rows, answers = random_rows([9, 6]), torch.tensor([40, 7])
     tokens = Tokens.pad([(row, [Role.TEXT.value] * len(row)) for row in rows], lm.pad_id)

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from unweave.circuits import relevance
 from unweave.core.errors import UnweaveError
-from unweave.tasks import biographies
-from unweave.tasks.biographies import AMBIGUOUS, FIRST_NAMES, GROUPS, Biography
+from unweave.methods.shift import biographies, relevance
+from unweave.methods.shift.biographies import AMBIGUOUS, FIRST_NAMES, GROUPS, Biography
 
 MALE = {"he", "him", "his", "himself"}
 FEMALE = {"she", "her", "hers", "herself"}

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from unweave.core.errors import UnweaveError
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
-from unweave.jobs.common import token_store
-from unweave.jobs.specs import DataSpec
+from unweave.data.spec import DataSpec
+from unweave.inputs.inputs import token_store
 from unweave.lm import template as templates
 from unweave.lm.chat import Role, render, render_each
 from unweave.tasks.special_tokens import SpecialTokens

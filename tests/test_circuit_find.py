@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from unweave.circuits import again
+from unweave.attribute import lazy as again
+from unweave.attribute.attribution import SiteEffects, node_effects
+from unweave.attribute.completeness import TOLERANCE
 from unweave.circuits import find as module
-from unweave.circuits.completeness import TOLERANCE
 from unweave.circuits.edges import edge_effects
 from unweave.circuits.find import Options, find_circuit, find_nodes
 from unweave.circuits.graph import Circuit
@@ -21,7 +22,6 @@ from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import ReLU, TopK
-from unweave.sae.attribution import SiteEffects, node_effects
 from unweave.sae.module import SAE
 from unweave.sae.neurons import neurons
 from unweave.tasks.answers import AnswerLoss

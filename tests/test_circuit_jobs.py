@@ -17,17 +17,19 @@ import torch
 from conftest import build_tiny, build_tiny_tokenizer
 from unweave.circuits.find import Options, find_circuit
 from unweave.circuits.graph import Circuit
-from unweave.circuits.sweep import Sweep, sweep
 from unweave.cli.app import main
 from unweave.core.contents import listing
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
 from unweave.core.run import Run, write_json
 from unweave.core.site import Site
-from unweave.jobs.circuit import evaluate, examples, find
-from unweave.jobs.circuit.saes import open_saes
-from unweave.jobs.circuit.specs import CircuitEvaluateSpec, CircuitFindSpec
+from unweave.inputs.saes import open_saes
 from unweave.lm.model import LM
+from unweave.methods.circuits import stage_evaluate as evaluate
+from unweave.methods.circuits import stage_examples as examples
+from unweave.methods.circuits import stage_find as find
+from unweave.methods.circuits.spec import CircuitEvaluateSpec, CircuitFindSpec
+from unweave.methods.circuits.sweep import Sweep, sweep
 from unweave.sae.module import SAE, ReLU
 from unweave.tasks import agreement
 from unweave.tasks.agreement import Pair

@@ -1,4 +1,4 @@
-"""jobs/circuit/records.py: many autoencoders' records from one pass are what each one's own pass gives."""
+"""latents/collect_many.py: many autoencoders' records from one pass are what each one's own pass gives."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
+from unweave.data.spec import DataSpec, StreamSpec
 from unweave.data.stream import ActivationSource
-from unweave.jobs import latents as latents_job
-from unweave.jobs import train
-from unweave.jobs.circuit import records as job
-from unweave.jobs.circuit.records import records_of, text_stamps
-from unweave.jobs.circuit.saes import Opened, open_saes
-from unweave.jobs.circuit.specs import OfSAEsSpec
-from unweave.jobs.specs import DataSpec, LatentsSpec, StreamSpec, TrainSpec
-from unweave.sae.records import Records
-from unweave.sae.spec import SAESpec
+from unweave.inputs.saes import Opened, open_saes
+from unweave.inputs.spec import OfSAEsSpec
+from unweave.latents import collect_many as job
+from unweave.latents import stage as latents_job
+from unweave.latents.collect_many import records_of, text_stamps
+from unweave.latents.records import Records
+from unweave.latents.spec import LatentsSpec
+from unweave.methods.train import stage as train
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.spec import TrainSpec
 
 TOKENS = 2500
 SITES = (Site("mlp_add", 1), Site("resid_post", 1))

@@ -25,8 +25,7 @@ from unweave.core import progress
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
 from unweave.core.spec import Spec, operational
-from unweave.jobs.circuit.specs import OfSAEsSpec
-from unweave.jobs.specs import OfSAESpec
+from unweave.inputs.spec import OfSAESpec, OfSAEsSpec
 
 REAL_STAGES = dict(stages.STAGES) | {
     stage.command: stage for _, inner in stages.GROUPS.values() for stage in inner.values()

@@ -14,16 +14,22 @@ import pytest
 from test_circuit_jobs import home as circuit_home  # noqa: F401
 from test_circuit_jobs import spec_of as find_spec_of
 from test_jobs import home, runs, spec_of, trained  # noqa: F401
+from unweave.circuits.opened import open_circuit
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
-from unweave.jobs import checkpoint, latents, report, train
-from unweave.jobs import eval as evaluation
-from unweave.jobs.circuit import find
-from unweave.jobs.circuit.draw import open_circuit
-from unweave.jobs.circuit.evaluate import _read_curve
-from unweave.jobs.common import sae_digest
-from unweave.jobs.specs import EvalSpec, LatentsSpec, SteerSpec, TraceSpec
+from unweave.inputs.inputs import sae_digest
+from unweave.latents import stage as latents
+from unweave.latents.spec import LatentsSpec
+from unweave.methods.circuits import stage_find as find
+from unweave.methods.circuits.stage_evaluate import _read_curve
+from unweave.methods.evaluate import stage as evaluation
+from unweave.methods.evaluate.spec import EvalSpec
+from unweave.methods.report import stage as report
+from unweave.methods.steer.spec import SteerSpec
+from unweave.methods.trace.spec import TraceSpec
+from unweave.methods.train import checkpoint
+from unweave.methods.train import stage as train
 
 
 def _other_types(content: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""circuits/picture.py, draw.py, draw_html.py and jobs/circuit/draw.py: what is drawn, where, and that nothing leaks."""
+"""circuits/picture.py, draw.py, draw_html.py and the stage: what is drawn, where, and that nothing leaks."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from unweave.circuits.annotations import Annotation
 from unweave.circuits.draw import draw_svg, edge_threshold_for, threshold_for, to_json
 from unweave.circuits.draw_html import draw_html
 from unweave.circuits.graph import Circuit, Edges
 from unweave.circuits.picture import _crossings, place, select
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
-from unweave.jobs.circuit import draw as job
-from unweave.jobs.circuit.specs import CircuitDrawSpec
-from unweave.sae.contexts import Contexts, RecordsSpec
-from unweave.sae.records import Records, Written
+from unweave.latents.annotations import Annotation
+from unweave.latents.contexts import Contexts, RecordsSpec
+from unweave.latents.records import Records, Written
+from unweave.methods.circuits import stage_draw as job
+from unweave.methods.circuits.spec import CircuitDrawSpec
 
 NASTY = "<script>alert(\"x\")</script> & 'quotes' ]]> \ud800 \x00"
 SVG = "{http://www.w3.org/2000/svg}"

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import circuit_loop
+from unweave.attribute.attribution import SiteEffects, node_effects
+from unweave.attribute.states import change_of, moved_positions, states
 from unweave.circuits.edges import edge_effects, merge
 from unweave.circuits.faithfulness import token_means
 from unweave.circuits.graph import Edges
@@ -18,9 +20,7 @@ from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import Identity, JumpReLU, ReLU, TopK
-from unweave.sae.attribution import SiteEffects, node_effects
 from unweave.sae.module import SAE
-from unweave.sae.states import change_of, moved_positions, states
 
 F, N, P = 20, 3, 5
 FULL = ["embed", *(f"{point}.{layer}" for layer in range(3) for point in ("attn_add", "mlp_add", "resid_post"))]

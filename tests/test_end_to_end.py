@@ -13,9 +13,9 @@ from unweave.core.dist import Group
 from unweave.core.errors import UnweaveError
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
-from unweave.sae.end_to_end import end_to_end_step
-from unweave.sae.spec import SAESpec
-from unweave.sae.train import SAETrainer
+from unweave.methods.train.end_to_end import end_to_end_step
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.trainer import SAETrainer
 
 SITE, EXCLUDED = "resid_post.0", 7
 

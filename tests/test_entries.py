@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from unweave.circuits import annotations, behaviours
-from unweave.circuits.annotations import Annotation
 from unweave.core.errors import UnweaveError
+from unweave.latents import annotations
+from unweave.latents.annotations import Annotation
+from unweave.methods.behaviours import behaviours
 from unweave.tasks import agreement, answers
 from unweave.tasks.agreement import Pair
 from unweave.tasks.answers import Input

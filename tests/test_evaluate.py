@@ -1,4 +1,4 @@
-"""evaluate/core.py against a reference that runs each row alone, without padding, on the bare model in float64 sums."""
+"""methods/evaluate against a reference that runs each row alone, without padding, on the bare model in float64 sums."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from unweave.core import progress
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.site import Site
+from unweave.data.batches import store_batches
 from unweave.data.policy import TokenPolicy
-from unweave.evaluate import core
-from unweave.evaluate.core import CoreMetrics, drift, evaluate, store_batches
-from unweave.evaluate.metrics import density_histogram, recovered_share
 from unweave.lm.model import LM, Tokens
+from unweave.methods.evaluate import evaluate as core
+from unweave.methods.evaluate.evaluate import CoreMetrics, drift, evaluate
+from unweave.methods.evaluate.metrics import density_histogram, recovered_share
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
 

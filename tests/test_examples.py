@@ -29,10 +29,10 @@ from unweave.cli.stages import GROUPS, STAGES
 from unweave.core.errors import UnweaveError
 from unweave.core.site import LAYER_POINTS, MODEL_POINTS, Site
 from unweave.core.spec import read_mapping
-from unweave.jobs.specs import TrainSpec
 from unweave.judge import base as judge_base
 from unweave.judge.scripted import Scripted
 from unweave.lm.model import LM
+from unweave.methods.train.spec import TrainSpec
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -245,9 +245,9 @@ HOMES = {
     "lm": "unweave.lm.model:LM",
     "sae": "unweave.sae.module:SAE",
     "tokens": "unweave.lm.model:Tokens",
-    "records": "unweave.sae.records:Records",
+    "records": "unweave.latents.records:Records",
     "trained": "unweave.core.run:Run",
-    "trainer": "unweave.sae.train:SAETrainer",
+    "trainer": "unweave.methods.train.trainer:SAETrainer",
 }
 """What the snippets' usual names stand for."""
 
@@ -407,7 +407,7 @@ def block_after(block: str) -> str:
 
 
 def test_every_metric_is_explained() -> None:
-    from unweave.evaluate.metrics import CoreMetrics
+    from unweave.methods.evaluate.metrics import CoreMetrics
 
     measure = (ROOT / "docs" / "measure.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)`", measure))

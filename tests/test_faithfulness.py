@@ -14,11 +14,11 @@ from torch import Tensor
 
 from unweave.circuits.faithfulness import Ablated, _Circuits, ablate_outside
 from unweave.circuits.graph import Circuit
-from unweave.circuits.sweep import ERRORS, PAPER_THRESHOLDS, Row, Sweep, spread_thresholds, sweep
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
+from unweave.methods.circuits.sweep import ERRORS, PAPER_THRESHOLDS, Row, Sweep, spread_thresholds, sweep
 from unweave.sae.activations import JumpReLU, TopK
 from unweave.sae.module import SAE
 from unweave.sae.neurons import neurons
@@ -365,7 +365,7 @@ def test_random_circuits_are_as_large_and_drawn_among_nodes_that_change(
         seen.extend(args[3])
         return ablate_outside(*args, **options)
 
-    monkeypatch.setattr("unweave.circuits.sweep.ablate_outside", look)
+    monkeypatch.setattr("unweave.methods.circuits.sweep.ablate_outside", look)
     found = sweep(lm, saes, batches, circuit, thresholds=(0.1, 0.4), draws=3, seed=1)
     assert len(seen) == 2 + 2 + 6
     for i, row in enumerate(found.rows):
@@ -398,7 +398,7 @@ def test_a_sweep_takes_means_that_its_texts_allow_and_skips_what_the_search_skip
         asked.append((options["means"], options["skip_first"]))
         return ablate_outside(*args, **options)
 
-    monkeypatch.setattr("unweave.circuits.sweep.ablate_outside", look)
+    monkeypatch.setattr("unweave.methods.circuits.sweep.ablate_outside", look)
     options: Any = {"thresholds": (0.1,), "draws": 0, "skip_first": 1, "ablation": "clean"}
     swept_ways = [sweep(lm, saes, given, of, **options) for given in (batches, single) for of in (circuit, summed)]
     assert asked == [("positions", 1)] * 3 + [("tokens", 1)] == [(s.means, s.skip_first) for s in swept_ways]

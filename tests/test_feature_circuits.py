@@ -16,7 +16,7 @@ from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
 from unweave.core.site import Site, matching
-from unweave.jobs.circuit.shift_table import MEASURES, METHODS
+from unweave.methods.shift.view import MEASURES, METHODS
 from unweave.papers.feature_circuits import page, plan, recipe
 from unweave.papers.feature_circuits.plan import nearest_l0, plan_of
 from unweave.papers.feature_circuits.recipe import Parts

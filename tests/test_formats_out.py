@@ -16,16 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_files import OUT, D, F, K, N, Numbers, X, agrees, base, close, linear, saelens, sparsify, v6
+from unweave.attribute.states import states
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
-from unweave.evaluate.core import evaluate
 from unweave.lm.model import LM, Tokens
+from unweave.methods.evaluate.evaluate import evaluate
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.formats import hub, registry
 from unweave.sae.module import SAE
-from unweave.sae.states import states
 
 IDS = torch.randint(0, 97, (2, 10), generator=torch.Generator().manual_seed(1))
 

@@ -10,7 +10,7 @@ import torch
 
 from unweave.lm.chat import Role, encode_text, encode_texts
 from unweave.lm.model import LM, Tokens
-from unweave.steer.sweep import until_end
+from unweave.sae.steered import until_end
 from unweave.tasks import answers
 
 

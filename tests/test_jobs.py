@@ -22,22 +22,21 @@ from unweave.core.files import read_json
 from unweave.core.run import Run, write_json
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
-from unweave.jobs import doctor, latents, report, train
-from unweave.jobs import eval as evaluation
-from unweave.jobs.specs import (
-    DataSpec,
-    DoctorSpec,
-    EvalSpec,
-    LatentsSpec,
-    ReportSpec,
-    SteerSpec,
-    StreamSpec,
-    TraceSpec,
-    TrainSpec,
-)
+from unweave.data.spec import DataSpec, StreamSpec
+from unweave.latents import stage as latents
+from unweave.latents.spec import LatentsSpec
+from unweave.methods.evaluate import stage as evaluation
+from unweave.methods.evaluate.spec import EvalSpec
+from unweave.methods.report import stage as report
+from unweave.methods.report.spec import ReportSpec
+from unweave.methods.steer.spec import SteerSpec
+from unweave.methods.trace.spec import TraceSpec
+from unweave.methods.train import doctor
+from unweave.methods.train import stage as train
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.spec import DoctorSpec, TrainSpec
+from unweave.methods.train.trainer import SAETrainer
 from unweave.sae.module import SAE
-from unweave.sae.spec import SAESpec
-from unweave.sae.train import SAETrainer
 
 WORDS = [
     "the",
@@ -225,7 +224,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from test_jobs import spec_of
-from unweave.jobs import train
+from unweave.methods.train import stage as train
 train.run(spec_of(Path(sys.argv[2]), sites=tuple(sys.argv[4:])), Path(sys.argv[3]))
 """
 
@@ -283,7 +282,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from test_jobs import long_spec_of
-from unweave.jobs import train
+from unweave.methods.train import stage as train
 spec, rng, kills, runs = long_spec_of(Path(sys.argv[2])), random.Random(1), 0, Path(sys.argv[3])
 def written():
     return [p.stat().st_mtime_ns for p in runs.glob("train-*/checkpoint.json")]

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unweave.core.dist import SOLO, Group
-from unweave.sae import kernels, products
-from unweave.sae.entries import Entries
+from unweave.methods.train.entries import Entries
+from unweave.sae.sparse import kernels, products
 
 
 def _sorted(values: Tensor) -> Tensor:

@@ -16,16 +16,17 @@ from test_kernels import largest_output
 from unweave.cli.fields import leaves
 from unweave.core.dist import Group
 from unweave.core.errors import UnweaveError
-from unweave.jobs.specs import TrainSpec
-from unweave.sae import init, kernels, kinds, objectives, products, resample, schedule
+from unweave.methods.train import init, kinds, objectives, resample, schedule
+from unweave.methods.train.entries import Entries
+from unweave.methods.train.presets import PRESETS
+from unweave.methods.train.sae_spec import Kind, SAESpec
+from unweave.methods.train.scaling import Affine
+from unweave.methods.train.spec import TrainSpec
+from unweave.methods.train.trainer import SAETrainer
 from unweave.sae.activations import JumpReLU, ReLU, TopK
-from unweave.sae.choice import Choice
-from unweave.sae.entries import Entries
 from unweave.sae.module import SAE
-from unweave.sae.presets import PRESETS
-from unweave.sae.scaling import Affine
-from unweave.sae.spec import Kind, SAESpec
-from unweave.sae.train import SAETrainer
+from unweave.sae.sparse import kernels, products
+from unweave.sae.sparse.pattern import Choice
 
 D, K = 12, 4
 KINDS = get_args(Kind)

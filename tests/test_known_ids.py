@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from unweave.core.site import Site
+from unweave.latents.logit_weights import logit_effects
 from unweave.lm.model import LM
 from unweave.lm.unembed import top_tokens
+from unweave.methods.steer.output_score import NEUTRAL, output_scores
 from unweave.sae.activations import TopK
 from unweave.sae.module import SAE
-from unweave.sae.written import logit_effects
-from unweave.steer.output_score import NEUTRAL, output_scores
-from unweave.steer.sweep import lens_tokens
+from unweave.sae.steered import lens_tokens
 
 SITE = Site("resid_post", 1)
 FAMILIES = ["llama", "gpt_neox", "gemma2", "gpt2"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from unweave.core.errors import UnweaveError
+from unweave.core.halving import halving
 from unweave.core.memory import out_of_memory
-from unweave.sae.memory import halving
 
 ERRORS = (
     MemoryError(),

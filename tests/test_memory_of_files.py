@@ -17,10 +17,10 @@ import transformers as hf
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_text
+from unweave.core.halving import out_of_memory as where_rows_are_halved
 from unweave.core.memory import out_of_memory
 from unweave.lm.model import LM
 from unweave.sae.formats.tensors import read_safetensors
-from unweave.sae.memory import out_of_memory as where_rows_are_halved
 
 
 def wrapped() -> Exception:

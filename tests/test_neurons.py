@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from unweave.attribute.attribution import exact_effects, node_effects
+from unweave.attribute.states import states
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
-from unweave.sae.attribution import exact_effects, node_effects
 from unweave.sae.neurons import neurons
-from unweave.sae.states import states
 
 SITES = ("embed", "attn_heads.1", "attn_add.1", "mlp_act.1", "mlp_add.1", "resid_post.1")
 

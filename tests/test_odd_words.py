@@ -16,8 +16,9 @@ from unweave.cli.app import main
 from unweave.cli.progress import PlainTask
 from unweave.core.errors import UnweaveError
 from unweave.data.corpus import Source, read
-from unweave.jobs.specs import SteerSpec, TrainSpec
-from unweave.steer import sweep
+from unweave.methods.steer.spec import SteerSpec
+from unweave.methods.train.spec import TrainSpec
+from unweave.sae import steered as sweep
 from unweave.tasks import agreement, answers
 
 BAD = "a\udcff"

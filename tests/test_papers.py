@@ -12,7 +12,7 @@ import pytest
 from test_jobs import home, spec_of  # noqa: F401  (home is a fixture)
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
-from unweave.jobs.specs import TrainSpec
+from unweave.methods.train.spec import TrainSpec
 from unweave.papers.claims import Claim, markdown
 from unweave.papers.instruct_saes import page, recipe
 from unweave.papers.instruct_saes import plan as plans

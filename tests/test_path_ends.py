@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from unweave.attribute.attribution import Rule, fractions, node_effects, step_lengths
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import ReLU
-from unweave.sae.attribution import Rule, fractions, node_effects, step_lengths
 from unweave.sae.module import SAE
 from unweave.sae.neurons import neurons
 

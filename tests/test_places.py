@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from test_jobs import home, runs, spec_of, trained  # noqa: F401  (fixtures)
+from unweave.circuits.opened import _moved
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
 from unweave.core.lock import remove_stale
@@ -22,13 +23,17 @@ from unweave.core.place import usable
 from unweave.core.run import Run
 from unweave.core.spec import Spec
 from unweave.data.stream import ActivationSource
-from unweave.jobs import eval as evaluation
-from unweave.jobs import latents, report, train
-from unweave.jobs.circuit.draw import _moved
-from unweave.jobs.circuit.saes import found_saes, split_name
-from unweave.jobs.circuit.specs import OfSAEsSpec
-from unweave.jobs.common import stamp
-from unweave.jobs.specs import EvalSpec, LatentsSpec, ReportSpec, TrainSpec
+from unweave.inputs.inputs import stamp
+from unweave.inputs.saes import found_saes, split_name
+from unweave.inputs.spec import OfSAEsSpec
+from unweave.latents import stage as latents
+from unweave.latents.spec import LatentsSpec
+from unweave.methods.evaluate import stage as evaluation
+from unweave.methods.evaluate.spec import EvalSpec
+from unweave.methods.report import stage as report
+from unweave.methods.report.spec import ReportSpec
+from unweave.methods.train import stage as train
+from unweave.methods.train.spec import TrainSpec
 
 LATIN_1 = os.fsdecode(b"caf\xe9")
 
@@ -256,8 +261,8 @@ import torch
 from unweave.cli.progress import show_progress
 from unweave.core.spec import Spec
 from unweave.data.stream import ActivationSource
-from unweave.jobs import train
-from unweave.jobs.specs import TrainSpec
+from unweave.methods.train import stage as train
+from unweave.inputs.specs import TrainSpec
 torch.set_num_threads(1)
 computed = []
 plain = ActivationSource._harvest

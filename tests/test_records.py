@@ -1,4 +1,4 @@
-"""sae/records.py and sae/contexts.py against plain loops over dense latents."""
+"""latents/records.py and latents/contexts.py against plain loops over dense latents."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from unweave.core.contents import listing
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.run import write_json
 from unweave.core.site import Site
+from unweave.data.batches import store_batches
 from unweave.data.pack import Row
 from unweave.data.policy import TokenPolicy
 from unweave.data.stream import ActivationSource
 from unweave.data.tokens import TokenStore
-from unweave.evaluate.core import evaluate as evaluate_core
-from unweave.evaluate.core import store_batches
+from unweave.latents import contexts as finder
+from unweave.latents.contexts import KINDS, Contexts, RecordsSpec, find_contexts
+from unweave.latents.records import Records, build, collect, logit_effects
 from unweave.lm.chat import Role, encode_text
 from unweave.lm.model import LM
-from unweave.sae import contexts as finder
+from unweave.methods.evaluate.evaluate import evaluate as evaluate_core
 from unweave.sae.activations import ReLU, TopK
-from unweave.sae.contexts import KINDS, Contexts, RecordsSpec, find_contexts
 from unweave.sae.module import SAE
-from unweave.sae.records import Records, build, collect, logit_effects
 
 SPEC = RecordsSpec(top=3, bands=3, per_band=2, random=4, left=3, right=2, logits=4, seed=1)
 

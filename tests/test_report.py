@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from unweave.report import (
+from unweave.methods.report import (
     Attribution,
     AttributionRow,
     ContextEntry,
@@ -27,10 +27,10 @@ from unweave.report import (
     latent_html,
     render,
 )
-from unweave.report.explorer import payload
-from unweave.report.numbers import MEASURES, sentence
-from unweave.report.pieces import KINDS
-from unweave.report.theme import HEAT_LEVELS, asset
+from unweave.methods.report.explorer import payload
+from unweave.methods.report.numbers import MEASURES, sentence
+from unweave.show.pieces import KINDS
+from unweave.show.theme import HEAT_LEVELS, asset
 
 HOSTILE = [
     "</script><b>",

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unweave.report import Attribution, AttributionRow, ContextEntry, DensityHistogram, TrainingCurve, figures
-from unweave.report.numbers import duration
-from unweave.report.pieces import context_html, level, number, percent, token_chip, visible
-from unweave.report.theme import DARK, HEAT_LEVELS, LIGHT, heat_alpha
+from unweave.methods.report import Attribution, AttributionRow, ContextEntry, DensityHistogram, TrainingCurve, figures
+from unweave.methods.report.numbers import duration
+from unweave.show.pieces import context_html, level, number, percent, token_chip, visible
+from unweave.show.theme import DARK, HEAT_LEVELS, LIGHT, heat_alpha
 
 # ---- numbers ----
 

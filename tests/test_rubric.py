@@ -1,4 +1,4 @@
-"""label/rubric.py against counting by hand, and `unweave rubric` with a scripted judge on a tiny model's SAE."""
+"""methods/rubric against counting by hand, and `unweave rubric` with a scripted judge on a tiny model's SAE."""
 
 from __future__ import annotations
 
@@ -27,14 +27,18 @@ from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
-from unweave.jobs import latents, rubric, train
-from unweave.jobs.common import sae_digest
-from unweave.jobs.specs import DataSpec, LatentsSpec, RubricSpec, StreamSpec, TrainSpec
+from unweave.data.spec import DataSpec, StreamSpec
+from unweave.inputs.inputs import sae_digest
 from unweave.judge.base import Budget, CachedJudge, Conversation, Reply
 from unweave.judge.scripted import Scripted
 from unweave.judge.spec import JudgeSpec
-from unweave.label import rubric as rules
-from unweave.label.rubric import (
+from unweave.latents import stage as latents
+from unweave.latents.contexts import RecordsSpec, find_contexts
+from unweave.latents.records import Records
+from unweave.latents.spec import LatentsSpec
+from unweave.methods.rubric import rubric as rules
+from unweave.methods.rubric import stage as rubric
+from unweave.methods.rubric.rubric import (
     Difference,
     Interval,
     Item,
@@ -46,10 +50,11 @@ from unweave.label.rubric import (
     rate,
     summarise,
 )
-from unweave.sae.contexts import RecordsSpec, find_contexts
+from unweave.methods.rubric.spec import RubricSpec
+from unweave.methods.train import stage as train
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.spec import TrainSpec
 from unweave.sae.module import SAE
-from unweave.sae.records import Records
-from unweave.sae.spec import SAESpec
 
 # -- records of known latents --------------------------------------------------------------------------------------
 

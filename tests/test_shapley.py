@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from unweave.attribute.attribution import Metric, exact_effects, node_effects
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import ReLU
-from unweave.sae.attribution import Metric, exact_effects, node_effects
 from unweave.sae.module import SAE
 
 F, N, P, D = 6, 3, 5, 32

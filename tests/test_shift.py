@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 
 from conftest import N_LAYERS, build_tiny, build_tiny_tokenizer
-from unweave.circuits import relevance, shift
-from unweave.circuits.annotations import Annotation
-from unweave.circuits.concepts import concept_vectors, describe
-from unweave.circuits.pooled import Pooled, pool, pooled_positions
-from unweave.circuits.probe import Probe, Recipe, accuracies, fit
-from unweave.circuits.relevance import Verdict
+from unweave.circuits.support import strongest
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.judge.scripted import Scripted
+from unweave.latents.annotations import Annotation
+from unweave.latents.records import Context, LatentRecord
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
+from unweave.methods.shift import relevance, shift
+from unweave.methods.shift.concepts import concept_vectors, describe
+from unweave.methods.shift.pooled import Pooled, pool, pooled_positions
+from unweave.methods.shift.probe import Probe, Recipe, accuracies, fit
+from unweave.methods.shift.relevance import Verdict
 from unweave.sae.activations import JumpReLU
 from unweave.sae.module import SAE, ReLU
-from unweave.sae.records import Context, LatentRecord
 
 TEXTS = [
     "The keys are here.",
@@ -264,10 +265,10 @@ def test_support_has_the_sign_of_the_label_and_strongest_leaves_errors_out() -> 
     mean = shift.support(effects, [0, 1])  # the logit speaks for label 1: raising it by ablation supports label 0
     assert mean[site].tolist() == [-1.0, -3.0, 0.0] and mean[other].tolist() == [0.0, 3.0, 0.0]
     mean = shift.support(effects, [1, 0])
-    assert [(s.name, s.effect) for s in shift.strongest(mean)] == [("resid_post.0/1", 3.0), ("resid_post.0/0", 1.0)]
-    assert [s.latent for s in shift.strongest(mean, threshold=1.0)] == [1]
+    assert [(s.name, s.effect) for s in strongest(mean)] == [("resid_post.0/1", 3.0), ("resid_post.0/0", 1.0)]
+    assert [s.latent for s in strongest(mean, threshold=1.0)] == [1]
     mean[site][-1] = 100.0
-    assert [s.latent for s in shift.strongest(mean, top=1)] == [1]
+    assert [s.latent for s in strongest(mean, top=1)] == [1]
 
 
 def test_random_latents_are_as_many_active_and_others() -> None:
@@ -382,7 +383,7 @@ def test_shift_removes_what_one_latent_carries(planted: Any) -> None:
     original = measured(probe, texts.clean[test])
     assert original.unwanted > 0.9 and original.worst < 0.3
     effects = shift.logit_effects(lm, saes, texts, train[:40], probe, steps=6)
-    strong = shift.strongest(shift.support(effects, [groups[i][0] for i in train[:40]]))
+    strong = strongest(shift.support(effects, [groups[i][0] for i in train[:40]]))
     assert strong[0].name == "embed/0", "gender's latent is found first"
     edits = shift.ablation(saes, [(Site("embed"), 0)])
     x = texts.edited(edits)

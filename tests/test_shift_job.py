@@ -20,12 +20,14 @@ from unweave.core.site import Site
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 from unweave.data.policy import TokenPolicy
-from unweave.jobs.circuit import shift, shift_judge, shift_table
-from unweave.jobs.circuit.shift_spec import CircuitShiftSpec
-from unweave.jobs.specs import DataSpec
+from unweave.data.spec import DataSpec
 from unweave.judge.scripted import Scripted
 from unweave.judge.spec import JudgeSpec
 from unweave.lm.model import LM
+from unweave.methods.shift import judge as shift_judge
+from unweave.methods.shift import stage as shift
+from unweave.methods.shift import view as shift_table
+from unweave.methods.shift.spec import CircuitShiftSpec
 from unweave.sae.module import SAE, ReLU
 
 SITES = ("embed", "mlp_add.1", "resid_post.1")

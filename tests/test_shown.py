@@ -14,18 +14,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unweave.circuits import relevance
 from unweave.core.codes import Codes
 from unweave.core.site import Site
-from unweave.label import rubric
+from unweave.latents.records import Records, RecordsSpec, build
+from unweave.latents.view import entry_of
 from unweave.lm.model import LM
 from unweave.lm.shown import pieces
-from unweave.report.pieces import context_html
-from unweave.report.records import entry_of
+from unweave.methods.rubric import rubric
+from unweave.methods.shift import relevance
+from unweave.methods.steer.themes import themes
 from unweave.sae.activations import ReLU
 from unweave.sae.module import SAE
-from unweave.sae.records import Records, RecordsSpec, build
-from unweave.steer.themes import themes
+from unweave.show.pieces import context_html
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved the sea and the big red boat."
 CORPUS = [STORY, "He said: the sea is big, and she was there once more.", "Lily and her mother went to the sea again."]

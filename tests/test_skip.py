@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from unweave.attribute.attribution import endpoints, node_effects
+from unweave.attribute.states import states
 from unweave.circuits.edges import edge_effects
 from unweave.circuits.faithfulness import ablate_outside
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import ReLU
-from unweave.sae.attribution import endpoints, node_effects
 from unweave.sae.module import SAE
-from unweave.sae.states import states
 
 F, N, P, D = 20, 3, 6, 32
 EXCLUDED = 50

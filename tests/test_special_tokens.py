@@ -21,21 +21,31 @@ from unweave.core.site import Site
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec, Row
 from unweave.data.policy import TokenPolicy
+from unweave.data.spec import DataSpec, StreamSpec
 from unweave.data.tokens import TokenStore
-from unweave.evaluate import special_tokens as evaluated
-from unweave.evaluate.special_metrics import GROUPS, GroupErrors
-from unweave.evaluate.special_tokens import batch_errors, token_errors
-from unweave.jobs import special_tokens as stage
-from unweave.jobs import train
-from unweave.jobs.specs import DataSpec, SpecialTokensSpec, StreamSpec, TrainSpec
 from unweave.lm.chat import Role, render
 from unweave.lm.model import LM, Tokens
+from unweave.methods.special_tokens import errors as evaluated
+from unweave.methods.special_tokens import stage
+from unweave.methods.special_tokens.degradation import (
+    Answer,
+    Interval,
+    Level,
+    interval,
+    levels_of,
+    sweet_spot,
+    words_changed,
+)
+from unweave.methods.special_tokens.errors import batch_errors, token_errors
+from unweave.methods.special_tokens.maxima import alpha_sweep, average_maxima, random_latents
+from unweave.methods.special_tokens.metrics import GROUPS, GroupErrors
+from unweave.methods.special_tokens.spec import SpecialTokensSpec
+from unweave.methods.train import stage as train
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.spec import TrainSpec
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
-from unweave.sae.spec import SAESpec
-from unweave.steer.degradation import Answer, Interval, Level, interval, levels_of, sweet_spot, words_changed
-from unweave.steer.special_tokens import alpha_sweep, average_maxima, random_latents
-from unweave.steer.sweep import sweep
+from unweave.sae.steered import sweep
 from unweave.tasks.special_tokens import PAPER_IDS, QUESTIONS, SpecialTokens, special_ids
 
 D = 32
@@ -369,7 +379,7 @@ def test_average_maxima_against_a_loop_over_conversations(
     table = [t for t in token_table(lm, sae, special) if t.group == "special"]
     limit = 10 * sorted(t.norm for t in table)[len(table) // 2]
     everything = average_maxima(lm, sae, batches_of(lm, [4, 7], "left"), special=special, top=3, max_norm=limit)
-    monkeypatch.setattr("unweave.steer.special_tokens._DENSE_ELEMENTS", 60)
+    monkeypatch.setattr("unweave.methods.special_tokens.maxima._DENSE_ELEMENTS", 60)
     pieces = average_maxima(lm, sae, batches_of(lm, [1] * 11), special=special, top=3, max_norm=limit)
     assert [m.id for m in everything] == [m.id for m in pieces] == sorted({t.id for t in table})
     for found in (*everything, *pieces):

@@ -15,11 +15,19 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
+from unweave.methods.steer.output_score import (
+    NEUTRAL,
+    PROMPTS,
+    TRIAL,
+    choose_latents,
+    expressions,
+    output_scores,
+    trials,
+)
+from unweave.methods.steer.themes import Theme, themes
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
-from unweave.steer.output_score import NEUTRAL, PROMPTS, TRIAL, choose_latents, expressions, output_scores, trials
-from unweave.steer.sweep import distinct, lens_tokens, perplexity, sweep, until_end
-from unweave.steer.themes import Theme, themes
+from unweave.sae.steered import distinct, lens_tokens, perplexity, sweep, until_end
 
 F = 24
 PROMPTS_HERE = ["Tell me about the sea.", "Hi"]
@@ -285,7 +293,7 @@ def test_trials_against_texts_written_one_at_a_time(lm: LM) -> None:
 
 
 def test_the_best_in_trials_come_first(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    import unweave.steer.output_score as module
+    import unweave.methods.steer.output_score as module
 
     sae = make_sae(lm)
     records = make_records(WINDOWS, COUNTS)

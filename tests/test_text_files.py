@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from unweave.circuits import annotations
 from unweave.core.errors import UnweaveError
 from unweave.core.shown import plain
 from unweave.data.corpus import Document, Source, TextCounts, read
-from unweave.jobs.common import stamp
-from unweave.tasks import agreement, answers, biographies
+from unweave.inputs.inputs import stamp
+from unweave.latents import annotations
+from unweave.methods.shift import biographies
+from unweave.tasks import agreement, answers
 
 ODD = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\x1dh\x1ei\rj"
 

@@ -15,9 +15,11 @@ from conftest import build_tiny, build_tiny_tokenizer
 from unweave.core.errors import UnweaveWarning
 from unweave.core.run import Run
 from unweave.core.site import Site
-from unweave.jobs import report, trace
-from unweave.jobs.specs import ReportSpec, TraceSpec
 from unweave.lm.model import LM
+from unweave.methods.report import stage as report
+from unweave.methods.report.spec import ReportSpec
+from unweave.methods.trace import stage as trace
+from unweave.methods.trace.spec import TraceSpec
 from unweave.sae.module import SAE, ReLU
 from unweave.tasks import agreement
 from unweave.tasks.agreement import Pair
@@ -127,7 +129,7 @@ def test_effects_from_both_ends_and_the_share_of_the_strongest(
 def test_estimates_that_do_not_add_up_are_a_warning(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unweave.circuits.completeness.TOLERANCE", 2e-3)  # a tiny model is nearly linear
+    monkeypatch.setattr("unweave.attribute.completeness.TOLERANCE", 2e-3)  # a tiny model is nearly linear
     with pytest.warns(
         UnweaveWarning, match=r"effects at resid_post\.1 add up to .* but moving everything there changes"
     ):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
-from unweave.sae import init, objectives
+from unweave.methods.train import init, objectives
+from unweave.methods.train.trainer import SAESpec, SAETrainer
 from unweave.sae.activations import JumpReLU, ReLU, TopK
-from unweave.sae.train import SAESpec, SAETrainer
 
 KINDS = ("topk", "batchtopk", "relu", "jumprelu")
 D, K = 12, 4

@@ -15,9 +15,9 @@ from conftest import build_tiny
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.lm.model import LM, Tokens
-from unweave.sae.end_to_end import end_to_end_step
-from unweave.sae.spec import SAESpec
-from unweave.sae.train import SAETrainer
+from unweave.methods.train.end_to_end import end_to_end_step
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.trainer import SAETrainer
 
 D, K, BATCH, STEPS = 8, 3, 21, 100
 

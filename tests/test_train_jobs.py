@@ -25,16 +25,17 @@ from unweave.core.files import read_json
 from unweave.core.run import Run, write_json
 from unweave.core.site import Site
 from unweave.data.stream import RowBatches
-from unweave.jobs import checkpoint, doctor, start, train
-from unweave.jobs.members import members
-from unweave.jobs.specs import DoctorSpec, TrainSpec
-from unweave.jobs.variants import variants_of
 from unweave.lm.model import LM
+from unweave.methods.train import checkpoint, doctor, start
+from unweave.methods.train import stage as train
+from unweave.methods.train.members import members
+from unweave.methods.train.presets import PRESETS
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.spec import DoctorSpec, TrainSpec
+from unweave.methods.train.trainer import SAETrainer
+from unweave.methods.train.variants import variants_of
 from unweave.sae.activations import ReLU, TopK
 from unweave.sae.module import SAE
-from unweave.sae.presets import PRESETS
-from unweave.sae.spec import SAESpec
-from unweave.sae.train import SAETrainer
 
 SITE = Site("resid_post", 1)
 
@@ -165,7 +166,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from test_train_jobs import small
-from unweave.jobs import train
+from unweave.methods.train import stage as train
 spec = small(Path(sys.argv[2]), objective="end-to-end")
 train.run(replace(spec, sae=replace(spec.sae, batch=4, tokens=300)), Path(sys.argv[3]))
 """

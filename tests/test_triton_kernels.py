@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unweave.sae import kernels, products
+from unweave.sae.sparse import kernels, products
 
 
 class _StandIn:

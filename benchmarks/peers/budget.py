@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unweave.sae import init, kernels, objectives, products
-from unweave.sae.train import SAESpec, SAETrainer
+from unweave.methods.train import init, objectives
+from unweave.methods.train.trainer import SAESpec, SAETrainer
+from unweave.sae.sparse import kernels, products
 
 
 @dataclass(frozen=True)

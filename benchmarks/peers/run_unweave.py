@@ -7,8 +7,8 @@ import worker
 
 from unweave import SAE
 from unweave.core.site import Site
+from unweave.methods.train.trainer import SAESpec, SAETrainer
 from unweave.sae.activations import JumpReLU, ReLU
-from unweave.sae.train import SAESpec, SAETrainer
 
 
 def given(setting: worker.Setting) -> SAE:

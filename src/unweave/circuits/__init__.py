@@ -1,1 +1,1 @@
-"""Circuits: which latents cause a behaviour, how they connect, how faithful that is, and what can be done with it."""
+"""Circuits as things: what one is, how it is found, ablated and drawn."""

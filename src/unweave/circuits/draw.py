@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unweave.circuits.annotations import Annotation, name_of
 from unweave.circuits.graph import Circuit, Node, Y
 from unweave.circuits.picture import DIAMOND, Layout, Selection, place, select
-from unweave.report.pieces import esc, number, visible
+from unweave.latents.annotations import Annotation, name_of
+from unweave.show.pieces import esc, number, visible
 
 POSITIVE, NEGATIVE = (33, 102, 172), (178, 24, 43)
 _INK, _SOFT, _LINE, _BAND, _PAPER = "#1e2124", "#5a5e63", "#d9d5cc", "#f5f3ee", "#ffffff"

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
-from unweave.circuits.annotations import Annotation
 from unweave.circuits.draw import counts_text, key_of, svg_of, title_of, tokens_of, words_of
 from unweave.circuits.graph import Circuit, Node
 from unweave.circuits.picture import Selection, select
 from unweave.core.site import Site
-from unweave.report.pieces import chips, contexts_html, esc, number, percent, rate_text, table
-from unweave.report.records import entry_of
-from unweave.report.theme import asset, palette_css
-from unweave.sae.records import LatentRecord, Records
+from unweave.latents.annotations import Annotation
+from unweave.latents.records import LatentRecord, Records
+from unweave.latents.view import entry_of
+from unweave.show.pieces import chips, contexts_html, esc, number, percent, rate_text, table
+from unweave.show.theme import asset, palette_css
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _EDGES = 6

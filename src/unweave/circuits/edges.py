@@ -29,6 +29,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unweave.attribute.attribution import SiteEffects
+from unweave.attribute.states import Patch, State, by_site_of, line_up, moved_positions, reads_of, values_of
 from unweave.circuits.arrivals import Arrivals, Changes, changes_of
 from unweave.circuits.graph import Edges
 from unweave.circuits.paths import Emit, Paths, Plan, Rows, where
@@ -36,9 +38,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import Identity
-from unweave.sae.attribution import SiteEffects
 from unweave.sae.module import SAE
-from unweave.sae.states import Patch, State, by_site_of, line_up, moved_positions, reads_of, values_of
 
 Summed = Literal["none", "positions"]
 Found = dict[tuple[Site, Site | None], Edges]

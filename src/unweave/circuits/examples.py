@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from unweave.attribute.runner import Batch, Metric, Runner, Shifted
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
-from unweave.sae.comparison import Batch
-from unweave.sae.runner import Metric, Runner, Shifted
 
 
 def metric_values(

@@ -20,18 +20,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unweave.attribute.runner import Batch, Runner
+from unweave.attribute.states import SAEs, State, by_site_of, chunks, reads_of, states
 from unweave.circuits.examples import moved
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At, EditFn
-from unweave.sae.choice import Choice
-from unweave.sae.comparison import Batch
 from unweave.sae.module import SAE
-from unweave.sae.products import weighted_rows
-from unweave.sae.runner import Runner
-from unweave.sae.states import SAEs, State, by_site_of, chunks, reads_of, states
+from unweave.sae.sparse.pattern import Choice
+from unweave.sae.sparse.products import weighted_rows
 
 Ablation = Literal["patch", "clean", "zero"]
 Means = Literal["positions", "tokens"]

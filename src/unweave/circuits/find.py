@@ -22,8 +22,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from unweave.circuits.again import EffectsAgain
-from unweave.circuits.completeness import Completeness, sums_of
+from unweave.attribute.attribution import Method, Rule, fractions, node_effects
+from unweave.attribute.completeness import Completeness, sums_of
+from unweave.attribute.lazy import EffectsAgain
+from unweave.attribute.runner import Batch
+from unweave.attribute.states import Patch, SAEs, State, by_site_of, reads_of
 from unweave.circuits.edges import edge_effects, merge
 from unweave.circuits.examples import metric_values, moved, of_one_length, rows_of, spans
 from unweave.circuits.faithfulness import token_means
@@ -31,14 +34,11 @@ from unweave.circuits.graph import Circuit, Edges, Y, slots_of
 from unweave.circuits.parts import Held, Parts, by_site, content_of, question_of
 from unweave.circuits.paths import Plan
 from unweave.core.errors import UnweaveError
+from unweave.core.halving import halving
 from unweave.core.progress import task
 from unweave.core.run import peak_memory_gb
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
-from unweave.sae.attribution import Method, Rule, fractions, node_effects
-from unweave.sae.comparison import Batch
-from unweave.sae.memory import halving
-from unweave.sae.states import Patch, SAEs, State, by_site_of, reads_of
 
 Summed = Literal["none", "positions"]
 _T = TypeVar("_T")

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unweave.attribute.runner import Batch
 from unweave.core.errors import UnweaveError
 from unweave.core.memory import refuse_if_memory
 from unweave.core.run import atomic_write
 from unweave.core.site import Site
 from unweave.core.spec import digest
-from unweave.sae.comparison import Batch
 
 Held = dict[str, Tensor]
 

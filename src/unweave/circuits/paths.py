@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from unweave.attribute.states import chunks, reads_of, values_of
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.module import SAE
-from unweave.sae.states import chunks, reads_of, values_of
 
 ATTENTION = ("attn_heads", "attn_out", "attn_add")
 MLP = ("mlp_act", "mlp_out", "mlp_add")

@@ -1,1 +1,1 @@
-"""The ``unweave`` command: a thin layer over ``jobs`` that parses, shows and reports."""
+"""The ``unweave`` command: a thin layer over ``methods`` that parses, shows and reports."""

@@ -15,9 +15,9 @@ from unweave.core.shown import plain
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from unweave.circuits.annotating import Question
-    from unweave.circuits.annotations import Annotation
-    from unweave.sae.records import Context
+    from unweave.latents.annotations import Annotation
+    from unweave.latents.records import Context
+    from unweave.methods.annotate.annotating import Question
 
 HELP = (
     "Look at latents one after the other and write down what they are.\n\n"
@@ -81,11 +81,11 @@ def annotate(
     """Asks about latents and writes the answers; says how many there are."""
     from rich.console import Console
 
-    from unweave.circuits.annotating import HELP as COMMANDS
-    from unweave.circuits.annotating import walk
     from unweave.cli.progress import show_progress
     from unweave.core.place import usable
-    from unweave.jobs.circuit.annotate import Asked, questions
+    from unweave.methods.annotate.annotating import HELP as COMMANDS
+    from unweave.methods.annotate.annotating import walk
+    from unweave.methods.annotate.stage import Asked, questions
 
     _require_positive(top, tokens)
     usable(runs)
@@ -182,7 +182,7 @@ def _line(context: Context, largest: float) -> Text:
     """A context on one or more lines; the stronger a token's activation, the stronger its colour."""
     from rich.text import Text
 
-    from unweave.report.pieces import visible
+    from unweave.show.pieces import visible
 
     styles = ("", "yellow", "black on yellow", "bold black on bright_yellow")
     line = Text(f"{context.value:7.3g}  ", style="dim")

@@ -69,14 +69,19 @@ def _load(home: str) -> Any:
     return getattr(import_module(module), name)
 
 
+_FOLDERS = {"eval": "methods.evaluate", "latents": "latents", "doctor": "methods.train"}
+"""the commands that do not stand in a folder of their own name"""
+
+
 def _stage(name: str, summary: str, about: str, *examples: str) -> Stage:
+    folder = _FOLDERS.get(name, f"methods.{name.replace('-', '_')}")
     return Stage(
         name,
         summary,
         about,
         examples,
-        spec_home=f"unweave.jobs.specs:{name.title().replace('-', '')}Spec",
-        run_home=f"unweave.jobs.{name.replace('-', '_')}:run",
+        spec_home=f"unweave.{folder}.spec:{name.title().replace('-', '')}Spec",
+        run_home=f"unweave.{folder}.{'doctor' if name == 'doctor' else 'stage'}:run",
     )
 
 
@@ -202,8 +207,8 @@ _PAPERS = (
 PAPERS: dict[str, Stage] = {stage.name: stage for stage in _PAPERS}
 
 
-_CIRCUIT_SPECS = {"shift": "shift_spec", "behaviours": "behaviours_spec"}
-"""the modules of specs that have one of their own"""
+_OWN = ("shift", "behaviours")
+"""what has a folder of its own; the others are stages of methods/circuits"""
 
 
 def _circuit(name: str, summary: str, about: str, *examples: str) -> Stage:
@@ -212,8 +217,8 @@ def _circuit(name: str, summary: str, about: str, *examples: str) -> Stage:
         summary,
         about,
         examples,
-        spec_home=f"unweave.jobs.circuit.{_CIRCUIT_SPECS.get(name, 'specs')}:Circuit{name.title()}Spec",
-        run_home=f"unweave.jobs.circuit.{name}:run",
+        spec_home=f"unweave.methods.{name if name in _OWN else 'circuits'}.spec:Circuit{name.title()}Spec",
+        run_home=f"unweave.methods.{f'{name}.stage' if name in _OWN else f'circuits.stage_{name}'}:run",
         group="circuit",
     )
 

@@ -244,3 +244,7 @@ def open_judge(spec: JudgeSpec, folder: Path | None, device: str | None = None) 
 
         backend = ChatServer.connect(spec)
     return CachedJudge(backend, folder, Budget(spec.budget_requests, spec.budget_tokens))
+
+
+REPLIES = "judge-replies"
+"""The folder under the runs' root with every judge's kept replies, shared by all runs."""

@@ -6,8 +6,8 @@ import base64
 from collections.abc import Mapping, Sequence
 
 from unweave.papers.claims import Claim
-from unweave.report.pieces import esc, table
-from unweave.report.theme import asset, palette_css
+from unweave.show.pieces import esc, table
+from unweave.show.theme import asset, palette_css
 
 _STYLE = (
     ".uw main{display:block;max-width:76rem;margin:0 auto;padding:2rem 1.5rem}.uw main>section{display:block}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from unweave.core.errors import UnweaveError
-from unweave.sae.kernels import topk_rows
+from unweave.sae.sparse.kernels import topk_rows
 
 
 class ReLU(nn.Module):

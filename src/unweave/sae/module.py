@@ -28,7 +28,7 @@ from unweave.data.policy import TokenPolicy
 from unweave.sae import edits, provenance
 from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
 from unweave.sae.input_norm import InputNorm, Normalised, normalise
-from unweave.sae.kernels import topk_rows
+from unweave.sae.sparse.kernels import topk_rows
 
 if TYPE_CHECKING:
     from unweave.lm.model import LM

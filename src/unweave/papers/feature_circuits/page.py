@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unweave.circuits.figures import FEATURES, NEURONS
 from unweave.circuits.graph import Circuit
-from unweave.circuits.shift import LEAST_GAP
 from unweave.core.files import read_json
 from unweave.core.run import Run, atomic_write
-from unweave.jobs.circuit.evaluate import NAMES
-from unweave.jobs.circuit.find import CIRCUIT
-from unweave.jobs.circuit.shift_table import FEATURES as FEATURE_SKYLINE
-from unweave.jobs.circuit.shift_table import METHODS, ORACLE, ORIGINAL, RANDOM, RETRAIN, SHIFT
-from unweave.jobs.circuit.shift_table import NEURONS as NEURON_SKYLINE
+from unweave.methods.circuits.figures import FEATURES, NEURONS
+from unweave.methods.circuits.stage_evaluate import NAMES
+from unweave.methods.circuits.stage_find import CIRCUIT
+from unweave.methods.shift.shift import LEAST_GAP
+from unweave.methods.shift.view import FEATURES as FEATURE_SKYLINE
+from unweave.methods.shift.view import METHODS, ORACLE, ORIGINAL, RANDOM, RETRAIN, SHIFT
+from unweave.methods.shift.view import NEURONS as NEURON_SKYLINE
 from unweave.papers.claims import Claim, Verdict, markdown
 from unweave.papers.feature_circuits.plan import Plan
 from unweave.papers.feature_circuits.spec import FeatureCircuitsSpec
 from unweave.papers.page import claims_html, document, figure
-from unweave.report.pieces import esc, table
+from unweave.show.pieces import esc, table
 
 if TYPE_CHECKING:
     from unweave.papers.feature_circuits.recipe import Parts

@@ -10,11 +10,12 @@ from typing import Any
 from unweave.core.errors import UnweaveError
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
-from unweave.jobs.specs import DEFAULT_MODEL, DataSpec, StreamSpec, TrainSpec
+from unweave.data.spec import DEFAULT_MODEL, DataSpec, StreamSpec
+from unweave.methods.shift.biographies import TEMPLATED
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.spec import TrainSpec
 from unweave.papers.feature_circuits.spec import MODELS, FeatureCircuitsSpec
-from unweave.sae.spec import SAESpec
 from unweave.tasks.agreement import STRUCTURES
-from unweave.tasks.biographies import TEMPLATED
 
 _SMOKE_LAYERS = (24, 25, 26, 27)
 _GEMMA_L0 = 100

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from unweave.core.run import Run
-from unweave.jobs import train
-from unweave.jobs.circuit import behaviours, draw, evaluate, find, shift
-from unweave.jobs.circuit.behaviours_spec import CircuitBehavioursSpec
-from unweave.jobs.circuit.shift_spec import CircuitShiftSpec
-from unweave.jobs.circuit.specs import CircuitDrawSpec, CircuitEvaluateSpec, CircuitFindSpec
+from unweave.methods.behaviours import stage as behaviours
+from unweave.methods.behaviours.spec import CircuitBehavioursSpec
+from unweave.methods.circuits import stage_draw as draw
+from unweave.methods.circuits import stage_evaluate as evaluate
+from unweave.methods.circuits import stage_find as find
+from unweave.methods.circuits.spec import CircuitDrawSpec, CircuitEvaluateSpec, CircuitFindSpec
+from unweave.methods.shift import stage as shift
+from unweave.methods.shift.spec import CircuitShiftSpec
+from unweave.methods.train import stage as train
 from unweave.papers.feature_circuits import page
 from unweave.papers.feature_circuits.plan import Plan, plan_of
 from unweave.papers.feature_circuits.spec import FeatureCircuitsSpec

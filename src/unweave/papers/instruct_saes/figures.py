@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from unweave.papers.instruct_saes.compare import Cell, Measured, curve
 from unweave.papers.instruct_saes.plan import RECIPES
-from unweave.report.plots import quiet
-from unweave.report.theme import LIGHT
+from unweave.show.plots import quiet
+from unweave.show.theme import LIGHT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,8 @@ from unweave.papers.instruct_saes.compare import MEASURES, Cell, Contest, Measur
 from unweave.papers.instruct_saes.plan import MATCHED_L0, RECIPES, Plan
 from unweave.papers.instruct_saes.spec import InstructSaesSpec
 from unweave.papers.page import claims_html, document, figure
-from unweave.report.pieces import esc, table
-from unweave.report.plots import png
+from unweave.show.pieces import esc, table
+from unweave.show.plots import png
 
 _SHOWN = (
     "log2 MSE",

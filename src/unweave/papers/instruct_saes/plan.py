@@ -7,9 +7,10 @@ from typing import Any
 
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
-from unweave.jobs.specs import DataSpec, StreamSpec, TrainSpec
+from unweave.data.spec import DataSpec, StreamSpec
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.spec import TrainSpec
 from unweave.papers.instruct_saes.spec import LAYERS, InstructSaesSpec
-from unweave.sae.spec import SAESpec
 from unweave.tasks.special_tokens import PAPER_IDS, Where
 
 RECIPES: tuple[str, ...] = ("BT(P)", "BT(F)", "FAST")

@@ -15,10 +15,14 @@ from typing import Any, Literal
 from unweave.core.progress import task
 from unweave.core.run import Run
 from unweave.core.spec import Spec
-from unweave.evaluate.special_tokens import TokenErrors, token_errors
-from unweave.jobs import rubric, special_tokens, train
-from unweave.jobs.common import load_lm, token_store
-from unweave.jobs.specs import DataSpec, RubricSpec, SpecialTokensSpec
+from unweave.data.spec import DataSpec
+from unweave.inputs.inputs import load_lm, token_store
+from unweave.methods.rubric import stage as rubric
+from unweave.methods.rubric.spec import RubricSpec
+from unweave.methods.special_tokens import stage as special_tokens
+from unweave.methods.special_tokens.errors import TokenErrors, token_errors
+from unweave.methods.special_tokens.spec import SpecialTokensSpec
+from unweave.methods.train import stage as train
 from unweave.papers.instruct_saes import page
 from unweave.papers.instruct_saes.compare import Measured
 from unweave.papers.instruct_saes.plan import Plan, plan_of

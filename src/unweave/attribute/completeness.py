@@ -1,0 +1,79 @@
+"""Do the effects of a site's nodes add up to what moving all of them really does?
+
+Integrated gradients promise it in the limit of many steps. With few it can fail badly, above all where the path ends at
+the zero vector (neurons ablated to zero, or an SAE without a decoder bias): normalisation makes gradients explode
+there. Equal steps, however many, then miss the sum. Many that grow shorter towards the end find it in most places,
+and the mean activation as an end point has no such edge (docs/circuits.md has the measurement).
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unweave.attribute.attribution import SiteEffects
+from unweave.core.errors import UnweaveWarning
+from unweave.core.site import Site
+
+TOLERANCE = 0.1
+"""how far the mean sum may be from the mean change, as a share of the mean size of the examples' changes"""
+
+
+@dataclass
+class Completeness:
+    """Sums over examples by site: of the effects, of the measured change, and of its size; and how many examples."""
+
+    sums: dict[Site, list[float]] = field(default_factory=dict)
+
+    def add(self, site: Site, effects: SiteEffects) -> None:
+        """Further examples; nothing where the change was not measured."""
+        values = sums_of(effects)
+        if values is not None:
+            self.add_sums(site, values)
+
+    def add_sums(self, site: Site, values: Tensor) -> None:
+        """What ``sums_of`` gave."""
+        old = self.sums.get(site, [0.0] * 4)
+        self.sums[site] = [a + b for a, b in zip(old, values.tolist(), strict=True)]
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """{site: {"sum", "change": means over ``examples``, "complete": whether they agree}}."""
+        found = {}
+        for site, (total, change, size, n) in sorted(self.sums.items()):
+            fine = abs(total - change) <= TOLERANCE * size
+            found[str(site)] = {"sum": total / n, "change": change / n, "complete": fine, "examples": int(n)}
+        return found
+
+    def problem(self) -> str | None:
+        """What a reader must know where sums and changes differ; None where they agree."""
+        off = {site: row for site, row in self.to_dict().items() if not row["complete"]}
+        if not off:
+            return None
+        worst = max(off, key=lambda site: abs(off[site]["sum"] - off[site]["change"]))
+        more = f" and at {len(off) - 1} other sites of {len(self.sums)}" if len(off) > 1 else ""
+        return (
+            f"effects at {worst} add up to {off[worst]['sum']:.3g}, but moving everything there changes the metric by "
+            f"{off[worst]['change']:.3g}; they differ by more than {TOLERANCE:.0%}{more}. Take more steps. Where nodes "
+            "are ablated to zero, ablate them to their means (ablation: mean), or take 80 or more graded steps (rule: "
+            "graded) and leave first tokens alone (skip_first: 1)"
+        )
+
+    def warn(self) -> str | None:
+        """``problem``, said as a warning too."""
+        problem = self.problem()
+        if problem:
+            warnings.warn(problem, UnweaveWarning, stacklevel=3)
+        return problem
+
+
+def sums_of(effects: SiteEffects) -> Tensor | None:
+    """Summed over examples: effects, measured change, its size, and how many examples; float64 [4] on the CPU."""
+    if effects.measured is None:
+        return None
+    latents, error = effects.over_positions()
+    total, change = float(latents.double().sum() + error.double().sum()), effects.measured.double()
+    return torch.tensor([total, float(change.sum()), float(change.abs().sum()), len(change)], dtype=torch.float64)

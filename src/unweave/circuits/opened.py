@@ -1,0 +1,81 @@
+"""A circuit on disk, and the question that it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unweave.circuits.graph import Circuit
+from unweave.core.errors import UnweaveError
+from unweave.core.files import printable, read_json
+from unweave.core.run import Run
+from unweave.inputs.saes import split_name
+from unweave.inputs.spec import OfSAEsSpec
+
+FILE = "circuit.safetensors"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A circuit on disk: its file, what it holds, and the question that it answers, where its run says so."""
+
+    path: Path
+    circuit: Circuit
+    asked: dict[str, Any]
+    result: dict[str, Any]
+
+    def saes_spec(
+        self, saes: tuple[str, ...] = (), model: str | None = None, device: str | None = None
+    ) -> OfSAEsSpec | None:
+        """The question about autoencoders that the circuit's run asked, with what is given in its place; None where
+        neither says where they are."""
+        known = {f.name: self.asked[f.name] for f in dataclasses.fields(OfSAEsSpec) if f.name in self.asked}
+        given = {"saes": list(saes), "model": model, "device": device}
+        values = known | {name: value for name, value in given.items() if value}
+        if not (values.get("saes") or values.get("neurons")):
+            return None
+        spec = OfSAEsSpec.from_dict(values, where=str(self.path.parent / "spec.json"))
+        return (
+            spec
+            if saes
+            else dataclasses.replace(spec, saes=tuple(_moved(name, self.path.parent) for name in spec.saes))
+        )
+
+
+def _moved(name: str, folder: Path) -> str:
+    """A relative path of a run's question as it is from here: the run was perhaps asked from another folder."""
+    for above in (Path(), *folder.resolve().parents):
+        if os.path.exists(above / name):
+            return str(above / name)
+    try:
+        site, rest = split_name(name)
+    except UnweaveError:
+        return name
+    return name if site is None else f"{site}={_moved(rest, folder)}"
+
+
+def open_circuit(place: Path) -> Found:
+    """The circuit of a run's folder, or of a file. UnweaveError where there is none."""
+    path = place / FILE if os.path.isdir(place) else place
+    if not os.path.isfile(path):
+        raise UnweaveError(
+            "there is no circuit here",
+            where=printable(place),
+            remedy="give the folder that `unweave circuit find` printed, or a circuit.safetensors",
+        )
+    folder = path.parent
+    if not (folder / "DONE").exists():  # a file on its own, or of a search that goes on; what is beside it is of use
+        return Found(path, Circuit.load(path), _beside(folder / "spec.json").get("spec", {}), {})
+    run = Run.at(folder)
+    return Found(path, Circuit.load(run.file(path.name)), run.spec, run.result)
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """The question in spec.json, where there is one."""
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict) or not isinstance(found.get("spec", {}), dict):
+        raise UnweaveError("damaged: it does not say what was asked", where=str(path), remedy="delete this file")
+    return found

@@ -1,1 +1,0 @@
-"""Measures of SAEs and of the models they sit in."""

@@ -1,0 +1,1 @@
+"""What a question names, opened and identified: model, text, SAEs."""

@@ -1,0 +1,69 @@
+"""What every question about one SAE, or about several, can say. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unweave.core.errors import UnweaveError
+from unweave.core.spec import Spec, operational
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfSAESpec(Spec):
+    """A question about a trained autoencoder."""
+
+    sae: Path = field(metadata={"result": False})
+    """The autoencoder's folder, as `train` printed it, or any other SAE that can be read: docs/formats.md. Its content,
+    not its path, decides which run is reused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseSpec(OfSAESpec):
+    """What every stage that uses a trained autoencoder in a model can be told."""
+
+    model: str | None = None
+    """The model to use it in; by default the one it was trained on."""
+    device: str | None = operational(None)
+    """cpu, cuda, cuda:1...; by default a GPU where there is one."""
+    accept_mismatch: str | None = None
+    """Use the autoencoder in a model that it was not trained on, for this reason; what was measured is recorded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfSAEsSpec(Spec):
+    """A question about several autoencoders in one model."""
+
+    saes: tuple[str, ...] = field(default=(), metadata={"result": False})
+    """Autoencoders: folders as `train` makes them (one SAE, or all below sae/), any that can be read (docs/formats.md),
+    or SITE=NAME for one whose file names no site. Their content decides which run is reused."""
+    neurons: tuple[str, ...] = ()
+    """Sites, also by pattern, whose neurons (coordinates) stand for latents, without an error: the baseline."""
+    sites: tuple[str, ...] = ()
+    """Use only the autoencoders at these sites, by pattern; by default all."""
+    model: str | None = None
+    """The model; by default the one that the autoencoders were trained on."""
+    device: str | None = operational(None)
+    """cpu, cuda, cuda:1...; by default a GPU where there is one."""
+    accept_mismatch: str | None = None
+    """Use autoencoders in a model that they were not trained on, for this reason; what was measured is recorded."""
+
+    def __post_init__(self) -> None:
+        if not self.saes and not self.neurons:
+            raise UnweaveError("there are no sites", where="saes", remedy="name autoencoders (saes) or sites (neurons)")
+        if not self.saes and (self.sites or self.accept_mismatch):
+            raise UnweaveError("sites and accept_mismatch say something about saes, and there are none", where="saes")
+        if self.neurons and not self.saes and self.model is None:
+            raise UnweaveError("neurons alone do not say of which model", where="model", remedy="name it with --model")
+
+
+def unused(spec: Spec, uses: Mapping[str, bool]) -> None:
+    """Raises UnweaveError for a field that is set and would have no effect."""
+    for name, used in uses.items():
+        if not used and getattr(spec, name) != type(spec).__dataclass_fields__[name].default:
+            raise UnweaveError(
+                f"{name} = {getattr(spec, name)!r} would have no effect",
+                where=type(spec).__name__,
+                remedy=f"leave {name} out",
+            )

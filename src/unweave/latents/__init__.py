@@ -1,0 +1,1 @@
+"""What a latent responds to and writes: contexts, records, annotations."""

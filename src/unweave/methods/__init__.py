@@ -1,0 +1,1 @@
+"""One folder per thing a user can do, from its question to its picture."""

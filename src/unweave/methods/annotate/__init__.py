@@ -1,0 +1,1 @@
+"""Latents one by one, to write down what they mean."""

@@ -1,0 +1,169 @@
+"""Which latents `unweave annotate` asks about, and what it shows of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unweave.circuits.draw import threshold_for
+from unweave.circuits.opened import FILE, Found, open_circuit
+from unweave.circuits.support import BY_NEURONS, SUPPORT, means, strongest
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.inputs.saes import Opened, open_saes
+from unweave.inputs.spec import OfSAEsSpec
+from unweave.latents import annotations as notes
+from unweave.latents.annotations import Annotation, name_of, parse_name
+from unweave.latents.collect_many import records_of
+from unweave.methods.annotate.annotating import Question, in_circuit
+
+Effects = Sequence[tuple[int | None, float]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command was asked: a circuit, or autoencoders (``saes``) and their ``latents``, numbers where there is
+    one autoencoder, else names such as resid_post.24/3036."""
+
+    target: Path | None
+    saes: tuple[str, ...] = ()
+    latents: tuple[str, ...] = ()
+    threshold: float | None = None
+    top: int | None = None
+    tokens: int | None = None
+    model: str | None = None
+    device: str | None = None
+    again: bool = False
+    """Ask about latents with answers too."""
+
+
+def questions(asked: Asked, out: Path, runs: Path) -> tuple[list[Question], int]:
+    """The latents to ask about, with their records, and how many were passed over because ``out`` has answers.
+
+    UnweaveError for a circuit or latents that are not there. Opens no model where nothing is left to ask.
+    """
+    found = _circuit(asked)
+    spec = _saes(asked, found)
+    opened: Opened | None = None
+    if found is not None:
+        wanted = _of_circuit(asked, found)
+    else:
+        opened = open_saes(spec)
+        wanted = _of_names(asked, opened)
+    said = notes.load(out, [site for site, _ in wanted]) if out.exists() else {}
+    left = [key for key in wanted if asked.again or name_of(*key) not in said]
+    known = len(wanted) - len(left)
+    if not left:
+        return [], known
+    opened = opened or open_saes(spec)
+    _check(said, opened, out)
+    chosen: dict[Site, list[int]] = {}
+    for site, latent in left:
+        chosen.setdefault(site, []).append(latent)
+    records = records_of(opened, None, asked.tokens, runs, chosen, model=asked.model or spec.model)
+    digests = {site: opened.saes[site].digest() for site in chosen}
+    made = [
+        Question(name_of(site, latent), digests[site], records[site].latent(latent), tuple(wanted[site, latent]))
+        for site, latent in left
+    ]
+    return made, known
+
+
+def _circuit(asked: Asked) -> Found | None:
+    """The circuit, where the target is one; None where autoencoders are named instead."""
+    if asked.target is None:
+        if not asked.saes:
+            raise UnweaveError(
+                "there is nothing to annotate",
+                where="unweave annotate",
+                remedy="name a circuit's run, or --saes and --latents",
+            )
+        return None
+    if asked.latents:
+        raise UnweaveError(
+            "a circuit and latents are both named", where="--latents", remedy="give --saes and --latents, or a circuit"
+        )
+    if os.path.isdir(asked.target) and not os.path.isfile(asked.target / FILE) and list(asked.target.rglob("cfg.json")):
+        raise UnweaveError(
+            "this is an autoencoder, not a circuit",
+            where=str(asked.target),
+            remedy=f"unweave annotate --saes {asked.target} --latents 12 34",
+        )
+    return open_circuit(asked.target)
+
+
+def _saes(asked: Asked, found: Found | None) -> OfSAEsSpec:
+    if found is None:
+        return OfSAEsSpec(saes=asked.saes, model=asked.model, device=asked.device)
+    spec = found.saes_spec(asked.saes, asked.model, asked.device)
+    if spec is None:
+        raise UnweaveError(
+            "this circuit does not say where its autoencoders are",
+            where=str(found.path),
+            remedy="name them with --saes",
+        )
+    return spec
+
+
+def _of_circuit(asked: Asked, found: Found) -> Mapping[tuple[Site, int], Effects]:
+    """Latents above the threshold, strongest first."""
+    if str(found.circuit.about.get("task", "")).startswith(SUPPORT):
+        return _of_classifier(asked, found)
+    threshold = threshold_for(found.circuit) if asked.threshold is None else asked.threshold
+    latents = in_circuit(found.circuit.above(threshold))
+    if not latents:
+        raise UnweaveError(
+            f"no latent's effect is above {threshold:g}", where=str(found.path), remedy="give a lower --threshold"
+        )
+    return dict(list(latents.items())[: asked.top])
+
+
+def _of_classifier(asked: Asked, found: Found) -> Mapping[tuple[Site, int], Effects]:
+    """The latents of a classifier's circuit that its run judges: those that support the label."""
+    if str(found.circuit.about["task"]).endswith(BY_NEURONS):
+        raise UnweaveError(
+            "this circuit is of neurons, which have no contexts",
+            where=str(found.path),
+            remedy="annotate the circuit-0.safetensors beside it",
+        )
+    known = found.asked
+    threshold = float(known.get("threshold", 0.0)) if asked.threshold is None else asked.threshold
+    strong = strongest(means(found.circuit), threshold=threshold, top=asked.top or known.get("top"))
+    if not strong:
+        raise UnweaveError(
+            f"no latent supports the label by more than {threshold:g}",
+            where=str(found.path),
+            remedy="give a lower --threshold",
+        )
+    return {(one.site, one.latent): ((None, one.effect),) for one in strong}
+
+
+def _of_names(asked: Asked, opened: Opened) -> Mapping[tuple[Site, int], Effects]:
+    if asked.threshold is not None:
+        raise UnweaveError("a threshold needs a circuit's effects", where="--threshold", remedy="name latents instead")
+    if not asked.latents:
+        raise UnweaveError("no latents are named", where="--latents", remedy="write --latents 12 34")
+    wanted: dict[tuple[Site, int], Effects] = {}
+    for word in asked.latents:
+        if word.isdigit():
+            if len(opened.saes) != 1:
+                raise UnweaveError(
+                    f"latent {word} of which of {len(opened.saes)} autoencoders?",
+                    where="--latents",
+                    remedy=f"write {name_of(next(iter(opened.saes)), int(word))}",
+                )
+            wanted[next(iter(opened.saes)), int(word)] = ()
+            continue
+        site, latent = parse_name(word)
+        if latent is None:
+            raise UnweaveError(f"{word} is an error, which has no contexts", where="--latents", remedy="name latents")
+        wanted[site, latent] = ()
+    return dict(list(wanted.items())[: asked.top])
+
+
+def _check(said: Mapping[str, Annotation], opened: Opened, out: Path) -> None:
+    """Before anything is asked: the file's answers are about these autoencoders."""
+    named = {annotation.site for annotation in said.values()} & set(opened.saes)
+    notes.refuse_strangers(said, {site: opened.saes[site].digest() for site in named}, str(out))

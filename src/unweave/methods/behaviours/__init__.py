@@ -1,0 +1,1 @@
+"""Behaviours found without supervision, with a circuit each."""

@@ -1,0 +1,1 @@
+"""Circuits: found, measured, drawn."""

@@ -1,0 +1,234 @@
+"""What finding, measuring and drawing a circuit can be asked, and what every question about several autoencoders can.
+
+Knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from unweave.core.errors import UnweaveError
+from unweave.core.spec import Spec, operational, require
+from unweave.inputs.spec import OfSAEsSpec, unused
+
+CONVENTIONS: dict[str, dict[str, str]] = {
+    "unweave": {"rule": "midpoint", "metric": "neg-log-p"},
+    "paper": {"rule": "right", "metric": "neg-log-p"},
+    "code": {"rule": "left", "metric": "neg-logit"},
+}
+"""Where Marks et al. 2024 and their released code differ: the end of each step of integrated gradients at which the
+gradient is taken (the paper's eq. 4, and the code's), and the metric of single inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitFindSpec(OfSAEsSpec):
+    """Finding the circuit of a behaviour."""
+
+    shorthands = {
+        "convention": (
+            Literal["unweave", "paper", "code"] | None,
+            "Rule and metric by name. unweave: midpoint, -log p; paper: right, -log p; code, as the authors released "
+            "it: left, -logit. Fields that are given replace them.",
+        )
+    }
+
+    task: Literal["simple", "within_rc", "across_rc", "across_pp"] | None = None
+    """Subject-verb agreement: alone, within or across a relative clause, or across a prepositional phrase (default)."""
+    pairs: Path | None = field(default=None, metadata={"result": False})
+    """Pairs of your own instead: JSON lines with clean_prefix, patch_prefix, clean_answer, patch_answer."""
+    inputs: Path | None = field(default=None, metadata={"result": False})
+    """Single texts instead: JSON lines with context and answer; latents are ablated."""
+    ablation: Literal["zero", "mean"] = "zero"
+    """Of single texts: ablate nodes to zero, or to their means over all tokens. Take the mean for neurons, and where
+    effects do not add up to what is measured."""
+    examples: int = 100
+    """How many examples. A file may hold fewer."""
+    split: Literal["train", "test"] = "train"
+    """Which of the task's words: no sentence is in both."""
+    seed: int = 0
+    """Choice of examples."""
+    method: Literal["ig", "attribution", "exact"] = "ig"
+    """Integrated gradients; attribution patching, which is one step of it; or exact effects, for tiny models."""
+    steps: int = 10
+    """Steps of integrated gradients."""
+    rule: Literal["left", "midpoint", "right", "graded"] = "midpoint"
+    """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
+    ablation to the zero vector (neurons, an autoencoder without a decoder bias), with 80 steps or more."""
+    metric: Literal["neg-log-p", "neg-logit"] = "neg-log-p"
+    """Of single inputs: -log p(answer), or -logit(answer). Of pairs it is always logit(patch) - logit(clean)."""
+    summed: Literal["none", "positions"] | None = None
+    """Keep positions, for sentences of equal length, or sum over them; by default kept for pairs, summed for inputs."""
+    skip_first: int = 0
+    """How many first tokens of each text are left as they are, as 1 for a BOS token."""
+    node_threshold: float = 0.1
+    """Nodes whose mean effect on the metric is larger, in either direction, are in the circuit and get edges."""
+    edge_threshold: float = 0.01
+    """Edges of larger weight, in either direction, are kept; 0 keeps all."""
+    upstream: Literal["above", "all"] = "above"
+    """Edges from nodes above the threshold only, or from all."""
+    edges: bool = True
+    """Whether to find edges; nodes alone are much quicker and all that `evaluate` needs."""
+    max_tokens: int = operational(1024)
+    """Tokens that go through the model at once at most; halved while memory is too small for them."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "", base: Spec | None = None) -> Self:
+        """As ``Spec.from_dict``; ``convention`` stands for rule and metric."""
+        if "convention" in values:
+            values = cls._meant(values, where)
+        return super().from_dict(values, where=where, base=base)
+
+    @classmethod
+    def _meant(cls, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The values with rule and metric in place of ``convention``."""
+        given = {name: value for name, value in values.items() if name != "convention"}
+        name = values["convention"]
+        if name not in CONVENTIONS:
+            known = ", ".join(CONVENTIONS)
+            raise UnweaveError(f"there is no convention {name!r}", where=where, remedy=f"conventions: {known}")
+        meant = dict(CONVENTIONS[name])
+        if given.get("inputs") is None:
+            meant.pop("metric")  # pairs have one metric only
+        if given.get("method", "ig") != "ig":
+            meant.pop("rule")
+        if not meant:
+            raise UnweaveError(
+                f"convention = {name!r} would have no effect: it names the rule of integrated gradients and the metric "
+                "of single inputs",
+                where=where or cls.__name__,
+                remedy="leave convention out",
+            )
+        return {**meant, **given}
+
+    @property
+    def keeps_positions(self) -> bool:
+        return self.summed == "none" or (self.summed is None and self.inputs is None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = {name: getattr(self, name) > 0 for name in ("examples", "steps", "max_tokens")}
+        least = {name: getattr(self, name) >= 0 for name in ("skip_first", "node_threshold", "edge_threshold")}
+        require(self, whole | least)
+        named = [name for name in ("task", "pairs", "inputs") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise UnweaveError(
+                f"{' and '.join(named)} are both given", where=type(self).__name__, remedy="name one of them"
+            )
+        uses = {
+            "metric": self.inputs is not None,
+            "ablation": self.inputs is not None,
+            "split": named in ([], ["task"]),
+            "steps": self.method == "ig",
+            "rule": self.method == "ig",
+            "edge_threshold": self.edges,
+            "upstream": self.edges,
+        }
+        unused(self, uses)
+        if self.edges and self.method == "exact":
+            raise UnweaveError(
+                "exact effects have no gradient, and edges need one",
+                where="method",
+                remedy="use ig, or --no-edges",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitDrawSpec(Spec):
+    """Drawing a circuit that was found."""
+
+    circuit: Path = field(metadata={"result": False})
+    """A run of `unweave circuit find`, or any circuit.safetensors. Its content decides which drawing is reused."""
+    nodes: int = 60
+    """About how many of the strongest nodes to draw where no node_threshold is given."""
+    node_threshold: float | None = None
+    """Draw nodes whose effect is larger, in either direction; by default as nodes says, but never below the
+    threshold that the circuit's edges were found with."""
+    edge_threshold: float | None = None
+    """Draw edges whose weight is larger, in either direction; by default so that about 2.5 for each node remain."""
+    max_nodes: int = 150
+    """Never draw more nodes than this; the picture says how many it leaves out."""
+    annotations: Path | None = field(default=None, metadata={"result": False})
+    """What to write on latents: JSON lines as `unweave annotate` makes them, or in the paper's form."""
+    contexts: bool = False
+    """Show in circuit.html what each latent drawn responds to. This reads text, which may take minutes."""
+    tokens: int | None = None
+    """How many tokens contexts are taken from; by default 200,000, or all there are."""
+    title: str | None = None
+    """What stands above the picture; by default the circuit's task."""
+    saes: tuple[str, ...] = field(default=(), metadata={"result": False})
+    """For contexts: where the autoencoders are; by default where the circuit's run found them."""
+    model: str | None = None
+    """For contexts: the model; by default that of the circuit's run."""
+    device: str | None = operational(None)
+    """For contexts: cpu, cuda, cuda:1...; by default a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        limits = {name: getattr(self, name) for name in ("node_threshold", "edge_threshold")}
+        least = {name: value is None or value >= 0 for name, value in limits.items()}
+        whole = {name: getattr(self, name) > 0 for name in ("nodes", "max_nodes")}
+        require(self, least | whole | {"tokens": self.tokens is None or self.tokens > 0})
+        unused(self, {"nodes": self.node_threshold is None, "tokens": self.contexts, "device": self.contexts})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitEvaluateSpec(Spec):
+    """Measuring how faithful and how complete a circuit is."""
+
+    circuit: Path = field(metadata={"result": False})
+    """The folder of a finished `circuit find`. Its content decides which run is reused."""
+    saes: tuple[str, ...] = field(default=(), metadata={"result": False})
+    """Where its autoencoders are now; by default where they were then. Others than those are refused."""
+    pairs: Path | None = field(default=None, metadata={"result": False})
+    """Pairs to measure on: JSON lines as for `circuit find`; by default the test split of its task."""
+    inputs: Path | None = field(default=None, metadata={"result": False})
+    """Single texts to measure on, for a circuit of single texts."""
+    examples: int = 40
+    """How many examples. A file may hold fewer; what the circuit was found on is left out."""
+    seed: int = 0
+    """Choice of examples and of random nodes."""
+    start_layer: int | None = None
+    """Ablate from this layer on, -1 for the embedding too; by default from the first layer with nodes. Early layers
+    deal with particular words, which are others in the test split."""
+    errors: tuple[Literal["default", "keep", "remove", "remove-attn-mlp"], ...] = (
+        "default",
+        "remove-attn-mlp",
+        "remove",
+    )
+    """What happens to errors, a curve for each: nodes as any other (default), all kept, all removed, or removed at
+    attention and MLPs."""
+    ablation: Literal["patch", "clean", "zero"] | None = None
+    """What ablated nodes are set to: means over the patch texts (default for pairs), over the clean texts (default for
+    single texts; over all their tokens together where positions are summed), or zero."""
+    spaced: Literal["range", "paper"] = "range"
+    """Thresholds: 15 at log-spaced numbers of nodes, from all to one; or 15 from 1e-4 to 1, as in the paper."""
+    thresholds: tuple[float, ...] = ()
+    """Thresholds of your own instead."""
+    neurons: bool = True
+    """Whether to find a circuit of neurons at the same sites on the same examples, and measure it beside."""
+    draws: int = 1
+    """How many circuits of random nodes to measure beside each; 0 for none."""
+    level: float = 0.8
+    """The faithfulness for which to say how many nodes it takes."""
+    device: str | None = operational(None)
+    """cpu, cuda, cuda:1...; by default a GPU where there is one."""
+    max_tokens: int = operational(1024)
+    """Tokens that go through the model at once at most."""
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            {
+                "examples": self.examples > 0,
+                "start_layer": self.start_layer is None or self.start_layer >= -1,
+                "errors": len(self.errors) > 0,
+                "thresholds": all(t >= 0 for t in self.thresholds),
+                "draws": self.draws >= 0,
+                "max_tokens": self.max_tokens > 0,
+            },
+        )
+        if self.pairs is not None and self.inputs is not None:
+            raise UnweaveError("pairs and inputs are both given", where=type(self).__name__, remedy="name one of them")
+        unused(self, {"spaced": not self.thresholds})

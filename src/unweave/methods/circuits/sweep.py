@@ -1,0 +1,222 @@
+"""Faithfulness and completeness of a circuit at every size: thresholds from all nodes down to none (Fig. 3).
+
+At each threshold the circuit's nodes with a larger |effect| are kept, from the start layer on. Errors are nodes as any
+other ("default"), or all kept, or all removed, or removed at attention and MLP sites only, where the residual stream's
+stay nodes as any other. Beside each circuit stand random ones: as many latents and as many errors, drawn among those
+whose effect is not 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from unweave.attribute.runner import Batch
+from unweave.attribute.states import SAEs
+from unweave.circuits.faithfulness import Ablated, Ablation, Means, ablate_outside, ablated_sites
+from unweave.circuits.graph import Circuit
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.lm.model import LM
+
+Errors = Literal["default", "keep", "remove", "remove-attn-mlp"]
+ERRORS: tuple[Errors, ...] = ("default", "keep", "remove", "remove-attn-mlp")
+
+PAPER_THRESHOLDS = tuple(10 ** (-4 + 4 * i / 14) for i in range(15))
+"""15, log-spaced from 1e-4 to 1"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One circuit: the nodes above a threshold. ``completeness`` is F of everything but them: low is good."""
+
+    threshold: float
+    nodes: int
+    latents: int
+    errors: int
+    faithfulness: float
+    completeness: float
+    random: float | None
+    """F of equally many random nodes: mean over draws"""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """``rows`` from many nodes to few. ``model`` is the mean metric of the whole model, ``empty`` without any node."""
+
+    rows: tuple[Row, ...]
+    model: float
+    empty: float
+    n_examples: int
+    start_layer: int
+    errors: Errors
+    ablation: Ablation
+    changing: int
+    """nodes from the start layer on whose effect is not 0"""
+    means: Means = "positions"
+    """what the means that ablated nodes are set to were taken over"""
+    skip_first: int = 0
+
+    def nodes_for(self, level: float = 0.8) -> float | None:
+        """How many nodes reach a faithfulness: where the curve, going up in nodes, first crosses ``level``, linear in
+        the logarithm of the number of nodes. None where it never does."""
+        return _reached([(row.nodes, row.faithfulness) for row in self.rows], level)
+
+    def random_nodes_for(self, level: float = 0.8) -> float | None:
+        """The same for random nodes."""
+        return _reached([(row.nodes, row.random) for row in self.rows if row.random is not None], level)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What ``to_dict`` gave."""
+        return cls(**{**values, "rows": tuple(Row(**row) for row in values["rows"])})
+
+
+def sweep(
+    lm: LM,
+    saes: SAEs,
+    batches: Sequence[Batch],
+    circuit: Circuit,
+    *,
+    thresholds: Sequence[float] = PAPER_THRESHOLDS,
+    start_layer: int = 0,
+    errors: Errors = "default",
+    ablation: Ablation = "patch",
+    draws: int = 1,
+    seed: int = 0,
+    skip_first: int = 0,
+    metric_at: Site | None = None,
+    max_tokens: int = 1024,
+) -> Sweep:
+    """F of the circuit at each threshold, of everything but it, and of ``draws`` random circuits of its size.
+
+    ``batches`` should be others than those the circuit was found on. ``start_layer`` -1 ablates the embedding too.
+    ``skip_first`` tokens of each row stay as they are, as in the search. Single texts of a circuit without positions
+    are of any length, so their means are taken over all tokens; others' position by position.
+    Raises UnweaveError where the circuit misses a site, or m(M) = m(empty).
+    """
+    if not thresholds or not all(t >= 0 for t in thresholds) or draws < 0 or errors not in ERRORS:
+        raise UnweaveError(
+            "a sweep needs thresholds of at least 0, draws of at least 0, and a way with errors",
+            remedy=f"errors: one of {', '.join(ERRORS)}",
+        )
+    sites = ablated_sites(lm, saes, start_layer)
+    effects = {site: circuit.nodes[site].to(lm.device) for site in sites if site in circuit.nodes}
+    if len(effects) < len(sites):
+        missing = ", ".join(str(site) for site in sites if site not in effects)
+        raise UnweaveError(f"the circuit has no effects at {missing}", remedy="use the SAEs that it was found with")
+    generator = torch.Generator().manual_seed(seed)
+    ordered = sorted(set(thresholds))
+    above = [{site: e.abs() > threshold for site, e in effects.items()} for threshold in ordered]
+    circuits = [_handled(kept, errors) for kept in above]
+    others = [_handled({site: ~k for site, k in kept.items()}, errors) for kept in above]
+    places = _places(effects) if draws else []
+    drawn = [_handled(_drawn(places, kept, generator), errors) for kept in above for _ in range(draws)]
+    single = all(patch is None for _, patch, _ in batches)
+    means: Means = "tokens" if single and not circuit.positions else "positions"
+    found = ablate_outside(
+        lm, saes, batches, [*circuits, *others, *drawn], start_layer=start_layer, ablation=ablation,
+        means=means, skip_first=skip_first, metric_at=metric_at, max_tokens=max_tokens,
+    )  # fmt: skip
+    rows = _rows(found, ordered, circuits, draws)
+    changing = sum(int((e != 0).sum()) for e in effects.values())
+    return Sweep(rows, *_means(found), start_layer, errors, ablation, changing, means, skip_first)
+
+
+def _rows(
+    found: Ablated, thresholds: Sequence[float], circuits: Sequence[Mapping[Site, Tensor]], draws: int
+) -> tuple[Row, ...]:
+    """A row for each threshold, of the circuits, then all others of theirs, then the random ones."""
+    f = found.faithfulness.double().tolist()
+    n = len(thresholds)
+    rows = []
+    for i, threshold in enumerate(thresholds):
+        latents, in_errors = _counted(circuits[i])
+        random = sum(f[2 * n + i * draws : 2 * n + (i + 1) * draws]) / draws if draws else None
+        rows.append(Row(threshold, latents + in_errors, latents, in_errors, f[i], f[n + i], random))
+    return tuple(rows)
+
+
+def spread_thresholds(circuit: Circuit, sites: Sequence[Site], n: int = 15) -> list[float]:
+    """Thresholds at which the numbers of nodes are log-spaced, from every changing node at ``sites`` to one.
+
+    Effects of other tasks and models have other sizes; these thresholds show every circuit from all to nothing.
+    """
+    found = torch.cat([circuit.nodes[site].abs().flatten() for site in sites])
+    values = found[found > 0].sort(descending=True).values
+    if not len(values):
+        raise UnweaveError("no node at these sites has an effect", remedy="take an earlier start layer")
+    counts = sorted({round(len(values) ** (i / (n - 1))) for i in range(n)})
+    # Between neighbours, so that rounding decides nothing; below the smallest effect: all of them.
+    below = torch.cat([values, values.new_zeros(1)])
+    return [float((below[k - 1].double() + below[k].double()) / 2) for k in counts]
+
+
+def _handled(kept: Mapping[Site, Tensor], errors: Errors) -> dict[Site, Tensor]:
+    """Kept sets with their errors as ``errors`` says."""
+    found = {}
+    for site, nodes in kept.items():
+        nodes = nodes.clone()
+        residual = site.point in ("embed", "resid_pre", "resid_mid", "resid_post")
+        if errors == "keep":
+            nodes[:, -1] = True
+        elif errors == "remove" or (errors == "remove-attn-mlp" and not residual):
+            nodes[:, -1] = False
+        found[site] = nodes
+    return found
+
+
+def _places(effects: Mapping[Site, Tensor]) -> list[Tensor]:
+    """Where latents, and where errors, have an effect that is not 0: (number of the site, position, slot), [n, 3]."""
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for number, e in enumerate(effects.values()):
+        at = (e != 0).nonzero().cpu()
+        at = torch.cat([torch.full_like(at[:, :1], number), at], 1)
+        error = at[:, 2] == e.shape[1] - 1
+        found[0].append(at[~error])
+        found[1].append(at[error])
+    return [torch.cat(several) for several in found]
+
+
+def _drawn(places: Sequence[Tensor], kept: Mapping[Site, Tensor], generator: torch.Generator) -> dict[Site, Tensor]:
+    """As many random latents and errors as are kept, among ``places``."""
+    found = {site: torch.zeros_like(nodes) for site, nodes in kept.items()}
+    for n, at in zip(_counted(kept), places, strict=True):
+        chosen = at[torch.randperm(len(at), generator=generator)[:n]]
+        for number, nodes in enumerate(found.values()):
+            _, position, slot = chosen[chosen[:, 0] == number].to(nodes.device).unbind(1)
+            nodes[position, slot] = True
+    return found
+
+
+def _counted(kept: Mapping[Site, Tensor]) -> tuple[int, int]:
+    return (
+        sum(int(nodes[:, :-1].sum()) for nodes in kept.values()),
+        sum(int(nodes[:, -1].sum()) for nodes in kept.values()),
+    )
+
+
+def _means(found: Ablated) -> tuple[float, float, int]:
+    return float(found.model.mean()), float(found.empty.mean()), len(found.model)
+
+
+def _reached(points: Sequence[tuple[int, float]], level: float) -> float | None:
+    """Where a curve first reaches a level, going up in nodes; linear in the logarithm of the number of nodes."""
+    ordered = sorted(points)
+    for i, (nodes, value) in enumerate(ordered):
+        if value >= level:
+            if i == 0:
+                return float(nodes)
+            before, low = ordered[i - 1]
+            share = (level - low) / (value - low)
+            return math.exp(math.log(max(before, 1)) * (1 - share) + math.log(max(nodes, 1)) * share)
+    return None

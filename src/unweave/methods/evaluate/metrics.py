@@ -1,0 +1,143 @@
+"""What an evaluation found, in numbers that say what they mean, and whether it fits what was found before."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unweave.core.errors import UnweaveWarning
+
+METRIC_SET = "unweave.core/2"
+"""Name and version of the definitions of ``evaluate.py``; raised whenever a number would change (trap 32)."""
+
+_LEAST_GAIN = 0.1
+"""nats below guessing, for a model that predicts; what has learnt anything of a text gains several"""
+_LEAST_DAMAGE = 0.02
+"""nats; ablating a layer's stream costs several, ablating one attention layer's output some tenths"""
+_DENSITY_EDGES = tuple(-6.0 + 0.25 * i for i in range(25))
+
+
+@dataclass(frozen=True)
+class CoreMetrics:
+    """What ``evaluate`` measured. Means are over counted tokens unless a line says otherwise."""
+
+    metric_set: str
+    """Which definitions these numbers follow, with their version."""
+    site: str
+    """Where the SAE writes; for a transcoder this is not where it reads."""
+    tokens: int
+    """Counted tokens."""
+    excluded: dict[str, int]
+    """Tokens left out, by reason."""
+    unexplained_variance: float
+    """Squared error over the variance around the mean activation. 0: perfect; 1: no better than the mean."""
+    explained_variance: float
+    """1 - unexplained_variance."""
+    mse: float
+    """Squared error per element of the activation."""
+    cosine: float
+    """Cosine between activation and reconstruction."""
+    norm_ratio: float
+    """Length of the reconstruction over length of the activation; below 1 the SAE shrinks."""
+    l0: float
+    """How many latents are above zero on a token."""
+    l1: float
+    """Sum of a token's latents."""
+    alive_fraction: float
+    """Share of latents that were above zero on at least one of ``tokens``; more tokens can only raise it."""
+    density: dict[str, Any]
+    """Histogram of log10(firing rate): ``edges`` [n+1], ``counts`` [n], and ``never``: latents that did not fire."""
+    unexplained_variance_all_tokens: float
+    """The same with special ids and norm outliers counted too (padding never is); trap 6 shows in the difference."""
+    l0_all_tokens: float
+    """Likewise."""
+    predictions: int
+    """Over how many next tokens the four losses and three divergences below are means: all whose next token is real."""
+    ce_clean: float
+    """Next-token cross-entropy of the untouched model, in nats."""
+    ce_sae: float
+    """The same with the reconstruction in place of the activation of every counted token."""
+    ce_mean: float
+    """The same with the mean activation in its place."""
+    ce_zero: float
+    """The same with zeros in its place."""
+    kl_sae: float
+    """KL(clean || with the reconstruction) of the next-token distribution, in nats."""
+    kl_mean: float
+    """KL(clean || mean-ablated)."""
+    kl_zero: float
+    """KL(clean || zero-ablated)."""
+    recovered_vs_mean: float | None
+    """(ce_mean - ce_sae) / (ce_mean - ce_clean); None where there is nothing to recover, see ``notes``."""
+    recovered_vs_zero: float | None
+    """(ce_zero - ce_sae) / (ce_zero - ce_clean); easier, since zeros are far from any activation. None likewise."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know about these numbers."""
+    firing_counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), repr=False, compare=False)
+    """On how many counted tokens each latent is above zero, int64 [F]. Not part of ``to_dict``."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the firing counts, as JSON-able values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "firing_counts"}
+        return values | {"notes": list(self.notes), "excluded": dict(self.excluded), "density": dict(self.density)}
+
+
+def drift(measured: CoreMetrics, reference: Mapping[str, float]) -> list[str]:
+    """Where an SAE does something else here than where it was made (trap 6); each finding is warned about too.
+
+    ``reference`` holds ``l0`` and ``unexplained_variance`` as stored with the SAE; what it does not hold is passed
+    over. Says so when L0 differs by more than 20 %, or unexplained variance by more than 25 % and more than 0.02.
+    """
+    found = []
+    advice = "other text, another model, or tokens (a BOS, a chat template) that the SAE was not trained on"
+    l0, fvu = reference.get("l0"), reference.get("unexplained_variance")
+    if l0 is not None and not abs(measured.l0 - l0) <= 0.2 * abs(l0):
+        found.append(f"L0 is {measured.l0:.1f} here and was {l0:.1f} where the SAE was made: {advice}")
+    if fvu is not None:
+        change = abs(measured.unexplained_variance - fvu)
+        if not (change <= 0.25 * abs(fvu) or change <= 0.02):
+            found.append(
+                f"unexplained variance is {measured.unexplained_variance:.3f} here and was {fvu:.3f} where the SAE was "
+                f"made: {advice}"
+            )
+    for message in found:
+        warnings.warn(message, UnweaveWarning, stacklevel=2)
+    return found
+
+
+def density_histogram(counts: Tensor, n_tokens: int) -> dict[str, Any]:
+    """log10 firing rates of latents with ``counts`` [F] firings in ``n_tokens``, in bins of a quarter decade.
+
+    Rates below one in a million go into the first bin; latents that never fired are counted as ``never`` instead.
+    """
+    fired = counts[counts > 0].double().cpu()
+    edges = torch.tensor(_DENSITY_EDGES, dtype=torch.float64)
+    places = (torch.bucketize((fired / n_tokens).log10(), edges, right=True) - 1).clamp(0, len(edges) - 2)
+    histogram = torch.bincount(places, minlength=len(edges) - 1)
+    return {"edges": list(_DENSITY_EDGES), "counts": histogram.tolist(), "never": len(counts) - len(fired)}
+
+
+def recovered_share(ce: dict[str, float], ablation: str, vocabulary: int) -> tuple[float | None, str]:
+    """The share of the ablation's damage that the SAE avoids; None and why, where there is nothing to recover.
+
+    That is where the model hardly predicts the text better than by guessing among ``vocabulary`` tokens, and where the
+    ablation costs less than 0.02 nats: a quotient of two such numbers looks like a result and says nothing.
+    """
+    damage, guessing = ce[ablation] - ce["clean"], math.log(vocabulary)
+    if ce["clean"] > guessing - _LEAST_GAIN:
+        return None, (
+            f"the model does not predict this text: its cross-entropy is {ce['clean']:.4f} nats, guessing among "
+            f"{vocabulary:,} tokens costs {guessing:.4f}; so there is nothing to recover from {ablation} ablation"
+        )
+    if damage < _LEAST_DAMAGE:
+        return None, (
+            f"{ablation} ablation does not raise the cross-entropy by {_LEAST_DAMAGE} nats ({ce['clean']:.4f} -> "
+            f"{ce[ablation]:.4f}), so the share recovered against it is undefined"
+        )
+    return (ce[ablation] - ce["sae"]) / damage, ""

@@ -1,0 +1,24 @@
+"""What measuring an SAE can be asked. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unweave.core.spec import operational, require
+from unweave.data.spec import DataSpec
+from unweave.inputs.spec import UseSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec(UseSpec):
+    """Measuring an autoencoder on held-out text."""
+
+    data: DataSpec | None = None
+    """Other text to measure on; by default held-out documents of the training text."""
+    tokens: int | None = None
+    """How many tokens to measure on, special tokens included; by default as many as the text's heldout_tokens."""
+    batch_tokens: int = operational(1024)
+    """Tokens that go through the model at once."""
+
+    def __post_init__(self) -> None:
+        require(self, {"tokens": self.tokens is None or self.tokens > 0, "batch_tokens": self.batch_tokens > 0})

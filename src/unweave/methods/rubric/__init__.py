@@ -1,0 +1,1 @@
+"""A chat model rates how clear latents are."""

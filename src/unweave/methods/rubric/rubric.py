@@ -1,0 +1,332 @@
+"""The 1-to-5 rubric of the FAST paper (arXiv 2506.07691, section 5): how clear is what a latent responds to?
+
+1. Latents with five firing contexts, each from another document, are drawn at random; the others are left out.
+2. A judge sees each latent's five contexts, tokens with their values, scores them 1 to 5, and names the pattern.
+3. The same judge sees as many sets of five contexts of five different latents each. Where those score as high as the
+   real ones, the scores say more about the judge than about the latents (trap 39).
+4. An answer that is not exactly of the form asked for is a failure: never a score, always counted.
+
+Departures from the paper: contexts are windows of the records' width instead of sentences. Values of 0 are not written
+out, which says the same in half the length. The others are relative to the latent's largest (10), so that latents of
+different size look alike and shuffled sets do not betray themselves by it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from unweave.core.errors import UnweaveError
+from unweave.judge.base import Conversation, Judge, Reply
+from unweave.latents.contexts import KINDS, Array
+from unweave.latents.records import Context, Records
+
+CONTEXTS = 5
+SCALE = {
+    5: "one clear pattern, and all five texts fit it",
+    4: "one clear pattern, but one or two of the texts do not fit it",
+    3: "a pattern overall, but several of the texts do not fit it",
+    2: "a loose common theme without a clear pattern",
+    1: "no pattern that you can see",
+}
+_TOP = 10.0
+_LEVEL = 0.05
+_RESAMPLES = 10_000
+_FEWEST = 5
+"""Scores needed on each side before two groups are compared: a bootstrap of fewer knows nothing of their spread."""
+_ANSWER = re.compile(r"score:\s*\[\[([^\[\]]*)\]\]\s*,\s*name:\s*\[\[([^\[\]]*)\]\]", re.IGNORECASE)
+
+_TASK = (
+    "A detector inside a language model looks at every token of a text and reacts to some of them. You see the five "
+    "texts on which it reacts most. Where it reacts to a token, the strength follows in braces, up to {10}; a token "
+    "with nothing behind it has strength 0, and {?} means not measured. What do the tokens with high strengths, in "
+    "their surroundings, have in common? Score how clear that is:\n"
+    + "\n".join(f"{score}: {meaning}" for score, meaning in SCALE.items())
+    + "\nAnswer with one short sentence that says how many of the five texts fit, and then one line of this form: "
+    "score: [[number]], name: [[a few words]]"
+)
+_EXAMPLES = (
+    (
+        "Text 1: We met in April{10} last year\nText 2: until March{9.7} 3rd,{1.2} the\nText 3: by early "
+        "October{9.1} it had\nText 4:  born on June{8.8} 12 in\nText 5: the July{8.6} sale ends",
+        "Five of five react to the name of a month.\nscore: [[5]], name: [[names of months]]",
+    ),
+    (
+        "Text 1: a glass of milk{10} and\nText 2: we drank coffee{9.2}.\nText 3: the red car{9} was\nText 4: some "
+        "hot tea{8.4} with\nText 5: in the evening{8.1} they",
+        "Three of five react to drinks, the others to a car and a time of day.\nscore: [[3]], name: [[drinks]]",
+    ),
+    (
+        "Text 1: the old table{10} was\nText 2: she ran quickly{9.5} to\nText 3: of 1,400{9.4} people\nText 4: oh "
+        "no{9.2}! he said\nText 5: because the{8.9} bank of",
+        "No two of the five react to the same kind of thing.\nscore: [[1]], name: [[nothing in common]]",
+    ),
+)
+
+Kind = Literal["real", "shuffled"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Five contexts to be scored together. ``latents[i]`` is the latent of ``contexts[i]``, and ``largest[i]`` its
+    largest value: in a real item all the same latent, in a shuffled one all different."""
+
+    kind: Kind
+    latents: tuple[int, ...]
+    contexts: tuple[Context, ...]
+    largest: tuple[float, ...]
+
+    @property
+    def latent(self) -> int | None:
+        """The latent of a real item."""
+        return self.latents[0] if self.kind == "real" else None
+
+
+@dataclass(frozen=True)
+class Rating:
+    """What the judge made of an item: a score and a name, or the reason why there is none."""
+
+    item: Item
+    prompt: Conversation
+    reply: Reply
+    score: int | None
+    name: str
+    failure: str
+    """Empty where there is a score."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % bootstrap interval over items; without one where there are fewer than two."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """How far two groups of items are apart, and how easily they would be if both were of one kind."""
+
+    p: float | None
+    """Two-sided p value of a permutation test; None where either group has fewer than five scores."""
+
+    @property
+    def shown(self) -> bool:
+        """Whether the first group was shown to score higher, at 5 %."""
+        return self.p is not None and self.p < _LEVEL and self.value > 0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The distribution of scores. ``scored + failed == asked``; measures are of what was scored, None without any."""
+
+    asked: int
+    scored: int
+    failed: int
+    failures: dict[str, int]
+    """How often each reason occurred."""
+    distribution: dict[int, int]
+    """How many items got each score from 1 to 5."""
+    mean: Interval | None
+    high: Interval | None
+    """Share of scores 4 and 5."""
+    low: Interval | None
+    """Share of scores 1 and 2."""
+
+
+def eligible(records: Records) -> Array:
+    """Latents int64 [n] with five top contexts, in all of which they fire; in ascending order.
+
+    Others never fired, or in fewer than five documents.
+    """
+    columns = records.contexts
+    firing = (columns.kind == KINDS.index("top")) & (columns.value > 0)
+    counts = np.bincount(columns.latent[firing], minlength=len(records))
+    return np.flatnonzero(counts >= CONTEXTS)
+
+
+def real_items(records: Records, n: int, seed: int = 0) -> list[Item]:
+    """``n`` random eligible latents with their five strongest contexts; all of them where there are fewer.
+
+    With the same seed, more latents are the same ones and more. Raises UnweaveError where no latent is eligible.
+    """
+    found = _eligible(records, 1)
+    chosen = np.random.default_rng([seed, 0]).permutation(found)[:n]
+    return [_item(records, "real", [int(j)] * CONTEXTS) for j in chosen]
+
+
+def shuffled_items(records: Records, n: int, seed: int = 0) -> list[Item]:
+    """``n`` items of five different random eligible latents each: the strongest context of the first, the second
+    strongest of the second, and so on, so that only the common pattern is missing.
+
+    Raises UnweaveError where fewer than five latents are eligible.
+    """
+    if n == 0:
+        return []
+    found = _eligible(records, CONTEXTS)
+    generator = np.random.default_rng([seed, 1])
+    drawn = [generator.choice(found, CONTEXTS, replace=False) for _ in range(n)]
+    return [_item(records, "shuffled", [int(j) for j in latents]) for latents in drawn]
+
+
+def _eligible(records: Records, wanted: int) -> Array:
+    found = eligible(records)
+    if len(found) < wanted:
+        raise UnweaveError(
+            f"{len(found)} of {len(records):,} latents fire in {CONTEXTS} documents or more, at least {wanted} needed",
+            where="records",
+            remedy="collect the records from more documents, with at least five top contexts",
+        )
+    return found
+
+
+def _item(records: Records, kind: Kind, latents: Sequence[int]) -> Item:
+    shown = [records.latent(j) for j in latents]
+    contexts = tuple(record.top[i] for i, record in enumerate(shown))
+    return Item(kind, tuple(latents), contexts, tuple(record.maximum for record in shown))
+
+
+# -- the question and its answer ----------------------------------------------------------------------------------
+
+
+def question(item: Item) -> list[dict[str, str]]:
+    """The conversation that asks for a score: the task, three short examples answered as it should be, the item.
+
+    No system turn, since not every template has one. The examples bring small judges to the form asked for, and show
+    a high, a low and a middling score.
+    """
+    turns = [text for example in _EXAMPLES for text in example] + [_texts(item)]
+    turns[0] = f"{_TASK}\n\n{turns[0]}"
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def _texts(item: Item) -> str:
+    shown = zip(item.contexts, item.largest, strict=True)
+    return "\n".join(f"Text {i + 1}: {_shown(context, largest)}" for i, (context, largest) in enumerate(shown))
+
+
+def _shown(context: Context, largest: float) -> str:
+    """Tokens, each with its value behind it unless that is 0; 10 is the latent's largest. Line breaks as in code."""
+    parts = []
+    for text, value, counted, _ in context.shown():
+        number = _number(_TOP * value / largest) if counted else "?"
+        plain = text.replace("\r", "\\r").replace("\n", "\\n")
+        parts.append(plain if counted and value == 0 else f"{plain}{{{number}}}")
+    return "".join(parts)
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def parse(text: str) -> tuple[int, str]:
+    """(score, name) of a reply. Raises ValueError with a short reason when it is not exactly as asked for.
+
+    There must be one ``score: [[n]], name: [[words]]`` with a whole number from 1 to 5 and a name of letters or
+    digits. Anything around it is the judge's description.
+    """
+    found = _ANSWER.findall(text)
+    if not found:
+        raise ValueError("no answer of the form asked for")
+    if len(found) > 1:
+        raise ValueError("more than one answer")
+    score, name = (part.strip() for part in found[0])
+    if score not in ("1", "2", "3", "4", "5"):
+        raise ValueError("the score is no whole number from 1 to 5")
+    if not any(character.isalnum() for character in name) or name.lower() == "a few words":
+        raise ValueError("no name")
+    return int(score), name
+
+
+def rate(judge: Judge, items: Sequence[Item]) -> list[Rating]:
+    """Every item's rating, in order. Errors as in ``judge.ask``."""
+    prompts = [question(item) for item in items]
+    replies = judge.ask(prompts)
+    return [_rating(*each) for each in zip(items, prompts, replies, strict=True)]
+
+
+def _rating(item: Item, prompt: Conversation, reply: Reply) -> Rating:
+    if reply.text is None:
+        return Rating(item, prompt, reply, None, "", reply.failure)
+    try:
+        score, name = parse(reply.text)
+    except ValueError as error:
+        reason = f"{error}, cut at the length allowed" if reply.cut else str(error)
+        return Rating(item, prompt, reply, None, "", reason)
+    return Rating(item, prompt, reply, score, name, "")
+
+
+# -- the numbers --------------------------------------------------------------------------------------------------
+
+
+def summarise(ratings: Sequence[Rating], seed: int = 0) -> Scores:
+    """Distribution, mean and shares with bootstrap intervals over the items that were scored."""
+    scores = _scores(ratings)
+    failures = Counter(rating.failure for rating in ratings if rating.score is None)
+    return Scores(
+        asked=len(ratings),
+        scored=len(scores),
+        failed=len(ratings) - len(scores),
+        failures=dict(failures.most_common()),
+        distribution={score: int((scores == score).sum()) for score in sorted(SCALE)},
+        mean=_interval(scores, seed),
+        high=_interval(scores >= 4, seed),
+        low=_interval(scores <= 2, seed),
+    )
+
+
+def difference(real: Sequence[Rating], shuffled: Sequence[Rating], seed: int = 0) -> Difference | None:
+    """How much higher the mean score of real items is than that of shuffled ones; None where one has no score.
+
+    The interval is a bootstrap's over items. It has no width where either side always scores the same, however few
+    they are, so what decides is ``p``: how often 10,000 random relabellings of all these scores as real and shuffled
+    give means at least as far apart.
+    """
+    a, b = _scores(real), _scores(shuffled)
+    if not len(a) or not len(b):
+        return None
+    value = float(a.mean() - b.mean())
+    if min(len(a), len(b)) < 2:
+        return Difference(value, None, None, None)
+    low, high = np.percentile(_resampled(a, [seed, 0]) - _resampled(b, [seed, 1]), [2.5, 97.5])
+    p = _relabelled(a, b, [seed, 2]) if min(len(a), len(b)) >= _FEWEST else None
+    return Difference(value, float(low), float(high), p)
+
+
+def _relabelled(a: Array, b: Array, seed: list[int]) -> float:
+    """Share of relabellings of a [n] and b [m] whose means are as far apart, the one that was found among them."""
+    values, counts = np.unique(np.concatenate([a, b]), return_counts=True)
+    # Drawing n of the pooled scores is drawing how many of each value they are.
+    drawn = np.random.default_rng(seed).multivariate_hypergeometric(counts, len(a), _RESAMPLES)
+    sums, total = np.append(drawn @ values, a.sum()), int(values @ counts)
+    apart = np.abs(sums * len(b) - (total - sums) * len(a))  # of the means, times both sizes: whole numbers
+    return float((apart >= apart[-1]).mean())
+
+
+def _scores(ratings: Sequence[Rating]) -> Array:
+    return np.array([rating.score for rating in ratings if rating.score is not None], dtype=np.int64)
+
+
+def _resampled(values: Array, seed: int | list[int]) -> Array:
+    """Means of samples of the same size, drawn with replacement; float64 [10,000]."""
+    generator = np.random.default_rng(seed)
+    sums = np.zeros(_RESAMPLES)
+    for _ in range(len(values)):  # one draw for all resamples at a time: memory stays small
+        sums += values[generator.integers(0, len(values), _RESAMPLES)]
+    return sums / len(values)
+
+
+def _interval(values: Array, seed: int) -> Interval | None:
+    if not len(values):
+        return None
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Interval(mean, None, None)
+    low, high = np.percentile(_resampled(values.astype(np.float64), seed), [2.5, 97.5])
+    return Interval(mean, float(low), float(high))

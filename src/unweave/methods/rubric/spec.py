@@ -1,0 +1,36 @@
+"""What the rubric can be asked. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unweave.core.spec import require
+from unweave.data.spec import DataSpec
+from unweave.inputs.spec import UseSpec
+from unweave.judge.spec import JudgeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class RubricSpec(UseSpec):
+    """Having a chat model score how clear latents are."""
+
+    judge: JudgeSpec = JudgeSpec()
+    """The chat model that scores."""
+    latents: int = 16
+    """How many latents to score, drawn at random; the FAST paper takes 128."""
+    shuffled: int | None = None
+    """How many sets of contexts of five different latents to score beside them; by default as many as latents."""
+    data: DataSpec | None = None
+    """Other text to take contexts from; by default the training text."""
+    split: Literal["train", "heldout"] = "train"
+    """Which documents of that text: those to train on, or those held out."""
+    latents_tokens: int | None = None
+    """How many tokens the latents' records are taken from; as in `unweave latents`, whose run is shared."""
+    seed: int = 0
+    """Choice of the latents and of the shuffled sets."""
+
+    def __post_init__(self) -> None:
+        tokens = self.latents_tokens is None or self.latents_tokens > 0
+        shuffled = self.shuffled is None or self.shuffled >= 0
+        require(self, {"latents": self.latents > 0, "shuffled": shuffled, "latents_tokens": tokens})

@@ -1,0 +1,1 @@
+"""SHIFT: a classifier forgets what it should not rely on."""

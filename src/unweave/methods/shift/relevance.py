@@ -1,0 +1,234 @@
+"""Is a latent about gender? By what people wrote down, by a rule over its record, or by asking a chat model.
+
+SHIFT ablates the latents of a classifier's circuit that are about something else than the task (Marks et al. 2024,
+sec. 4, step 2). The paper's authors looked at contexts and at the tokens that a latent promotes; so do the rule and the
+chat model here. None of them sees a label, or anything of the classifier.
+
+Rule: of the latent's strongest contexts (one per document), at least ``CONTEXT_SHARE`` have a word for gender at the
+token on which the latent is strongest; or at least ``PROMOTED_SHARE`` of the tokens that it promotes most are such
+words. ``GENDER_WORDS`` are pronouns, titles, kinship and other words for women and men, and common first names. Names
+count with a capital only: mark, bill, rose and grace are other words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.judge.base import Conversation, Judge, Reply
+from unweave.latents.annotations import Annotation, name_of
+from unweave.latents.records import Context, LatentRecord
+from unweave.lm.shown import is_letter
+
+Latent = tuple[Site, int]
+
+CONTEXT_SHARE = 0.4
+PROMOTED_SHARE = 0.25
+
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+PRONOUNS = _set("he him his himself she her hers herself")
+TITLES = _set("mr mrs ms miss sir madam mister lord lady dame king queen prince princess duke duchess")
+PERSONS = _set(
+    "man men woman women boy boys girl girls male males female females masculine feminine gentleman gentlemen ladies "
+    "guy guys father fathers mother mothers dad mom mum daddy mommy mama papa son sons daughter daughters brother "
+    "brothers sister sisters husband husbands wife wives uncle aunt nephew niece grandfather grandmother boyfriend "
+    "girlfriend bride groom widow widower actor actress actresses waitress heroine goddess maternal paternal "
+    "motherhood fatherhood pregnant feminist manhood womanhood"
+)
+FIRST_NAMES = _set(
+    "james john robert michael william david richard joseph thomas charles christopher daniel matthew anthony mark "
+    "donald steven paul andrew joshua kenneth kevin brian george edward henry peter frank arthur walter harry jack "
+    "albert philip patrick simon stephen martin samuel benjamin jim bob bill tom joe mike dave fred alexander louis "
+    "mary patricia jennifer linda elizabeth barbara susan jessica sarah karen nancy lisa margaret betty sandra ashley "
+    "dorothy kimberly emily donna michelle carol amanda melissa deborah stephanie rebecca laura helen anna anne ann "
+    "maria alice jane catherine katherine kate emma julia victoria ruth rachel martha diana sophia grace rose lucy "
+    "charlotte caroline marie annie ellen eleanor"
+)
+GENDER_WORDS = PRONOUNS | TITLES | PERSONS | FIRST_NAMES
+
+_ANSWER = re.compile(r"answer:\s*\[\[\s*(yes|no)\s*\]\]", re.IGNORECASE)
+_SHOWN_CONTEXTS = 5
+_TASK = (
+    "A detector inside a language model reacts to some tokens of a text. You see the texts on which it reacts most, "
+    "with the tokens it reacts to between asterisks, and the tokens that it makes the model say. Is the detector about "
+    "gender: about words for women or men, pronouns such as she or his, titles, kinship, or female or male first "
+    "names? Something that is about people of any gender, or about anything else, is not. Answer with one line of this "
+    "form: answer: [[yes]] or answer: [[no]]"
+)
+_EXAMPLES = (
+    ("Text 1: that night *she* went\nText 2: and *her* brother\nText 3: Mrs *Bell* said\nIt promotes: her, she", "yes"),
+    ("Text 1: in *April* last year\nText 2: until *March* 3rd\nText 3: on *June* 12\nIt promotes: 2014, 1st", "no"),
+    ("Text 1: the *children* were\nText 2: all the *people* who\nText 3: many *users* of\nIt promotes: are, who", "no"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``irrelevant`` True: about something else than the task, to be ablated; None: nobody knows. ``why`` in words."""
+
+    site: Site
+    latent: int
+    irrelevant: bool | None
+    why: str
+
+    @property
+    def name(self) -> str:
+        return name_of(self.site, self.latent)
+
+
+def by_annotation(latents: Sequence[Latent], annotations: Mapping[str, Annotation]) -> list[Verdict]:
+    """What people said: ``relevant`` false means irrelevant; None where they said nothing.
+
+    Raises UnweaveError when nothing was said about any of the latents.
+    """
+    found = []
+    for site, latent in latents:
+        said = annotations.get(name_of(site, latent))
+        relevant = None if said is None else said.relevant
+        why = "not annotated" if said is None else (said.annotation or said.notes or "annotated")
+        found.append(Verdict(site, latent, None if relevant is None else not relevant, why))
+    if latents and all(verdict.irrelevant is None for verdict in found):
+        raise UnweaveError(
+            f"no annotation says of any of the {len(latents)} latents whether it is relevant",
+            where="annotations",
+            remedy="annotate the latents of this circuit, with relevant true or false",
+        )
+    return found
+
+
+def by_rule(
+    records: Mapping[Latent, LatentRecord],
+    words: Collection[str] = GENDER_WORDS,
+    *,
+    context_share: float = CONTEXT_SHARE,
+    promoted_share: float = PROMOTED_SHARE,
+) -> list[Verdict]:
+    """The rule of the module's first lines, for every latent's record."""
+    return [
+        _ruled(site, latent, record, words, context_share, promoted_share) for (site, latent), record in records.items()
+    ]
+
+
+def _ruled(
+    site: Site, latent: int, record: LatentRecord, words: Collection[str], context_share: float, promoted_share: float
+) -> Verdict:
+    found = [_written_at(context) for context in record.top]
+    hits = [word for word in found if _among(word, words)]
+    at = [word.lower() for word in found]
+    said = [_bare(text).lower() for text, _ in record.promoted if _among(_bare(text), words)]
+    by_context = bool(at) and len(hits) >= context_share * len(at)
+    by_promoted = bool(record.promoted) and len(said) >= promoted_share * len(record.promoted)
+    reasons = [f"strongest on {_listed(at)}" if at else "never fires in the text looked at"]
+    if said:
+        reasons.append(f"promotes {_listed(said)}")
+    return Verdict(site, latent, by_context or by_promoted, "; ".join(reasons))
+
+
+def _among(word: str, words: Collection[str]) -> bool:
+    """Whether a word as it was written is one of ``words``, which are in lower case; first names need a capital."""
+    plain = word.lower()
+    return plain in words and (plain not in FIRST_NAMES or word[:1].isupper())
+
+
+def word_at(context: Context) -> str:
+    """The whole word at a context's strongest token, in lower case; the token itself where it is no word."""
+    return _written_at(context).lower()
+
+
+def _written_at(context: Context) -> str:
+    """As ``word_at``, as it was written."""
+    shown = context.shown()
+    at = next(place for place, one in enumerate(shown) if one.focus)
+    before, whole, behind = ("".join(one.text for one in some) for some in (shown[:at], [shown[at]], shown[at + 1 :]))
+    if whole and is_letter(whole[0]):
+        whole = "".join(takewhile(is_letter, reversed(before)))[::-1] + whole
+    if whole and is_letter(whole[-1]):
+        whole += "".join(takewhile(is_letter, behind))
+    return _bare(whole) or whole.strip()
+
+
+def _bare(text: str) -> str:
+    return text.strip().strip(".,;:!?\"'()[]*")
+
+
+def _listed(words: Sequence[str]) -> str:
+    counted = Counter(words)
+    return ", ".join(f"{word!r}" + (f" x{n}" if n > 1 else "") for word, n in counted.most_common(5))
+
+
+# -- a chat model -------------------------------------------------------------------------------------------------
+
+
+def by_chat(records: Mapping[Latent, LatentRecord], judge: Judge) -> tuple[list[Verdict], dict[str, int]]:
+    """A chat model's answers, and how often each reason kept it from answering; those latents' verdict is None.
+
+    Latents that never fire are not asked about. Raises UnweaveError when no answer could be used.
+    """
+    asked = [key for key, record in records.items() if record.top]
+    replies = dict(zip(asked, judge.ask([question(records[key]) for key in asked]), strict=True))
+    failures: Counter[str] = Counter()
+    found = []
+    for site, latent in records:
+        reply = replies.get((site, latent))
+        if reply is None:
+            found.append(Verdict(site, latent, None, "never fires in the text looked at"))
+            continue
+        irrelevant, failure = _read(reply)
+        if failure:
+            failures[failure] += 1
+        strongest = f"strongest on {_listed([word_at(context) for context in records[site, latent].top])}"
+        found.append(Verdict(site, latent, irrelevant, failure or strongest))
+    if asked and sum(failures.values()) == len(asked):
+        reason = failures.most_common(1)[0][0]
+        raise UnweaveError(
+            f"none of the judge's {len(asked)} answers could be used: {reason}",
+            where=judge.name,
+            remedy="use another judge",
+        )
+    return found, dict(failures)
+
+
+def _read(reply: Reply) -> tuple[bool | None, str]:
+    """(about gender, why there is no answer) of a reply: exactly one answer of the form asked for."""
+    if reply.text is None:
+        return None, reply.failure
+    answers = {answer.lower() for answer in _ANSWER.findall(reply.text)}
+    if len(answers) != 1:
+        return None, "more than one answer" if answers else "no answer of the form asked for"
+    return answers == {"yes"}, ""
+
+
+def question(record: LatentRecord) -> Conversation:
+    """The conversation that asks whether a latent is about gender: the task, three answered examples, the latent."""
+    turns = [text for shown, answer in _EXAMPLES for text in (shown, f"answer: [[{answer}]]")]
+    turns.append(_shown(record))
+    turns[0] = f"{_TASK}\n\n{turns[0]}"
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def _shown(record: LatentRecord) -> str:
+    contexts = record.top[:_SHOWN_CONTEXTS]
+    lines = [f"Text {i}: {_marked(context, record.maximum)}" for i, context in enumerate(contexts, 1)]
+    if record.promoted:
+        lines.append("It promotes: " + ", ".join(text.strip() for text, _ in record.promoted))
+    return "\n".join(lines)
+
+
+def _marked(context: Context, maximum: float) -> str:
+    """A context's text in one line, with the tokens on which the latent is at least half as strong as ever marked."""
+    parts = []
+    for text, value, counted, _ in context.shown():
+        plain = text.replace("\r", " ").replace("\n", " ")
+        body = plain.strip()
+        strong = counted and body and value >= 0.5 * maximum and value > 0
+        parts.append(plain.replace(body, f"*{body}*") if strong else plain)
+    return "".join(parts).strip()

@@ -1,0 +1,1 @@
+"""Errors on special tokens and by role; steering with their latents."""

@@ -1,0 +1,247 @@
+"""Latents of special tokens, and what adding one does to a model's answers (FAST, section 6 and appendix F).
+
+1. Which latents answer to a special token: a latent's largest value over the token's occurrences in a conversation,
+   averaged over the conversations that hold it.
+2. One of them is added at every position, z' = z + alpha d, with d its direction at length 1 (equation 8); the model
+   answers questions greedily at each alpha, and so it does with latents drawn at random, moved by the same length.
+3. ``methods/special_tokens/degradation.py`` says how much of the answers changed, and how far they fell apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unweave.core.errors import UnweaveError
+from unweave.core.progress import task
+from unweave.lm.model import LM, Tokens
+from unweave.methods.special_tokens.degradation import Answer, Level, levels_of, words_changed
+from unweave.sae.module import SAE
+from unweave.sae.steered import SteeredText, sweep
+from unweave.tasks.special_tokens import QUESTIONS, SpecialTokens
+
+PAPER_ALPHAS = (0.0, 15.0, 25.0, 50.0, 100.0, 150.0, 200.0)
+_DENSE_ELEMENTS = 1 << 23
+
+# -- which latents answer to a special token --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenMaxima:
+    """The latents with the largest average maximum at one special token."""
+
+    id: int
+    text: str
+    tokens: int
+    conversations: int
+    """How many conversations hold the token; the averages are over these."""
+    top: tuple[tuple[int, float], ...]
+    """(latent, average maximum), largest first."""
+    outliers: int
+    """How many of the tokens are longer than ``max_norm``."""
+    conversations_without_outliers: int
+    top_without_outliers: tuple[tuple[int, float], ...]
+    """The same without those: an attention sink's values would decide the average."""
+
+
+def average_maxima(
+    lm: LM,
+    sae: SAE,
+    batches: Iterable[Tokens],
+    *,
+    special: SpecialTokens | None = None,
+    top: int = 5,
+    max_norm: float = math.inf,
+) -> list[TokenMaxima]:
+    """The latents of each special token that occurs, by id (appendix F.3); every row of ``batches`` is a conversation.
+
+    ``top`` latents of each, those with an average of zero left out. Raises UnweaveError when the SAE names no site or
+    is not this model's, and when no token is special.
+    """
+    if sae.read is None:
+        raise UnweaveError("this SAE does not say which site it belongs to", remedy='name it: sae.at("resid_post.9")')
+    sae.verify(lm)
+    chosen = special or SpecialTokens.of(lm)
+    sums = _Maxima(sae, chosen.ids)
+    with torch.no_grad(), task("special tokens' latents", total=0, unit="tokens") as shown:
+        for piece in batches:
+            batch = piece.to(lm.device)
+            with lm.taps(read=[sae.read], stop=None if sae.read.point == "path" else sae.read) as seen:
+                lm(batch)
+            sums.add(batch, chosen.mask(batch), seen[sae.read], max_norm)
+            shown.advance(batch.n_tokens)
+    found = [sums.of(place, lm, top) for place in range(len(chosen.ids)) if sums.tokens[place]]
+    if not found:
+        raise UnweaveError(
+            "no token is special", remedy="give conversations, or name the ids that this model's template writes"
+        )
+    return found
+
+
+class _Maxima:
+    """Sums over conversations of every latent's maximum at each of S special ids, with and without outliers."""
+
+    def __init__(self, sae: SAE, ids: Sequence[int]) -> None:
+        self.sae, self.ids = sae, torch.tensor(sorted(ids), device=sae.W_enc.device)
+        self.totals = torch.zeros(2, len(ids), sae.d_sae, dtype=torch.float64, device=sae.W_enc.device)
+        self.tokens = torch.zeros(len(ids), dtype=torch.int64)
+        self.outliers = torch.zeros(len(ids), dtype=torch.int64)
+        self.talks = torch.zeros(2, len(ids), dtype=torch.int64)
+
+    def add(self, batch: Tokens, special: Tensor, x: Tensor, max_norm: float) -> None:
+        """Takes in the special tokens [B, P] of one batch of activations [B, P, d_in]."""
+        rows = torch.arange(len(batch), device=x.device)[:, None].expand_as(special)[special]
+        places = torch.searchsorted(self.ids, batch.ids[special])
+        pairs = rows * len(self.ids) + places  # one for each conversation and id
+        order = pairs.argsort()
+        x, pairs, places = x[special][order], pairs[order], places[order]
+        inside = x.float().norm(dim=-1) <= max_norm
+        self.tokens += torch.bincount(places, minlength=len(self.ids)).cpu()
+        self.outliers += torch.bincount(places[~inside], minlength=len(self.ids)).cpu()
+        pairs, place_of, sizes = _runs(pairs, len(self.ids))
+        ends = sizes.cumsum(0).tolist()
+        step = max(1, _DENSE_ELEMENTS // self.sae.d_sae)
+        for first in range(0, len(sizes), step):
+            last = min(first + step, len(sizes))
+            tokens = slice(ends[first - 1] if first else 0, ends[last - 1])
+            self._add_pairs(x[tokens], pairs[tokens] - first, inside[tokens], place_of[first:last])
+
+    def _add_pairs(self, x: Tensor, pairs: Tensor, inside: Tensor, place_of: Tensor) -> None:
+        """Tokens x [n, d_in] of some conversations' ids: ``pairs`` [n] of them, which are of ``place_of`` [p]."""
+        codes = self.sae.codes(x.to(self.sae.W_enc.dtype))
+        rows = codes.row_of_each()
+        where = pairs[rows] * self.sae.d_sae + codes.indices
+        for which, kept in enumerate((torch.ones_like(inside), inside)):
+            maxima = codes.values.new_zeros(len(place_of) * self.sae.d_sae)
+            some = kept[rows]
+            maxima.scatter_reduce_(0, where[some], codes.values[some], "amax")
+            self.totals[which].index_add_(0, place_of, maxima.view(len(place_of), -1).double())
+            held = torch.bincount(pairs[kept], minlength=len(place_of)) > 0
+            self.talks[which] += torch.bincount(place_of[held], minlength=len(self.ids)).cpu()
+
+    def of(self, place: int, lm: LM, top: int) -> TokenMaxima:
+        best = []
+        for which in (0, 1):
+            means = self.totals[which, place] / max(1, int(self.talks[which, place]))
+            values, latents = means.topk(min(top, len(means)))
+            pairs = zip(latents.tolist(), values.tolist(), strict=True)
+            best.append(tuple((latent, value) for latent, value in pairs if value > 0))
+        return TokenMaxima(
+            id=int(self.ids[place]),
+            text=lm.token_strings([int(self.ids[place])])[0],
+            tokens=int(self.tokens[place]),
+            conversations=int(self.talks[0, place]),
+            top=best[0],
+            outliers=int(self.outliers[place]),
+            conversations_without_outliers=int(self.talks[1, place]),
+            top_without_outliers=best[1],
+        )
+
+
+def _runs(pairs: Tensor, n_ids: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorted pair numbers [n] as 0, 1, ... [n], each one's id [p] and how many tokens it has [p]."""
+    distinct, numbered, sizes = torch.unique_consecutive(pairs, return_inverse=True, return_counts=True)
+    return numbered, distinct % n_ids, sizes
+
+
+# -- answers along alpha ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AlphaSweep:
+    """Answers with a latent, and with latents drawn at random, moved by the same lengths."""
+
+    latent: int
+    controls: tuple[int, ...]
+    unit: float
+    """what an alpha of 1 moves every position by"""
+    answers: tuple[Answer, ...]
+    control_answers: tuple[Answer, ...]
+    levels: tuple[Level, ...]
+    """by rising alpha, from 0"""
+    control_levels: tuple[Level, ...]
+    """likewise; each question's values are first averaged over the random latents. Empty without controls."""
+
+
+def alpha_sweep(
+    lm: LM,
+    sae: SAE,
+    latent: int,
+    alphas: Sequence[float] = PAPER_ALPHAS,
+    *,
+    unit: float = 1.0,
+    questions: Sequence[str] = QUESTIONS,
+    controls: Sequence[int] = (),
+    max_new_tokens: int = 60,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> AlphaSweep:
+    """Greedy answers with z + alpha d at every position that is not padding, for ``latent`` and each of ``controls``.
+
+    The positions are all of the prompt and of the answer, also those that the SAE's policy excludes (``where="all"``),
+    as in the paper. d has length 1, so that an alpha moves as far with every latent: by ``alpha * unit`` in the
+    activation's own units. Alpha 0, the unedited model, is always among the levels. Raises UnweaveError for a negative
+    alpha, for none above 0, and for a latent without a direction.
+    """
+    rising = sorted({float(alpha) for alpha in alphas if alpha != 0})
+    if not rising or not all(0 < alpha < math.inf for alpha in rising) or not 0 < unit < math.inf:
+        raise UnweaveError(
+            f"cannot move activations by {list(alphas)} times {unit}", remedy="give alphas above 0, and a unit above 0"
+        )
+    if len(set(questions)) != len(questions):
+        raise UnweaveError("a question is asked twice", remedy="ask each once: intervals are over questions")
+    by_latent: dict[int, list[Answer]] = {}
+    with task("steer", total=1 + len(controls), unit="latents") as shown:
+        for chosen in (latent, *controls):
+            by_latent[chosen] = _answers(lm, sae, chosen, rising, unit, questions, max_new_tokens)
+            shown.advance()
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(questions), (resamples, len(questions)))
+    every = (0.0, *rising)
+    return AlphaSweep(
+        latent=latent,
+        controls=tuple(controls),
+        unit=unit,
+        answers=tuple(by_latent[latent]),
+        control_answers=tuple(answer for control in controls for answer in by_latent[control]),
+        levels=levels_of([by_latent[latent]], questions, every, unit, draws),
+        control_levels=levels_of([by_latent[c] for c in controls], questions, every, unit, draws) if controls else (),
+    )
+
+
+def random_latents(latent: int, firing_counts: Tensor, n: int, seed: int = 0) -> tuple[int, ...]:
+    """``n`` latents for comparison, drawn from those other than ``latent`` that fire at all (counts [F]), or fewer."""
+    others = [j for j in firing_counts.nonzero().flatten().tolist() if j != latent]
+    return tuple(sorted(np.random.default_rng(seed).permutation(others)[:n].astype(int).tolist()))
+
+
+def _answers(
+    lm: LM, sae: SAE, latent: int, alphas: Sequence[float], unit: float, questions: Sequence[str], max_new_tokens: int
+) -> list[Answer]:
+    length = float(sae.subset([latent]).directions.norm())
+    if not length > 0:
+        raise UnweaveError(f"latent {latent} has no direction", remedy="choose another")
+    texts = sweep(
+        lm,
+        sae,
+        latent,
+        questions,
+        alphas,
+        maximum=unit / length,
+        mode="add",
+        where="all",
+        max_new_tokens=max_new_tokens,
+    )
+    unedited = {text.prompt: text.text for text in texts if text.strength is None}
+    return [_answer(latent, text, unedited[text.prompt]) for text in texts]
+
+
+def _answer(latent: int, text: SteeredText, unedited: str) -> Answer:
+    changed = words_changed(unedited, text.text)
+    alpha = text.strength or 0.0
+    return Answer(text.prompt, alpha, latent, text.text, text.n_tokens, text.distinct, text.perplexity, changed)

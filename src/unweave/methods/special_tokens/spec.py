@@ -1,0 +1,60 @@
+"""What measuring special tokens can be asked. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unweave.core.spec import operational, require
+from unweave.data.spec import DataSpec
+from unweave.inputs.spec import UseSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokensSpec(UseSpec):
+    """Measuring an autoencoder on special tokens and by role, and steering with a latent of a special token."""
+
+    data: DataSpec | None = None
+    """Other conversations to measure on; by default held-out ones of the training text, each on its own."""
+    tokens: int | None = None
+    """How many tokens to read; by default as many as the text's heldout_tokens. Only conversations count."""
+    batch_tokens: int = operational(1024)
+    """Tokens that go through the model at once."""
+    special_ids: tuple[int, ...] = ()
+    """Which ids are special; by default the tokenizer's special ids and the template's words for who speaks."""
+    where: Literal["template", "anywhere"] = "template"
+    """Whether such an id counts only where the chat template wrote it, or wherever it stands."""
+    samples: int = 1000
+    """Over how many conversations at most a latent's largest activations are averaged."""
+    token: str | None = None
+    """The special token whose strongest latent is steered with; by default the one that opens a turn."""
+    latent: int | None = None
+    """The latent to steer with; by default the token's strongest, by its average largest activation."""
+    questions: tuple[str, ...] = ()
+    """What to ask the model; by default ten questions of different kinds."""
+    alphas: tuple[float, ...] = (0.0, 15.0, 25.0, 50.0, 100.0, 150.0, 200.0)
+    """How far to move every position along the latent's direction; the default is the FAST paper's."""
+    unit: Literal["absolute", "median"] = "absolute"
+    """What alpha counts: the activation's own units, or multiples of its median norm where the SAE writes."""
+    controls: int = 3
+    """With how many latents drawn at random to do the same beside it."""
+    max_new_tokens: int = 60
+    """Length of the answers."""
+    max_distinct_loss: float = 0.1
+    """How much lower the share of distinct 3-grams may be than unedited for answers to count as not degraded."""
+    max_perplexity_ratio: float = 1.25
+    """By what factor perplexity under the unedited model may be higher."""
+    min_answers_changed: float = 0.5
+    """What share of the answers must differ from the unedited ones for an alpha to count as having done something."""
+    seed: int = 0
+    """Choice of the random latents and of the resamples behind the intervals."""
+
+    def __post_init__(self) -> None:
+        fine = {name: getattr(self, name) > 0 for name in ("batch_tokens", "samples", "max_new_tokens")}
+        fine |= {"tokens": self.tokens is None or self.tokens > 0, "controls": self.controls >= 0}
+        fine |= {
+            "max_distinct_loss": self.max_distinct_loss >= 0,
+            "max_perplexity_ratio": self.max_perplexity_ratio >= 1,
+        }
+        fine |= {"alphas": any(alpha > 0 for alpha in self.alphas) and all(alpha >= 0 for alpha in self.alphas)}
+        require(self, fine | {"min_answers_changed": 0 <= self.min_answers_changed <= 1})

@@ -1,0 +1,1 @@
+"""Text with a latent turned up."""

@@ -1,0 +1,226 @@
+"""Which latent to steer with: one that has a theme, and that brings the theme out when it is turned up.
+
+1. The output score (Arad et al. 2025) asks whether the model says what a latent's direction promotes. At the last token
+   of a neutral prompt the latent is raised by 10 times the largest activation of any latent there; with p the
+   next-token distribution, S_out = (1 - r / |V|) p_max, p_max the largest probability among the 20 tokens of the
+   direction's logit lens and r that token's rank (0 is best). Tokens are the |V| ids that the tokenizer has; p is the
+   model's own distribution, over all rows of its unembedding.
+2. In a small model's early layers that finds latents that promote function words. So ``choose_latents`` begins from
+   the latents with the clearest themes (``themes``) and asks for their expression: what the theme's words add to the
+   divergence of the next token's distribution, at neutral prompts, when the latent is turned up as it will be in use.
+3. The strongest of them often write nothing but their words. So those that express their theme most write a few words
+   each, and the ones that come to their theme in text that neither repeats itself nor falls apart are best
+   (``trials``).
+
+All candidates are rows of a few batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.latents.records import Records
+from unweave.lm.model import LM, Tokens
+from unweave.lm.taps import At
+from unweave.methods.steer.themes import Theme, themes
+from unweave.sae.module import SAE
+from unweave.sae.steered import distinct, lens_tokens, perplexity, prompt_tokens, until_end
+
+NEUTRAL = "From my experience,"
+"""the paper's prompt"""
+PROMPTS = ("I would like to tell you about the", "My favourite thing is the", "It was all about")
+"""beginnings that a word of almost any theme may follow"""
+TRIAL = "Tell me about something you like."
+
+_SHOWN = 10
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class OutputScore:
+    """How well one latent brings out what its direction promotes."""
+
+    latent: int
+    score: float
+    """S_out in [0, 1]"""
+    probability: float
+    """p_max"""
+    rank: int
+    """r"""
+    tokens: tuple[str, ...]
+    """its first ten lens tokens, as text"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A latent to steer with."""
+
+    latent: int
+    words: tuple[str, ...]
+    """its theme, strongest word first"""
+    expression: float
+    """how much turning it up brings these words out, in nats; see ``expressions``"""
+    trial: float
+    """in [0, 1]: how well a few words show it; see ``trials``"""
+    score: float
+    """its output score S_out"""
+    tokens: tuple[str, ...]
+    """its first ten lens tokens, as text"""
+
+
+def output_scores(
+    lm: LM,
+    sae: SAE,
+    latents: Sequence[int],
+    *,
+    prompt: str = NEUTRAL,
+    amount: float = 10.0,
+    max_tokens: int = 1024,
+) -> list[OutputScore]:
+    """The output score of each latent, in the order given; see the module. The SAE's error is kept.
+
+    Raises UnweaveError when no latent fires at the prompt's last token, since strengths are measured by that.
+    """
+    write = _written(lm, sae)
+    row = lm.tokenize(prompt)
+    reads = [sae.read or write]
+    with lm.taps(read=reads, stop=reads[0]) as seen:
+        lm(row)
+    strongest = float(sae.encode(seen[reads[0]][0, -1]).max())
+    if not strongest > 0:
+        raise UnweaveError(
+            "no latent fires at the prompt's last token", where=repr(prompt), remedy="use another prompt"
+        )
+    lens = lens_tokens(lm, sae, latents)
+    shift = torch.zeros(len(lens), row.ids.shape[1], sae.d_out, dtype=sae.W_dec.dtype, device=lm.device)
+    shift[:, -1] = amount * strongest * sae.subset(latents).directions
+    found: list[OutputScore] = []
+    known = lm.known_ids.to(lm.device)
+    for part, p in _raised(lm, write, row, shift, max_tokens):
+        best = p.gather(1, lens[part]).max(1).values
+        ranks = (p[:, known] > best.unsqueeze(1)).sum(1).tolist()
+        for latent, theme, high, rank in zip(latents[part], lens[part], best.tolist(), ranks, strict=True):
+            tokens = tuple(lm.token_strings(theme[:_SHOWN]))
+            found.append(OutputScore(int(latent), (1 - rank / len(known)) * high, high, rank, tokens))
+    return found
+
+
+def expressions(
+    lm: LM, sae: SAE, found: Sequence[Theme], maxima: Sequence[float], *, strength: float = 2.0, max_tokens: int = 1024
+) -> list[float]:
+    """How much turning each latent up brings out its theme, in nats: sum p' log(p' / p) over the theme's tokens, mean
+    over neutral prompts. p is the next-token distribution, p' the one with ``strength`` times the latent's largest
+    activation added on all tokens that the SAE was trained on; a rare word that becomes likely counts most."""
+    write = _written(lm, sae)
+    shift = strength * torch.as_tensor(maxima, dtype=sae.W_dec.dtype, device=sae.W_dec.device).unsqueeze(1)
+    shift = shift * sae.subset([theme.latent for theme in found]).directions
+    total = [0.0] * len(found)
+    for prompt in PROMPTS:
+        row = lm.tokenize(prompt)
+        reads = sae.read or write
+        with lm.taps(read=[reads]) as seen:
+            logits = lm(row, keep_logits=1)
+        assert logits is not None
+        before = torch.softmax(logits[0, -1].float(), -1).clamp(min=_TINY)
+        kept = sae.policy.keep(seen[reads], row.ids.to(lm.device), row.mask.to(lm.device)).unsqueeze(-1)
+        for part, p in _raised(lm, write, row, shift.unsqueeze(1) * kept, max_tokens):
+            for place, after in zip(range(part.start, part.stop), p, strict=True):
+                ids = torch.tensor(found[place].token_ids, device=p.device)
+                now = after[ids].clamp(min=_TINY)
+                total[place] += float((now * (now / before[ids]).log()).sum()) / len(PROMPTS)
+    return total
+
+
+def trials(
+    lm: LM,
+    sae: SAE,
+    found: Sequence[Theme],
+    maxima: Sequence[float],
+    *,
+    strengths: Sequence[float] = (1.0, 2.0),
+    prompt: str = TRIAL,
+    max_new_tokens: int = 24,
+) -> list[float]:
+    """How well each latent shows its theme in text, [n] in [0, 1]: mean over strengths of theme x variety x sense.
+
+    theme: 1 with two or more of the theme's tokens, 0.5 with one. variety: distinct 3-grams over all. sense: 1 while
+    the perplexity under the unedited model is at most twice that of unedited text, else 1 over the number of doublings.
+    """
+    write = _written(lm, sae)
+    cells = [(i, strength) for i in range(len(found)) for strength in strengths]
+    scale = torch.tensor([0.0, *(strength * maxima[i] for i, strength in cells)], dtype=sae.W_dec.dtype)
+    latents = torch.tensor([0, *(found[i].latent for i, _ in cells)])
+    shift = scale.unsqueeze(1).to(lm.device) * sae.W_dec[latents.to(lm.device)]
+
+    def raised(x: Tensor, at: At) -> Tensor:
+        kept = sae.policy.keep(x, at.ids, at.mask) if sae.read == write else at.mask
+        return x + (shift.unsqueeze(1) * kept.unsqueeze(-1)).to(x.dtype)
+
+    rows = prompt_tokens(lm, [prompt] * len(scale), None)
+    ids = lm.generate_ids(rows, {write: raised}, max_new_tokens=max_new_tokens)
+    written = until_end(lm, ids)
+    perplexities = perplexity(lm, rows, ids, written)
+    usual = perplexities[0] or 1.0
+    values = [0.0] * len(found)
+    for (i, _), row, n, p in zip(cells, ids[1:], written.tolist()[1:], perplexities[1:], strict=True):
+        if p is not None:
+            new = row[:n]
+            theme = min(1.0, sum(int(token) in found[i].token_ids for token in new) / 2)
+            values[i] += theme * distinct(new) / max(1.0, math.log2(p / usual)) / len(strengths)
+    return values
+
+
+def choose_latents(
+    lm: LM, sae: SAE, records: Records, *, n: int = 10, candidates: int = 192, tried: int = 12
+) -> list[Choice]:
+    """The ``n`` best latents to steer with, best first.
+
+    Of the ``candidates`` clearest themes the ``tried`` that are expressed most are tried in text, and come first in the
+    order of their trials; the others follow by expression. Raises UnweaveError where no latent has a theme, as in
+    records of very little text.
+    """
+    found = themes(lm, records)[:candidates]
+    if not found:
+        raise UnweaveError(
+            "no latent has a theme: words that its contexts share and others lack",
+            where=str(sae.write),
+            remedy="name the latent to steer with, or collect records on more text",
+        )
+    maxima = [float(records.maximum[theme.latent]) for theme in found]
+    values = expressions(lm, sae, found, maxima)
+    order = sorted(range(len(found)), key=lambda i: (-values[i], found[i].latent))
+    best = order[:tried]
+    shown = dict(zip(best, trials(lm, sae, [found[i] for i in best], [maxima[i] for i in best]), strict=True))
+    order = sorted(order[: max(n, tried)], key=lambda i: (i not in shown, -shown.get(i, 0.0), -values[i]))[:n]
+    scores = output_scores(lm, sae, [found[i].latent for i in order])
+    return [
+        Choice(found[i].latent, found[i].words, values[i], shown.get(i, 0.0), score.score, score.tokens)
+        for i, score in zip(order, scores, strict=True)
+    ]
+
+
+def _written(lm: LM, sae: SAE) -> Site:
+    if sae.write is None:
+        raise UnweaveError("this SAE's file named no site", remedy='name it: sae.at("resid_post.9")')
+    sae.verify(lm)
+    return sae.write
+
+
+def _raised(lm: LM, site: Site, row: Tokens, shifts: Tensor, max_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """Next-token probabilities [R, V] after one prompt, with ``shifts`` [N, P, D] added at a site, some at a time."""
+    step = max(1, max_tokens // row.ids.shape[1])
+    for start in range(0, len(shifts), step):
+        part = slice(start, min(start + step, len(shifts)))
+        here = shifts[part]
+        rows = Tokens(*(column.expand(len(here), -1) for column in (row.ids, row.mask, row.roles)))
+        with lm.taps(edit={site: lambda x, _at, here=here: x + here.to(x.dtype)}):
+            logits = lm(rows, keep_logits=1)
+        assert logits is not None
+        yield part, torch.softmax(logits[:, -1].float(), -1)

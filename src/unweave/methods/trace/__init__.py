@@ -1,0 +1,1 @@
+"""Which latents cause a behaviour, and how far estimates of that can be believed."""

@@ -1,0 +1,33 @@
+"""What tracing a behaviour can be asked. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unweave.core.spec import require
+from unweave.inputs.spec import UseSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceSpec(UseSpec):
+    """Finding the latents that cause a behaviour."""
+
+    task: Literal["simple", "within_rc", "across_rc", "across_pp"] = "across_pp"
+    """Subject-verb agreement: alone, within or across a relative clause, or across a prepositional phrase."""
+    pairs: int = 128
+    """How many pairs of a clean and a changed sentence."""
+    top: int = 20
+    """How many of the strongest latents to check by their exact effect."""
+    random: int = 20
+    """How many random latents to check beside them."""
+    steps: int = 10
+    """Steps of integrated gradients."""
+    rule: Literal["left", "midpoint", "right"] = "midpoint"
+    """Where in each step the gradient is taken: left is the feature-circuits code's convention, right the paper's."""
+    seed: int = 0
+    """Choice of pairs and of random latents."""
+
+    def __post_init__(self) -> None:
+        fine = {"pairs": self.pairs > 0, "top": self.top > 1, "random": self.random >= 0, "steps": self.steps > 0}
+        require(self, fine)

@@ -1,0 +1,1 @@
+"""Training SAEs, many at once, on one stream of activations."""

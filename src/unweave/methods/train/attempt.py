@@ -1,0 +1,100 @@
+"""One attempt at a batch, and what the attempts of one optimiser step add up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from unweave.core.dist import Group
+from unweave.methods.train.kinds import Found
+from unweave.methods.train.scaling import Affine
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What the SAE makes of a batch as it stands.
+
+    The three scalars are of the whole batch in value, and in gradient one's own share of it; all else is of one's own
+    rows.
+    """
+
+    loss: Tensor
+    """reconstruction + penalty: what ``step`` descends"""
+    reconstruction: Tensor
+    """squared error in scaled units, summed over dimensions, averaged over tokens (nested or several: their sum)"""
+    penalty: Tensor
+    """every other term: sparsity, AuxK, a gate's own reconstruction, pre-activations"""
+    scaled: Tensor
+    """the reconstruction in scaled units, [N, D_out], with its graph"""
+    x: Tensor
+    goal: Tensor
+    """inputs [N, D] and what they should become [N, D_out], scaled, without a graph"""
+    rows: int
+    """how many rows the batch has in all processes"""
+    fired: Tensor
+    """which latents are active anywhere, bool [F]"""
+    active: Tensor
+    """how many latents are active, over all rows, int64 []"""
+    found: Found
+    dead: int
+    output: Affine
+
+    @cached_property
+    def y(self) -> Tensor:
+        """The reconstruction in the units of the data, [N, D_out], with its graph to the parameters and to x."""
+        return self.output.back(self.scaled)
+
+
+@dataclass
+class Tally:
+    """What the attempts of one step have in common: sums over their rows, in one process."""
+
+    attempts: int
+    loss: float
+    fired: Tensor
+    active: Tensor
+    rows: int
+    error: Tensor
+    goal_sum: Tensor
+    goal_square: Tensor
+    found: Found
+    inputs: tuple[Tensor, ...]
+    """the attempts' rows [n, D], of one's own"""
+
+    @classmethod
+    def of(cls, attempt: Attempt, loss: float) -> Tally:
+        goal = attempt.goal
+        error = torch.linalg.vector_norm(attempt.scaled.detach() - goal).square()
+        square = torch.linalg.vector_norm(goal).square()
+        return cls(
+            1, loss, attempt.fired, attempt.active, len(goal), error, goal.sum(0), square, attempt.found, (attempt.x,)
+        )  # fmt: skip
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.attempts + other.attempts, self.loss + other.loss, self.fired | other.fired,
+            self.active + other.active, self.rows + other.rows, self.error + other.error,
+            self.goal_sum + other.goal_sum, self.goal_square + other.goal_square, self.found.joined(other.found),
+            self.inputs + other.inputs,
+        )  # fmt: skip
+
+    def over(self, group: Group) -> Tally:
+        """Over all processes: one exchange of sums, one of what fired."""
+        if group.size == 1:
+            return self
+        counts = torch.stack([self.active.double(), self.error.double(), self.goal_square.double()])
+        sums = group.sum(torch.cat([counts, counts.new_tensor([self.rows]), self.goal_sum.double()]))
+        fired = group.max(self.fired.to(torch.uint8)).bool()
+        return Tally(
+            self.attempts, self.loss, fired, sums[0], int(sums[3]), sums[1], sums[4:], sums[2], self.found,
+            self.inputs,
+        )  # fmt: skip
+
+    @property
+    def fvu(self) -> float:
+        """Squared error over squared distance to the mean."""
+        variance = self.goal_square / self.rows - (self.goal_sum / self.rows).square().sum()
+        return float(self.error) / self.rows / max(float(variance), 1e-30)

@@ -1,0 +1,172 @@
+"""What a training run will cost, before it is started, and what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.data.pack import pack
+from unweave.inputs.inputs import budget_of, documents_of, load_lm, refuse_long_rows
+from unweave.lm.model import LM, Tokens
+from unweave.methods.train import start
+from unweave.methods.train.end_to_end import end_to_end_step
+from unweave.methods.train.members import Member, members
+from unweave.methods.train.spec import DoctorSpec
+from unweave.methods.train.trainer import SAETrainer
+
+_FP32 = 4
+_CALIBRATION = 32_768
+"""tokens that end-to-end training harvests, at least, before it begins"""
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What was found; has the two fields that every stage's outcome has."""
+
+    path: Path
+    result: dict[str, Any]
+    reused: bool = False
+
+
+def run(spec: DoctorSpec, runs: Path) -> Checkup:
+    """Measures a little of everything and multiplies. Nothing is written."""
+    problems: list[str] = []
+    lm = _try(problems, lambda: load_lm(spec.model, spec.dtype, spec.device))
+    found: dict[str, Any] = {"model": repr(lm) if lm else spec.model}
+    if lm is not None:
+        _try(problems, lambda: refuse_long_rows(lm, spec.data.pack.context))
+        found_members = _try(problems, lambda: members(spec, lm))
+        if found_members:
+            found |= _try(problems, lambda: _cost(spec, lm, found_members)) or {}
+        _look_at_text(spec, lm, problems)
+    _look_at_folder(runs, problems)
+    found["disk_free_gb"] = round(shutil.disk_usage(_existing(runs)).free / 1e9, 1)
+    if found.get("disk_gb", 0) > found["disk_free_gb"]:
+        problems.append(f"needs {found['disk_gb']} GB of disk, {found['disk_free_gb']} GB are free: see stream.cache")
+    if found.get("memory_gb", 0) > _memory_gb():
+        problems.append(f"needs {found['memory_gb']} GB of memory, the machine has {_memory_gb()}: lower sae.expansion")
+    found["problems"] = problems or ["none found"]
+    return Checkup(runs, found)
+
+
+def _try(problems: list[str], work: Any) -> Any:
+    try:
+        return work()
+    except UnweaveError as error:
+        problems.append(str(error))
+        return None
+
+
+def _look_at_text(spec: DoctorSpec, lm: LM, problems: list[str]) -> None:
+    if spec.sae.tokens > spec.epochs * spec.data.tokens:
+        problems.append(
+            f"sae.tokens {spec.sae.tokens} is more than {spec.epochs:g} epochs over data.tokens {spec.data.tokens}: "
+            "train on fewer, give more text, or allow more epochs"
+        )
+    for split in ("train", "heldout"):
+        _try(problems, lambda split=split: _enough(spec, lm, split))
+
+
+def _enough(spec: DoctorSpec, lm: LM, split: str) -> None:
+    """Packs the text, without keeping it, until there is enough."""
+    (wanted, unit), found, documents = budget_of(spec.data, split), 0, set()
+    for row in pack(documents_of(spec.data, split), lm.tokenizer, spec.data.pack):
+        documents.add(row.document)
+        found = len(documents) if unit == "documents" else found + len(row.ids)
+        if found >= wanted:
+            return
+    raise UnweaveError(
+        f"the {split} text has only {found:,} {unit}, {wanted:,} were asked for", remedy="give more text"
+    )
+
+
+def _look_at_folder(runs: Path, problems: list[str]) -> None:
+    folder = _existing(runs)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        problems.append(f"{folder} is not a writable folder: choose another with --runs")
+
+
+def _existing(path: Path) -> Path:
+    path = Path(path).resolve()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _memory_gb() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+
+
+def _cost(spec: DoctorSpec, lm: LM, asked: list[Member]) -> dict[str, Any]:
+    """Times one harvest batch and a few training steps of every SAE."""
+    sites = sorted({site for member in asked for site in (member.read, member.write)})
+    tokens = _random_tokens(spec, lm, spec.stream.batch_tokens)
+    seconds = 0.0
+    for _ in range(2):  # the first is for warming up
+        started = time.perf_counter()
+        with lm.taps(read=sites, stop=max(sites)) as seen:
+            lm(tokens)
+        seconds = time.perf_counter() - started
+    harvest = tokens.n_tokens / seconds
+    x = {site: seen[site].flatten(0, 1).float() for site in sites}
+    found = [_timed(spec, lm, member, x) for member in asked]
+    train = spec.sae.batch / sum(seconds for _, seconds in found)
+    width = sum(found.shape[1] for found in x.values())
+    latents = sum(n for n, _ in found)
+    widths = [x[member.read].shape[1] + x[member.write].shape[1] for member in asked]
+    parameters = sum(n * both for (n, _), both in zip(found, widths, strict=True))
+    end_to_end = spec.objective == "end-to-end"  # which harvests no more than it begins from
+    begun = min(spec.data.tokens, max(_CALIBRATION, spec.stream.buffer_tokens))
+    distinct = begun if end_to_end else spec.data.tokens
+    harvested = distinct if spec.stream.cache or end_to_end else spec.sae.tokens
+    cached = distinct * width * _FP32 if spec.stream.cache else 0
+    model = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    memory = model + 4 * parameters * _FP32 + 3 * spec.stream.buffer_tokens * width * _FP32 + 1e9
+    return {
+        "saes": len(asked),
+        "latents": latents,
+        "distinct_tokens": spec.data.tokens,
+        "training_tokens": spec.sae.tokens,
+        "epochs": round(spec.sae.tokens / spec.data.tokens, 2),
+        "harvest_tokens_per_second": round(harvest),
+        "train_tokens_per_second": round(train),
+        "minutes": round((harvested / harvest + spec.sae.tokens / train) / 60, 1),
+        "memory_gb": round(memory / 1e9, 1),
+        "disk_gb": round((cached + 4 * parameters * _FP32) / 1e9, 1),
+    }
+
+
+def _random_tokens(spec: DoctorSpec, lm: LM, count: int) -> Tokens:
+    """About ``count`` random tokens in rows as long as the text's."""
+    context = spec.data.pack.context
+    limit = getattr(lm.model.config, "max_position_embeddings", context)
+    shape = (max(1, count // context), min(context, limit))
+    return Tokens.of(torch.randint(0, lm.vocab_size, shape, generator=torch.Generator().manual_seed(0)))
+
+
+def _timed(spec: DoctorSpec, lm: LM, member: Member, x: dict[Site, torch.Tensor]) -> tuple[int, float]:
+    """How many latents a member has, and how many seconds a batch of it takes. UnweaveError where it cannot start."""
+    first, _ = start.opened(spec, lm, member.name, member.read, member.write)
+    inputs, goal = x[member.read], None if member.read == member.write else x[member.write]
+    batch, text = member.spec.batch, _random_tokens(spec, lm, member.spec.batch)
+    enough = 4 * max(batch, text.n_tokens)  # a step more than are taken
+    own = replace(member.spec, tokens=max(member.spec.tokens, enough))
+    trainer = SAETrainer(own, inputs.shape[1], init_x=inputs, init_target=goal, device=lm.device, start=first)
+    chosen = torch.randint(0, len(inputs), (batch,), generator=torch.Generator().manual_seed(0))
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        if spec.objective == "end-to-end":
+            end_to_end_step(lm, trainer, text, member.read, nonfinite="drop")
+        else:
+            trainer.step(inputs[chosen], None if goal is None else goal[chosen])
+        times.append(time.perf_counter() - started)
+    if spec.objective == "end-to-end":
+        return trainer.d_sae, min(times) * batch / text.n_tokens
+    return trainer.d_sae, min(times)

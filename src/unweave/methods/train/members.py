@@ -1,0 +1,62 @@
+"""Which SAEs a training run makes: every variant at every site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.lm.model import LM
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.spec import TrainSpec
+from unweave.methods.train.variants import variants_of
+
+
+@dataclass(frozen=True)
+class Member:
+    """One SAE of a training run. ``name`` is its folder under ``sae/``: site, variant, both, or "" for only one."""
+
+    name: str
+    read: Site
+    write: Site
+    spec: SAESpec
+
+
+def sites_named(read: Site | None, write: Site | None) -> str:
+    """``resid_post.9``, or ``mlp_in.9->mlp_add.9`` of a transcoder, as ``--sites`` takes it."""
+    return str(read) if read == write else f"{read}->{write}"
+
+
+def members(spec: TrainSpec, lm: LM) -> list[Member]:
+    """The SAEs that a spec asks for in a model, in the order of sites. UnweaveError for a pattern that fits no site."""
+    pairs = lm.matching(spec.sites)
+    variants = variants_of(spec.sae, spec.variants)
+    found = []
+    for read, write in sorted(pairs):
+        site = str(read) if read == write else f"{read}-{write}"
+        for variant, sae in variants.items():
+            parts = [site] if len(pairs) > 1 or variant else []
+            found.append(Member("/".join([*parts, variant] if variant else parts), read, write, sae))
+    if spec.objective == "end-to-end":
+        _refuse_end_to_end(found)
+    return found
+
+
+def _refuse_end_to_end(found: list[Member]) -> None:
+    """Trap 31: what end-to-end training would ignore."""
+    sites = sorted({member.read for member in found})
+    remedy = "use objective: reconstruction"
+    if any(member.read != member.write for member in found):
+        raise UnweaveError("transcoders are not trained end to end", where="objective", remedy=remedy)
+    if len(sites) > 1:
+        raise UnweaveError(
+            f"end-to-end training is at one site at a time, not at {len(sites)}: {', '.join(map(str, sites))}",
+            where="sites",
+            remedy="make it one training run per site",
+        )
+    if any(member.spec.kind == "matryoshka" or member.spec.multi_topk > 0 for member in found):
+        raise UnweaveError(
+            "nested reconstructions (matryoshka's groups, multi_topk) take no part in end-to-end training",
+            where="objective",
+            remedy=f"use kind batchtopk, or topk without multi_topk; or {remedy}",
+        )

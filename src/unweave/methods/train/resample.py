@@ -1,0 +1,68 @@
+"""Resampling: latents that never fire begin anew, pointing at inputs that are badly explained (Bricken et al. 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unweave.core.dist import Group
+from unweave.methods.train import init
+from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.weights import Weights, first_threshold
+
+_QUIET = 0.2
+"""norm of a new encoder row, as a share of the living ones' mean: it takes part, but does not take over"""
+
+
+@torch.no_grad()
+def begin_anew(
+    spec: SAESpec,
+    weights: Weights,
+    optimiser: torch.optim.Optimizer,
+    silent: Tensor,
+    x: Tensor,
+    goal: Tensor,
+    y: Tensor,
+    generator: torch.Generator,
+    group: Group,
+) -> None:
+    """Gives the latents in ``silent`` (bool [F]) new weights, in place.
+
+    For each a row of the batch is drawn with a probability proportional to its squared error |goal - y|^2, its share of
+    the loss (published versions take the error's norm, or the loss squared). The decoder row becomes the goal's
+    direction, the encoder row the input's at 0.2 times the mean norm of the others, biases 0, the threshold what it was
+    at the start, and Adam's memory of all of these 0. In a group rows are drawn from the whole batch.
+    """
+    which = silent.nonzero().squeeze(1)
+    if len(which) == 0:
+        return
+    mass = (goal - y).square().sum(1).double()
+    masses = group.gather(mass)
+    before, whole = sum(len(m) for m in masses[: group.rank]), torch.cat(masses).cpu()
+    if not float(whole.sum()) > 0:
+        return
+    distinct = len(which) <= int((whole > 0).sum())
+    drawn = torch.multinomial(whole, len(which), replacement=not distinct, generator=generator).to(x.device)
+    own = (drawn >= before) & (drawn < before + len(x))
+    inputs, goals = (group.sum(_rows_at(t, drawn - before, own)) for t in (x, goal))
+    alive = weights.W_enc[~silent].norm(dim=1)
+    size = float(alive.mean()) if len(alive) else 1.0
+    weights.W_enc[which] = init.unit_rows(inputs) * (_QUIET * size)
+    weights.W_dec[which] = init.unit_rows(goals)
+    for vector in (weights.b_enc, weights.r_mag, weights.b_mag):
+        if vector is not None:
+            vector[which] = 0
+    if weights.plain_threshold is not None:
+        weights.plain_threshold[which] = first_threshold(spec)
+    if weights.log_threshold is not None:
+        weights.log_threshold[which] = torch.tensor(first_threshold(spec)).log().to(weights.log_threshold)
+    for name, parameter in weights.named().items():
+        if name not in ("b_dec", "W_skip"):
+            for memory in optimiser.state[parameter].values():
+                if memory.shape == parameter.shape:
+                    memory[which] = 0
+
+
+def _rows_at(t: Tensor, places: Tensor, own: Tensor) -> Tensor:
+    """Rows of t at places, zeros where they are another process's."""
+    return torch.where(own[:, None], t[places.clamp(0, len(t) - 1)], 0)

@@ -1,0 +1,386 @@
+"""Training: text -> tokens -> activations -> SAEs, several at once, saved with where they come from.
+
+1. Every variant of the spec at every site is a member. All of them train on the same batches, from one forward pass.
+2. A checkpoint holds every trainer's state and the place in the stream; killed at any moment, the same command goes on
+   from the last one and ends with the same bytes.
+3. Started by torchrun, several processes divide the forward passes. Where there are at least as many members as
+   processes, each trains its own members on whole batches; otherwise all train every member, each on its part of the
+   batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unweave.core.dist import SOLO, Group, refuse_shared_device, world
+from unweave.core.errors import UnweaveError, UnweaveWarning
+from unweave.core.files import read_json
+from unweave.core.progress import task
+from unweave.core.run import Run
+from unweave.core.site import Site
+from unweave.data.policy import TokenPolicy
+from unweave.data.stream import ActivationSource, MixingBuffer, Norms, RowBatches, calibrate
+from unweave.data.tokens import TokenStore
+from unweave.inputs.inputs import activation_source, load_lm, stamps, token_store
+from unweave.lm.model import LM
+from unweave.methods.train import checkpoint, start
+from unweave.methods.train.end_to_end import end_to_end_step
+from unweave.methods.train.members import Member, members, sites_named
+from unweave.methods.train.spec import TrainSpec
+from unweave.methods.train.trainer import SAETrainer
+from unweave.sae import provenance
+from unweave.sae.module import SAE
+
+VERSION = 4
+_INIT_TOKENS = 16_384
+_LOG_EVERY_TOKENS = 20_000
+_GAMMA_LIMIT = 3.0
+_SHOWN_SAES = 12
+_SLICE = 1 << 22
+"""tokens that are looked at at a time where all are"""
+
+
+def run(spec: TrainSpec, runs: Path) -> Run:
+    """Trains every variant at every site. The run holds ``sae/`` (several: ``sae/<site>/<variant>``) and the log."""
+    group = world()
+    refuse_shared_device(spec.device, group)
+    inputs = stamps(spec.model, spec.data) | start.inputs(spec)
+    with _entered(Run.open(runs, "train", spec, version=VERSION, inputs=inputs), group) as run:
+        if run.done:
+            return run
+        for _ in group.in_turn():
+            lm = load_lm(spec.model, spec.dtype, spec.device)
+            store, store_run = token_store(lm, spec.model, spec.data, "train", None, runs)
+            heldout, _ = token_store(lm, spec.model, spec.data, "heldout", None, runs)
+        found = members(spec, lm)
+        _refuse_empty_shares(spec, found, group)
+        sites = sorted({site for member in found for site in (member.read, member.write)})
+        source = activation_source(lm, store, store_run, sites, spec.stream, spec.dtype, runs, group)
+        _refuse_too_little(spec, store, source)
+        work = _Work(run, spec, lm, store, source, found, group)
+        result = work.train()
+        work.save(heldout)
+        if group.rank == 0:
+            result |= _saved(run, found)
+            result["summary"] = _summary(result)
+            run.finish(result)
+        group.barrier()
+    return run
+
+
+def _divided(found: list[Member], group: Group) -> bool:
+    """Whether each process trains members of its own."""
+    return 1 < group.size <= len(found)
+
+
+def _refuse_empty_shares(spec: TrainSpec, found: list[Member], group: Group) -> None:
+    if not _divided(found, group) and spec.sae.batch < group.size:
+        raise UnweaveError(
+            f"batches of {spec.sae.batch} tokens cannot be divided among {group.size} processes",
+            where="sae.batch",
+            remedy="use larger batches or fewer processes",
+        )
+
+
+def sae_folder(run: Run, name: str = "") -> Path:
+    """Where a training run keeps an SAE; ``name`` is "" for a run's only one, else as in the result's ``saes``."""
+    return run.path / "sae" / name if name else run.path / "sae"
+
+
+@contextlib.contextmanager
+def _entered(run: Run, group: Group) -> Iterator[Run]:
+    """The first process holds the run's lock; the others work beside it."""
+    with run if group.rank == 0 else contextlib.nullcontext(run) as entered:
+        group.barrier()
+        yield entered
+
+
+def _saved(run: Run, found: list[Member]) -> dict[str, Any]:
+    """What the saved SAEs say of themselves."""
+    rows = []
+    for member in found:
+        folder = sae_folder(run, member.name)
+        reference = read_json(folder / "cfg.json")["metadata"]["unweave"]["provenance"]["reference"]
+        site = sites_named(member.read, member.write)
+        rows.append({"name": member.name, "site": site, "kind": member.spec.kind, "reference": reference})
+    return {"saes": rows, "reference": {row["name"] or row["site"]: row["reference"] for row in rows}}
+
+
+def _summary(result: Mapping[str, Any]) -> list[list[Any]]:
+    """The rows that the terminal shows: [name, value, meaning]. What was left out is shown where it is not 0."""
+    counts = result["text"].get("counts", {})
+    packing, dedup = counts.get("packing", {}), counts.get("dedup", {})
+    left_out = {
+        "near duplicates left out": dedup.get("dropped", 0),
+        "conversations without an answer left out": packing.get("unanswered_conversations", 0),
+        "conversations the template refused": packing.get("rejected_conversations", 0),
+        "documents cut off": packing.get("truncated_documents", 0),
+        "norm outliers left out": result["outliers_dropped"],
+        "tokens not finite left out": result["nonfinite_dropped"],
+    }
+    rows: list[list[Any]] = [
+        ["training tokens", result["tokens"], f"{result['distinct_tokens']:,} distinct ones"],
+        *([name, count, ""] for name, count in left_out.items() if count),
+    ]
+    for row in result["saes"][:_SHOWN_SAES]:
+        about = row["reference"]
+        rows.append([row["name"] or row["site"], about["unexplained_variance"], f"unexplained; L0 {about['l0']:.1f}"])
+    more = len(result["saes"]) - _SHOWN_SAES
+    return [*rows, [f"... and {more} more", "", "in result.json"]] if more > 0 else rows
+
+
+def _reference(sae: SAE, x: Tensor, goal: Tensor) -> dict[str, float]:
+    """Unexplained variance and L0 on activations x [N, d_in] and what they should become, [N, d_out]."""
+    codes = sae.codes(x)
+    missed = (goal - sae.explained(codes, x)).double().square().sum()
+    spread = (goal.double() - goal.double().mean(0)).square().sum()
+    return {
+        "unexplained_variance": float(missed / spread),
+        "l0": len(codes.values) / max(1, codes.n_rows),
+        "tokens": codes.n_rows,
+    }
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.6g}") for name, value in values.items()}
+
+
+def _refuse_too_little(spec: TrainSpec, store: TokenStore, source: ActivationSource) -> None:
+    """Trap 10: no silent further epoch over too little text."""
+    excluded = sum(
+        int(np.isin(store.ids[first : first + _SLICE], source.exclude_ids).sum())
+        for first in range(0, store.n_tokens, _SLICE)
+    )
+    counted = store.n_tokens - excluded
+    if spec.sae.tokens > spec.epochs * counted:
+        raise UnweaveError(
+            f"{spec.sae.tokens} training tokens are {spec.sae.tokens / max(1, counted):.1f} epochs over the {counted} "
+            "distinct tokens that count",
+            where=f"epochs allows {spec.epochs:g}",
+            remedy="give more text (data.tokens), train on fewer (sae.tokens), or allow more epochs",
+        )
+
+
+@dataclass
+class _Work:
+    """A training run under way, in one process of ``group``."""
+
+    run: Run
+    spec: TrainSpec
+    lm: LM
+    store: TokenStore
+    source: ActivationSource
+    members: list[Member]
+    group: Group
+
+    def __post_init__(self) -> None:
+        self.divided = _divided(self.members, self.group)
+        self.own = self.members[self.group.rank :: self.group.size] if self.divided else self.members
+        self.shared = SOLO if self.divided else self.group  # who trains an SAE together
+        self.writes = self.divided or self.group.rank == 0
+        self.accepted: dict[str, dict[str, Any]] = {}  # what was measured of SAEs to start from
+
+    def train(self) -> dict[str, Any]:
+        self.norms: dict[Site, Norms] = calibrate(self.source, self.spec.stream.max_norm_ratio)
+        self._warn_of_norms()
+        limits = {site: norms.max_norm for site, norms in self.norms.items()}
+        self.policies = {site: TokenPolicy(self.source.exclude_ids, limit) for site, limit in limits.items()}
+        self.buffer = MixingBuffer(
+            self.source,
+            batch=self.spec.sae.batch,
+            capacity=max(self.spec.stream.buffer_tokens, 2 * self.spec.sae.batch),
+            seed=self.spec.seed,
+            policies=self.policies,
+        )
+        self.rows = RowBatches(
+            self.store,
+            self.lm.pad_id,
+            batch_tokens=self.spec.sae.batch,
+            seed=self.spec.seed,
+            min_rows=self.shared.size,
+        )
+        saved = checkpoint.load(self.run, [member.name for member in self.own])
+        if saved is not None:
+            self.buffer.load_state_dict(saved["stream"])
+            self.rows.load_state_dict(saved["rows"])
+        sample = self.buffer.peek(_INIT_TOKENS)  # what a trainer measures on its first sample is part of its state
+        self.trainers = {member.name: self._trainer(member, sample) for member in self.own}
+        del sample
+        if saved is not None:
+            for name, trainer in self.trainers.items():
+                trainer.load_state_dict(saved["trainers"][name])
+            if self.group.rank == 0:
+                self.run.log("resumed", {"tokens": self.tokens_seen})
+        self._loop()
+        return self._result()
+
+    def _trainer(self, member: Member, sample: dict[Site, Tensor]) -> SAETrainer:
+        x, device = sample[member.read].to(self.lm.device), self.lm.device
+        goal = None if member.read == member.write else sample[member.write].to(device)
+        first, accepted = start.opened(self.spec, self.lm, member.name, member.read, member.write)
+        if accepted is not None:
+            self.accepted[member.name] = accepted
+        return SAETrainer(
+            member.spec, x.shape[1], init_x=x, init_target=goal, device=device, start=first, group=self.shared
+        )
+
+    @property
+    def tokens_seen(self) -> int:
+        """The same for every trainer in every process."""
+        return next(iter(self.trainers.values())).tokens_seen
+
+    def _warn_of_norms(self) -> None:
+        """Trap 7: a mean far larger than the spread kills latents early unless it is taken off."""
+        uncentred = any(member.spec.centre == "none" for member in self.members)
+        for site, norms in self.norms.items() if self.group.rank == 0 else ():
+            self.run.log("norms", {"site": str(site), **asdict(norms)})
+            if norms.gamma > _GAMMA_LIMIT and uncentred:
+                warnings.warn(
+                    f"{site}: the mean activation is {norms.gamma:.1f} times the spread; many latents will die. "
+                    "Use sae.centre mean or median.",
+                    UnweaveWarning,
+                    stacklevel=2,
+                )
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        total = self.spec.sae.tokens
+        last_saved, next_log = time.monotonic(), self.tokens_seen
+        name = f"train {len(self.members)} SAEs" if len(self.members) > 1 else f"train {self.members[0].read}"
+        with task(name, total=total, unit="tokens", done=self.tokens_seen) as progress:
+            while self.tokens_seen < total:
+                before = self.tokens_seen
+                found = self._step()
+                if before >= next_log or self.tokens_seen >= total:
+                    self._log(found)
+                    next_log = self.tokens_seen + _LOG_EVERY_TOKENS
+                    first = next(iter(found.values()))
+                    progress.note(f"unexplained {first['fvu']:.3f}, dead {first['dead']:.0f}")
+                progress.advance(self.tokens_seen - before)
+                due = time.monotonic() - last_saved > self.spec.checkpoint_seconds
+                if bool(self.group.broadcast(torch.tensor(int(due)))):
+                    self._checkpoint()
+                    last_saved = time.monotonic()
+        self._checkpoint()
+
+    def _step(self) -> dict[str, dict[str, float]]:
+        """One optimiser step of every trainer here."""
+        if self.spec.objective == "end-to-end":
+            tokens, _ = self.rows.next()
+            mine = tokens.rows(self.shared.share(len(tokens)))
+            found = {
+                member.name: end_to_end_step(
+                    self.lm,
+                    self.trainers[member.name],
+                    mine,
+                    member.read,
+                    self.policies[member.read],
+                    nonfinite=self.spec.stream.nonfinite,
+                )
+                for member in self.own
+            }
+            lost = [[int(row.pop(name)) for name in ("outliers", "nonfinite")] for row in found.values()]
+            self.rows.outliers += lost[0][0]  # the same for every member, since all are at one site
+            self.rows.nonfinite += lost[0][1]
+            return found
+        batch = {site: x.to(self.lm.device) for site, x in self.buffer.next().items()}
+        mine = self.shared.share(self.spec.sae.batch)
+        return {
+            member.name: self.trainers[member.name].step(
+                batch[member.read][mine], None if member.read == member.write else batch[member.write][mine]
+            )
+            for member in self.own
+        }
+
+    def _log(self, found: dict[str, dict[str, float]]) -> None:
+        for member in self.own if self.writes else ():
+            place = {"site": str(member.write)} | ({"sae": member.name} if member.name else {})
+            tokens = self.trainers[member.name].tokens_seen
+            self.run.log("train", place | {"tokens": tokens, **_rounded(found[member.name])})
+
+    def _checkpoint(self) -> None:
+        state = {
+            "stream": self.buffer.state_dict(),
+            "rows": self.rows.state_dict(),
+            "trainers": {name: trainer.state_dict() for name, trainer in self.trainers.items()},
+        }
+        step = next(iter(self.trainers.values())).steps
+        checkpoint.save(self.run, state, step, self.group, self.writes)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def save(self, heldout: TokenStore) -> None:
+        """Saves every SAE with its provenance, and its unexplained variance and L0 on held-out text in that."""
+        source = ActivationSource(
+            self.lm,
+            heldout,
+            self.source.sites,
+            chunk_tokens=heldout.n_tokens,
+            batch_tokens=self.source.batch_tokens,
+            exclude_ids=self.source.exclude_ids,
+            nonfinite=self.source.nonfinite,
+            group=self.group,
+        )
+        sample = source.chunk(0)
+        for member in self.own if self.writes else ():
+            policy = self.policies[member.read]
+            trainer = self.trainers[member.name]
+            sae = trainer.to_sae(read=member.read, write=member.write, policy=policy)
+            inside = TokenPolicy(max_norm=policy.max_norm).keep(sample.x[member.read])  # excluded ids are out already
+            x, goal = (sample.x[site][inside].to(self.lm.device) for site in (member.read, member.write))
+            asked = self.spec.to_dict() | {"sae": member.spec.to_dict()}
+            if asked["accept_mismatch"] is None:
+                del asked["accept_mismatch"]
+            sae.provenance = {
+                "model": provenance.describe_model(self.lm, sae),
+                "data": {
+                    "context": self.spec.data.pack.context,
+                    "bos": self.spec.data.pack.bos,
+                    "begins_with_bos": self._begins_with_bos(),
+                    **self.store.meta,
+                },
+                "train": asked,
+                "tokens": trainer.tokens_seen,
+                "distinct_tokens": self.store.n_tokens,
+                "reference": _reference(sae, x, goal),
+            }
+            if member.name in self.accepted:
+                sae.provenance["start_accepted"] = self.accepted[member.name]
+            sae.save(sae_folder(self.run, member.name))
+        self.group.barrier()
+
+    def _begins_with_bos(self) -> bool:
+        """Whether the rows that were trained on begin with the BOS token (traps 3 and 6)."""
+        bos = getattr(self.lm.tokenizer, "bos_token_id", None)
+        first = self.store.ids[self.store.starts[:-1]]
+        return bos is not None and float((first == bos).mean()) > 0.5
+
+    def _result(self) -> dict[str, Any]:
+        counted = {str(s): asdict(n) for s, n in self.norms.items()}
+        rows = self.rows
+        if self.spec.objective == "end-to-end":
+            epochs, lost = rows.epoch + rows.position / self.store.n_rows, (rows.outliers, rows.nonfinite)
+        else:  # the buffer has drawn more than was trained on
+            epochs, lost = self.tokens_seen / self.store.n_tokens, self.buffer.left_out(self.tokens_seen)
+        return {
+            "tokens": self.tokens_seen,
+            "distinct_tokens": self.store.n_tokens,
+            "epochs": epochs,
+            "outliers_dropped": lost[0],
+            "nonfinite_dropped": lost[1],
+            "text": {name: value for name, value in self.store.meta.items() if name != "tokenizer"},
+            "norms": counted,
+            "sites": [str(s) for s in self.source.sites],
+            "processes": self.group.size,
+        }

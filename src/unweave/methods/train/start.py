@@ -1,0 +1,65 @@
+"""The SAEs that training goes on with: which one is a member's, what identifies them, and whether they belong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.core.spec import digest
+from unweave.inputs.inputs import sae_digest
+from unweave.lm.model import LM
+from unweave.methods.train.members import sites_named
+from unweave.methods.train.spec import TrainSpec
+from unweave.sae.module import SAE
+
+
+def inputs(spec: TrainSpec) -> dict[str, str]:
+    """What of the SAEs to start from decides the result, for the run's digest; empty where there are none."""
+    if spec.start is None:
+        return {}
+    accepted = {} if spec.accept_mismatch is None else {"accept_mismatch": spec.accept_mismatch}
+    return {"start": _digest(spec.start)} | accepted
+
+
+def _digest(start: Path) -> str:
+    """Over every SAE folder below, or the one SAE of whatever format."""
+    folders = sorted(path.parent for path in Path(start).rglob("cfg.json")) if os.path.isdir(start) else []
+    if folders:
+        return digest([[str(folder.relative_to(start)), sae_digest(folder)] for folder in folders])
+    try:
+        return sae_digest(start)
+    except UnweaveError as error:
+        raise UnweaveError(
+            f"there is no SAE to start from: {error.what}",
+            where=error.where or str(start),
+            remedy=error.remedy or "give an SAE, or a run's sae/",
+        ) from error
+
+
+def opened(spec: TrainSpec, lm: LM, name: str, read: Site, write: Site) -> tuple[SAE | None, dict[str, Any] | None]:
+    """The SAE that the member ``name`` goes on with, on the model's device, and what was accepted about it.
+
+    One whose file names no site is taken to be of the member's. Raises UnweaveError for another site's, and for
+    another model's unless ``accept_mismatch`` gives a reason.
+    """
+    if spec.start is None:
+        return None, None
+    folder = Path(spec.start)
+    inside = folder / name
+    sae = SAE.load(folder if (folder / "cfg.json").exists() or not inside.exists() else inside).to(lm.device)
+    if sae.read is None:
+        sae.at(read, write)
+    if (sae.read, sae.write) != (read, write):
+        own = sites_named(sae.read, sae.write)
+        raise UnweaveError(
+            f"the SAE to start from is of {own}, not of {sites_named(read, write)}",
+            where=name,
+            remedy=f"name its own with --sites {own!r}, or give the SAE of this one",
+        )
+    if spec.accept_mismatch is None:
+        sae.verify(lm)
+        return sae, None
+    return sae, sae.accept(lm, spec.accept_mismatch)

@@ -1,0 +1,1 @@
+"""Pages, tables and plots: plain values in, text out."""

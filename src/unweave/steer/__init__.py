@@ -1,1 +1,0 @@
-"""Using latents: which one to steer with, and what the model then writes."""
