@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import build_tiny, build_tiny_tokenizer
 from unweave.circuits.graph import Circuit, Node
+from unweave.circuits.support import BY_NEURONS, SUPPORT
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
@@ -301,9 +302,9 @@ def test_of_a_classifiers_circuit_come_the_latents_that_its_run_judges(
 ) -> None:
     support = torch.zeros(1, 65)
     support[0, [5, 6, 7, 8, 64]] = torch.tensor([0.5, -0.9, 0.1, 0.3, 0.7])
-    about = {"task": f"{support.SUPPORT}: profession"}
+    about = {"task": f"{SUPPORT}: profession"}
     Circuit({SITE: support}, {}, False, 4, about).save(tmp_path / "circuit-0.safetensors")
-    neurons = about | {"task": f"{support.SUPPORT}: gender, {support.BY_NEURONS}"}
+    neurons = about | {"task": f"{SUPPORT}: gender, {BY_NEURONS}"}
     Circuit({SITE: support}, {}, False, 4, neurons).save(tmp_path / "neurons-0.safetensors")
     known = json.loads((home / "found" / "spec.json").read_text())["spec"]
     (tmp_path / "spec.json").write_text(json.dumps({"spec": known | {"top": 2, "threshold": 0.05}}))

@@ -69,4 +69,4 @@ def palette_css() -> str:
 @lru_cache(maxsize=8)
 def asset(name: str) -> str:
     """Return the text of a style sheet or script that is shipped inside this package, e.g. "explorer.js"."""
-    return resources.files("unweave.methods.report").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("unweave.show").joinpath(name).read_text(encoding="utf-8")
