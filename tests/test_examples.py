@@ -388,22 +388,13 @@ def test_the_table_of_sites_is_right() -> None:
 
 def test_the_drawing_of_the_house_is_right() -> None:
     block = fenced(ROOT / "docs" / "architecture.md", "text")[0]
-    drawn = {
-        int(number): set(names.split()) for number, names in re.findall(r"^(\d)  ([a-z ]+?)(?:  .*)?$", block, re.M)
-    }
-    rank = {
-        number: set(layer) - {"unweave"}
-        for number, layer in enumerate(layer for layer in LAYERS if layer != ("unweave",))
-    }
-    assert drawn == {number: layer for number, layer in rank.items() if layer != {"__main__"}}
-    planned = set(re.findall(r"`(\w+)`", re.findall(r"Planned, not there yet: (.+?)\.\n", block_after(block), re.S)[0]))
+    named = re.findall(r"^ ?(\d+)  (methods/\S+|[a-z]+(?: [a-z]+)*)", block, re.M)
+    drawn = {int(number): set(names.split()) for number, names in named}
+    layers = [set(layer) for layer in LAYERS if layer not in (("unweave",), ("__main__",))]
+    written = {"methods": "methods/<name>", "demo": "methods/demo"}
+    assert drawn == {n: {written.get(name, name) for name in layer} for n, layer in enumerate(layers, 1)}
     there = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
-    assert planned == set().union(*drawn.values()) - there
-
-
-def block_after(block: str) -> str:
-    """What follows the drawing."""
-    return (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split(block, 1)[1]
+    assert there == set().union(*layers) - {"demo"}, "a layer for every package, and no layer without one"
 
 
 def test_every_metric_is_explained() -> None:
