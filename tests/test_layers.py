@@ -211,6 +211,19 @@ def test_what_is_imported_is_declared() -> None:
     assert sorted({distribution.get(name, name) for name in imported} - declared) == []
 
 
+def unused_extras(extras: dict[str, list[str]], imported: set[str]) -> list[str]:
+    """Extras of which no library is imported: promises without code."""
+    names = {extra: {re.split(r"[\[<>=~! ;]", asked)[0] for asked in libraries} for extra, libraries in extras.items()}
+    return [extra for extra, libraries in names.items() if extra != "dev" and not libraries & imported]
+
+
+def test_every_extra_is_used() -> None:
+    project = tomllib.loads((SOURCE.parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    imported = {name for path in FILES for name in third_party(ast.parse(path.read_text(encoding="utf-8")))}
+    assert unused_extras(project["optional-dependencies"], imported) == []
+    assert unused_extras({"ray": ["ray>=2"], "gpu": ["triton>=3; sys_platform == 'linux'"]}, imported) == ["ray"]
+
+
 # Each rule must be able to find what it looks for.
 
 
