@@ -1,28 +1,29 @@
-"""The documentation keeps its word: examples and snippets run, commands parse, names exist, tables are right."""
+"""The documentation is true: snippets run, commands parse, names exist, links lead somewhere, tables are right."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import io
 import json
-import random
 import re
 import shlex
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import build_tiny, build_tiny_tokenizer
+from test_example_scripts import EXAMPLES, ROOT, write_text_and_pairs
 from test_layers import LAYERS, SOURCE
 from unweave.cli import bridge
-from unweave.cli.app import build_app
+from unweave.cli.app import build_app, main
 from unweave.cli.convert import convert
 from unweave.cli.fields import leaves
 from unweave.cli.stages import GROUPS, STAGES
@@ -32,10 +33,9 @@ from unweave.core.spec import read_mapping
 from unweave.judge import base as judge_base
 from unweave.judge.scripted import Scripted
 from unweave.lm.model import LM
+from unweave.methods.train import spec as train_spec
 from unweave.methods.train.spec import TrainSpec
 
-ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "src/unweave/papers/README.md",
@@ -58,91 +58,6 @@ def lines(page: Path) -> list[str]:
     """The command lines of a page's shell blocks, comments taken off."""
     found = [line for block in fenced(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
     return [bare for line in found if (bare := re.sub(r"(^|\s)#.*", "", line).strip())]
-
-
-# -- examples ---------------------------------------------------------------------------------------------------------
-
-
-def example(name: str) -> Callable[[list[str]], int]:
-    """The ``main`` of an example."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model, text, and pairs of sentences."""
-    folder = tmp_path_factory.mktemp("examples")
-    build_tiny("llama").save_pretrained(folder / "model")
-    build_tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "text").mkdir()
-    rng = random.Random(0)
-    words = re.findall(
-        r"\w+", "the keys to a cabinet are on the table near an old door while she was reading about rain"
-    )
-    texts = [json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(5, 10)))}) for _ in range(500)]
-    (folder / "text" / "rows.jsonl").write_text("\n".join(texts))
-    pairs = [
-        {"clean_prefix": f"the {a} {p}", "patch_prefix": f"the {b} {p}", "clean_answer": "s", "patch_answer": "t"}
-        for a, b in (("key", "hat"), ("cat", "dog"), ("sea", "bed"))
-        for p in ("near", "with")
-    ]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    return folder
-
-
-def test_every_example_is_run_here() -> None:
-    tested = set(re.findall(r'example\("(\w+)"\)\(', Path(__file__).read_text(encoding="utf-8")))
-    assert {path.stem for path in EXAMPLES} == tested
-
-
-def test_read_and_edit_runs(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", str(home / "model"), "--site", "resid_post.1", "--max-new-tokens", "6"]
-    assert example("read_and_edit")([*arguments, "--prompt", "the keys", "--other", "the old sea"]) == 0
-    shown = capsys.readouterr().out.splitlines()
-    before, patched = (next(line for line in shown if line.startswith(name)) for name in ("unedited", "patched"))
-    assert before.split(maxsplit=1)[1] != patched.split(maxsplit=1)[1]
-    with pytest.raises(UnweaveError, match=r"resid_post\.9"):
-        example("read_and_edit")(["--model", str(home / "model"), "--site", "resid_post.9"])
-
-
-@pytest.fixture(scope="module")
-def trained(home: Path) -> str:
-    """What the training example printed; its runs are in ``home/runs``."""
-    arguments = [str(home / "text"), "--model", str(home / "model"), "--site", "resid_post.1"]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        more = ["--runs", str(home / "runs"), "--tokens", "9000", "--context", "48"]
-        assert example("train_on_my_text")([*arguments, *more]) == 0
-    return printed.getvalue()
-
-
-def sae_of(printed: str) -> Path:
-    return Path(re.findall(r"^SAE: (.+)$", printed, re.M)[0])
-
-
-def test_training_on_own_text(trained: str, home: Path) -> None:
-    folder = sae_of(trained)
-    assert (folder / "sae_weights.safetensors").is_file() and folder.is_relative_to(home / "runs")
-    assert 0 < float(re.findall(r"unexplained variance ([\d.]+)", trained)[0]) < 1
-    assert "fires on" in trained
-
-
-def test_tracing_and_steering(trained: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(sae_of(trained)), "--pairs", str(home / "pairs.jsonl"), "--top", "3", "--max-new-tokens", "5"]
-    assert example("trace_and_steer")(arguments) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith("6 pairs") and len(re.findall(r" top$", shown, re.M)) == 3
-    assert re.findall(r"^(unedited|strength \d)", shown, re.M) == ["unedited", "strength 1", "strength 2", "strength 4"]
-
-
-def test_too_little_text_is_one_clear_error(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(home / "text"), "--model", str(home / "model"), "--site", "resid_post.1", "--runs", str(tmp_path)]
-    assert example("train_on_my_text")([*arguments, "--tokens", "900000"]) == 2
-    assert "remedy:" in capsys.readouterr().err
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -170,19 +85,27 @@ def understand(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_command_lines_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for line in lines(page):
         program = line.split()[0]
-        if program == "unweave" and "--help" not in line:
-            understand(line, monkeypatch)
+        if program in ("unweave", "torchrun"):
+            understand(line[line.index("unweave") :], monkeypatch)
         elif program == "python":
-            assert (ROOT / line.split()[1]).is_file(), line
+            text = (ROOT / line.split()[1]).read_text(encoding="utf-8")
+            assert all(f'"{option}"' in text or f'"{option[2:]}"' in text for option in options_of(line)), line
         elif program == "make":
             check_target(line)
+        else:
+            assert program in ("export", ".ci/run"), f"who checks this? {line}"
     for code in inline(page):
         if code.startswith("unweave "):
+            assert set(options_of(code)) <= options(), code
             first, inner = code.split()[1], code.split()[2:3]
             assert first in (*STAGES, *GROUPS, "models", "dedup", "convert", "annotate", "COMMAND", "--help"), code
             assert first not in GROUPS or inner in ([], *([name] for name in GROUPS[first][1])), code
         elif re.match(r"make \w", code):
             check_target(code)
+
+
+def options_of(line: str) -> list[str]:
+    return [word for word in line.split() if re.match(r"--[a-z]", word)]
 
 
 def check_target(line: str) -> None:
@@ -223,6 +146,13 @@ def test_configurations_make_specs(page: Path, tmp_path: Path) -> None:
             path = tmp_path / f"file.{language}"
             path.write_text(block)
             assert TrainSpec.from_dict(read_mapping(path)) != TrainSpec()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_extras_that_are_named_are_declared(page: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = set(re.findall(r"unweave\[(\w+)\]", page.read_text(encoding="utf-8")))
+    assert named <= set(project["optional-dependencies"])
 
 
 def test_what_does_not_exist_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,34 +245,66 @@ def test_python_snippets_name_what_exists(page: Path) -> None:
         assert list(problems(ast.parse(snippet))) == []
 
 
-FETCHES = "train.run("
-"""A snippet with this would fetch a model and text; the training example is run instead."""
+SMALL = {
+    "data": {"tokens": 4000, "heldout_tokens": 500, "pack": {"context": 48}},
+    "sae": {"expansion": 40, "k": 24, "tokens": 8000, "batch": 500},
+}
+"""A training that takes a second, with so many latents (1,280) that those which the pages name are among them."""
+
+
+def small(asked: dict[str, Any], home: Path) -> TrainSpec:
+    """What a page asks for, of a tiny model and little text."""
+    data = SMALL["data"] | {"sources": [{"path": str(home / "text")}]}
+    return TrainSpec.from_dict(TrainSpec(**asked).to_dict() | SMALL | {"model": str(home / "model"), "data": data})
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which what the pages name is there: a model of ten blocks, an SAE, its records, pairs, text."""
+    import transformers as hf
+
+    folder = tmp_path_factory.mktemp("pages")
+    config = build_tiny("llama").config
+    config.num_hidden_layers = 10
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = hf.LlamaForCausalLM(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.15)
+    model.save_pretrained(folder / "model")
+    build_tiny_tokenizer().save_pretrained(folder / "model")
+    write_text_and_pairs(folder)
+    (folder / "mine.jsonl").write_text((folder / "pairs.jsonl").read_text())
+    spec, runs = folder / "small.yaml", folder / "runs"
+    spec.write_text(json.dumps(small({"sites": ("resid_post.9",)}, folder).to_dict()))
+    sae = runs / "train-0123456789ab" / "sae"
+    for stage, options in (("train", [str(spec)]), ("latents", ["--sae", str(sae), "--tokens", "3000"])):
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert main([stage, *options, "--runs", str(runs)]) == 0
+        (made,) = runs.glob(f"{stage}-*")
+        (runs / f"{stage}-0123456789ab").symlink_to(made)
+    return folder
 
 
 @pytest.fixture
-def at_home(home: Path, trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder in which the snippets' paths exist, a tiny model whatever name is loaded, a judge with one answer."""
-    (home / "mine.jsonl").write_text((home / "pairs.jsonl").read_text())
-    for stage, found in (("train", sae_of(trained).parent), ("latents", next((home / "runs").glob("latents-*")))):
-        name = home / "runs" / f"{stage}-0123456789ab"
-        if not name.exists():
-            name.symlink_to(found)
+def as_a_reader(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That folder; the tiny model whatever name is loaded, a small training whatever is asked, a scripted judge."""
     load = LM.load
     monkeypatch.setattr(LM, "load", lambda source, **options: load(str(home / "model"), device="cpu"))
-    said = Scripted(lambda conversation: "name: [[a word]], score: [[3]]")
-    monkeypatch.setattr(judge_base, "open_judge", lambda spec, folder: said)
+    monkeypatch.setattr(train_spec, "TrainSpec", lambda **asked: small(asked, home))
+    judge = Scripted(lambda conversation: "name: [[a word]], score: [[3]]")
+    monkeypatch.setattr(judge_base, "open_judge", lambda spec, folder: judge)
     monkeypatch.chdir(home)
 
 
-@pytest.mark.usefixtures("at_home")
+@pytest.mark.usefixtures("as_a_reader")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_snippets_run(page: Path) -> None:
+    """As they stand: nothing in their text is changed."""
+    text = page.read_text(encoding="utf-8")
     for snippet in fenced(page, "python"):
-        if FETCHES not in snippet:
-            small = re.sub(r"\b1234\b", "12", snippet)
-            if "transformer_lens" not in small:
-                small = re.sub(r"(resid_post|mlp_add)\.\d", r"\1.1", small)
-            exec(compile(small, str(page), "exec"), {"__name__": "snippet"})
+        above = "\n" * text[: text.index(snippet)].count("\n")  # so that an error names the page's own line
+        exec(compile(above + snippet, str(page), "exec"), {"__name__": "snippet"})
 
 
 # -- links and tables -------------------------------------------------------------------------------------------------

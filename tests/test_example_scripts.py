@@ -1,0 +1,107 @@
+"""Every script in examples/ runs, on a tiny model and text of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import build_tiny, build_tiny_tokenizer
+from unweave.core.errors import UnweaveError
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def example(name: str) -> Callable[[list[str]], int]:
+    """The ``main`` of an example."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, text, and pairs of sentences."""
+    folder = tmp_path_factory.mktemp("examples")
+    build_tiny("llama").save_pretrained(folder / "model")
+    build_tiny_tokenizer().save_pretrained(folder / "model")
+    write_text_and_pairs(folder)
+    return folder
+
+
+def write_text_and_pairs(folder: Path) -> None:
+    """500 short texts, and six pairs of sentences for characters as tokens."""
+    (folder / "text").mkdir()
+    rng = random.Random(0)
+    words = re.findall(
+        r"\w+", "the keys to a cabinet are on the table near an old door while she was reading about rain"
+    )
+    texts = [json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(5, 10)))}) for _ in range(500)]
+    (folder / "text" / "rows.jsonl").write_text("\n".join(texts))
+    pairs = [
+        {"clean_prefix": f"the {a} {p}", "patch_prefix": f"the {b} {p}", "clean_answer": "s", "patch_answer": "t"}
+        for a, b in (("key", "hat"), ("cat", "dog"), ("sea", "bed"))
+        for p in ("near", "with")
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+
+
+def test_every_example_is_run_here() -> None:
+    tested = set(re.findall(r'example\("(\w+)"\)\(', Path(__file__).read_text(encoding="utf-8")))
+    assert {path.stem for path in EXAMPLES} == tested
+
+
+def test_read_and_edit_runs(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(home / "model"), "--site", "resid_post.1", "--max-new-tokens", "6"]
+    assert example("read_and_edit")([*arguments, "--prompt", "the keys", "--other", "the old sea"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    before, patched = (next(line for line in shown if line.startswith(name)) for name in ("unedited", "patched"))
+    assert before.split(maxsplit=1)[1] != patched.split(maxsplit=1)[1]
+    with pytest.raises(UnweaveError, match=r"resid_post\.9"):
+        example("read_and_edit")(["--model", str(home / "model"), "--site", "resid_post.9"])
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path) -> str:
+    """What the training example printed; its runs are in ``home/runs``."""
+    arguments = [str(home / "text"), "--model", str(home / "model"), "--site", "resid_post.1"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        more = ["--runs", str(home / "runs"), "--tokens", "9000", "--context", "48"]
+        assert example("train_on_my_text")([*arguments, *more]) == 0
+    return printed.getvalue()
+
+
+def sae_of(printed: str) -> Path:
+    return Path(re.findall(r"^SAE: (.+)$", printed, re.M)[0])
+
+
+def test_training_on_own_text(trained: str, home: Path) -> None:
+    folder = sae_of(trained)
+    assert (folder / "sae_weights.safetensors").is_file() and folder.is_relative_to(home / "runs")
+    assert 0 < float(re.findall(r"unexplained variance ([\d.]+)", trained)[0]) < 1
+    assert "fires on" in trained
+
+
+def test_tracing_and_steering(trained: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(sae_of(trained)), "--pairs", str(home / "pairs.jsonl"), "--top", "3", "--max-new-tokens", "5"]
+    assert example("trace_and_steer")(arguments) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("6 pairs") and len(re.findall(r" top$", shown, re.M)) == 3
+    assert re.findall(r"^(unedited|strength \d)", shown, re.M) == ["unedited", "strength 1", "strength 2", "strength 4"]
+
+
+def test_too_little_text_is_one_clear_error(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(home / "text"), "--model", str(home / "model"), "--site", "resid_post.1", "--runs", str(tmp_path)]
+    assert example("train_on_my_text")([*arguments, "--tokens", "900000"]) == 2
+    assert "remedy:" in capsys.readouterr().err
