@@ -48,6 +48,11 @@ def fenced(page: Path, *languages: str) -> list[str]:
     return [code for language, code in FENCE.findall(page.read_text(encoding="utf-8")) if language in languages]
 
 
+def snippets(page: Path) -> list[str]:
+    """The Python blocks of a page, but for files to be added, which ``test_adding.py`` puts in their places."""
+    return [code for code in fenced(page, "python") if not code.startswith(("# src/", "# tests/"))]
+
+
 def inline(page: Path) -> list[str]:
     """What stands between single backticks outside of code blocks."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -240,7 +245,7 @@ def target(function: ast.expr, names: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_snippets_name_what_exists(page: Path) -> None:
-    for snippet in fenced(page, "python"):
+    for snippet in snippets(page):
         compile(snippet, str(page), "exec")
         assert list(problems(ast.parse(snippet))) == []
 
@@ -302,7 +307,7 @@ def as_a_reader(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_python_snippets_run(page: Path) -> None:
     """As they stand: nothing in their text is changed."""
     text = page.read_text(encoding="utf-8")
-    for snippet in fenced(page, "python"):
+    for snippet in snippets(page):
         above = "\n" * text[: text.index(snippet)].count("\n")  # so that an error names the page's own line
         exec(compile(above + snippet, str(page), "exec"), {"__name__": "snippet"})
 
