@@ -326,6 +326,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not anchor or anchor in anchors(target_page), link
 
 
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in ("CHANGELOG.md", "adding.md")], ids=lambda page: page.name
+)
+def test_source_files_that_are_named_exist(page: Path) -> None:
+    for name in re.findall(r"(?<![\w/.-])[\w/-]+\.py\b", page.read_text(encoding="utf-8")):
+        places = (ROOT, SOURCE, ROOT / "tests", ROOT / "examples", page.parent)
+        assert any((place / name).is_file() for place in places), name
+
+
 def anchors(page: Path) -> set[str]:
     """The names that a page's headings have in links."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
