@@ -24,7 +24,8 @@ from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
 from unweave.core.run import Run, write_json
 from unweave.core.site import Site
-from unweave.data.stream import RowBatches
+from unweave.data.stream import ActivationSource, Chunk, RowBatches
+from unweave.data.tokens import TokenStore
 from unweave.lm.model import LM
 from unweave.methods.train import checkpoint, doctor, start
 from unweave.methods.train import stage as train
@@ -203,9 +204,10 @@ def test_trap_10_excluded_tokens_are_counted_in_slices(home: Path, monkeypatch: 
     counted = sum(int(i) not in (2, 5) for i in ids)
     store, source = cast(Any, SimpleNamespace(ids=ids, n_tokens=100)), cast(Any, SimpleNamespace(exclude_ids=(2, 5)))
     spec = replace(spec_of(home), epochs=1.0)
-    train._refuse_too_little(replace(spec, sae=replace(spec.sae, tokens=counted)), store, source)
+    assert train._counted(store, source) == counted
+    train._refuse_too_little(replace(spec, sae=replace(spec.sae, tokens=counted)), counted, "")
     with pytest.raises(UnweaveError, match=f"over the {counted} distinct tokens"):
-        train._refuse_too_little(replace(spec, sae=replace(spec.sae, tokens=counted + 1)), store, source)
+        train._refuse_too_little(replace(spec, sae=replace(spec.sae, tokens=counted + 1)), counted, "")
 
 
 def test_checkpoints_hold_for_each_process_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,6 +298,101 @@ def test_a_start_of_any_width_trains(home: Path, tmp_path: Path) -> None:  # noq
     assert SAE.load(train.run(replace(spec, sae=plain), tmp_path).path / "sae").d_sae == 100
     with pytest.raises(UnweaveError, match="100 latents, which is no multiple of its width 32: expansion 4"):
         train.run(spec, tmp_path)
+
+
+# -- what is refused before work ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sites": ("resid_post.99",)}, "resid_post.99"),
+        ({"sites": ("mlp_in.*->mlp_add.1",)}, "3 sites to read and 1 to write"),
+        ({"sites": ("path.model.layers.0",)}, "path"),
+        ({"sae": {"k": 1000}}, "k = 1000 of only 128 latents"),
+        ({"variants": ({"kind": "matryoshka", "groups": [[0.001, 0.999]]},)}, "one has none"),
+        ({"sae": {"skip": "zero"}}, "identity"),
+        ({"sae": {"tokens": 50_000}}, "epochs"),
+        ({"start": "other"}, r"is of resid_post\.0, not of resid_post\.1"),
+        ({"start": "own", "sae": {"expansion": 2}}, "32 -> 128 latents -> 32, not 32 -> 64"),
+        ({"start": "own", "sae": {"kind": "relu"}}, "use kind topk"),
+        ({"start": "own", "sae": {"init": "random"}}, "no effect"),
+    ],
+)
+def test_what_no_text_can_mend_is_refused_before_any_is_read(
+    home: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    says: str,
+) -> None:
+    monkeypatch.setattr(train, "token_store", lambda *args: pytest.fail("text was asked for"))
+    random_sae(read=Site("resid_post", 0)).save(tmp_path / "other")
+    random_sae(read=SITE).save(tmp_path / "own")
+    spec, changes = spec_of(home), dict(changes)
+    if "start" in changes:
+        changes["start"] = tmp_path / changes["start"]
+    if "sae" in changes:
+        changes["sae"] = SAESpec.from_dict(changes["sae"], base=spec.sae)
+    with pytest.raises(UnweaveError, match=says):
+        train.run(replace(spec, **changes), tmp_path)
+
+
+def test_variants_are_refused_before_the_model_loads(
+    home: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train, "load_lm", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(UnweaveError, match="variants share one stream"):
+        train.run(spec_of(home, variants=({"tokens": [100]},)), tmp_path)
+
+
+# -- measured on held-out text --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sites", [("resid_post.1",), ("mlp_in.1->mlp_add.1", "resid_post.0")])
+def test_held_out_text_is_measured_pass_by_pass(
+    home: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sites: tuple[str, ...],
+) -> None:
+    """No more rows at once than go through the model, and the numbers are those of all of them together."""
+    held, passes = [], ActivationSource.passes
+
+    def watched(self: ActivationSource, index: int) -> Iterator[Chunk]:
+        for chunk in passes(self, index):
+            held.append(len(chunk.where))
+            yield chunk
+
+    monkeypatch.setattr(ActivationSource, "passes", watched)
+    spec = small(home, sites=sites)
+    run = train.run(replace(spec, stream=replace(spec.stream, batch_tokens=128)), tmp_path)
+    assert len(held) > 10 and max(held) <= 128
+    whole = sum(held)
+    for row in run.result["saes"]:
+        sae = SAE.load(train.sae_folder(run, row["name"]))
+        store = _heldout_store(tmp_path)
+        source = ActivationSource(
+            LM.load(spec.model), store, [sae.read, sae.write], chunk_tokens=store.n_tokens, batch_tokens=128,
+            exclude_ids=sae.policy.exclude_ids,
+        )  # fmt: skip
+        chunk = source.chunk(0)
+        assert len(chunk.where) == whole
+        inside = chunk.x[sae.read].norm(dim=1) <= sae.policy.max_norm
+        x, goal = chunk.x[sae.read][inside], chunk.x[sae.write][inside]
+        codes = sae.codes(x)
+        missed = (goal - sae.explained(codes, x)).double().square().sum()
+        spread = (goal.double() - goal.double().mean(0)).square().sum()
+        about = row["reference"]
+        assert about["unexplained_variance"] == pytest.approx(float(missed / spread), rel=1e-6)
+        assert about["l0"] == pytest.approx(len(codes.values) / len(x), rel=1e-6) and about["tokens"] == len(x)
+
+
+def _heldout_store(runs: Path) -> TokenStore:
+    (folder,) = (p for p in runs.glob("tokens-*") if read_json(p / "spec.json")["spec"]["split"] == "heldout")
+    return TokenStore.open(folder / "store")
 
 
 # -- variants ---------------------------------------------------------------------------------------------------------

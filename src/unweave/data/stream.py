@@ -143,12 +143,27 @@ class ActivationSource:
         return batches
 
     def _harvest(self, index: int) -> Chunk:
-        """Trap 1, 2: what counts is decided by mask and id, whatever the padding side; padding never counts."""
+        return self._together(self.batches_of(index)[self.group.rank :: self.group.size])
+
+    def passes(self, index: int) -> Iterator[Chunk]:
+        """A chunk as it comes from the model, one batch of every process at a time: never from the cache, nor into it.
+
+        So no more is held than the rows of one pass. Together they are ``chunk(index)``, in another order.
+        """
+        batches, size = self.batches_of(index), self.group.size
+        for first in range(0, len(batches), size):
+            yield self._together(batches[first : first + size][self.group.rank :][:1])
+
+    def _together(self, batches: Sequence[Sequence[int]]) -> Chunk:
+        """This process's batches of rows and those of all others, in the order of the token store.
+
+        Trap 1, 2: what counts is decided by mask and id, whatever the padding side; padding never counts.
+        """
         counted = TokenPolicy(self.exclude_ids)
         parts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
         places = [torch.zeros(0, dtype=torch.int64)]
         nonfinite = torch.zeros(1, dtype=torch.int64)
-        for rows in self.batches_of(index)[self.group.rank :: self.group.size]:
+        for rows in batches:
             tokens, where = self.store.batch(rows, self.lm.pad_id)
             with self.lm.taps(read=self.sites, stop=self.sites[-1]) as seen:
                 self.lm(tokens)

@@ -30,6 +30,10 @@ def sites_named(read: Site | None, write: Site | None) -> str:
 def members(spec: TrainSpec, lm: LM) -> list[Member]:
     """The SAEs that a spec asks for in a model, in the order of sites. UnweaveError for a pattern that fits no site."""
     pairs = lm.matching(spec.sites)
+    for site in (site for pair in pairs for site in pair if site.point == "path"):
+        raise UnweaveError(
+            "activations of module paths cannot be harvested", where=str(site), remedy="use a named site"
+        )
     variants = variants_of(spec.sae, spec.variants)
     found = []
     for read, write in sorted(pairs):

@@ -35,9 +35,11 @@ from unweave.inputs.inputs import activation_source, load_lm, stamps, token_stor
 from unweave.lm.model import LM
 from unweave.methods.train import checkpoint, start
 from unweave.methods.train.end_to_end import end_to_end_step
+from unweave.methods.train.heldout import Heldout
 from unweave.methods.train.members import Member, members, sites_named
 from unweave.methods.train.spec import TrainSpec
 from unweave.methods.train.trainer import SAETrainer
+from unweave.methods.train.variants import variants_of
 from unweave.sae import provenance
 from unweave.sae.module import SAE
 
@@ -58,20 +60,25 @@ def run(spec: TrainSpec, runs: Path) -> Run:
     with _entered(Run.open(runs, "train", spec, version=VERSION, inputs=inputs), group) as run:
         if run.done:
             return run
+        variants_of(spec.sae, spec.variants)  # refused before the model loads, and what follows before text is read
         for _ in group.in_turn():
             lm = load_lm(spec.model, spec.dtype, spec.device)
+        wanted = members(spec, lm)
+        own = _own(wanted, group)
+        _refuse_empty_shares(spec, wanted, group)
+        _refuse_too_little(spec, spec.data.tokens + spec.data.pack.context, "data.tokens")
+        starts = start.fitting(spec, lm, wanted, own)
+        for _ in group.in_turn():
             store, store_run = token_store(lm, spec.model, spec.data, "train", None, runs)
             heldout, _ = token_store(lm, spec.model, spec.data, "heldout", None, runs)
-        found = members(spec, lm)
-        _refuse_empty_shares(spec, found, group)
-        sites = sorted({site for member in found for site in (member.read, member.write)})
+        sites = sorted({site for member in wanted for site in (member.read, member.write)})
         source = activation_source(lm, store, store_run, sites, spec.stream, spec.dtype, runs, group)
-        _refuse_too_little(spec, store, source)
-        work = _Work(run, spec, lm, store, source, found, group)
+        _refuse_too_little(spec, _counted(store, source), f"epochs allows {spec.epochs:g}")
+        work = _Work(run, spec, lm, store, source, wanted, group, starts)
         result = work.train()
         work.save(heldout)
         if group.rank == 0:
-            result |= _saved(run, found)
+            result |= _saved(run, wanted)
             result["summary"] = _summary(result)
             run.finish(result)
         group.barrier()
@@ -81,6 +88,11 @@ def run(spec: TrainSpec, runs: Path) -> Run:
 def _divided(found: list[Member], group: Group) -> bool:
     """Whether each process trains members of its own."""
     return 1 < group.size <= len(found)
+
+
+def _own(wanted: list[Member], group: Group) -> list[Member]:
+    """The members that this process trains."""
+    return wanted[group.rank :: group.size] if _divided(wanted, group) else wanted
 
 
 def _refuse_empty_shares(spec: TrainSpec, found: list[Member], group: Group) -> None:
@@ -139,34 +151,26 @@ def _summary(result: Mapping[str, Any]) -> list[list[Any]]:
     return [*rows, [f"... and {more} more", "", "in result.json"]] if more > 0 else rows
 
 
-def _reference(sae: SAE, x: Tensor, goal: Tensor) -> dict[str, float]:
-    """Unexplained variance and L0 on activations x [N, d_in] and what they should become, [N, d_out]."""
-    codes = sae.codes(x)
-    missed = (goal - sae.explained(codes, x)).double().square().sum()
-    spread = (goal.double() - goal.double().mean(0)).square().sum()
-    return {
-        "unexplained_variance": float(missed / spread),
-        "l0": len(codes.values) / max(1, codes.n_rows),
-        "tokens": codes.n_rows,
-    }
-
-
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:
     return {name: float(f"{value:.6g}") for name, value in values.items()}
 
 
-def _refuse_too_little(spec: TrainSpec, store: TokenStore, source: ActivationSource) -> None:
-    """Trap 10: no silent further epoch over too little text."""
+def _counted(store: TokenStore, source: ActivationSource) -> int:
+    """How many of the stored tokens are not excluded."""
     excluded = sum(
         int(np.isin(store.ids[first : first + _SLICE], source.exclude_ids).sum())
         for first in range(0, store.n_tokens, _SLICE)
     )
-    counted = store.n_tokens - excluded
+    return store.n_tokens - excluded
+
+
+def _refuse_too_little(spec: TrainSpec, counted: int, where: str) -> None:
+    """Trap 10: no silent further epoch over too little text, of which at most ``counted`` tokens count."""
     if spec.sae.tokens > spec.epochs * counted:
         raise UnweaveError(
             f"{spec.sae.tokens} training tokens are {spec.sae.tokens / max(1, counted):.1f} epochs over the {counted} "
             "distinct tokens that count",
-            where=f"epochs allows {spec.epochs:g}",
+            where=where,
             remedy="give more text (data.tokens), train on fewer (sae.tokens), or allow more epochs",
         )
 
@@ -182,10 +186,12 @@ class _Work:
     source: ActivationSource
     members: list[Member]
     group: Group
+    starts: dict[str, tuple[SAE, dict[str, Any] | None]]
+    """the SAEs to start from, until their training begins"""
 
     def __post_init__(self) -> None:
         self.divided = _divided(self.members, self.group)
-        self.own = self.members[self.group.rank :: self.group.size] if self.divided else self.members
+        self.own = _own(self.members, self.group)
         self.shared = SOLO if self.divided else self.group  # who trains an SAE together
         self.writes = self.divided or self.group.rank == 0
         self.accepted: dict[str, dict[str, Any]] = {}  # what was measured of SAEs to start from
@@ -227,7 +233,7 @@ class _Work:
     def _trainer(self, member: Member, sample: dict[Site, Tensor]) -> SAETrainer:
         x, device = sample[member.read].to(self.lm.device), self.lm.device
         goal = None if member.read == member.write else sample[member.write].to(device)
-        first, accepted = start.opened(self.spec, self.lm, member.name, member.read, member.write)
+        first, accepted = self.starts.pop(member.name, (None, None))
         if accepted is not None:
             self.accepted[member.name] = accepted
         return SAETrainer(
@@ -332,13 +338,16 @@ class _Work:
             nonfinite=self.source.nonfinite,
             group=self.group,
         )
-        sample = source.chunk(0)
+        tokens = self.tokens_seen
+        measured = {member.name: self._finished(member) for member in self.own if self.writes}
+        for batch in source.passes(0):
+            for member in self.own if self.writes else ():
+                policy = TokenPolicy(max_norm=self.policies[member.read].max_norm)  # excluded ids are out already
+                inside = policy.keep(batch.x[member.read])
+                x, goal = (batch.x[site][inside].to(self.lm.device) for site in (member.read, member.write))
+                measured[member.name].add(x, goal)
         for member in self.own if self.writes else ():
-            policy = self.policies[member.read]
-            trainer = self.trainers[member.name]
-            sae = trainer.to_sae(read=member.read, write=member.write, policy=policy)
-            inside = TokenPolicy(max_norm=policy.max_norm).keep(sample.x[member.read])  # excluded ids are out already
-            x, goal = (sample.x[site][inside].to(self.lm.device) for site in (member.read, member.write))
+            sae = measured[member.name].sae
             asked = self.spec.to_dict() | {"sae": member.spec.to_dict()}
             if asked["accept_mismatch"] is None:
                 del asked["accept_mismatch"]
@@ -351,14 +360,19 @@ class _Work:
                     **self.store.meta,
                 },
                 "train": asked,
-                "tokens": trainer.tokens_seen,
+                "tokens": tokens,
                 "distinct_tokens": self.store.n_tokens,
-                "reference": _reference(sae, x, goal),
+                "reference": measured[member.name].reference(),
             }
             if member.name in self.accepted:
                 sae.provenance["start_accepted"] = self.accepted[member.name]
             sae.save(sae_folder(self.run, member.name))
         self.group.barrier()
+
+    def _finished(self, member: Member) -> Heldout:
+        """A member's SAE, to be measured; what its training held is let go."""
+        policy = self.policies[member.read]
+        return Heldout(self.trainers.pop(member.name).to_sae(read=member.read, write=member.write, policy=policy))
 
     def _begins_with_bos(self) -> bool:
         """Whether the rows that were trained on begin with the BOS token (traps 3 and 6)."""

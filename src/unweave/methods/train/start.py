@@ -11,7 +11,8 @@ from unweave.core.site import Site
 from unweave.core.spec import digest
 from unweave.inputs.inputs import sae_digest
 from unweave.lm.model import LM
-from unweave.methods.train.members import sites_named
+from unweave.methods.train import fit
+from unweave.methods.train.members import Member, sites_named
 from unweave.methods.train.spec import TrainSpec
 from unweave.sae.module import SAE
 
@@ -37,6 +38,26 @@ def _digest(start: Path) -> str:
             where=error.where or str(start),
             remedy=error.remedy or "give an SAE, or a run's sae/",
         ) from error
+
+
+def fitting(
+    spec: TrainSpec, lm: LM, wanted: list[Member], own: list[Member]
+) -> dict[str, tuple[SAE, dict[str, Any] | None]]:
+    """The SAEs that this process's ``own`` members go on with, by name, each as ``opened``.
+
+    Raises UnweaveError for what the training of any member would refuse, from the spec, the model and these SAEs alone:
+    no text is read for it.
+    """
+    starts = {}
+    widths = {site: lm.width(site) for site in {site for member in wanted for site in (member.read, member.write)}}
+    for member in wanted:
+        sae, accepted = opened(spec, lm, member.name, member.read, member.write)
+        fit.latents(
+            member.spec, widths[member.read], None if member.read == member.write else widths[member.write], sae
+        )
+        if sae is not None and member in own:
+            starts[member.name] = sae, accepted
+    return starts
 
 
 def opened(spec: TrainSpec, lm: LM, name: str, read: Site, write: Site) -> tuple[SAE | None, dict[str, Any] | None]:

@@ -25,9 +25,9 @@ from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
-from unweave.methods.train import init, kinds, objectives, resample, schedule, weights, window
+from unweave.methods.train import fit, init, kinds, objectives, resample, schedule, weights, window
 from unweave.methods.train.attempt import Attempt, Tally
-from unweave.methods.train.sae_spec import SAESpec, changed
+from unweave.methods.train.sae_spec import SAESpec
 from unweave.methods.train.scaling import Affine
 from unweave.sae.module import SAE
 from unweave.sae.sparse import kernels
@@ -68,13 +68,7 @@ class SAETrainer:
         if dtype not in (torch.float32, torch.float64):
             raise UnweaveError(f"training is in float32 or float64, not {dtype}", remedy="activations may be of any")
         self.spec, self.d_in = spec, d_in
-        self.d_sae = spec.expansion * d_in if start is None else _latents_of(start, spec, d_in)
-        if spec.kind == "matryoshka":
-            kinds.group_sizes(spec, self.d_sae)
-        if spec.aims and spec.k > self.d_sae:
-            raise UnweaveError(f"k = {spec.k} of only {self.d_sae} latents", remedy="lower k or raise expansion")
-        if spec.skip != "none" and init_target is None:
-            raise UnweaveError("a skip without a target would be the identity", remedy="leave skip out")
+        self.d_sae = fit.latents(spec, d_in, None if init_target is None else init_target.shape[1], start)
         self.device = torch.device(device) if device is not None else init_x.device
         self.group = group
         x, target = init_x.to(self.device, dtype), init_target
@@ -102,7 +96,6 @@ class SAETrainer:
 
     def _begin(self, x: Tensor, target: Tensor | None, start: SAE | None) -> None:
         if start is not None:
-            self._refuse_unfit(start)
             self.weights, threshold = weights.unfold(self.spec, start, self._input, self._output, x)
             if self.spec.one_threshold:
                 self.state.batch_threshold = threshold
@@ -113,36 +106,6 @@ class SAETrainer:
                 self._fit_encoder(x, x if target is None else target)
         for parameter in self.weights.named().values():
             self.group.broadcast(parameter.data)
-
-    def _refuse_unfit(self, start: SAE) -> None:
-        said = changed(self.spec)
-        idle = ("init", "bias_init", "threshold_by_norm")
-        idle = idle if self.spec.resample_every else (*idle, "threshold_init")
-        for name in (name for name in idle if name in said):
-            raise UnweaveError(
-                f"{name} = {said[name]!r} would have no effect: weights are those of the SAE to start from",
-                remedy=f"leave {name} out; beside a preset, set it to {str(getattr(SAESpec(), name)).lower()}",
-            )
-        if self.spec.skip == "fit" and start.W_skip is not None:
-            raise UnweaveError(
-                "skip = 'fit' would have no effect: the SAE to start from has its skip", remedy="use skip: zero"
-            )
-        wanted = (self.d_in, self.d_sae, self.d_out)
-        if (start.d_in, start.d_sae, start.d_out) != wanted:
-            raise UnweaveError(
-                f"the SAE to start from is {start.d_in} -> {start.d_sae} latents -> {start.d_out}, not "
-                f"{' -> '.join(map(str, wanted))}",
-                remedy="set expansion to its latents per dimension, and use activations of its site",
-            )
-        start.require_decoder()
-        if start.input_norm is not None:
-            raise UnweaveError(
-                f"the SAE to start from normalises its inputs token by token ({start.input_norm})",
-                remedy="training does not; start from one whose inputs are taken as they are",
-            )
-        if (start.W_skip is None) != (self.spec.skip == "none"):
-            has = "has no skip" if start.W_skip is None else "has a skip"
-            raise UnweaveError(f"the SAE to start from {has}", remedy="set skip accordingly")
 
     @torch.no_grad()
     def _fit_encoder(self, x: Tensor, goal: Tensor) -> None:
@@ -363,19 +326,6 @@ class SAETrainer:
             self.spec, self.weights, self.batch_threshold(), self._input, self._output,
             read=read, write=write, policy=policy, provenance=provenance,
         )  # fmt: skip
-
-
-def _latents_of(start: SAE, spec: SAESpec, d_in: int) -> int:
-    """The latents of an SAE to go on with, where expansion can say how many those are; else what expansion says."""
-    if start.d_in != d_in or start.d_sae % d_in == 0:
-        return spec.expansion * d_in
-    if "expansion" in changed(spec):
-        raise UnweaveError(
-            f"the SAE to start from has {start.d_sae} latents, which is no multiple of its width {d_in}: "
-            f"expansion {spec.expansion} cannot be meant",
-            remedy=f"leave expansion out, or set it to {SAESpec().expansion}: it then says nothing",
-        )
-    return start.d_sae
 
 
 def _fastest(device: torch.device) -> dict[str, bool]:

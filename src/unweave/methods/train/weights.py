@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.methods.train import init
@@ -24,9 +23,6 @@ from unweave.methods.train.sae_spec import SAESpec
 from unweave.methods.train.scaling import Affine
 from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
-
-_SAME = 1e-4
-"""relative differences below which numbers that should be one are taken to be"""
 
 
 def _parameter(t: Tensor) -> nn.Parameter:
@@ -164,8 +160,8 @@ def fold(
 def unfold(spec: SAESpec, sae: SAE, source: Affine, goal: Affine, like: Tensor) -> tuple[Weights, float]:
     """The weights in which ``sae`` goes on training as ``spec`` says, and the threshold of batchtopk kinds.
 
-    Decoder norms move to the encoder (and so to the latents); a latent whose decoder row is zero keeps its encoder.
-    Raises UnweaveError where the spec's kind cannot be this SAE, and says which kinds can.
+    ``fit.latents`` says whether it can. Decoder norms move to the encoder (and so to the latents); a latent whose
+    decoder row is zero keeps its encoder.
     """
     s_in, s_out, c_in = source.scale, goal.scale, source.centre.double()
     rows = sae.W_dec.double().to(like.device)
@@ -184,40 +180,9 @@ def unfold(spec: SAESpec, sae: SAE, source: Affine, goal: Affine, like: Tensor) 
     threshold = torch.zeros_like(bias)
     if isinstance(sae.activation, JumpReLU):
         threshold = sae.activation.threshold.double().to(like.device).clamp_min(0) * norms * s_out
-    possible = fitting(spec, sae, threshold)
-    if spec.kind not in possible:
-        raise UnweaveError(
-            f"a {sae.kind} SAE cannot go on as {spec.kind}", where="start", remedy=f"use kind {' or '.join(possible)}"
-        )
-    if isinstance(sae.activation, TopK):
-        _refuse_other_topk(sae.activation.k, spec.k, norms)
     if spec.kind == "gated":
         made.r_mag = _parameter(torch.zeros_like(made.b_enc))
         made.b_mag = _parameter(bias.to(like))
         made.b_enc = _parameter((bias - threshold).to(like))
     _set_thresholds(made, spec, threshold.to(like))
     return made, float(threshold.mean())
-
-
-def fitting(spec: SAESpec, sae: SAE, threshold: Tensor) -> list[str]:
-    """The kinds whose inference form ``sae`` can be, with ``threshold`` [F] as training sees it."""
-    if isinstance(sae.activation, TopK):
-        return ["topk"]
-    kinds = ["gated"]
-    if spec.threshold_parameter == "plain" or bool((threshold > 0).all()):
-        kinds.append("jumprelu")
-    if isinstance(sae.activation, ReLU) or not bool(threshold.any()):
-        return ["relu", "p-anneal", *kinds]
-    if float(threshold.max() - threshold.min()) <= _SAME * float(threshold.max()):
-        kinds += ["batchtopk", "matryoshka"]
-    return kinds
-
-
-def _refuse_other_topk(k: int, wanted: int, norms: Tensor) -> None:
-    if k != wanted:
-        raise UnweaveError(f"this SAE has k {k}, not {wanted}", where="start", remedy="set k to its own")
-    if float(norms.max() - norms.min()) > _SAME * float(norms.max()):
-        raise UnweaveError(
-            "decoder rows of this TopK SAE differ in norm, and scaling them to 1 would change which latents win",
-            where="start", remedy="start from an SAE whose decoder rows have equal norms",
-        )  # fmt: skip
