@@ -7,7 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -168,6 +168,33 @@ def default_lm() -> Any:
     from unweave.lm.model import LM
 
     return LM.load("smollm2-135m-instruct")
+
+
+class ShownTask:
+    """What a piece of long work says of itself: its name, total and unit, how far it got, and how it ended."""
+
+    def __init__(self, name: str, total: float, unit: str, done: float) -> None:
+        self.name, self.total, self.unit, self.done = name, total, unit, done
+        self.end = ""
+
+    def advance(self, amount: float = 1) -> None:
+        self.done += amount
+
+    def note(self, text: str) -> None: ...
+
+    def close(self, *, stopped: bool = False) -> None:
+        self.end = "stopped" if stopped else "done"
+
+
+@pytest.fixture
+def shown_tasks() -> Iterator[list[ShownTask]]:
+    """The long work that is announced during the test."""
+    from unweave.core import progress
+
+    shown: list[ShownTask] = []
+    progress.set_display(lambda *about: (shown.append(ShownTask(*about)), shown[-1])[1])
+    yield shown
+    progress.set_display(None)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from unweave.cli import stages
 from unweave.cli.app import main
 from unweave.cli.fields import field_docs, leaves
 from unweave.cli.output import in_words, table_rows
-from unweave.cli.progress import PLAIN_INTERVAL, PlainTask, in_time, short
+from unweave.cli.progress import PLAIN_INTERVAL, PlainTask, in_time, short, show_progress
 from unweave.core import progress
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
@@ -382,6 +383,67 @@ def test_plain_progress_speaks_now_and_then(capfd: pytest.CaptureFixture[str]) -
     task.close()
     assert capfd.readouterr().err == "harvest: 1,000 tokens in 1 min 20 s  (loss 0.3)\n"
     assert (in_time(7500), short(2514), short(135_000), short(0.25)) == ("2 h 5 min", "2514", "135k", "0.25")
+
+
+def test_no_estimate_before_it_can_be_known(capfd: pytest.CaptureFixture[str]) -> None:
+    """A part of one item says nothing of how long items take; one of several does."""
+    now = 0.0
+    one = PlainTask("convert", 1, "model", 0, clock=lambda: now)
+    several = PlainTask("read", 4, "files", 0, clock=lambda: now)
+    unknown = PlainTask("fetch", 0, "files", 0, clock=lambda: now)
+    capfd.readouterr()
+    now = 20.0
+    one.advance(0.004)
+    several.advance(0.5)
+    unknown.advance()
+    assert capfd.readouterr().err == "convert: 0%, 0 of 1 model\nread: 12%, 0 of 4 files\nfetch: 1 files\n"
+    now = 40.0
+    one.advance(0.9)
+    several.advance(0.5)
+    unknown.advance()
+    expected = "convert: 90%, 1 of 1 model\nread: 25%, 1 of 4 files, 0.025/s, about 2 min 0 s left\n"
+    assert capfd.readouterr().err == expected + "fetch: 2 files, 0.05/s\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_work_that_has_enough_is_done_and_an_error_stops_it(
+    terminal: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, error: BaseException | None = None) -> str:
+        """What is shown of 13 of 20 chunks."""
+        with show_progress(False), suppress(KeyboardInterrupt, ValueError), progress.task(name, total=20) as task:
+            task.advance(13)
+            if error is not None:
+                raise error
+        return capfd.readouterr().err
+
+    def some_of_many() -> Iterator[int]:
+        with progress.task("stream", total=20, unit="chunks") as task:
+            for i in range(20):
+                yield i
+                task.advance()
+
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "120")
+    capfd.readouterr()
+    assert "done" in run("encode") and "stopped" not in run("encode")
+    for error in (ValueError(), KeyboardInterrupt()):
+        shown = run("encode", error)
+        assert "stopped" in shown and "done" not in shown
+    with show_progress(False):
+        taken = some_of_many()
+        assert [next(taken), next(taken)] == [0, 1]
+        taken.close()
+    shown = capfd.readouterr().err
+    assert "done" in shown and "stopped" not in shown
+    if not terminal:
+        assert shown == "stream: done after 1 of 20 chunks in 0 s\n"
+        task = PlainTask("parts", 1, "model", 0)
+        for _ in range(10):
+            task.advance(0.1)  # adds up to a little less than 1
+        task.close()
+        assert capfd.readouterr().err == "parts: 1 model in 0 s\n"
 
 
 # Help

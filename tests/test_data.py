@@ -598,12 +598,13 @@ def test_trap_02_padding_is_never_stored(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_trap_10_too_little_text_names_both_numbers(tmp_path: Path) -> None:
+def test_trap_10_too_little_text_names_both_numbers(tmp_path: Path, shown_tasks: list[Any]) -> None:
     with pytest.raises(UnweaveError, match=r"only 8 tokens, 1,000 were asked for"):
         TokenStore.write(tmp_path / "s", rows_of(4, 4), 1000, {})
     with pytest.raises(UnweaveError, match="no tokens"):
         TokenStore.write(tmp_path / "s", [], 0, {})
     assert not list(tmp_path.iterdir())
+    assert [task.end for task in shown_tasks] == ["stopped", "stopped"]
 
 
 def test_trap_10_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:

@@ -108,13 +108,14 @@ def test_prompts_that_are_too_long_do_not_stop_the_others(tmp_path: Path) -> Non
         CachedJudge(Short([None] * 11), None).ask(talks(11))
 
 
-def test_the_budget_of_requests_stops_and_asking_again_goes_on(tmp_path: Path) -> None:
+def test_the_budget_of_requests_stops_and_asking_again_goes_on(tmp_path: Path, shown_tasks: list[Any]) -> None:
     script = Scripted(echo)
     for have in (2, 4):
         with pytest.raises(UnweaveError, match=rf"budget is spent \(2 prompts .*\) with {have} of 5 replies there"):
             CachedJudge(script, tmp_path, Budget(max_requests=2)).ask(talks(5))
     assert all(r.text for r in CachedJudge(script, tmp_path, Budget(max_requests=2)).ask(talks(5)))
     assert len(script.asked) == 5
+    assert [task.end for task in shown_tasks] == ["stopped", "stopped", "done"]
 
 
 def test_the_budget_of_tokens_counts_prompts_and_replies(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ from unweave.cli.progress import show_progress
 from unweave.core.spec import Spec
 from unweave.data.stream import ActivationSource
 from unweave.methods.train import stage as train
-from unweave.inputs.specs import TrainSpec
+from unweave.methods.train.spec import TrainSpec
 torch.set_num_threads(1)
 computed = []
 plain = ActivationSource._harvest

@@ -433,7 +433,12 @@ def gguf_file(tmp_path: Path, tiny: Callable[..., Any], make_tokenizer: Callable
 
 
 def test_a_gguf_file_is_converted_once_and_computes_the_same(
-    cache: Path, gguf_file: Path, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capfd: Any
+    cache: Path,
+    gguf_file: Path,
+    tiny: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+    shown_tasks: list[Any],
 ) -> None:
     model, tokenizer, located = load_pretrained(gguf_file, torch.float32, "cpu")
     assert torch.allclose(model(IDS).logits, tiny("llama")(IDS).logits, rtol=1e-5, atol=1e-5)
@@ -445,6 +450,8 @@ def test_a_gguf_file_is_converted_once_and_computes_the_same(
     again = load_pretrained(str(gguf_file), torch.float32, "cpu")[0]
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert capfd.readouterr() == ("", "")  # no bars or log lines of other libraries
+    (convert,) = (task for task in shown_tasks if task.unit == "tensors")
+    assert convert.name.startswith("convert ") and convert.done == convert.total == len(model.state_dict())
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "empty", "text"])

@@ -44,7 +44,7 @@ class _BarTask:
     def __init__(self, bars: Progress, name: str, total: float, unit: str, done: float) -> None:
         self._bars = bars
         self._id = bars.add_task(
-            plain(name), total=total or None, completed=int(done), unit=unit, note="", start_at=done
+            plain(name), total=total or None, completed=int(done), unit=unit, note="", start_at=done, stopped=False
         )
 
     def advance(self, amount: float = 1) -> None:
@@ -53,7 +53,8 @@ class _BarTask:
     def note(self, text: str) -> None:
         self._bars.update(self._id, note=plain(text))
 
-    def close(self) -> None:
+    def close(self, *, stopped: bool = False) -> None:
+        self._bars.update(self._id, stopped=stopped)
         self._bars.stop_task(self._id)
 
 
@@ -74,7 +75,7 @@ class _Times(ProgressColumn):
         text = clock(task.elapsed or 0.0)
         left = time_left(task.total or 0, task.completed, _rate(task))
         if task.finished or task.stop_time is not None:
-            text += " done" if task.finished else " stopped"
+            text += " stopped" if task.fields["stopped"] else " done"
         elif left is not None:
             text += f", {clock(left)} left"
         return Text(text, no_wrap=True, style="cyan")
@@ -95,8 +96,16 @@ def clock(seconds: float) -> str:
 
 
 def _rate(task: RichTask) -> float:
-    """Per second since this process began the task: what an earlier one did is no work of ours."""
-    return (task.completed - task.fields["start_at"]) / task.elapsed if task.elapsed else 0.0
+    return pace(task.total or 0, task.completed - task.fields["start_at"], task.elapsed or 0.0)
+
+
+def pace(total: float, done: float, seconds: float) -> float:
+    """Items per second where it can be known, else 0: two are done, or one of several. A part of one says nothing.
+
+    ``done`` counts since this process began the task: what an earlier one did is no work of ours.
+    """
+    known = done >= 2 or (done >= 1 and total >= 2)
+    return done / seconds if known and seconds > 0 else 0.0
 
 
 def time_left(total: float, done: float, rate: float) -> float | None:
@@ -139,22 +148,27 @@ class PlainTask:
         now = self.clock()
         if now - self._spoke >= PLAIN_INTERVAL:
             self._spoke = now
-            rate = (self.done - self._from) / (now - self._began)
+            rate = pace(self.total, self.done - self._from, now - self._began)
             left = time_left(self.total, self.done, rate)
             ahead = f", about {in_time(left)} left" if left is not None else ""
             share = f"{100 * self.done / self.total:.0f}%, " if self.total else ""
-            pace = f", {short(rate)}/s" if rate else ""
-            self._say(f"{share}{self._amount()}{pace}{ahead}")
+            speed = f", {short(rate)}/s" if rate else ""
+            self._say(f"{share}{self._amount()}{speed}{ahead}")
 
     def note(self, text: str) -> None:
         self._note = text
 
-    def close(self) -> None:
-        stopped = "stopped after " if self.total and self.done < self.total else ""
-        self._say(f"{stopped}{self._amount()} in {in_time(self.clock() - self._began)}")
+    def close(self, *, stopped: bool = False) -> None:
+        end = "stopped after " if stopped else "done after " if self._short else ""
+        self._say(f"{end}{self._amount()} in {in_time(self.clock() - self._began)}")
+
+    @property
+    def _short(self) -> bool:
+        """Whether something of the total is missing, beyond rounding."""
+        return self.done < self.total * (1 - 1e-9)
 
     def _amount(self) -> str:
-        total = f" of {self.total:,.0f}" if self.total and self.done < self.total else ""
+        total = f" of {self.total:,.0f}" if self._short else ""
         return f"{self.done:,.0f}{total} {self.unit}".strip()
 
     def _say(self, text: str) -> None:

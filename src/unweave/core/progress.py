@@ -16,8 +16,8 @@ class Task(Protocol):
     def note(self, text: str) -> None:
         """A short word beside the bar, e.g. the current loss."""
 
-    def close(self) -> None:
-        """The work has ended, well or not."""
+    def close(self, *, stopped: bool = False) -> None:
+        """The work has ended: well, even where less than the total was needed; or ``stopped`` by an error or Ctrl-C."""
 
 
 class _Silent:
@@ -27,8 +27,8 @@ class _Silent:
     def note(self, text: str) -> None:
         del text
 
-    def close(self) -> None:
-        pass
+    def close(self, *, stopped: bool = False) -> None:
+        del stopped
 
 
 Display = Callable[[str, float, str, float], Task]
@@ -51,9 +51,17 @@ def set_display(display: Display | None) -> None:
 
 @contextmanager
 def task(name: str, *, total: float, unit: str = "", done: float = 0) -> Iterator[Task]:
-    """Announces long work: ``with task("harvest", total=n, unit="tokens") as t: t.advance(k)``."""
+    """Announces long work: ``with task("harvest", total=n, unit="tokens") as t: t.advance(k)``.
+
+    Work that leaves the block has ended well, whatever is done of the total; an exception says that it was stopped.
+    """
     shown = _display(name, total, unit, done)
     try:
         yield shown
-    finally:
+    except GeneratorExit:  # whoever takes what a generator makes has enough
         shown.close()
+        raise
+    except BaseException:
+        shown.close(stopped=True)
+        raise
+    shown.close()

@@ -180,14 +180,14 @@ def _write_rows(folder: Path, rows: Iterable[Row], budget: int, unit: Unit) -> d
             new = unit == "documents" and row.document not in documents[-1:]
             documents.append(row.document)
             shown.advance(len(row.ids) if unit == "tokens" else int(new))
-    held = starts[-1] if unit == "tokens" else len(set(documents))
-    if held < max(1, budget):
-        what = "the text has no tokens" if starts[-1] == 0 else f"the text has only {held:,} {unit}"
-        why = f" ({rows.in_words()})" if isinstance(rows, Packed) else ""
-        raise UnweaveError(
-            f"{what}, {budget:,} were asked for{why}",
-            remedy=f"add text, ask for fewer {unit}, or lower min_tokens",
-        )
+        held = starts[-1] if unit == "tokens" else len(set(documents))
+        if held < max(1, budget):
+            what = "the text has no tokens" if starts[-1] == 0 else f"the text has only {held:,} {unit}"
+            why = f" ({rows.in_words()})" if isinstance(rows, Packed) else ""
+            raise UnweaveError(
+                f"{what}, {budget:,} were asked for{why}",
+                remedy=f"add text, ask for fewer {unit}, or lower min_tokens",
+            )
     if by_role[Role.PAD]:
         raise UnweaveError(f"{by_role[Role.PAD]} padding tokens are among the text's", remedy="store rows unpadded")
     np.save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))

@@ -147,8 +147,8 @@ class CachedJudge:
             for key, reply in self._answers(missing):
                 found[key] = reply
                 progress.advance()
-        if len(found) < len(set(keys)):
-            raise self._spent(sum(reply.text is not None for reply in found.values()), len(set(keys)))
+            if len(found) < len(set(keys)):
+                raise self._spent(sum(reply.text is not None for reply in found.values()), len(set(keys)))
         return [found[key] for key in keys]
 
     def _answers(self, missing: Mapping[str, Conversation]) -> Iterator[tuple[str, Reply]]:

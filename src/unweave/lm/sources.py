@@ -165,20 +165,19 @@ def _gguf_progress(name: str) -> Iterator[None]:
     """Shows the conversion as our own progress, in place of the bar that transformers draws on the terminal."""
     from transformers import modeling_gguf_pytorch_utils as module
 
-    with task(f"convert {name}", total=1, unit="model") as shown:
-
-        def counted(items: Any, *, desc: str = "") -> Iterator[Any]:
-            del desc
+    def counted(items: Any, *, desc: str = "") -> Iterator[Any]:
+        del desc
+        with task(f"convert {name}", total=len(items), unit="tensors") as shown:
             for item in items:
                 yield item
-                shown.advance(1 / len(items))
+                shown.advance()
 
-        original = getattr(module, "tqdm", None)
-        setattr(module, "tqdm", counted)  # noqa: B010 - a plain assignment would claim a type that it has not
-        try:
-            yield
-        finally:
-            setattr(module, "tqdm", original)  # noqa: B010
+    original = getattr(module, "tqdm", None)
+    setattr(module, "tqdm", counted)  # noqa: B010 - a plain assignment would claim a type that it has not
+    try:
+        yield
+    finally:
+        setattr(module, "tqdm", original)  # noqa: B010
 
 
 def _content_key(path: Path) -> str:
