@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,17 +16,14 @@ from test_examples import fenced
 from unweave.sae.formats import registry
 
 PAGE = ROOT / "docs" / "adding.md"
-PLACE = re.compile(r"# (src/unweave|tests)/([\w/]+)\.py\n")
+PLACE = re.compile(r"# ((?:src/unweave|tests)/[\w/]+\.py)\n")
 
 
 def examples() -> dict[str, str]:
     """The page's code blocks by the place that their first line names."""
-    found = {}
-    for code in fenced(PAGE, "python"):
-        match = PLACE.match(code)
-        assert match is not None, f"the first line says where the file goes: {code[:60]}"
-        found[f"{match[1]}/{match[2]}.py"] = code
-    return found
+    blocks = fenced(PAGE, "python")
+    places = [PLACE.match(code) for code in blocks]
+    return {match[1] if match else "": code for match, code in zip(places, blocks, strict=True)}
 
 
 EXAMPLES = examples()
@@ -34,38 +31,39 @@ MODULES = [place for place in EXAMPLES if place.startswith("src/")]
 TESTS = [place for place in EXAMPLES if place.startswith("tests/")]
 
 
-def module_of(place: str) -> ModuleType:
-    """An example as the module that it would be."""
-    name = place.removeprefix("src/").removesuffix(".py").replace("/", ".")
-    module = ModuleType(name)
-    sys.modules[name] = module
-    exec(compile(EXAMPLES[place], place, "exec"), module.__dict__)
-    return module
-
-
 @pytest.fixture
-def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """Every example in its place, and named where the page's table says."""
+def added(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every example in its place, as far as imports can tell, and named where the page says."""
+    folder = tmp_path_factory.mktemp("added")
+    packages = set()
+    for place in MODULES:
+        path = folder / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(EXAMPLES[place], encoding="utf-8")
+        packages.add(Path(place).parent if (ROOT / place).parent.is_dir() else Path(place).parent.parent)
+    for place in packages:
+        package = import_module(".".join(place.parts[1:]))
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder / place)])
     before = set(sys.modules)
-    found = {place: module_of(place) for place in MODULES}
-    for place, module in found.items():
-        if "/sae/formats/" in place:
-            monkeypatch.setattr(registry, "FORMATS", (module, *registry.FORMATS))
-            monkeypatch.setitem(registry.WRITERS, module.NAME, module.save)
-    yield found
+    plain = import_module("unweave.sae.formats.plain")
+    monkeypatch.setattr(registry, "FORMATS", (plain, *registry.FORMATS))
+    monkeypatch.setitem(registry.WRITERS, plain.NAME, plain.save)
+    yield
     for name in set(sys.modules) - before:
-        if name.startswith("unweave.") and sys.modules[name] in found.values():
+        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
 
 
-def test_every_example_has_its_test() -> None:
-    names = {Path(place).stem for place in MODULES}
-    assert len(MODULES) >= 3 and {f"test_{name}" for name in names} == {Path(place).stem for place in TESTS}
+def test_every_example_has_its_place_and_its_test() -> None:
+    assert "" not in EXAMPLES, "the first line of every block says where the file goes"
     assert not [place for place in EXAMPLES if (ROOT / place).exists()]
+    tried = {Path(place).stem.removeprefix("test_") for place in TESTS}
+    assert [place for place in MODULES if not tried & {Path(place).stem, Path(place).parent.name}] == []
 
 
+@pytest.mark.usefixtures("added")
 @pytest.mark.parametrize("place", TESTS)
-def test_examples_pass_their_tests(place: str, added: dict[str, ModuleType], request: pytest.FixtureRequest) -> None:
+def test_examples_pass_their_tests(place: str, request: pytest.FixtureRequest) -> None:
     namespace: dict[str, Any] = {"__name__": Path(place).stem}
     exec(compile(EXAMPLES[place], place, "exec"), namespace)
     (test,) = (value for name, value in namespace.items() if name.startswith("test_"))
