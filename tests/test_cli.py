@@ -28,9 +28,7 @@ from unweave.core.run import Run
 from unweave.core.spec import Spec, operational
 from unweave.inputs.spec import OfSAESpec, OfSAEsSpec
 
-REAL_STAGES = dict(stages.STAGES) | {
-    stage.command: stage for _, inner in stages.GROUPS.values() for stage in inner.values()
-}
+REAL_STAGES = dict(stages.stages())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +100,8 @@ def pretend(spec: PretendSpec, runs: Path) -> Run:
 @pytest.fixture(autouse=True)
 def _pretend_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     here = f"{__name__}:"
-    stage = replace(stages.STAGES["train"], spec_home=f"{here}PretendSpec", run_home=f"{here}pretend")
-    monkeypatch.setitem(stages.STAGES, "train", stage)
+    stage = replace(REAL_STAGES["train"], spec=PretendSpec, stage=f"{here}pretend")
+    monkeypatch.setitem(stages.stages(), "train", stage)
 
 
 @pytest.fixture
@@ -250,8 +248,8 @@ def test_an_unknown_command_is_refused_with_a_suggestion(capfd: pytest.CaptureFi
 def test_commands_in_a_group_are_parsed_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any) -> None:
     """Exits, output and mistakes are those of any command, and messages name the whole command."""
     here = f"{__name__}:"
-    stage = replace(stages.CIRCUITS["find"], spec_home=f"{here}PretendSpec", run_home=f"{here}pretend")
-    monkeypatch.setitem(stages.CIRCUITS, "find", stage)
+    stage = replace(REAL_STAGES["circuit find"], spec=PretendSpec, stage=f"{here}pretend")
+    monkeypatch.setitem(stages.stages(), "circuit find", stage)
     line = ["circuit", "find", "--runs", str(tmp_path / "runs"), "--model", "m"]
     assert main([*line, "--json"]) == 0
     assert asked(capfd.readouterr().out)["model"] == "m"
@@ -482,7 +480,7 @@ def test_field_docs_include_inherited_ones() -> None:
 
 @pytest.mark.parametrize("name", REAL_STAGES)
 def test_every_field_of_every_stage_can_be_set_and_is_explained(name: str) -> None:
-    found = list(leaves(REAL_STAGES[name].spec()))
+    found = list(leaves(REAL_STAGES[name].spec))
     assert found
     assert [leaf.name for leaf in found if not leaf.doc] == []
     assert {leaf.name for leaf in found} & {"config", "runs", "json", "help", "version"} == set()
@@ -491,7 +489,7 @@ def test_every_field_of_every_stage_can_be_set_and_is_explained(name: str) -> No
 
 @pytest.mark.parametrize("name", REAL_STAGES)
 def test_naming_a_group_leaves_its_other_fields_as_help_shows_them(name: str) -> None:
-    spec = REAL_STAGES[name].spec()
+    spec = REAL_STAGES[name].spec
     required = {"sae": "x"} if issubclass(spec, OfSAESpec) else {"saes": ["x"]} if issubclass(spec, OfSAEsSpec) else {}
     for field_ in fields(spec):
         if isinstance(field_.default, Spec):
@@ -503,7 +501,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_and_import_load_no_heavy_library() -> None:
-    commands = (*stages.STAGES, *stages.GROUPS, "circuit find", "models", "dedup", "convert", "annotate")
+    commands = (*stages.stages(), *stages.GROUPS, "models", "dedup", "convert", "annotate")
     names = ["--help", *(f"{name} --help" for name in commands), "models", "--version"]
     done = python(
         "import sys, unweave\n"

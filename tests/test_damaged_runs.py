@@ -14,22 +14,24 @@ import pytest
 from test_circuit_jobs import home as circuit_home  # noqa: F401
 from test_circuit_jobs import spec_of as find_spec_of
 from test_jobs import home, runs, spec_of, trained  # noqa: F401
+from test_report import steering, trace
 from unweave.circuits.opened import open_circuit
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
-from unweave.inputs.inputs import sae_digest
+from unweave.inputs.identity import sae as sae_digest
 from unweave.latents import stage as latents
 from unweave.latents.spec import LatentsSpec
 from unweave.methods.circuits import stage_find as find
 from unweave.methods.circuits.stage_evaluate import _read_curve
 from unweave.methods.evaluate import stage as evaluation
 from unweave.methods.evaluate.spec import EvalSpec
-from unweave.methods.report import stage as report
 from unweave.methods.steer.spec import SteerSpec
 from unweave.methods.trace.spec import TraceSpec
 from unweave.methods.train import checkpoint
 from unweave.methods.train import stage as train
+from unweave.methods.train.result import Training
+from unweave.methods.train.view import curve_of
 
 
 def _other_types(content: bytes) -> bytes:
@@ -67,14 +69,9 @@ def finished(trained: Run, runs: Path) -> Path:  # noqa: F811
     evaluation.run(EvalSpec(sae=sae, device="cpu", tokens=600), runs)
     latents.run(LatentsSpec(sae=sae, device="cpu", tokens=1500), runs)
     # The tiny model's words are no single tokens: what these two find is written down instead.
-    found = {
-        "trace": {"task": "across_pp", "pairs": 4, "rows": [], "correlations": {}, "example": [["a", "b"]],
-                  "metric": "m", "finding": "f"},
-        "steer": {"latent": 3, "prompt": "p", "samples": [[1.0, "text"]], "label": ["a"], "note": ""},
-    }  # fmt: skip
-    for stage, spec in (("trace", TraceSpec(sae=sae)), ("steer", SteerSpec(sae=sae))):
-        with Run.open(runs, stage, spec, inputs={"sae": sae_digest(sae)}) as run:
-            run.finish(found[stage])
+    for name, spec, result in (("trace", TraceSpec(sae=sae), trace()), ("steer", SteerSpec(sae=sae), steering())):
+        with Run.open(runs, name, spec, inputs={"sae": sae_digest(sae)}, kind=type(result)) as run:
+            run.finish(result)
     return runs
 
 
@@ -105,8 +102,6 @@ def test_a_report_of_damaged_runs_names_the_run(
     for stage in ("train", "eval", "latents", "trace", "steer"):
         for name in ("spec.json", "result.json", "env.json", "DONE"):
             path = next(copy.glob(f"{stage}-*")) / name
-            if name == "env.json" and stage != "train":  # nobody reads it
-                continue
             good = path.read_bytes()
             path.write_bytes(DAMAGE[damage](good))
             status, told = _asked(copy, capfd)
@@ -129,16 +124,16 @@ def test_a_report_of_runs_that_lost_a_file(name: str, copy: Path, capfd: pytest.
     path.unlink()
     status, told = _asked(copy, capfd)
     if name == "DONE":  # then it has not finished, and the page says so
-        assert status == 0 and "eval" in Run.at(next(copy.glob("report-*"))).result["not_run"]
+        assert status == 0 and "eval" in Run.at(next(copy.glob("report-*"))).result["value"]["not_run"]
     else:
         assert status == 2 and path.parent.name in told["where"]
 
 
 def test_damaged_lines_of_a_log_are_passed_over(finished: Path, copy: Path) -> None:
     """The curve is what the good lines say, whatever stands between them."""
-    run = Run.at(next(copy.glob("train-*")))
-    site = "resid_post.1"
-    whole = report._curve(run, 128, site)
+    run = Run.at(next(copy.glob("train-*")), Training)
+    sae, site = run.result.sae(), "resid_post.1"
+    whole = curve_of(sae, run.path)
     assert whole is not None and len(whole.tokens) > 1
     log = run.path / "log.jsonl"
     lines = log.read_bytes().split(b"\n")
@@ -151,9 +146,9 @@ def test_damaged_lines_of_a_log_are_passed_over(finished: Path, copy: Path) -> N
         ],
     ]  # fmt: skip
     log.write_bytes(b"\n".join([*bad, *(line for good in lines for line in (good, *bad))]))
-    assert report._curve(run, 128, site) == whole
+    assert curve_of(sae, run.path) == whole
     log.unlink()
-    assert report._curve(run, 128, site) is None
+    assert curve_of(sae, run.path) is None
 
 
 # -- circuits ---------------------------------------------------------------------------------------------------------

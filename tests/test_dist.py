@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from unweave.cli.bridge import execute
-from unweave.cli.stages import Stage
+from unweave.core.command import Command
 from unweave.core.dist import SOLO, Group, refuse_shared_device, world
 from unweave.core.errors import UnweaveError
+from unweave.core.result import Result
 from unweave.core.spec import Spec
 
 
@@ -81,7 +82,16 @@ def say(_spec: Spec, runs: Path) -> Said:
 
 
 def test_a_stray_rank_in_the_environment_silences_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    stage = Stage("train", "Nothing.", "Nothing.", (), "test_dist:NothingSpec", "test_dist:say")
+    stage = Command(
+        words="train",
+        spec=NothingSpec,
+        result=Result,
+        stage="test_dist:say",
+        summary="Nothing.",
+        about="Nothing.",
+        examples=(),
+        in_several=True,
+    )
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert execute(stage, None, {}, tmp_path, True) is not None

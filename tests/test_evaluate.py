@@ -19,6 +19,7 @@ from torch import Tensor
 from unweave.core import progress
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError, UnweaveWarning
+from unweave.core.result import to_plain
 from unweave.core.site import Site
 from unweave.data.batches import store_batches
 from unweave.data.policy import TokenPolicy
@@ -164,7 +165,7 @@ def reference(model: Any, sae: SAE, rows: list[Row]) -> dict[str, float]:
 
 
 def assert_same(a: CoreMetrics | dict[str, Any], b: CoreMetrics | dict[str, Any], rel: float = 1e-5) -> None:
-    a, b = (v.to_dict() if isinstance(v, CoreMetrics) else v for v in (a, b))
+    a, b = (to_plain(v.plain()) if isinstance(v, CoreMetrics) else v for v in (a, b))
     for name in a.keys() & b.keys():
         if isinstance(a[name], (int, float)) and name != "excluded":
             assert b[name] == pytest.approx(a[name], rel=rel, abs=1e-7), name
@@ -214,18 +215,18 @@ def test_counts_and_densities(llama: Any) -> None:
     assert torch.equal(measured.firing_counts, counts)
     histogram = measured.density
     rates = np.log10(counts[counts > 0].numpy() / len(x))
-    assert histogram["counts"] == np.histogram(rates, histogram["edges"])[0].tolist()
-    assert histogram["never"] == int((counts == 0).sum())
-    assert sum(histogram["counts"]) + histogram["never"] == sae.d_sae
-    assert measured.alive_fraction == 1 - histogram["never"] / sae.d_sae
+    assert list(histogram.counts) == np.histogram(rates, histogram.edges)[0].tolist()
+    assert histogram.never == int((counts == 0).sum())
+    assert sum(histogram.counts) + histogram.never == sae.d_sae
+    assert measured.alive_fraction == 1 - histogram.never / sae.d_sae
 
 
 def test_density_of_the_extremes() -> None:
     histogram = density_histogram(torch.tensor([0, 1, 10**9, 10**9 // 2]), 10**9)
-    assert histogram["never"] == 1
-    assert histogram["counts"][0] == 1  # rarer than the first edge
-    assert histogram["counts"][-1] == 1  # on every token
-    assert sum(histogram["counts"]) == 3
+    assert histogram.never == 1
+    assert histogram.counts[0] == 1  # rarer than the first edge
+    assert histogram.counts[-1] == 1  # on every token
+    assert sum(histogram.counts) == 3
 
 
 def test_trap_06_all_tokens_reported_beside_counted_ones(llama: Any) -> None:
@@ -265,7 +266,7 @@ def test_trap_32_mean_predictor_scores_one_and_identity_zero(tiny: Any, family_n
     assert flat.explained_variance == pytest.approx(0, abs=1e-9)
     assert flat.recovered_vs_mean == pytest.approx(0, abs=1e-5)
     assert flat.kl_sae == pytest.approx(flat.kl_mean, rel=1e-4)
-    assert flat.alive_fraction == 0 and flat.density["never"] == 1
+    assert flat.alive_fraction == 0 and flat.density.never == 1
     zero = evaluate(lm, constant_sae(torch.zeros(D), policy), batches)
     assert zero.recovered_vs_zero == 0 and zero.ce_sae == zero.ce_zero
     assert zero.norm_ratio == 0 and zero.cosine == 0
@@ -503,7 +504,7 @@ def test_recovered_is_undefined_where_ablation_does_no_harm(tiny: Any, llama: An
     measured = evaluate(lm, sae, [batch_of(rows)])
     assert measured.recovered_vs_mean is None and measured.recovered_vs_zero is None
     assert len(measured.notes) == 2 and "mean ablation does not raise" in measured.notes[0]
-    json.dumps(measured.to_dict(), allow_nan=False)
+    json.dumps(to_plain(measured.plain()), allow_nan=False)
 
 
 @pytest.mark.parametrize("family_name", ["gpt2", "llama"])
@@ -554,7 +555,7 @@ def test_wrong_sae_is_refused_before_any_work(llama: Any) -> None:
 def test_result_is_json_and_stamped(llama: Any) -> None:
     lm, rows = llama
     measured = evaluate(lm, make_sae(), iter([batch_of(rows)]))
-    values = json.loads(json.dumps(measured.to_dict(), allow_nan=False))
+    values = json.loads(json.dumps(to_plain(measured.plain()), allow_nan=False))
     assert values["metric_set"] == "unweave.core/2" and values["site"] == "resid_post.1"
     assert "firing_counts" not in values
     assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
@@ -592,7 +593,7 @@ def test_trap_06_drift_warns_and_says_what_moved(llama: Any) -> None:
             {"l0": 36.0},
             {"unexplained_variance": 0.219},
         ):
-            assert drift(measured, reference_values) == []
+            assert drift(measured, reference_values) == ()
     with pytest.warns(UnweaveWarning, match="L0 is 30.0 here and was 24.0"):
         assert len(drift(measured, {"l0": 24.0, "unexplained_variance": 0.2})) == 1
     with pytest.warns(UnweaveWarning) as caught:
@@ -601,7 +602,7 @@ def test_trap_06_drift_warns_and_says_what_moved(llama: Any) -> None:
     small = replace(measured, unexplained_variance=0.02)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert drift(small, {"unexplained_variance": 0.005}) == []  # four times as much, but of next to nothing
+        assert drift(small, {"unexplained_variance": 0.005}) == ()  # four times as much, but of next to nothing
 
 
 def test_store_batches_takes_each_row_once_and_pads_little(llama: Any) -> None:

@@ -33,6 +33,7 @@ from unweave.methods.steer.spec import SteerSpec
 from unweave.methods.trace.spec import TraceSpec
 from unweave.methods.train import doctor
 from unweave.methods.train import stage as train
+from unweave.methods.train.result import Training
 from unweave.methods.train.sae_spec import SAESpec
 from unweave.methods.train.spec import DoctorSpec, TrainSpec
 from unweave.methods.train.trainer import SAETrainer
@@ -130,19 +131,19 @@ def test_training_makes_an_sae_that_knows_where_it_comes_from(trained: Run, home
 def test_every_stage_runs_on_it_and_the_report_shows_them(trained: Run, runs: Path) -> None:
     folder = trained.path / "sae"
     measured = evaluation.run(EvalSpec(sae=folder, tokens=1500, device="cpu"), runs)
-    assert 0 < measured.result["unexplained_variance"] < 1
-    assert measured.result["unexplained_variance"] == pytest.approx(
+    assert 0 < measured.result.metrics.unexplained_variance < 1
+    assert measured.result.metrics.unexplained_variance == pytest.approx(
         SAE.load(folder).provenance["reference"]["unexplained_variance"], rel=0.5
     )
     found = latents.run(LatentsSpec(sae=folder, tokens=3000, device="cpu"), runs)
-    assert found.result["latents"] == 128 and found.result["alive"] > 10
+    assert found.result.latents == 128 and found.result.alive > 10
     made = report.run(ReportSpec(sae=folder), runs)
-    assert made.result["not_run"] == ["trace", "steer"]
-    page = (made.path / made.result["report"]).read_text()
+    assert made.result.not_run == ("trace", "steer")
+    page = (made.path / made.result.report).read_text()
     assert "unweave trace" in page and "resid_post.1" in page
     assert report.run(ReportSpec(sae=folder), runs).reused
     few = report.run(ReportSpec(sae=folder, latents=5), runs)
-    short = (few.path / few.result["report"]).read_text()
+    short = (few.path / few.result.report).read_text()
     assert "These are 5 of 128 latents" in short and len(short) < len(page) / 2 and "of 128 latents, the" not in page
 
 
@@ -151,7 +152,7 @@ def test_several_sites_share_every_forward_pass(home: Path, tmp_path: Path) -> N
     run = train.run(spec, tmp_path)
     for site in spec.sites:
         assert str(SAE.load(run.path / "sae" / site).read) == site
-    assert set(run.result["reference"]) == set(spec.sites)
+    assert {one.label for one in run.result.saes} == set(spec.sites)
 
 
 def test_variants_by_pattern_share_a_stream_and_equal_runs_of_their_own(home: Path, tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_variants_by_pattern_share_a_stream_and_equal_runs_of_their_own(home: Pa
     variants = ({"kind": "relu"}, {"kind": "topk", "seed": [0, 1], "k": 3})
     spec = spec_of(home, sites=("resid_post.{0,1}",), variants=variants)
     run = train.run(spec, tmp_path)
-    names = {row["name"] for row in run.result["saes"]}
+    names = {one.name for one in run.result.saes}
     settings = ("relu", "topk-seed0-k3", "topk-seed1-k3")
     assert names == {f"resid_post.{i}/{setting}" for i in (0, 1) for setting in settings}
     alone = spec_of(home, sites=("resid_post.{0,1}",), sae=replace(spec.sae, kind="topk", seed=1, k=3))
@@ -168,7 +169,7 @@ def test_variants_by_pattern_share_a_stream_and_equal_runs_of_their_own(home: Pa
         one = run.path / "sae" / site / "topk-seed1-k3" / "sae_weights.safetensors"
         assert one.read_bytes() == (other.path / "sae" / site / "sae_weights.safetensors").read_bytes()
         assert SAE.load(one.parent).provenance["train"]["sae"]["seed"] == 1
-    shown = {row[0] for row in run.result["summary"]}
+    shown = {row[0] for row in run.result.rows()}
     assert names <= shown
     first, second = (run.path / "sae/resid_post.0" / f"topk-seed{i}-k3" / "sae_weights.safetensors" for i in (0, 1))
     assert first.read_bytes() != second.read_bytes()
@@ -204,10 +205,10 @@ def test_going_on_with_a_trained_sae(home: Path, trained: Run, tmp_path: Path) -
 
 def test_a_transcoder_reads_one_site_and_writes_another(home: Path, tmp_path: Path) -> None:
     run = train.run(spec_of(home, sites=("mlp_in.*->mlp_add.*",)), tmp_path)
-    assert len(run.result["saes"]) == 3
+    assert len(run.result.saes) == 3
     sae = SAE.load(run.path / "sae" / "mlp_in.1-mlp_add.1")
     assert (str(sae.read), str(sae.write)) == ("mlp_in.1", "mlp_add.1")
-    assert 0 < run.result["reference"]["mlp_in.1-mlp_add.1"]["unexplained_variance"] < 1
+    assert 0 < run.result.sae("mlp_in.1-mlp_add.1").reference.unexplained_variance < 1
 
 
 def test_training_end_to_end_keeps_the_predictions(home: Path, tmp_path: Path) -> None:
@@ -252,8 +253,8 @@ def in_two_processes(home: Path, runs: Path, *sites: str, killed_after: float | 
 def test_two_processes_divide_the_sites(home: Path, trained: Run, tmp_path: Path) -> None:
     in_two_processes(home, tmp_path, "resid_post.{0,1}")
     (path,) = tmp_path.glob("train-*")
-    two, one = Run.at(path), train.run(spec_of(home, sites=("resid_post.{0,1}",)), tmp_path / "one")
-    assert two.result["processes"] == 2
+    two, one = Run.at(path, Training), train.run(spec_of(home, sites=("resid_post.{0,1}",)), tmp_path / "one")
+    assert two.result.processes == 2
     for site in ("resid_post.0", "resid_post.1"):  # whole batches, one owner each: the same arithmetic
         a, b = (run.path / "sae" / site / "sae_weights.safetensors" for run in (two, one))
         assert a.read_bytes() == b.read_bytes()
@@ -264,13 +265,13 @@ def test_two_processes_share_one_sae_and_resume_after_a_kill(home: Path, trained
     in_two_processes(home, tmp_path, "resid_post.1", killed_after=0.1)
     in_two_processes(home, tmp_path, "resid_post.1")
     (path,) = tmp_path.glob("train-*")
-    run = Run.at(path)
-    assert run.events("resumed") and run.result["processes"] == 2
+    run = Run.at(path, Training)
+    assert run.events("resumed") and run.result.processes == 2
     ours = {event["tokens"]: event["loss"] for event in run.events("train")}
     for event in trained.events("train"):
         assert ours[event["tokens"]] == pytest.approx(event["loss"], rel=2e-3)
-    assert run.result["reference"]["resid_post.1"]["unexplained_variance"] == pytest.approx(
-        trained.result["reference"]["resid_post.1"]["unexplained_variance"], rel=1e-2
+    assert run.result.sae().reference.unexplained_variance == pytest.approx(
+        trained.result.sae().reference.unexplained_variance, rel=1e-2
     )
 
 
@@ -400,7 +401,7 @@ def test_trap_06_other_text_warns_of_drift(trained: Run, home: Path, runs: Path,
     other = replace(spec_of(home).data, sources=(Source(path=str(tmp_path / "noise.jsonl")),))
     with pytest.warns(UnweaveWarning, match="unexplained variance"):
         run = evaluation.run(EvalSpec(sae=trained.path / "sae", data=other, tokens=800, device="cpu"), runs)
-    assert run.result["drift"]
+    assert run.result.drift
 
 
 def test_trap_25_another_model_is_refused_unless_accepted_and_then_recorded(
@@ -413,7 +414,8 @@ def test_trap_25_another_model_is_refused_unless_accepted_and_then_recorded(
         evaluation.run(spec, runs)
     with pytest.warns(UnweaveWarning):
         run = evaluation.run(replace(spec, accept_mismatch="to compare"), runs)
-    assert run.result["accepted"]["reason"] == "to compare" and run.result["accepted"]["distance"] > 0.01
+    assert run.result.subject.accepted["resid_post.1"]["reason"] == "to compare"
+    assert run.result.subject.accepted["resid_post.1"]["distance"] > 0.01
 
 
 def test_an_sae_folder_is_asked_for_by_name(tmp_path: Path) -> None:
@@ -423,20 +425,22 @@ def test_an_sae_folder_is_asked_for_by_name(tmp_path: Path) -> None:
 
 def test_changed_text_is_another_question(home: Path, tmp_path: Path) -> None:
     spec = spec_of(home)
-    first = train.stamps(spec.model, spec.data)
+    first = train.run.inputs(spec)
     file = home / "text" / "a.jsonl"
-    before = file.stat().st_mtime_ns
+    content = file.read_bytes()
     os.utime(file, ns=(1, 1))
-    assert train.stamps(spec.model, spec.data) != first
-    os.utime(file, ns=(before, before))  # other tests ask about the same text
-    assert train.stamps(spec.model, spec.data) == first
+    assert train.run.inputs(spec) == first, "by content, not by time"
+    file.write_bytes(content.replace(b"a", b"b", 1))
+    assert train.run.inputs(spec) != first
+    file.write_bytes(content)  # other tests ask about the same text
+    assert train.run.inputs(spec) == first
 
 
 def test_more_tokens_than_there_are_for_the_records(trained: Run, runs: Path) -> None:
     with pytest.raises(UnweaveError, match="6,000"):
         latents.run(LatentsSpec(sae=trained.path / "sae", tokens=50_000, device="cpu"), runs)
     found = latents.run(LatentsSpec(sae=trained.path / "sae", device="cpu"), runs)
-    assert 4000 < found.result["tokens"] <= 6000
+    assert 4000 < found.result.tokens <= 6000
 
 
 @pytest.mark.parametrize(
@@ -544,19 +548,19 @@ def test_a_damaged_checkpoint_is_named(home: Path, tmp_path: Path) -> None:
 def test_doctor_says_that_there_is_too_little_text(home: Path, tmp_path: Path) -> None:
     base = spec_of(home, data=replace(spec_of(home).data, tokens=10_000_000))
     spec = DoctorSpec(**{f: getattr(base, f) for f in (field.name for field in fields(TrainSpec))})
-    assert any("train text has only" in p for p in doctor.run(spec, tmp_path).result["problems"])
+    assert any("train text has only" in p for p in doctor.run(spec, tmp_path).result.problems)
 
 
 def test_doctor_counts_the_cost_and_names_every_problem(home: Path, tmp_path: Path) -> None:
     spec = DoctorSpec(**{f: getattr(spec_of(home), f) for f in (field.name for field in fields(TrainSpec))})
     found = doctor.run(spec, tmp_path).result
-    assert found["problems"] == ["none found"]
-    assert found["latents"] == 128 and found["train_tokens_per_second"] > 0 and found["minutes"] >= 0
+    assert found.problems == () and found.cost is not None
+    assert found.cost.latents == 128 and found.cost.train_tokens_per_second > 0 and found.cost.minutes >= 0
     bad = replace(spec, sites=("resid_post.1", "resid_post.9"), data=replace(spec.data, pack=PackSpec(context=4096)))
-    problems = doctor.run(bad, tmp_path).result["problems"]
+    problems = doctor.run(bad, tmp_path).result.problems
     assert any("resid_post.9" in p for p in problems) and any("4096" in p for p in problems)
     assert not list(tmp_path.iterdir())
-    missing = doctor.run(replace(spec, model="no/such/model"), tmp_path).result["problems"]
+    missing = doctor.run(replace(spec, model="no/such/model"), tmp_path).result.problems
     assert any("no/such/model" in p for p in missing)
 
 

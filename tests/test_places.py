@@ -17,15 +17,14 @@ import pytest
 from test_jobs import home, runs, spec_of, trained  # noqa: F401  (fixtures)
 from unweave.circuits.opened import _moved
 from unweave.cli.app import main
+from unweave.core.contents import tree_of
 from unweave.core.errors import UnweaveError
 from unweave.core.lock import remove_stale
 from unweave.core.place import usable
 from unweave.core.run import Run
 from unweave.core.spec import Spec
 from unweave.data.stream import ActivationSource
-from unweave.inputs.inputs import stamp
-from unweave.inputs.saes import found_saes, split_name
-from unweave.inputs.spec import OfSAEsSpec
+from unweave.inputs.saes import named_saes, split_name
 from unweave.latents import stage as latents
 from unweave.latents.spec import LatentsSpec
 from unweave.methods.evaluate import stage as evaluation
@@ -354,9 +353,9 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path: Path, monkeypatch: pytes
     for name in ("runs/lr=1e-3/sae", "resid_post.1=odd"):
         Path(name).mkdir(parents=True)
         (Path(name) / "cfg.json").write_text("{}")
-    assert found_saes(OfSAEsSpec(saes=("runs/lr=1e-3",))) == [(None, "runs/lr=1e-3/sae")]
-    assert found_saes(OfSAEsSpec(saes=("resid_post.1=odd",))) == [(None, "resid_post.1=odd")]
-    placed = found_saes(OfSAEsSpec(saes=("resid_post.1=runs/lr=1e-3/sae", "path.model.norm@in = somewhere/else")))
+    assert named_saes(("runs/lr=1e-3",)) == [(None, "runs/lr=1e-3/sae")]
+    assert named_saes(("resid_post.1=odd",)) == [(None, "resid_post.1=odd")]
+    placed = named_saes(("resid_post.1=runs/lr=1e-3/sae", "path.model.norm@in = somewhere/else"))
     assert [(str(site), name) for site, name in placed] == [
         ("resid_post.1", "runs/lr=1e-3/sae"),
         ("path.model.norm@in", "somewhere/else"),
@@ -410,10 +409,15 @@ def test_names_that_cannot_be_files_are_named(
     assert json.loads(capfd.readouterr().err.splitlines()[-1])["error"]["what"]
 
 
-def test_what_is_no_file_has_no_stamp_and_touching_one_changes_it(tmp_path: Path) -> None:
-    assert [stamp(name) for name in NAMES if name != "/dev/null"] == [""] * (len(NAMES) - 1)
+def test_what_is_no_file_has_no_content_and_only_other_bytes_change_it(tmp_path: Path) -> None:
+    assert [tree_of(name) for name in NAMES if name != "/dev/null"] == [""] * (len(NAMES) - 1)
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "gone").symlink_to("nowhere")
-    before = stamp(tmp_path)
+    before = tree_of(tmp_path)
     os.utime(tmp_path / "a.txt", ns=(1, 1))
-    assert before and stamp(tmp_path) not in ("", before)
+    assert before and tree_of(tmp_path) == before
+    (tmp_path / "a.txt").write_text("b")
+    assert tree_of(tmp_path) not in ("", before)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.txt").rename(tmp_path / "c.txt")
+    assert tree_of(tmp_path) not in ("", before), "names count inside a folder"

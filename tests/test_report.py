@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from unweave.methods.report import (
-    Attribution,
-    AttributionRow,
-    ContextEntry,
-    DensityHistogram,
-    LatentEntry,
-    ReportData,
-    SAESummary,
-    Steering,
-    TrainingCurve,
-    latent_html,
-    render,
-)
-from unweave.methods.report.explorer import payload
-from unweave.methods.report.numbers import MEASURES, sentence
-from unweave.show.pieces import KINDS
+from unweave.core.result import Result
+from unweave.core.run import Run
+from unweave.core.site import Site
+from unweave.core.spec import Spec
+from unweave.inputs.subject import SAEInfo, Subject
+from unweave.latents.result import LatentRecords
+from unweave.latents.view import section as latents_section
+from unweave.methods import command_of
+from unweave.methods.evaluate.numbers import MEASURES, sentence
+from unweave.methods.evaluate.result import Density, Evaluation, Metrics
+from unweave.methods.report import page as pages
+from unweave.methods.report.runs import Shown
+from unweave.methods.steer.result import Sample, Steering
+from unweave.methods.trace.result import Agreement, Effect, Example, Totals, Trace
+from unweave.methods.train.result import Reference, TrainedSAE, Training
+from unweave.show.explorer import payload
+from unweave.show.model import ContextEntry, LatentEntry
+from unweave.show.page import Around
+from unweave.show.pieces import KINDS, latent_html
 from unweave.show.theme import HEAT_LEVELS, asset
 
 HOSTILE = [
@@ -110,34 +116,91 @@ def entry(index: int, tokens: list[str] | None = None) -> LatentEntry:
     return LatentEntry(index, 0.0042, 4.0 + index / 10, [(tokens[0], 0.5)], [(tokens[1], -0.25)], contexts)
 
 
-def full() -> ReportData:
-    rows = [AttributionRow(j, 1 / (1 + j), 0.9 / (1 + j), 0.7 / (1 + j)) for j in range(4)]
-    rows += [AttributionRow(5, 0.01, 0.012, 0.008, chosen=False), AttributionRow(6, None, 0.2, 0.1)]
-    return ReportData(
-        title="A report & more",
-        model="tiny-model",
-        model_note="dequantised from Q4_1",
-        site="resid_post.9",
-        sae=SAESummary("TopK", 576, 8, 32, 2_000_000, 480_000, 4.17),
-        evaluation={
-            "unexplained_variance": 0.18, "explained_variance": 0.82, "cosine": 0.9, "l0": 32.0, "ce_clean": 3.0,
-            "ce_sae": 3.1, "ce_mean": 7.0, "ce_zero": 9.0, "recovered_vs_mean": 0.975, "kl_sae": math.nan,
-            "tokens": 21_000, "excluded": {"special tokens": 77}, "notes": ("A note.",), "drift": 0.125,
-        },
-        density=DensityHistogram([-4, -3, -2, -1], [0, 5, 2], 1),
-        training=TrainingCurve([1e5 * i for i in range(1, 50)], [1 / i for i in range(1, 50)], [0.1] * 49),
-        latents=[*map(entry, range(7)), LatentEntry(7, 0.0, 0.0)],
-        attribution=Attribution(
-            "subject-verb agreement", 120, rows,
-            {"ig_pearson": 0.98, "random_ig_pearson": 0.4, "ap_spearman": math.nan},
-            [("clean", "The keys"), ("patch", "The key")],
-        ),
-        steering=Steering(3, "Tell me.", [("unedited", "A walk."), (4.0, "The sea & the sea.")], [" sea"]),
-        settings={"train": {"lr": 0.001, "sites": ["resid_post.9"]}},
-        provenance={"sha256": "ab" * 32},
-        timings=[("train", 312.0), ("eval", 2.5)],
-        notes=["The weights were dequantised."],
+SITE = Site("resid_post", 9)
+SUBJECT = Subject("tiny-model", "dequantised from Q4_1", (SAEInfo(SITE, "topk", 576, 8, 32, "ab" * 6),), {})
+
+
+def training() -> Training:
+    sae = TrainedSAE("", SITE, SITE, "topk", 576, 8, 32, Path("sae"), Reference(0.18, 32.0, 5000))
+    return Training("tiny-model", "", 2_000_000, 480_000, 4.17, 0, 0, {}, (), (SITE,), 1, (sae,))
+
+
+def evaluation(**changes: Any) -> Evaluation:
+    metrics = Metrics(
+        metric_set="set/1", site=str(SITE), tokens=21_000, excluded={"special tokens": 77}, unexplained_variance=0.18,
+        explained_variance=0.82, mse=0.2, cosine=0.9, norm_ratio=0.99, l0=32.0, l1=90.0, alive_fraction=0.9,
+        density=Density((-4.0, -3.0, -2.0, -1.0), (0, 5, 2), 1), unexplained_variance_all_tokens=0.2,
+        l0_all_tokens=33.0, predictions=20_000, ce_clean=3.0, ce_sae=3.1, ce_mean=7.0, ce_zero=9.0, kl_sae=0.1,
+        kl_mean=3.0, kl_zero=5.0, recovered_vs_mean=0.975, recovered_vs_zero=None, notes=("A note.",),
     )  # fmt: skip
+    return Evaluation(SUBJECT, replace(metrics, **changes), ("L0 is 32.0 here and was 12.0",))
+
+
+def trace() -> Trace:
+    effects = [Effect(j, True, 0.9 / (1 + j), 0.7 / (1 + j), 1 / (1 + j), 1 / (1 + j)) for j in range(4)]
+    effects += [Effect(5, False, 0.012, 0.008, 0.01, 0.01), Effect(6, True, 0.2, 0.1, 0.15, 0.15)]
+    agreements = tuple(
+        Agreement(estimate, among, 0.98, None if estimate == "attribution" else 0.7)
+        for among in ("chosen", "weaker", "random")
+        for estimate in ("ig", "attribution", "exact")
+    )
+    return Trace(
+        SUBJECT, "across_pp", SITE, 120, 0.9, 0.95, Example("The keys", " are", "The key", " is"), tuple(effects),
+        agreements, 0.8, Totals(-2.0, 2.0, 3.2, 4.0, 0.3, 3.8, 0.2), (), None, None, Path("pairs.jsonl"),
+    )  # fmt: skip
+
+
+def steering() -> Steering:
+    samples = (
+        Sample("Tell me.", None, "A walk.", None, 1.0, 3.0),
+        Sample("Tell me.", 4.0, "The sea & the sea.", 0.5, 0.9, 4.0),
+    )
+    return Steering(SUBJECT, 3, (" sea",), 0.5, (), "clamp", 4.3, 1000, samples)
+
+
+def records(n: int = 8) -> LatentRecords:
+    return LatentRecords(SUBJECT, 200_000, n, n - 1, 0.1, Path("records"))
+
+
+RESULTS: dict[str, Callable[[], Result]] = {
+    "train": training,
+    "eval": evaluation,
+    "latents": records,
+    "trace": trace,
+    "steer": steering,
+}
+ENTRIES = {e.index: e for e in [*map(entry, range(7)), LatentEntry(7, 0.0, 0.0)]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing(Spec):
+    """A question."""
+
+    lr: float = 0.001
+
+
+def render(results: dict[str, Result], entries: dict[int, LatentEntry] = ENTRIES, limit: int | None = None) -> str:
+    """A page of these results as if each were in a run about one SAE, with these records."""
+    missing = [name for name in ("eval", "latents", "trace", "steer") if name not in results]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "_entries", lambda *_: dict(entries))
+        shown = []
+        for name, result in results.items():
+            with Run.open(Path(folder), name, Nothing(), inputs={"sae": "cd" * 6}, kind=type(result)) as run:
+                if name == "train":
+                    for i in range(1, 50):
+                        run.log("train", {"site": str(SITE), "tokens": 100_000 * i, "fvu": 1 / i, "dead": 0.8})
+                run.finish(result)
+                (run.path / "costs.json").write_text('{"seconds": 312.0}')
+                (run.path / "env.json").write_text("{}")
+            command = command_of(name)
+            assert command is not None
+            shown.append(Shown(run, command, run.result))
+        return pages.render("A report & more", shown, missing, limit)
+
+
+def full() -> dict[str, Result]:
+    return {name: make() for name, make in RESULTS.items()}
 
 
 @cache
@@ -151,7 +214,7 @@ def full_page() -> str:
 def test_page_is_balanced_and_its_ids_are_unique() -> None:
     page = Page(full_page())
     assert len(page.ids) == len(set(page.ids))
-    assert {"training", "evaluation", "latents", "attribution", "steering", "making"} <= set(page.ids)
+    assert {"training", "evaluation", "latents", "causes", "steering", "making"} <= set(page.ids)
     assert page.tags.count("svg") == 6  # the ornament, loss, losses, density, two scatters
     assert page.tags.count("h1") == 1
 
@@ -173,40 +236,66 @@ def test_page_loads_nothing() -> None:
 
 def test_links_inside_the_page_lead_somewhere() -> None:
     page = Page(full_page())
-    latents = {f"#latent-{e.index}" for e in full().latents or ()}
+    latents = {f"#latent-{j}" for j in ENTRIES}
     assert {link for link in page.links if link.startswith("#latent-")} <= latents
     rest = {link[1:] for link in page.links if not link.startswith("#latent-")}
     assert rest <= set(page.ids)
 
 
 def test_hostile_tokens_stay_text() -> None:
-    data = replace(full(), latents=[entry(3, HOSTILE)], title="</title><script>", model='"><b>')
-    text = render(data)
+    hostile = replace(SUBJECT, model='"><b>', note="</title><script>")
+    texts = [token for token in HOSTILE if token != "\ud83d"]  # a result is written as UTF-8
+    samples = tuple(Sample(text, 1.0, text, None, 1.0, None) for text in texts)
+    results = full() | {
+        "eval": replace(evaluation(), subject=hostile),
+        "steer": replace(steering(), subject=hostile, label=("</script>", *HOSTILE[:2]), samples=samples),
+    }
+    text = render(results, {3: entry(3, HOSTILE)})
     page = Page(text)
     assert page.tags.count("script") == 2 and "img" not in page.tags
-    assert page.data["latents-data"].count("<") == 0
+    assert explorer(page).count("<") == 0
     text.encode("utf-8")  # a lone surrogate could not be written to the file
     assert "</title><script>" in page.words()
 
 
 def test_every_step_that_was_not_run_names_its_command() -> None:
-    page = Page(render(ReportData("Nothing yet", "tiny-model")))
-    for command in ("train", "eval", "latents", "trace", "steer"):
+    page = Page(render({"train": training()}))
+    for command in ("eval", "latents", "trace", "steer"):
         assert f"unweave {command}" in page.words()
-    assert "latents-data" not in page.data
+    assert not [name for name in page.data if name.endswith("-data")]
     assert "n/a" not in page.words()
 
 
-@pytest.mark.parametrize("absent", ["sae", "evaluation", "density", "training", "latents", "attribution", "steering"])
+@pytest.mark.parametrize("absent", RESULTS)
 def test_each_part_may_be_absent(absent: str) -> None:
-    words = Page(render(replace(full(), **{absent: None}))).words()
-    assert words.count("This step was not run") == (0 if absent in ("density", "training") else 1)
+    results = {name: result for name, result in full().items() if name != absent}
+    words = Page(render(results)).words()
+    assert words.count("This step was not run") == (0 if absent == "train" else 1)
+
+
+def test_results_of_several_saes_stand_beside_each_other(tmp_path: Path) -> None:
+    shown = []
+    for number in range(3):
+        with Run.open(tmp_path, "eval", Nothing(lr=number), inputs={"sae": f"{number}"}, kind=Evaluation) as run:
+            run.finish(evaluation(unexplained_variance=0.1 + number / 100))
+        command = command_of("eval")
+        assert command is not None
+        shown.append(Shown(run, command, run.result))
+    page = Page(pages.render("Three", shown))
+    assert {"evaluation", "evaluation-2", "evaluation-3"} <= set(page.ids) and len(page.ids) == len(set(page.ids))
+    assert all(text in page.words() for text in ("10 % of how", "11 % of how", "12 % of how"))
+
+
+def test_a_result_shows_itself_in_a_notebook() -> None:
+    for result in full().values():
+        page = Page(result._repr_html_())  # type: ignore[operator]
+        assert page.tags[:3] == ["div", "style", "h2"] and page.tags.count("h2") == 1
 
 
 def test_equal_data_gives_equal_bytes_in_another_process() -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_report as t, hashlib;"
-        "print(hashlib.sha256(t.render(t.full()).encode()).hexdigest())"
+        "print(hashlib.sha256(t.full_page().encode()).hexdigest())"
     )
     here = os.path.dirname(__file__)
     runs = [
@@ -236,15 +325,15 @@ def test_page_of_a_whole_sae_stays_small() -> None:
         )
         for j in range(4608)
     ]
-    size = len(render(ReportData("Big", "tiny-model", latents=latents)).encode())
+    size = len(render({"latents": records(4608)}, {e.index: e for e in latents}).encode())
     assert size < 15e6
 
 
 def test_page_says_what_it_leaves_out() -> None:
-    words = Page(render(replace(full(), recorded=131_072))).words()
-    assert f"These are {len(full().latents or ()):,} of 131,072 latents" in words
+    words = Page(render(full() | {"latents": records(131_072)}, limit=2)).words()
+    assert "These are 5 of 131,072 latents" in words, "the first two, and those that other sections name"
     assert "unweave report --latents none" in words
-    assert "of 131,072" not in Page(render(replace(full(), recorded=len(full().latents or ())))).words()
+    assert f"of {len(ENTRIES)} latents, the first" not in Page(full_page()).words()
 
 
 # ---- numbers in words ----
@@ -255,14 +344,14 @@ def test_numbers_are_said_in_plain_words() -> None:
     assert "The 32 active latents leave out 18 % of how activations vary; 0 is perfect, 1 is no better" in words
     assert "0.1 nats worse than untouched" in words.replace("0.100", "0.1")
     assert "special tokens 77" in words and "21,000 tokens" in words and "A note." in words
-    assert "drift" in words and "0.125" in words  # a number the page does not know is still shown
-    assert "KL divergence, SAE in place" not in words  # not finite: left out rather than shown as nan
+    assert "L0 is 32.0 here and was 12.0" in words  # drift is a caveat at the page's end
+    assert "Loss recovered, against zero ablation" not in words  # undefined: left out rather than shown as nan
     assert "nan" not in re.findall(r"\w+", words)
 
 
 def test_every_measure_has_its_sentence() -> None:
     values = {measure.key: 0.5 for measure in MEASURES}
-    said = [sentence(measure.key, values, SAESummary("ReLU", 8, 64)) for measure in MEASURES]
+    said = [sentence(measure.key, values, SAEInfo(SITE, "relu", 8, 64, None, "")) for measure in MEASURES]
     assert all(text and text.endswith(".") for text in said) and len(set(said)) == len(said)
     assert sentence("l0", {}, None) is None and sentence("l0", {"l0": None}, None) is None
 
@@ -276,6 +365,12 @@ def test_notebook_card_brings_its_style() -> None:
 
 
 # ---- the explorer ----
+
+
+def explorer(page: Page) -> str:
+    """The data of the page's one list of latents."""
+    (data,) = [text for name, text in page.data.items() if name.endswith("-data")]
+    return data
 
 
 def decode(data: dict) -> list[LatentEntry]:
@@ -296,9 +391,9 @@ def decode(data: dict) -> list[LatentEntry]:
 
 
 def test_explorer_data_hold_what_was_given() -> None:
-    given_ = [entry(2), replace(entry(40), note="plural subjects"), LatentEntry(7, 0.0, 0.0)]
-    page = Page(render(replace(full(), latents=given_)))
-    read = decode(json.loads(page.data["latents-data"]))
+    given_ = [entry(2), LatentEntry(7, 0.0, 0.0), replace(entry(40), note="plural subjects")]
+    page = Page(render({"latents": records(3)}, {e.index: e for e in given_}))
+    read = decode(json.loads(explorer(page)))
     assert len(read) == len(given_)
     for a, b in zip(given_, read, strict=True):
         assert (a.index, a.firing_rate, a.max_activation, a.note) == (b.index, b.firing_rate, b.max_activation, b.note)
@@ -315,9 +410,11 @@ def test_explorer_data_hold_what_was_given() -> None:
 
 
 def test_explorer_data_name_the_latents_of_the_other_sections() -> None:
-    data = json.loads(Page(full_page()).data["latents-data"])
-    # the strongest effect first; the one that was not measured by its estimate, the random one not at all
-    assert data["tags"] == [["subject-verb agreement", [0, 1, 2, 3, 6]], ["steered", [3]]]
+    data = json.loads(explorer(Page(full_page())))
+    # the strongest effect first, the random one not at all
+    assert data["tags"] == [["subject-verb agreement: across pp", [0, 1, 2, 3, 6]], ["steered", [3]]]
+    alone = latents_section(records(), Around(entries=ENTRIES))
+    assert "uw-explorer" in alone.body and alone.scripts
 
 
 def test_frequent_tokens_have_short_codes() -> None:

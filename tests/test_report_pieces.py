@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unweave.methods.report import Attribution, AttributionRow, ContextEntry, DensityHistogram, TrainingCurve, figures
-from unweave.methods.report.numbers import duration
-from unweave.show.pieces import context_html, level, number, percent, token_chip, visible
+from test_report import trace
+from unweave.methods.evaluate.figures import cross_entropy_bars, density
+from unweave.methods.evaluate.result import Density
+from unweave.methods.trace.figures import attribution_scatter
+from unweave.methods.trace.result import Effect
+from unweave.methods.train.figures import loss_curve
+from unweave.methods.train.result import Curve
+from unweave.show.model import ContextEntry
+from unweave.show.pieces import context_html, duration, level, number, percent, token_chip, visible
 from unweave.show.theme import DARK, HEAT_LEVELS, LIGHT, heat_alpha
 
 # ---- numbers ----
@@ -102,38 +109,30 @@ def test_text_stands_out_in_both_schemes(palette: dict[str, str]) -> None:
 
 # ---- figures ----
 
-CURVE = TrainingCurve([1e5 * i for i in range(1, 50)], [1 / i for i in range(1, 50)], [0.1] * 49)
-FOUND = Attribution(
-    "agreement",
-    100,
-    [
-        *[AttributionRow(j, 1 / (1 + j), 0.9 / (1 + j), 0.7 / (1 + j)) for j in range(4)],
-        AttributionRow(5, 0.01, 0.012, 0.008, chosen=False),
-        AttributionRow(6, None, 0.2, 0.1),
-    ],
-    {"ig_pearson": 0.98, "random_ig_pearson": 0.4, "ap_spearman": math.nan},
-)
+CURVE = Curve(tuple(100_000 * i for i in range(1, 50)), tuple(1 / i for i in range(1, 50)), (0.1,) * 49)
 
 
 def test_figures_follow_the_colour_scheme_and_keep_text() -> None:
-    svg = figures.loss_curve(CURVE)
+    svg = loss_curve(CURVE)
     assert svg.startswith("<svg ") and svg.endswith("</svg>") and "#0a" not in svg
     assert f"var(--uw-accent, {LIGHT['accent']})" in svg
     assert ">Unexplained variance</text>" in svg and "Million tokens" in svg
 
 
 def test_scatter_links_its_points_and_says_the_correlations() -> None:
-    svg = figures.attribution_scatter(FOUND, "ig")
-    assert set(re.findall(r'href="#latent-(\d+)"', svg)) == {"0", "1", "2", "3", "5"}  # not the one never measured
-    assert "r = 0.98" in svg and "random latents:  r = 0.40" in svg
-    assert "nan" not in figures.attribution_scatter(FOUND, "ap")
+    svg = attribution_scatter(trace(), "ig")
+    assert set(re.findall(r'href="#latent-(\d+)"', svg)) == {"0", "1", "2", "3", "5", "6"}
+    assert "r = 0.98" in svg and "random latents:  r = 0.98" in svg
+    other = attribution_scatter(trace(), "attribution")  # whose order is undefined
+    assert "nan" not in other and "ρ" not in other and "r = 0.98" in other
 
 
 def test_figures_stand_extreme_input() -> None:
-    figures.density(DensityHistogram([-3, -2], [0], 8))
-    figures.density(DensityHistogram([-3, -2, -1], [4, 0]))
-    figures.loss_curve(TrainingCurve([1.0], [math.nan]))
-    figures.cross_entropy_bars(3.0, None, math.nan, 4.0)
-    figures.attribution_scatter(Attribution("t", 1, [AttributionRow(1, 0.0, 0.0, math.inf)]), "ap")
-    long = figures.loss_curve(TrainingCurve([float(i) for i in range(1, 100_001)], [1.0] * 100_000))
+    density(Density((-3.0, -2.0), (0,), 8))
+    density(Density((-3.0, -2.0, -1.0), (4, 0), 0))
+    loss_curve(Curve((1,), (math.nan,), (0.0,)))
+    cross_entropy_bars(3.0, None, math.nan, 4.0)
+    odd = replace(trace(), effects=(Effect(1, True, 0.0, math.inf, 0.0, 0.0),))
+    attribution_scatter(odd, "attribution")
+    long = loss_curve(Curve(tuple(range(1, 100_001)), (1.0,) * 100_000, (0.0,) * 100_000))
     assert len(long) < 60_000

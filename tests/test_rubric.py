@@ -28,7 +28,7 @@ from unweave.core.run import Run
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 from unweave.data.spec import DataSpec, StreamSpec
-from unweave.inputs.inputs import sae_digest
+from unweave.inputs.identity import sae as sae_digest
 from unweave.judge.base import Budget, CachedJudge, Conversation, Reply
 from unweave.judge.scripted import Scripted
 from unweave.judge.spec import JudgeSpec

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from unweave.core.contents import tree_of
 from unweave.core.errors import UnweaveError
 from unweave.core.shown import plain
 from unweave.data.corpus import Document, Source, TextCounts, read
-from unweave.inputs.inputs import stamp
 from unweave.latents import annotations
 from unweave.methods.shift import biographies
 from unweave.tasks import agreement, answers
@@ -35,17 +35,17 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "elsewhere/b.txt").write_text("two")
     (tmp_path / "elsewhere/deeper/c.jsonl").write_text('{"text": "three"}')
     root = tmp_path / "texts"
-    before = stamp(root)
+    before = tree_of(root)
     (root / "first").symlink_to(tmp_path / "elsewhere")
     (root / "second").symlink_to("../elsewhere")
     (root / "third").symlink_to(tmp_path / "elsewhere/deeper")
     (root / "file.txt").symlink_to(tmp_path / "elsewhere/b.txt")
     (root / ".#lock.txt").symlink_to("user@host.1234")  # an editor's, which leads nowhere
     assert sorted(filter(None, texts(root))) == ["one", "three", "two", "two"]
-    assert len({before, stamp(root)}) == 2
-    after = stamp(root)
+    assert len({before, tree_of(root)}) == 2
+    after = tree_of(root)
     (tmp_path / "elsewhere/b.txt").write_text("other words")
-    assert stamp(root) != after
+    assert tree_of(root) != after
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "../../texts", "loop"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from conftest import build_tiny, build_tiny_tokenizer
+from unweave.attribute.result import incomplete
 from unweave.core.errors import UnweaveWarning
 from unweave.core.run import Run
 from unweave.core.site import Site
@@ -20,6 +21,7 @@ from unweave.methods.report import stage as report
 from unweave.methods.report.spec import ReportSpec
 from unweave.methods.trace import stage as trace
 from unweave.methods.trace.spec import TraceSpec
+from unweave.methods.trace.view import finding
 from unweave.sae.module import SAE, ReLU
 from unweave.tasks import agreement
 from unweave.tasks.agreement import Pair
@@ -65,12 +67,12 @@ def test_where_the_model_does_not_do_the_task_no_number_is_shown(
 ) -> None:
     run = traced(home, tmp_path, monkeypatch, knows=False)
     found = run.result
-    assert (found["accuracy"]["clean"] + found["accuracy"]["patch"]) / 2 < 0.6
-    assert "does not do this task" in found["problem"] and found["correlations"] == {} and found["share"] is None
-    shown = {row[0]: row[1:] for row in found["summary"]}
-    assert shown["order, Spearman"] == [None, found["problem"]]
+    assert (found.right_clean + found.right_patch) / 2 < 0.6
+    assert "does not do this task" in found.problem and found.agreements == () and found.share is None
+    shown = {row[0]: row[1:] for row in found.rows()}
+    assert shown["order, Spearman"] == (None, found.problem)
     page = report.run(ReportSpec(sae=home / "sae"), tmp_path)
-    text = (page.path / page.result["report"]).read_text()
+    text = (page.path / page.result.report).read_text()
     assert "he model does not do this task" in text and "of the effect found" not in text
 
 
@@ -78,7 +80,7 @@ def test_a_site_without_effect_is_named(home: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(agreement, "accuracy", lambda _lm, pairs: agreement.Accuracy(len(pairs), 1.0, 1.0, {}))
     monkeypatch.setattr(trace, "_LEAST_CHANGE", 1e9)
     found = traced(home, tmp_path, monkeypatch, knows=False).result
-    assert "next to nothing" in found["problem"] and found["correlations"] == {}
+    assert "next to nothing" in found.problem and found.agreements == ()
 
 
 def test_effects_from_both_ends_and_the_share_of_the_strongest(
@@ -102,27 +104,27 @@ def test_effects_from_both_ends_and_the_share_of_the_strongest(
 
     x, y = value(clean), value(patch)
     moved = sae.encode(y) - sae.encode(x)
-    for row in found["rows"]:
-        move = moved[..., row["latent"], None] * sae.W_dec[row["latent"]]
-        assert row["exact"] == pytest.approx(mean_metric(x + move) - mean_metric(x), abs=1e-5)
-        assert row["exact_patch"] == pytest.approx(mean_metric(y) - mean_metric(y - move), abs=1e-5)
-    top = [row["latent"] for row in found["rows"] if row["chosen"]]
+    for row in found.effects:
+        move = moved[..., row.latent, None] * sae.W_dec[row.latent]
+        assert row.exact == pytest.approx(mean_metric(x + move) - mean_metric(x), abs=1e-5)
+        assert row.exact_patch == pytest.approx(mean_metric(y) - mean_metric(y - move), abs=1e-5)
+    top = [row.latent for row in found.effects if row.chosen]
     assert len(top) == TOP
     move = moved[..., top] @ sae.W_dec[top]
     change = mean_metric(y) - mean_metric(x)
     together = (mean_metric(x + move) - mean_metric(x) + mean_metric(y) - mean_metric(y - move)) / 2
-    assert found["share"] == pytest.approx(together / change, rel=1e-3)
+    assert found.share == pytest.approx(together / change, rel=1e-3)
     # The page and the table begin with the share and the order, and no correlation of sizes heads either.
-    head = {name: value for name, value, _ in found["summary"]}
-    assert head["strongest together"] == found["share"] and head["change"] == pytest.approx(change, rel=1e-3)
-    assert not any("Pearson" in str(row) for row in found["summary"])
-    assert f"{found['share']:.0%} of it" in found["finding"]
-    row = found["completeness"][str(SITE)]
-    assert row["complete"] and found["incomplete"] is None
-    assert row["change"] == pytest.approx(change, rel=1e-3) and row["sum"] == pytest.approx(change, rel=0.1)
+    head = {name: value for name, value, _ in found.rows()}
+    assert head["strongest together"] == found.share and head["change"] == pytest.approx(change, rel=1e-3)
+    assert not any("Pearson" in str(row) for row in found.rows())
+    assert f"{found.share:.0%} of it" in finding(found)
+    (row,) = found.sums
+    assert row.site == SITE and row.complete and incomplete(found.sums) is None
+    assert row.change == pytest.approx(change, rel=1e-3) and row.sum == pytest.approx(change, rel=0.1)
     made = report.run(ReportSpec(sae=home / "sae"), tmp_path)
-    page = (made.path / made.result["report"]).read_text()
-    assert f"<b>{found['share']:.0%}</b><span>of the effect found" in page
+    page = (made.path / made.result.report).read_text()
+    assert f"<b>{found.share:.0%}</b><span>of the effect found" in page
     assert "From the clean end" in page and "From the other end" in page
 
 
@@ -134,7 +136,7 @@ def test_estimates_that_do_not_add_up_are_a_warning(
         UnweaveWarning, match=r"effects at resid_post\.1 add up to .* but moving everything there changes"
     ):
         found = traced(home, tmp_path, monkeypatch, steps=1, rule="right").result
-    assert "add up" in found["incomplete"] and not found["completeness"][str(SITE)]["complete"]
+    assert "add up" in str(incomplete(found.sums)) and not found.sums[0].complete
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         traced(home, tmp_path, monkeypatch, steps=60)

@@ -31,6 +31,7 @@ from unweave.methods.train import checkpoint, doctor, start
 from unweave.methods.train import stage as train
 from unweave.methods.train.members import members
 from unweave.methods.train.presets import PRESETS
+from unweave.methods.train.result import Training
 from unweave.methods.train.sae_spec import SAESpec
 from unweave.methods.train.spec import DoctorSpec, TrainSpec
 from unweave.methods.train.trainer import SAETrainer
@@ -103,9 +104,9 @@ def test_end_to_end_reports_what_its_own_rows_lost(
         inside = ordinary & (seen[SITE].norm(dim=-1) <= limit)
         counted, steps = counted + int(inside.sum()), steps + 1
         outliers += int((ordinary & ~inside).sum())
-    assert run.result["tokens"] == counted
-    assert run.result["outliers_dropped"] == outliers > 100
-    assert run.result["epochs"] == pytest.approx(rows.epoch + rows.position / store.n_rows)
+    assert run.result.tokens == counted
+    assert run.result.outliers_dropped == outliers > 100
+    assert run.result.epochs == pytest.approx(rows.epoch + rows.position / store.n_rows)
     assert [path.name for path in run.path.glob("checkpoint-*.pt")] == [f"checkpoint-{steps}-0.pt"]
 
 
@@ -125,8 +126,8 @@ def test_passes_and_outliers_are_those_of_what_was_trained_on(home: Path, tmp_pa
             found(tokens)
         norms = seen[SITE].norm(dim=-1)[tokens.mask & ~torch.isin(tokens.ids, torch.arange(4))]
         ordinary, outliers = ordinary + len(norms), outliers + int((norms > limit).sum())
-    assert run.result["epochs"] == pytest.approx(3200 / len(store.ids))
-    assert run.result["outliers_dropped"] == pytest.approx(3200 * outliers / (ordinary - outliers), abs=1)
+    assert run.result.epochs == pytest.approx(3200 / len(store.ids))
+    assert run.result.outliers_dropped == pytest.approx(3200 * outliers / (ordinary - outliers), abs=1)
     assert outliers > 100
 
 
@@ -156,7 +157,7 @@ def test_a_resumed_training_took_as_long_as_all_its_processes(
     run = train.run(spec, tmp_path)
     assert len(run.events("resumed")) == 3
     assert run.seconds == 20.0  # ten steps
-    assert "seconds" not in run.result
+    assert "seconds" not in (run.path / "result.json").read_text()
 
 
 END_TO_END = """
@@ -183,7 +184,7 @@ def test_two_processes_train_end_to_end_on_rows_longer_than_a_batch(home: Path, 
     errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     (path,) = tmp_path.glob("train-*")
-    assert Run.at(path).result["processes"] == 2
+    assert Run.at(path, Training).result.processes == 2
 
 
 # -- several processes ------------------------------------------------------------------------------------------------
@@ -371,8 +372,8 @@ def test_held_out_text_is_measured_pass_by_pass(
     run = train.run(replace(spec, stream=replace(spec.stream, batch_tokens=128)), tmp_path)
     assert len(held) > 10 and max(held) <= 128
     whole = sum(held)
-    for row in run.result["saes"]:
-        sae = SAE.load(train.sae_folder(run, row["name"]))
+    for row in run.result.saes:
+        sae = SAE.load(train.sae_folder(run, row.name))
         store = _heldout_store(tmp_path)
         source = ActivationSource(
             LM.load(spec.model), store, [sae.read, sae.write], chunk_tokens=store.n_tokens, batch_tokens=128,
@@ -385,9 +386,9 @@ def test_held_out_text_is_measured_pass_by_pass(
         codes = sae.codes(x)
         missed = (goal - sae.explained(codes, x)).double().square().sum()
         spread = (goal.double() - goal.double().mean(0)).square().sum()
-        about = row["reference"]
-        assert about["unexplained_variance"] == pytest.approx(float(missed / spread), rel=1e-6)
-        assert about["l0"] == pytest.approx(len(codes.values) / len(x), rel=1e-6) and about["tokens"] == len(x)
+        about = row.reference
+        assert about.unexplained_variance == pytest.approx(float(missed / spread), rel=1e-6)
+        assert about.l0 == pytest.approx(len(codes.values) / len(x), rel=1e-6) and about.tokens == len(x)
 
 
 def _heldout_store(runs: Path) -> TokenStore:
@@ -443,15 +444,15 @@ def doctor_of(spec: TrainSpec) -> DoctorSpec:
 
 def test_doctor_lists_what_training_would_refuse(home: Path, tmp_path: Path) -> None:  # noqa: F811
     base = spec_of(home)
-    too_many = doctor.run(doctor_of(replace(base, sae=replace(base.sae, k=1000))), tmp_path).result["problems"]
+    too_many = doctor.run(doctor_of(replace(base, sae=replace(base.sae, k=1000))), tmp_path).result.problems
     assert any("k = 1000 of only 128" in problem for problem in too_many)
     random_sae(activation=ReLU(), read=Site("resid_post", 0)).save(tmp_path / "other")
-    elsewhere = doctor.run(doctor_of(replace(base, start=tmp_path / "other")), tmp_path).result["problems"]
+    elsewhere = doctor.run(doctor_of(replace(base, start=tmp_path / "other")), tmp_path).result.problems
     assert any("is of resid_post.0, not of resid_post.1" in problem for problem in elsewhere)
     random_sae(100, read=SITE).save(tmp_path / "uneven")
     uneven = replace(base, start=tmp_path / "uneven", sae=replace(base.sae, expansion=SAESpec().expansion))
     found = doctor.run(doctor_of(uneven), tmp_path).result
-    assert found["problems"] == ["none found"] and found["latents"] == 100
+    assert found.problems == () and found.cost is not None and found.cost.latents == 100
 
 
 def test_doctor_times_short_trainings_and_those_end_to_end(
@@ -461,8 +462,9 @@ def test_doctor_times_short_trainings_and_those_end_to_end(
 ) -> None:
     base = spec_of(home)
     short = replace(base, sae=replace(base.sae, tokens=64))  # a single step
-    assert doctor.run(doctor_of(short), tmp_path).result["problems"] == ["none found"]
+    assert doctor.run(doctor_of(short), tmp_path).result.problems == ()
     calls, step = [], doctor.end_to_end_step
     monkeypatch.setattr(doctor, "end_to_end_step", lambda *args, **how: calls.append(1) or step(*args, **how))
     found = doctor.run(doctor_of(replace(short, objective="end-to-end")), tmp_path).result
-    assert found["problems"] == ["none found"] and len(calls) == 3 and found["train_tokens_per_second"] > 0
+    assert found.problems == () and len(calls) == 3
+    assert found.cost is not None and found.cost.train_tokens_per_second > 0

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from unweave.attribute.attribution import SiteEffects
+from unweave.attribute.result import TOLERANCE, SiteSum, incomplete
 from unweave.core.errors import UnweaveWarning
 from unweave.core.site import Site
-
-TOLERANCE = 0.1
-"""how far the mean sum may be from the mean change, as a share of the mean size of the examples' changes"""
 
 
 @dataclass
@@ -40,27 +38,24 @@ class Completeness:
         old = self.sums.get(site, [0.0] * 4)
         self.sums[site] = [a + b for a, b in zip(old, values.tolist(), strict=True)]
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """{site: {"sum", "change": means over ``examples``, "complete": whether they agree}}."""
-        found = {}
+    def rows(self) -> tuple[SiteSum, ...]:
+        """Means over examples, in the order of the model."""
+        made = []
         for site, (total, change, size, n) in sorted(self.sums.items()):
-            fine = abs(total - change) <= TOLERANCE * size
-            found[str(site)] = {"sum": total / n, "change": change / n, "complete": fine, "examples": int(n)}
-        return found
+            complete = abs(total - change) <= TOLERANCE * size
+            made.append(SiteSum(site, total / n, change / n, complete, int(n)))
+        return tuple(made)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """As ``rows``, in plain values by site."""
+        return {
+            str(row.site): {"sum": row.sum, "change": row.change, "complete": row.complete, "examples": row.examples}
+            for row in self.rows()
+        }
 
     def problem(self) -> str | None:
         """What a reader must know where sums and changes differ; None where they agree."""
-        off = {site: row for site, row in self.to_dict().items() if not row["complete"]}
-        if not off:
-            return None
-        worst = max(off, key=lambda site: abs(off[site]["sum"] - off[site]["change"]))
-        more = f" and at {len(off) - 1} other sites of {len(self.sums)}" if len(off) > 1 else ""
-        return (
-            f"effects at {worst} add up to {off[worst]['sum']:.3g}, but moving everything there changes the metric by "
-            f"{off[worst]['change']:.3g}; they differ by more than {TOLERANCE:.0%}{more}. Take more steps. Where nodes "
-            "are ablated to zero, ablate them to their means (ablation: mean), or take 80 or more graded steps (rule: "
-            "graded) and leave first tokens alone (skip_first: 1)"
-        )
+        return incomplete(self.rows())
 
     def warn(self) -> str | None:
         """``problem``, said as a warning too."""

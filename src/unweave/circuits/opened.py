@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unweave.circuits.graph import Circuit
+from unweave.core.contents import content_of
 from unweave.core.errors import UnweaveError
 from unweave.core.files import printable, read_json
 from unweave.core.run import Run
@@ -57,8 +58,12 @@ def _moved(name: str, folder: Path) -> str:
     return name if site is None else f"{site}={_moved(rest, folder)}"
 
 
-def open_circuit(place: Path) -> Found:
-    """The circuit of a run's folder, or of a file. UnweaveError where there is none."""
+def content_of_circuit(place: Path) -> str:
+    """Twelve digits over the circuit's file. UnweaveError where there is none."""
+    return content_of(_file_of(place))
+
+
+def _file_of(place: Path) -> Path:
     path = place / FILE if os.path.isdir(place) else place
     if not os.path.isfile(path):
         raise UnweaveError(
@@ -66,6 +71,12 @@ def open_circuit(place: Path) -> Found:
             where=printable(place),
             remedy="give the folder that `unweave circuit find` printed, or a circuit.safetensors",
         )
+    return path
+
+
+def open_circuit(place: Path) -> Found:
+    """The circuit of a run's folder, or of a file. UnweaveError where there is none."""
+    path = _file_of(place)
     folder = path.parent
     if not (folder / "DONE").exists():  # a file on its own, or of a search that goes on; what is beside it is of use
         return Found(path, Circuit.load(path), _beside(folder / "spec.json").get("spec", {}), {})

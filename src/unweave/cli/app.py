@@ -29,12 +29,15 @@ from unweave.cli.dedup import dedup
 from unweave.cli.models import HELP as MODELS_HELP
 from unweave.cli.models import models
 from unweave.cli.output import nothing_on_stdout, print_json
-from unweave.cli.stages import GROUPS, STAGES
+from unweave.cli.stages import GROUPS, stages
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.memory import out_of_memory
 from unweave.core.shown import plain, plain_json
 
 OUR_FAULT, USERS_MISTAKE, INTERRUPTED = 1, 2, 130
+
+_AFTER = 100
+"""where commands that are no stages stand in the help"""
 
 _HELP = (
     "Takes a language model apart into features, and puts it back together changed.\n\n"
@@ -51,20 +54,20 @@ def build_app() -> App:
         help_format="plaintext",
         version=unweave.__version__,
     )
-    for i, stage in enumerate(STAGES.values()):
-        home, usage = f"unweave.cli.stages:command_{stage.name}", f"Usage: unweave {stage.name} [CONFIG] [OPTIONS]"
-        app.command(home, name=stage.name, help=stage.help, usage=usage, sort_key=i)
-    for group, (text, inner) in GROUPS.items():
-        commands = App(name=group, help=text, help_format="plaintext", sort_key=len(STAGES))
-        for i, stage in enumerate(inner.values()):
-            home = f"unweave.cli.stages:{group}_{stage.name.replace('-', '_')}"
-            usage = f"Usage: unweave {stage.command} [CONFIG] [OPTIONS]"
-            commands.command(home, name=stage.name, help=stage.help, usage=usage, sort_key=i)
+    groups = {
+        name: App(name=name, help=text, help_format="plaintext", sort_key=_AFTER) for name, text in GROUPS.items()
+    }
+    for i, stage in enumerate(stages().values()):
+        home = f"unweave.cli.stages:command_{stage.words.replace(' ', '_').replace('-', '_')}"
+        words = f"[{stage.positional.upper()}]... [OPTIONS]" if stage.positional else "[CONFIG] [OPTIONS]"
+        usage, leaf = f"Usage: unweave {stage.words} {words}", stage.words.rpartition(" ")[2]
+        groups.get(stage.group, app).command(home, name=leaf, help=stage.help, usage=usage, sort_key=i)
+    for commands in groups.values():
         app.command(commands)
-    app.command(models, name="models", help=MODELS_HELP, sort_key=len(STAGES))
-    app.command(dedup, name="dedup", help=DEDUP_HELP, sort_key=len(STAGES) + 1)
-    app.command(convert, name="convert", help=CONVERT_HELP, sort_key=len(STAGES) + 2)
-    app.command(annotate, name="annotate", help=ANNOTATE_HELP, sort_key=len(STAGES))
+    app.command(models, name="models", help=MODELS_HELP, sort_key=_AFTER)
+    app.command(dedup, name="dedup", help=DEDUP_HELP, sort_key=_AFTER + 1)
+    app.command(convert, name="convert", help=CONVERT_HELP, sort_key=_AFTER + 2)
+    app.command(annotate, name="annotate", help=ANNOTATE_HELP, sort_key=_AFTER)
     return app
 
 
@@ -123,9 +126,8 @@ def as_user_error(error: Exception, tokens: Sequence[str]) -> UnweaveError | Non
 def _asked(tokens: Sequence[str]) -> str:
     """The command that a command line names, as far as there is one: ``unweave circuit find``."""
     first, second, *_ = [*tokens, "", ""]
-    if first in GROUPS:
-        return f"unweave {first} {second}" if second in GROUPS[first][1] else f"unweave {first}"
-    return f"unweave {first}" if first in (*STAGES, "models", "dedup", "convert", "annotate") else "unweave"
+    known = (*stages(), *GROUPS, "models", "dedup", "convert", "annotate")
+    return next((f"unweave {words}" for words in (f"{first} {second}", first) if words in known), "unweave")
 
 
 _SYSTEM_REMEDIES = {

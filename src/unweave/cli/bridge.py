@@ -18,21 +18,20 @@ from cyclopts import Group, Parameter
 from unweave.cli.fields import MISSING, Leaf, leaves
 from unweave.cli.output import for_machines, show_outcome
 from unweave.cli.progress import show_progress
-from unweave.cli.stages import Stage
+from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.files import parse_yaml
 from unweave.core.place import usable
 
-_IN_SEVERAL = ("train",)
-"""the stages that torchrun can start in several processes"""
+_CONFIGS = (".yaml", ".yml", ".toml", ".json")
 _OPTIONAL = inspect.Parameter.KEYWORD_ONLY
 _COMMAND_GROUP = Group("Where and how", sort_key=0)
 _FIELD_GROUP = Group("Fields", sort_key=1)
 
 
-def stage_command(stage: Stage) -> Callable[..., Any]:
+def stage_command(stage: Command) -> Callable[..., Any]:
     """The command of a stage, with a signature and help made from its Spec."""
-    fields = list(leaves(stage.spec()))
+    fields = list(leaves(stage.spec))
     groups: dict[str, Group] = {"": _FIELD_GROUP}
     for leaf in fields:
         if leaf.group not in groups:
@@ -40,27 +39,30 @@ def stage_command(stage: Stage) -> Callable[..., Any]:
     names = {_identifier(leaf): leaf for leaf in fields}
 
     def command(*args: Any, **given: Any) -> Any:
-        config, *_ = [*args, given.pop("config", None)]
+        words = [str(word) for word in (*args, given.pop("config", None)) if word is not None]
+        config = next((word for word in words if not stage.positional or Path(word).suffix in _CONFIGS), None)
         runs, machine = given.pop("runs", None) or "runs", given.pop("json", None) or False
         overrides = {names[key].name: _value(names[key], value) for key, value in given.items()}
+        if stage.positional and (named := [word for word in words if word != config]):
+            overrides[stage.positional] = [*named, *overrides.get(stage.positional, [])]
         return execute(stage, Path(config) if config else None, overrides, Path(runs), machine)
 
     command.__doc__ = stage.help
-    parameters = [*_common(), *(_parameter(leaf, groups[leaf.group]) for leaf in fields)]
+    parameters = [*_common(stage), *(_parameter(leaf, groups[leaf.group]) for leaf in fields)]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
 
 
-def execute(stage: Stage, config: Path | None, overrides: dict[str, Any], runs: Path, machine: bool) -> Any:
+def execute(stage: Command, config: Path | None, overrides: dict[str, Any], runs: Path, machine: bool) -> Any:
     """Makes the Spec, runs the stage, and shows the outcome to people or returns it for machines."""
-    spec = stage.spec().from_file(config, overrides)
+    spec = stage.spec.from_file(config, overrides)
     usable(runs)
     processes = int(os.environ.get("WORLD_SIZE") or 1)
-    if processes > 1 and stage.command not in _IN_SEVERAL:
+    if processes > 1 and not stage.in_several:
         raise UnweaveError(
-            f"{stage.command} does not divide its work between processes",
+            f"{stage.words} does not divide its work between processes",
             where=f"{processes} processes",
-            remedy=f"start it without torchrun; {', '.join(_IN_SEVERAL)} can be started with it",
+            remedy="start it without torchrun; train can be started with it",
         )
     if processes > 1 and os.environ.get("RANK") not in (None, "", "0"):  # the first process speaks for all
         stage.run(spec, runs)
@@ -69,18 +71,25 @@ def execute(stage: Stage, config: Path | None, overrides: dict[str, Any], runs: 
         outcome = stage.run(spec, runs)
     if machine:
         return for_machines(outcome)
-    show_outcome(stage.command, outcome)
+    show_outcome(stage.words, outcome)
     return None
 
 
-def _common() -> list[inspect.Parameter]:
+def _common(stage: Command) -> list[inspect.Parameter]:
     def option(name: str, hint: Any, text: str, kind: Any = _OPTIONAL, default: str | bool = False) -> Any:
         about = Parameter(help=text, group=_COMMAND_GROUP, show_default=default, negative=())
         return inspect.Parameter(name, kind, default=None, annotation=Annotated[hint, about])
 
-    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if stage.positional:
+        text = "What to show. A YAML or TOML file among them holds any of the fields below."
+        about = Parameter(help=text, group=_COMMAND_GROUP)
+        words = inspect.Parameter("words", inspect.Parameter.VAR_POSITIONAL, annotation=Annotated[str, about])
+        first = [words]
+    else:
+        text = "A YAML or TOML file with any of the fields below."
+        first = [option("config", Path | None, text, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     return [
-        option("config", Path | None, "A YAML or TOML file with any of the fields below.", positional),
+        *first,
         option("runs", Path | None, "Where run directories are made and found again.", default="runs"),
         option("json", bool | None, "Print one JSON object for machines, and nothing else, to standard output."),
     ]

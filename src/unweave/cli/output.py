@@ -8,10 +8,21 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from unweave.cli.stages import Outcome
+from unweave.core.result import Result, to_plain
 from unweave.core.shown import plain, plain_json
+
+
+class Outcome(Protocol):
+    """What a stage returns: a finished run, or anything with these two."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def result(self) -> Any: ...
+
 
 LONG_LIST = 6
 """Lists of more values than this are counted in the table, not shown; they are in result.json."""
@@ -19,7 +30,7 @@ LONG_LIST = 6
 
 def for_machines(outcome: Outcome) -> dict[str, Any]:
     """Where the run is, whether it was there already, and what it found."""
-    return {"run": str(outcome.path), "reused": was_reused(outcome), "result": outcome.result}
+    return {"run": str(outcome.path), "reused": was_reused(outcome), "result": to_plain(outcome.result)}
 
 
 def show_outcome(stage: str, outcome: Outcome) -> None:
@@ -34,8 +45,8 @@ def show_outcome(stage: str, outcome: Outcome) -> None:
     print(plain(f"run directory ({'reused' if was_reused(outcome) else 'made'}): {outcome.path}"))
     if not was_reused(outcome) and (seconds := float(getattr(outcome, "seconds", 0.0))):
         print(f"time: {seconds:.1f} s" if seconds < 60 else f"time: {seconds / 60:.1f} min")
-    report = result.get("report")
-    if isinstance(report, str):
+    report = result.get("report") if isinstance(result, Mapping) else getattr(result, "report", None)
+    if isinstance(report, (str, Path)):
         print(plain(f"report: {os.path.normpath(Path(outcome.path, report))}"))
 
 
@@ -44,9 +55,13 @@ def was_reused(outcome: Outcome) -> bool:
     return bool(getattr(outcome, "reused", False))
 
 
-def table_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def table_rows(result: Result | Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(name, value, meaning). A stage says what matters by ``summary``, a list of [name, value, meaning] rows;
     without one every value of the result is shown under its dotted name."""
+    if isinstance(result, Result):
+        for name, value, meaning in result.rows():
+            yield name, in_words(value), meaning
+        return
     summary = result.get("summary")
     if isinstance(summary, Sequence) and not isinstance(summary, str):
         for name, value, *meaning in summary:

@@ -7,6 +7,7 @@ out once for a file that has not changed since (about a second a gigabyte).
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from functools import lru_cache
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unweave.core.errors import UnweaveError
+from unweave.core.files import files_under
 
 Listing = dict[str, dict[str, Any]]
 
@@ -48,6 +50,20 @@ def content_of(path: Path) -> str:
         return sha256(path)[:12]
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise UnweaveError(f"cannot read it: {error}", where=str(path), remedy="check the path") from None
+
+
+def tree_of(place: str | Path) -> str:
+    """Twelve digits over a file's bytes, or over the names and bytes of all files below a folder; empty where there is
+    neither, as for names of what is elsewhere."""
+    path = Path(os.path.expanduser(place))
+    if not os.path.exists(path):  # unlike Path.exists, also False where a name is too long to be one
+        return ""
+    if not path.is_dir():
+        return content_of(path)
+    hashed = hashlib.sha256()
+    for file in files_under(path):
+        hashed.update(f"{file.relative_to(path).as_posix()} {content_of(file)} ".encode())
+    return hashed.hexdigest()[:12]
 
 
 def missing(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> str | None:

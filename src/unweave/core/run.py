@@ -26,13 +26,14 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, ClassVar, Self
+from typing import IO, Any, ClassVar, Generic, Self, TypeVar, cast
 
 from unweave.core import contents
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.files import printable, read_json
 from unweave.core.lock import remove_stale, take, wait_for
 from unweave.core.place import usable
+from unweave.core.result import Result, as_read, as_written
 from unweave.core.spec import Spec, digest
 
 _NEARLY_NOTHING = 1 << 20
@@ -135,7 +136,10 @@ def peak_memory_gb() -> float:
     return round(kilobytes * (1024 if sys.platform != "darwin" else 1) / 1e9, 2)
 
 
-class Run:
+R = TypeVar("R")
+
+
+class Run(Generic[R]):
     """One stage's directory. Use as ``with Run.open(...) as run:``; inside, no other process can hold it.
 
     ``done`` says that the stage has finished: then ``result`` is what it found and nothing needs doing.
@@ -144,8 +148,9 @@ class Run:
     _held: ClassVar[set[Path]] = set()
     """the runs that this process is working in"""
 
-    def __init__(self, path: Path, identity: str) -> None:
+    def __init__(self, path: Path, identity: str, kind: type[R] | type[dict[str, Any]] = dict) -> None:
         self.path = path
+        self.kind = kind
         self.digest = identity
         self._lock: IO[str] | None = None
         self._since = 0.0
@@ -153,17 +158,25 @@ class Run:
 
     @classmethod
     def open(
-        cls, root: Path, stage: str, spec: Spec, *, version: int = 1, inputs: Mapping[str, str] | None = None
+        cls,
+        root: Path,
+        stage: str,
+        spec: Spec,
+        *,
+        version: int = 1,
+        inputs: Mapping[str, str] | None = None,
+        kind: type[R] | type[dict[str, Any]] = dict,
     ) -> Self:
         """The run directory for a spec under ``root``; made if new.
 
-        ``version`` is the stage's own (raise it when its results change), ``inputs`` the digests of what it reads.
+        ``version`` is the stage's own (raise it when its results change), ``inputs`` the digests of what it reads,
+        ``kind`` the class of its result.
         """
         asked = {"stage": stage, "version": version, "spec": spec.digest(), "inputs": dict(inputs or {})}
         identity = digest(asked)
         path = usable(root) / f"{stage}-{identity}"
         make_folder(path)
-        run = cls(path, identity)
+        run = cls(path, identity, kind)
         if _asked(path) is None:
             write_json(path / "spec.json", asked | {"spec": spec.to_dict()})
         if not (path / "env.json").exists() and not run.done:
@@ -171,12 +184,12 @@ class Run:
         return run
 
     @classmethod
-    def at(cls, path: Path) -> Self:
-        """A finished or unfinished run that already has a directory."""
+    def at(cls, path: Path, kind: type[R] | type[dict[str, Any]] = dict) -> Self:
+        """A finished or unfinished run that already has a directory; ``kind`` is the class of its result."""
         path = Path(os.path.realpath(printable(path)))
         if not os.path.isfile(path / "spec.json"):
             raise UnweaveError("this is not a run directory", where=str(path), remedy="give a folder with a spec.json")
-        return cls(path, path.name.rsplit("-", 1)[-1])
+        return cls(path, path.name.rsplit("-", 1)[-1], kind)
 
     def __enter__(self) -> Self:
         with friendly_io(self.path):
@@ -330,7 +343,7 @@ class Run:
         return found
 
     @property
-    def result(self) -> dict[str, Any]:
+    def result(self) -> R:
         """What a finished run found. UnweaveError when it has not finished, or has lost an output."""
         if not (self.path / "DONE").exists():
             raise UnweaveError("this run has not finished", where=str(self.path), remedy="run the same command again")
@@ -341,10 +354,12 @@ class Run:
                 where=str(self.path),
                 remedy="run the same command again, which makes it anew",
             )
-        found = read_json(self.path / "result.json")
-        if not isinstance(found, dict):
+        written = read_json(self.path / "result.json")
+        if issubclass(self.kind, Result):
+            return cast(R, as_read(self.kind, written, str(self.path / "result.json")))
+        if not isinstance(written, dict):
             raise UnweaveError("result.json holds no result", where=str(self.path), remedy="delete the run directory")
-        return found
+        return cast(R, written)
 
     def log(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
         """Appends one line to ``log.jsonl``. What is logged must hold no secrets."""
@@ -364,12 +379,13 @@ class Run:
                     found.append(line)
         return found
 
-    def finish(self, result: Mapping[str, Any]) -> None:
+    def finish(self, result: R | Mapping[str, Any]) -> None:
         """Writes the result and then, last of all, ``DONE`` with the listing of every output.
 
         What was measured of time and memory belongs in ``costs.json``, not in the result.
         """
-        write_json(self.path / "result.json", dict(result))
+        written = as_written(result) if isinstance(result, Result) else dict(cast(Mapping[str, Any], result))
+        write_json(self.path / "result.json", written)
         self._count_costs()
         write_json(self.path / "DONE", contents.listing(self.path, leave_out=(*_NO_OUTPUTS, *_PIECES)))
         self._remove_pieces()

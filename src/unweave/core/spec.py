@@ -16,11 +16,13 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from unweave.core.errors import UnweaveError
 from unweave.core.files import is_text, read_json, read_toml, read_yaml
+from unweave.core.refs import content_fields
 
 _TOO_LARGE = 1 << 63
 _SHOWN = 200
@@ -83,15 +85,23 @@ class Spec:
 
     def to_dict(self, *, result_only: bool = False) -> dict[str, Any]:
         """Plain values, ready for JSON; ``from_dict`` of it is equal. ``result_only`` leaves operational fields out."""
+        left_out = _uncounted(type(self)) if result_only else frozenset()
         return {
             f.name: _plain(getattr(self, f.name), result_only)
             for f in dataclasses.fields(self)
-            if not result_only or f.metadata.get("result", True)
+            if f.name not in left_out
         }
 
     def digest(self) -> str:
         """Twelve hexadecimal digits over every field that can change the result."""
         return digest({type(self).__name__: self.to_dict(result_only=True)})
+
+
+@lru_cache
+def _uncounted(kind: type[Spec]) -> frozenset[str]:
+    """Fields that stay out of the digest: operational ones, and names of what counts by its content alone."""
+    named = {name for name, content in content_fields(kind).items() if not content.named}
+    return frozenset(f.name for f in dataclasses.fields(kind) if f.name in named or not f.metadata.get("result", True))
 
 
 def require(spec: Spec, conditions: Mapping[str, bool]) -> None:

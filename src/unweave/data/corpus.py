@@ -19,9 +19,11 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from unweave.core.errors import UnweaveError
 from unweave.core.files import files_under
+from unweave.core.refs import Content
 from unweave.core.spec import Spec
 from unweave.data.rows import (
     CONVERSATION_FIELDS,
@@ -46,7 +48,7 @@ _ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 class Source(Spec):
     """One place to take documents from."""
 
-    path: str
+    path: Annotated[str, Content("unweave.core.contents:tree_of", named=True)]
     """Catalogue text (`unweave models` lists them), file, folder, or "hub:org/name[:config]"."""
     split: str = "train"
     """Which split of a hub dataset."""

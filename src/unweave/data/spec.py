@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from unweave.core.errors import UnweaveError
+from unweave.core.refs import Content
 from unweave.core.spec import Spec, operational, require
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 
+ModelRef = Annotated[str, Content("unweave.core.contents:tree_of", named=True)]
+"""A model: its name, and where that is a folder or file, its bytes."""
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from unweave.core.contents import tree_of
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
-from unweave.core.files import files_under
+from unweave.core.result import Result
 from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.core.spec import Spec, digest
+from unweave.core.stage import Context, stage
 from unweave.data.pack import pack
-from unweave.data.spec import DataSpec, StreamSpec
+from unweave.data.spec import DataSpec, ModelRef, StreamSpec
 from unweave.data.splits import SplitDocuments
 from unweave.data.stream import ActivationSource
 from unweave.data.tokens import TokenStore, Unit
-from unweave.inputs.spec import UseSpec
 from unweave.lm.model import LM
 from unweave.lm.template import asks_for_date, chat_date
 from unweave.sae.module import SAE
@@ -29,18 +28,48 @@ from unweave.sae.module import SAE
 USUAL_TOKENS = 200_000
 """how many tokens latents' records are taken from"""
 _CACHE_VERSION = 2
-_TOKENS_VERSION = 3
 """of the chunks of activations on disk"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TokensQuestion(Spec):
-    """What identifies a token store."""
+class TokensSpec(Spec):
+    """Which text becomes a token store, by which model's tokenizer."""
 
-    model: str
+    model: ModelRef
     data: DataSpec
     split: str
+    """train or heldout"""
     tokens: int | None
+    """how many; None: as many documents as the text's spec says"""
+
+
+@dataclass(frozen=True)
+class StoredTokens(Result):
+    """A token store."""
+
+    n_rows: int
+    n_tokens: int
+    store: Path
+
+
+def _tokenizer(spec: TokensSpec, lm: LM) -> dict[str, str]:
+    return {"tokenizer": lm.tokenizer_fingerprint() or ""}
+
+
+@stage("tokens", version=4, also=_tokenizer)
+def tokenised(spec: TokensSpec, ctx: Context) -> StoredTokens:
+    """The store of a split's tokens; the handle is the model, of which only the tokenizer is used."""
+    lm, data = ctx.handle, spec.data
+    refuse_long_rows(lm, data.pack.context)
+    if lm.tokenizer is None:
+        raise UnweaveError("text needs a tokenizer", where=lm.name, remedy="use a model that comes with one")
+    meta = {"tokenizer": ctx.inputs["tokenizer"], "split": spec.split, "context": data.pack.context}
+    if asks_for_date(lm.tokenizer):
+        meta["chat_date"] = str(chat_date())
+    rows = pack(documents_of(data, spec.split, ctx.path), lm.tokenizer, data.pack)
+    budget, unit = budget_of(data, spec.split, spec.tokens)
+    store = TokenStore.write(ctx.path / "store", rows, budget, meta, unit=unit)
+    return StoredTokens(store.n_rows, store.n_tokens, Path("store"))
 
 
 @lru_cache(maxsize=1)
@@ -49,43 +78,22 @@ def load_lm(model: str, dtype: str, device: str | None) -> LM:
     return LM.load(model, dtype=dtype, device=device)
 
 
-def stamp(source: str | Path) -> str:
-    """What a local file or folder is now (sizes and times of change); empty for names that are not local."""
-    path = Path(os.path.expanduser(source))
-    if not os.path.exists(path):  # unlike Path.exists, also False where a name is too long to be one
-        return ""
-    files = [path] if path.is_file() else files_under(path) if path.is_dir() else []
-    return digest([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
-
-
 def stamps(model: str, data: DataSpec) -> dict[str, str]:
-    """Stamps of everything local that a run reads, so that changed files are not mistaken for what they were."""
-    found = {"model": stamp(model)} | {source.path: stamp(source.path) for source in data.sources}
+    """The content of everything local that tokens come from."""
+    found = {"model": tree_of(model)} | {source.path: tree_of(source.path) for source in data.sources}
     return {name: value for name, value in found.items() if value}
 
 
 def token_store(
     lm: LM, model: str, data: DataSpec, split: str, tokens: int | None, runs: Path
-) -> tuple[TokenStore, Run]:
+) -> tuple[TokenStore, Run[StoredTokens]]:
     """At least ``tokens`` tokens of the train or heldout split (None: as many as the text's spec says), written once
     and shared by every stage that asks."""
     budget, unit = budget_of(data, split, tokens)
-    asked = _TokensQuestion(model=model, data=data, split=split, tokens=budget if unit == "tokens" else None)
-    fingerprint = lm.tokenizer_fingerprint() or ""
-    inputs = stamps(model, data) | {"tokenizer": fingerprint}
-    with Run.open(runs, "tokens", asked, version=_TOKENS_VERSION, inputs=inputs) as run:
-        if not run.done:
-            refuse_long_rows(lm, data.pack.context)
-            if lm.tokenizer is None:
-                raise UnweaveError("text needs a tokenizer", where=lm.name, remedy="use a model that comes with one")
-            meta = {"tokenizer": fingerprint, "split": split, "context": data.pack.context}
-            if asks_for_date(lm.tokenizer):
-                meta["chat_date"] = str(chat_date())
-            rows = pack(documents_of(data, split, run.path), lm.tokenizer, data.pack)
-            store = TokenStore.write(run.path / "store", rows, budget, meta, unit=unit)
-            run.finish({"rows": store.n_rows, "tokens": store.n_tokens, **store.meta})
+    asked = TokensSpec(model=model, data=data, split=split, tokens=budget if unit == "tokens" else None)
+    run = tokenised(asked, runs, lm)
     store = TokenStore.open(run.path / "store")
-    store.require_tokenizer(fingerprint)
+    store.require_tokenizer(lm.tokenizer_fingerprint() or "")
     return store, run
 
 
@@ -165,36 +173,6 @@ def activation_source(
         nonfinite=stream.nonfinite,
         group=group,
     )
-
-
-def sae_digest(name: str | Path) -> str:
-    """Twelve digits over an SAE: over the files of a folder of ours, else over what was read, whatever its format."""
-    files = [Path(name) / file for file in ("cfg.json", "sae_weights.safetensors")]
-    if not all(map(os.path.isfile, files)):
-        return SAE.load(name).digest()[:12]
-    hashed = hashlib.sha256()
-    for path in files:
-        hashed.update(path.read_bytes())
-    return hashed.hexdigest()[:12]
-
-
-def open_sae(spec: UseSpec) -> tuple[LM, SAE, dict[str, Any]]:
-    """The SAE, the model to use it in, and what to record about that; refused where they do not belong together."""
-    sae = SAE.load(spec.sae)
-    asked = sae.provenance.get("train", {})
-    model = spec.model or asked.get("model")
-    if model is None:
-        raise UnweaveError(
-            "this SAE does not say which model it belongs to", where=str(spec.sae), remedy="name it with --model"
-        )
-    lm = load_lm(model, asked.get("dtype", "float32"), spec.device)
-    sae = sae.to(lm.device)
-    record: dict[str, Any] = {"model": lm.name, "model_note": lm.note}
-    if spec.accept_mismatch is not None:
-        record["accepted"] = sae.accept(lm, spec.accept_mismatch)
-    else:
-        sae.verify(lm)
-    return lm, sae, record
 
 
 def data_of(sae: SAE, data: DataSpec | None) -> DataSpec:

@@ -3,30 +3,83 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from unweave.core.errors import UnweaveError
 from unweave.core.files import printable
+from unweave.core.refs import contents_of
 from unweave.core.site import Site, matching
-from unweave.core.spec import digest
-from unweave.inputs.inputs import load_lm, sae_digest, stamp
-from unweave.inputs.spec import OfSAEsSpec
+from unweave.inputs.inputs import load_lm
+from unweave.inputs.spec import OfSAEsSpec, UseSpec
+from unweave.inputs.subject import SAEInfo, Subject
 from unweave.lm.model import LM
+from unweave.sae.activations import TopK
 from unweave.sae.module import SAE
 from unweave.sae.neurons import neurons
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What ``open_saes`` finds. ``names`` says where each SAE came from; ``record`` belongs in the run's result."""
+    """A model and the SAEs (or neurons) to use in it, by site; they belong together, or were accepted."""
 
     lm: LM
     saes: dict[Site, SAE]
     names: dict[Site, str]
-    record: dict[str, Any]
+    """where each SAE came from"""
+    model: str
+    """the name that the model was loaded by"""
+    accepted: dict[str, Any]
+    """what was measured of SAEs of another model, by site"""
+
+    @property
+    def sae(self) -> SAE:
+        """The only SAE."""
+        (only,) = self.saes.values()
+        return only
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As ``subject``, for results that are not typed yet."""
+        told: dict[str, Any] = {"model": self.lm.name, "model_note": self.lm.note}
+        told["sites"] = [str(site) for site in sorted(self.saes)]
+        return told | ({"accepted": self.accepted} if self.accepted else {})
+
+    @cached_property
+    def subject(self) -> Subject:
+        """What a result says of them."""
+        infos = tuple(info_of(sae) for sae in self.saes.values())
+        return Subject(self.lm.name, self.lm.note, infos, self.accepted)
+
+
+def info_of(sae: SAE) -> SAEInfo:
+    """An SAE in plain values."""
+    kind = sae.provenance.get("train", {}).get("sae", {}).get("kind", sae.kind)
+    k = sae.activation.k if isinstance(sae.activation, TopK) else None
+    return SAEInfo(sae.write or sae.read, str(kind), sae.d_in, sae.d_sae, k, sae.digest()[:12])
+
+
+def open_one(spec: UseSpec) -> Opened:
+    """The SAE of a question about one, and the model to use it in; refused where they do not belong together."""
+    sae = SAE.load(spec.sae)
+    asked = sae.provenance.get("train", {})
+    model = spec.model or asked.get("model")
+    if model is None:
+        raise UnweaveError(
+            "this SAE does not say which model it belongs to", where=str(spec.sae), remedy="name it with --model"
+        )
+    lm = load_lm(model, asked.get("dtype", "float32"), spec.device)
+    sae, accepted = sae.to(lm.device), {}
+    if spec.accept_mismatch is not None:
+        accepted[str(sae.write or sae.read)] = sae.accept(lm, spec.accept_mismatch)
+    else:
+        sae.verify(lm)
+    place = sae.write or sae.read  # an SAE that only encodes writes nowhere
+    assert place is not None  # else there was nothing to verify
+    return Opened(lm, {place: sae}, {place: str(spec.sae)}, model, accepted)
 
 
 def split_name(written: str) -> tuple[Site | None, str]:
@@ -48,13 +101,13 @@ def split_name(written: str) -> tuple[Site | None, str]:
     return site, right.strip()
 
 
-def found_saes(spec: OfSAEsSpec) -> list[tuple[Site | None, str]]:
-    """Every SAE that ``spec.saes`` names, as (site or None where its file names it, name). Folders are looked through.
+def named_saes(names: Sequence[str]) -> list[tuple[Site | None, str]]:
+    """Every SAE that is named, as (site or None where its file names it, name). Folders are looked through.
 
     Raises UnweaveError for a folder without any.
     """
     found: list[tuple[Site | None, str]] = []
-    for written in spec.saes:
+    for written in names:
         site, name = split_name(written)
         if site is not None:
             found.append((site, name))
@@ -69,11 +122,8 @@ def found_saes(spec: OfSAEsSpec) -> list[tuple[Site | None, str]]:
 
 
 def digest_of(spec: OfSAEsSpec) -> dict[str, str]:
-    """The content of everything that is read, for the run's identity."""
-    content = [[str(site), sae_digest(name)] for site, name in found_saes(spec)]
-    inputs = {"saes": digest(content)} if content else {}
-    local = stamp(spec.model) if spec.model else ""
-    return inputs | ({"model": local} if local else {})
+    """The content of everything that is read, for the run's identity; for stages that are not typed yet."""
+    return contents_of(spec)
 
 
 def open_saes(spec: OfSAEsSpec, lm: LM | None = None) -> Opened:
@@ -82,15 +132,16 @@ def open_saes(spec: OfSAEsSpec, lm: LM | None = None) -> Opened:
     One file may serve several sites.
     """
     loaded: dict[tuple[Site, str], SAE] = {}
-    for site, name in found_saes(spec):
+    for site, name in named_saes(spec.saes):
         sae = SAE.load(name)
         sae = sae if site is None else sae.at(site)
         if sae.write is None:
             raise UnweaveError("this SAE's file names no site", where=name, remedy=f"write resid_post.9={name}")
         loaded[sae.write, name] = sae
     if lm is None:
-        lm = load_lm(*_model_of(spec, loaded), spec.device)
-    return _placed(spec, lm, loaded)
+        model, dtype = _model_of(spec, loaded)
+        return _placed(spec, load_lm(model, dtype, spec.device), model, loaded)
+    return _placed(spec, lm, spec.model or lm.name, loaded)
 
 
 def _model_of(spec: OfSAEsSpec, loaded: Mapping[tuple[Site, str], SAE]) -> tuple[str, str]:
@@ -110,7 +161,7 @@ def _model_of(spec: OfSAEsSpec, loaded: Mapping[tuple[Site, str], SAE]) -> tuple
     return model, next(iter(dtypes)) if len(dtypes) == 1 else "float32"
 
 
-def _placed(spec: OfSAEsSpec, lm: LM, loaded: Mapping[tuple[Site, str], SAE]) -> Opened:
+def _placed(spec: OfSAEsSpec, lm: LM, model: str, loaded: Mapping[tuple[Site, str], SAE]) -> Opened:
     """The SAEs on the model's device, by site, with neurons at the other sites that were asked for."""
     wanted = {site for pattern in spec.sites for _, site in matching(pattern, lm.sites())}
     saes: dict[Site, SAE] = {}
@@ -136,7 +187,4 @@ def _placed(spec: OfSAEsSpec, lm: LM, loaded: Mapping[tuple[Site, str], SAE]) ->
         if site in saes:
             raise UnweaveError(f"both an SAE and neurons are asked for at {site}", where="neurons", remedy="name one")
         saes[site], names[site] = neurons(lm, site), f"neurons of {site}"
-    record: dict[str, Any] = {"model": lm.name, "model_note": lm.note, "sites": [str(site) for site in sorted(saes)]}
-    if accepted:
-        record["accepted"] = accepted
-    return Opened(lm, dict(sorted(saes.items())), dict(sorted(names.items())), record)
+    return Opened(lm, dict(sorted(saes.items())), dict(sorted(names.items())), model, accepted)

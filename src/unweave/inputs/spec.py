@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from unweave.core.errors import UnweaveError
+from unweave.core.refs import Content
 from unweave.core.spec import Spec, operational
+from unweave.data.spec import ModelRef
+
+SAERef = Annotated[Path, Content("unweave.inputs.identity:sae")]
+"""An SAE, known by the bytes of its files."""
+SAERefs = Annotated[tuple[str, ...], Content("unweave.inputs.identity:saes")]
+"""Several, each alone or as SITE=NAME."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfSAESpec(Spec):
     """A question about a trained autoencoder."""
 
-    sae: Path = field(metadata={"result": False})
+    sae: SAERef
     """The autoencoder's folder, as `train` printed it, or any other SAE that can be read: docs/formats.md. Its content,
     not its path, decides which run is reused."""
 
@@ -23,7 +31,7 @@ class OfSAESpec(Spec):
 class UseSpec(OfSAESpec):
     """What every stage that uses a trained autoencoder in a model can be told."""
 
-    model: str | None = None
+    model: ModelRef | None = None
     """The model to use it in; by default the one it was trained on."""
     device: str | None = operational(None)
     """cpu, cuda, cuda:1...; by default a GPU where there is one."""
@@ -35,14 +43,14 @@ class UseSpec(OfSAESpec):
 class OfSAEsSpec(Spec):
     """A question about several autoencoders in one model."""
 
-    saes: tuple[str, ...] = field(default=(), metadata={"result": False})
+    saes: SAERefs = ()
     """Autoencoders: folders as `train` makes them (one SAE, or all below sae/), any that can be read (docs/formats.md),
     or SITE=NAME for one whose file names no site. Their content decides which run is reused."""
     neurons: tuple[str, ...] = ()
     """Sites, also by pattern, whose neurons (coordinates) stand for latents, without an error: the baseline."""
     sites: tuple[str, ...] = ()
     """Use only the autoencoders at these sites, by pattern; by default all."""
-    model: str | None = None
+    model: ModelRef | None = None
     """The model; by default the one that the autoencoders were trained on."""
     device: str | None = operational(None)
     """cpu, cuda, cuda:1...; by default a GPU where there is one."""

@@ -30,7 +30,7 @@ from unweave.data.spec import DataSpec, StreamSpec
 from unweave.data.stream import ActivationSource
 from unweave.data.tokens import TokenStore
 from unweave.inputs.inputs import activation_source, data_of, stamps, token_store, tokens_for_records
-from unweave.inputs.saes import Opened, found_saes
+from unweave.inputs.saes import Opened, named_saes
 from unweave.inputs.spec import OfSAEsSpec
 from unweave.latents.records import Records, RecordsSpec, build
 from unweave.sae.activations import TopK
@@ -102,7 +102,7 @@ def text_stamps(spec: OfSAEsSpec, data: DataSpec | None) -> dict[str, str]:
     if data is not None and spec.model is not None:
         return stamps(spec.model, data)
     found: dict[str, str] = {}
-    for _, name in found_saes(spec):
+    for _, name in named_saes(spec.saes):
         told = SAE.load(name).provenance.get("train", {})
         model = spec.model or told.get("model")
         if model is not None and (data is not None or "data" in told):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from unweave.core.command import Command
 from unweave.core.spec import require
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import UseSpec
+from unweave.latents.result import LatentRecords
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,3 +27,14 @@ class LatentsSpec(UseSpec):
 
     def __post_init__(self) -> None:
         require(self, {"tokens": self.tokens is None or self.tokens > 0})
+
+
+COMMAND = Command(
+    words="latents",
+    spec=LatentsSpec,
+    result=LatentRecords,
+    stage="unweave.latents.stage:run",
+    summary="Collect each latent's record: contexts it fires on, how often, and what it writes to the logits.",
+    about=("Top, quantile and random contexts, the firing rate, the tokens it promotes and suppresses."),
+    examples=("unweave latents --sae runs/train-0123456789ab/sae",),
+)

@@ -1,11 +1,17 @@
-"""Latents' records as the page and notebooks show them."""
+"""Latents' records as rows, as a list to look around in, and one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from unweave.core.result import Row
+from unweave.latents.result import LatentRecords
+from unweave.show.explorer import explorer_html, payload
 from unweave.show.model import ContextEntry, LatentEntry
+from unweave.show.page import ALONE, Around, Section, Tile
+from unweave.show.pieces import percent
+from unweave.show.theme import asset
 
 if TYPE_CHECKING:
     from unweave.latents.records import Context, LatentRecord
@@ -31,3 +37,46 @@ def _context(kind: str, context: Context) -> ContextEntry:
     shown = context.shown()
     peak = next(place for place, one in enumerate(shown) if one.focus)
     return ContextEntry(kind, [one.text for one in shown], [one.value for one in shown], peak, label)
+
+
+def rows(result: LatentRecords) -> list[Row]:
+    """How many latents fire, on how much text."""
+    return [
+        ("model", result.subject.named_model, ""),
+        ("latents", result.latents, f"{result.alive:,} of them fire"),
+        ("alive latents", result.alive_fraction, f"fire somewhere in {result.tokens:,} tokens"),
+        ("special tokens", result.special_share, "share of the tokens that latents fire most strongly on"),
+    ]
+
+
+def section(result: LatentRecords, around: Around = ALONE) -> Section:
+    """A list of the latents in ``around.entries`` to look around in."""
+    words = (
+        "<p>Each latent is a direction that the SAE found useful. What it means shows in the text it fires on: the "
+        "deeper a token's colour, the stronger the latent there, and the underlined token is the one the passage was "
+        "chosen for. <i>Raises</i> and <i>lowers</i> name the next tokens that its direction makes more and less "
+        "likely. Search for a word, or follow a latent's number from anywhere on this page.</p>"
+    )
+    shown = _shown(around)
+    if result.latents > len(shown):
+        words += (
+            f"<p>These are {len(shown):,} of {result.latents:,} latents, the first by number and those that this "
+            "page names elsewhere, so that the page stays small. <code>unweave report --latents none</code> shows all "
+            "of them, and <code>Records.load(folder).latent(number)</code> any one.</p>"
+        )
+    explorer = explorer_html(payload(shown, around.tags), around.name)
+    body = f'{words}<div class="uw-wide">{explorer}</div>'
+    scripts = (asset("explorer.js"),)
+    return Section("Latents", "Every latent", body, (asset("explorer.css"),), scripts, _tiles(result))
+
+
+def _shown(around: Around) -> list[LatentEntry]:
+    named = {latent for latents in around.tags.values() for latent in latents}
+    first = set(sorted(around.entries)[: around.limit])
+    return [around.entries[j] for j in sorted(first | (named & set(around.entries)))]
+
+
+def _tiles(result: LatentRecords) -> tuple[Tile, ...]:
+    share = percent(result.alive_fraction)
+    words = f"{share} of the latents fired somewhere in {result.tokens:,} tokens; 1 means that none is wasted."
+    return (Tile(share, "of latents alive", words),)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from html import escape
 
 from unweave.show.model import ContextEntry, LatentEntry, Number
@@ -201,3 +202,16 @@ def threads(strands: int = 7, width: int = 704, height: int = 92) -> str:
         f'<svg class="uw-threads" viewBox="0 0 {width} {height}" aria-hidden="true" fill="none" stroke="currentColor" '
         f'stroke-width="1.6" stroke-linejoin="round">{"".join(paths)}</svg>'
     )
+
+
+def duration(seconds: float) -> str:
+    """Return a time as "4.2 s", "3 min 20 s" or "1 h 05 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def strongest_contexts(entry: LatentEntry) -> LatentEntry:
+    """The latent with only its few strongest contexts, for a card among others."""
+    return replace(entry, contexts=[context for context in entry.contexts if context.kind == "top"][:4])

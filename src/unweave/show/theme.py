@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib import resources
 
+MARK = "uwf-"
+"""How the ids of figures begin; a page with several of one name tells them apart by it."""
 LIGHT = {
     "bg": "#fcfbf8",
     "panel": "#ffffff",

@@ -6,13 +6,17 @@ Knows no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from unweave.core.errors import UnweaveError
+from unweave.core.refs import Content, FileRef
 from unweave.core.spec import Spec, operational, require
-from unweave.inputs.spec import OfSAEsSpec, unused
+from unweave.inputs.spec import OfSAEsSpec, SAERefs, unused
+
+CircuitRef = Annotated[Path, Content("unweave.circuits.opened:content_of_circuit")]
+"""A circuit: its file, or the run that has it."""
 
 CONVENTIONS: dict[str, dict[str, str]] = {
     "unweave": {"rule": "midpoint", "metric": "neg-log-p"},
@@ -37,9 +41,9 @@ class CircuitFindSpec(OfSAEsSpec):
 
     task: Literal["simple", "within_rc", "across_rc", "across_pp"] | None = None
     """Subject-verb agreement: alone, within or across a relative clause, or across a prepositional phrase (default)."""
-    pairs: Path | None = field(default=None, metadata={"result": False})
+    pairs: FileRef | None = None
     """Pairs of your own instead: JSON lines with clean_prefix, patch_prefix, clean_answer, patch_answer."""
-    inputs: Path | None = field(default=None, metadata={"result": False})
+    inputs: FileRef | None = None
     """Single texts instead: JSON lines with context and answer; latents are ablated."""
     ablation: Literal["zero", "mean"] = "zero"
     """Of single texts: ablate nodes to zero, or to their means over all tokens. Take the mean for neurons, and where
@@ -139,7 +143,7 @@ class CircuitFindSpec(OfSAEsSpec):
 class CircuitDrawSpec(Spec):
     """Drawing a circuit that was found."""
 
-    circuit: Path = field(metadata={"result": False})
+    circuit: CircuitRef
     """A run of `unweave circuit find`, or any circuit.safetensors. Its content decides which drawing is reused."""
     nodes: int = 60
     """About how many of the strongest nodes to draw where no node_threshold is given."""
@@ -150,7 +154,7 @@ class CircuitDrawSpec(Spec):
     """Draw edges whose weight is larger, in either direction; by default so that about 2.5 for each node remain."""
     max_nodes: int = 150
     """Never draw more nodes than this; the picture says how many it leaves out."""
-    annotations: Path | None = field(default=None, metadata={"result": False})
+    annotations: FileRef | None = None
     """What to write on latents: JSON lines as `unweave annotate` makes them, or in the paper's form."""
     contexts: bool = False
     """Show in circuit.html what each latent drawn responds to. This reads text, which may take minutes."""
@@ -158,7 +162,7 @@ class CircuitDrawSpec(Spec):
     """How many tokens contexts are taken from; by default 200,000, or all there are."""
     title: str | None = None
     """What stands above the picture; by default the circuit's task."""
-    saes: tuple[str, ...] = field(default=(), metadata={"result": False})
+    saes: SAERefs = ()
     """For contexts: where the autoencoders are; by default where the circuit's run found them."""
     model: str | None = None
     """For contexts: the model; by default that of the circuit's run."""
@@ -177,13 +181,13 @@ class CircuitDrawSpec(Spec):
 class CircuitEvaluateSpec(Spec):
     """Measuring how faithful and how complete a circuit is."""
 
-    circuit: Path = field(metadata={"result": False})
+    circuit: CircuitRef
     """The folder of a finished `circuit find`. Its content decides which run is reused."""
-    saes: tuple[str, ...] = field(default=(), metadata={"result": False})
+    saes: SAERefs = ()
     """Where its autoencoders are now; by default where they were then. Others than those are refused."""
-    pairs: Path | None = field(default=None, metadata={"result": False})
+    pairs: FileRef | None = None
     """Pairs to measure on: JSON lines as for `circuit find`; by default the test split of its task."""
-    inputs: Path | None = field(default=None, metadata={"result": False})
+    inputs: FileRef | None = None
     """Single texts to measure on, for a circuit of single texts."""
     examples: int = 40
     """How many examples. A file may hold fewer; what the circuit was found on is left out."""

@@ -16,7 +16,7 @@ from unweave.core.contents import content_of
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run, atomic_write
 from unweave.core.site import Site
-from unweave.inputs.saes import digest_of, found_saes, open_saes
+from unweave.inputs.saes import digest_of, named_saes, open_saes
 from unweave.inputs.spec import OfSAEsSpec
 from unweave.latents import annotations as annotated
 from unweave.latents.annotations import Annotation
@@ -136,10 +136,10 @@ def latents_of(nodes: tuple[Node, ...] | list[Node]) -> dict[Site, list[int]]:
 def _check(said: Mapping[str, Annotation], of: OfSAEsSpec | None, where: str) -> None:
     """Refuses annotations of other autoencoders, as far as these can be found and the annotations say which."""
     named = {annotation.site for annotation in said.values() if annotation.sae is not None}
-    if not named or of is None or not all(Path(name).exists() for _, name in found_saes(of)):
+    if not named or of is None or not all(Path(name).exists() for _, name in named_saes(of.saes)):
         return
     digests: dict[Site, str] = {}
-    for site, name in found_saes(of):
+    for site, name in named_saes(of.saes):
         sae = SAE.load(name)
         place = site or sae.write
         if place in named and place is not None:
@@ -171,7 +171,7 @@ def _tokens(found: Found, of: OfSAEsSpec | None) -> list[str] | None:
 
 def _trained_on(of: OfSAEsSpec) -> str:
     """The model of the first autoencoder; empty where it names none."""
-    for _, name in found_saes(of):
+    for _, name in named_saes(of.saes):
         return str(SAE.load(name).provenance.get("train", {}).get("model") or "")
     return ""
 

@@ -6,12 +6,12 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveWarning
+from unweave.methods.evaluate.result import Density, Metrics
 
 METRIC_SET = "unweave.core/2"
 """Name and version of the definitions of ``evaluate.py``; raised whenever a number would change (trap 32)."""
@@ -24,71 +24,18 @@ _DENSITY_EDGES = tuple(-6.0 + 0.25 * i for i in range(25))
 
 
 @dataclass(frozen=True)
-class CoreMetrics:
-    """What ``evaluate`` measured. Means are over counted tokens unless a line says otherwise."""
+class CoreMetrics(Metrics):
+    """What ``evaluate`` measured, with the count of every latent."""
 
-    metric_set: str
-    """Which definitions these numbers follow, with their version."""
-    site: str
-    """Where the SAE writes; for a transcoder this is not where it reads."""
-    tokens: int
-    """Counted tokens."""
-    excluded: dict[str, int]
-    """Tokens left out, by reason."""
-    unexplained_variance: float
-    """Squared error over the variance around the mean activation. 0: perfect; 1: no better than the mean."""
-    explained_variance: float
-    """1 - unexplained_variance."""
-    mse: float
-    """Squared error per element of the activation."""
-    cosine: float
-    """Cosine between activation and reconstruction."""
-    norm_ratio: float
-    """Length of the reconstruction over length of the activation; below 1 the SAE shrinks."""
-    l0: float
-    """How many latents are above zero on a token."""
-    l1: float
-    """Sum of a token's latents."""
-    alive_fraction: float
-    """Share of latents that were above zero on at least one of ``tokens``; more tokens can only raise it."""
-    density: dict[str, Any]
-    """Histogram of log10(firing rate): ``edges`` [n+1], ``counts`` [n], and ``never``: latents that did not fire."""
-    unexplained_variance_all_tokens: float
-    """The same with special ids and norm outliers counted too (padding never is); trap 6 shows in the difference."""
-    l0_all_tokens: float
-    """Likewise."""
-    predictions: int
-    """Over how many next tokens the four losses and three divergences below are means: all whose next token is real."""
-    ce_clean: float
-    """Next-token cross-entropy of the untouched model, in nats."""
-    ce_sae: float
-    """The same with the reconstruction in place of the activation of every counted token."""
-    ce_mean: float
-    """The same with the mean activation in its place."""
-    ce_zero: float
-    """The same with zeros in its place."""
-    kl_sae: float
-    """KL(clean || with the reconstruction) of the next-token distribution, in nats."""
-    kl_mean: float
-    """KL(clean || mean-ablated)."""
-    kl_zero: float
-    """KL(clean || zero-ablated)."""
-    recovered_vs_mean: float | None
-    """(ce_mean - ce_sae) / (ce_mean - ce_clean); None where there is nothing to recover, see ``notes``."""
-    recovered_vs_zero: float | None
-    """(ce_zero - ce_sae) / (ce_zero - ce_clean); easier, since zeros are far from any activation. None likewise."""
-    notes: tuple[str, ...] = ()
-    """What a reader must know about these numbers."""
     firing_counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), repr=False, compare=False)
-    """On how many counted tokens each latent is above zero, int64 [F]. Not part of ``to_dict``."""
+    """On how many counted tokens each latent is above zero, int64 [F]."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the firing counts, as JSON-able values."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "firing_counts"}
-        return values | {"notes": list(self.notes), "excluded": dict(self.excluded), "density": dict(self.density)}
+    def plain(self) -> Metrics:
+        """Everything but the firing counts."""
+        return Metrics(**{f.name: getattr(self, f.name) for f in fields(Metrics)})
 
 
-def drift(measured: CoreMetrics, reference: Mapping[str, float]) -> list[str]:
+def drift(measured: Metrics, reference: Mapping[str, float]) -> tuple[str, ...]:
     """Where an SAE does something else here than where it was made (trap 6); each finding is warned about too.
 
     ``reference`` holds ``l0`` and ``unexplained_variance`` as stored with the SAE; what it does not hold is passed
@@ -108,10 +55,10 @@ def drift(measured: CoreMetrics, reference: Mapping[str, float]) -> list[str]:
             )
     for message in found:
         warnings.warn(message, UnweaveWarning, stacklevel=2)
-    return found
+    return tuple(found)
 
 
-def density_histogram(counts: Tensor, n_tokens: int) -> dict[str, Any]:
+def density_histogram(counts: Tensor, n_tokens: int) -> Density:
     """log10 firing rates of latents with ``counts`` [F] firings in ``n_tokens``, in bins of a quarter decade.
 
     Rates below one in a million go into the first bin; latents that never fired are counted as ``never`` instead.
@@ -120,7 +67,7 @@ def density_histogram(counts: Tensor, n_tokens: int) -> dict[str, Any]:
     edges = torch.tensor(_DENSITY_EDGES, dtype=torch.float64)
     places = (torch.bucketize((fired / n_tokens).log10(), edges, right=True) - 1).clamp(0, len(edges) - 2)
     histogram = torch.bincount(places, minlength=len(edges) - 1)
-    return {"edges": list(_DENSITY_EDGES), "counts": histogram.tolist(), "never": len(counts) - len(fired)}
+    return Density(_DENSITY_EDGES, tuple(histogram.tolist()), len(counts) - len(fired))
 
 
 def recovered_share(ce: dict[str, float], ablation: str, vocabulary: int) -> tuple[float | None, str]:

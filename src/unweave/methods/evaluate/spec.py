@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from unweave.core.command import Command
 from unweave.core.spec import operational, require
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import UseSpec
+from unweave.methods.evaluate.result import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,3 +24,17 @@ class EvalSpec(UseSpec):
 
     def __post_init__(self) -> None:
         require(self, {"tokens": self.tokens is None or self.tokens > 0, "batch_tokens": self.batch_tokens > 0})
+
+
+COMMAND = Command(
+    words="eval",
+    spec=EvalSpec,
+    result=Evaluation,
+    stage="unweave.methods.evaluate.stage:run",
+    summary="Measure a sparse autoencoder: fit, sparsity, and what the model loses when it is spliced in.",
+    about=(
+        "Held-out text, special tokens and norm outliers left out; cross-entropy is compared with zero- and "
+        "mean-ablation of the same site."
+    ),
+    examples=("unweave eval --sae runs/train-0123456789ab/sae",),
+)

@@ -1,91 +1,115 @@
-"""The whole report as one HTML file that needs nothing but itself.
+"""The page: a section for every run, each made by the view of its method, and how all this was made.
 
-1. The head: title, a sentence on what was done, and the four numbers that matter most.
-2. One section per step of the main job (``sections.py``); a step that was not run says so.
-3. Style sheets and scripts are written into the file, the latents' data as JSON beside the explorer.
-
-A content policy in the page forbids every connection, so that what the data holds can load nothing either.
+Runs about one SAE know of one another: a list of all latents marks those that other sections name, and these show what
+their latents fire on.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
 
-from unweave.methods.report.numbers import sentence, shown, value_of
-from unweave.methods.report.sections import SECTIONS, Section, sae_words
-from unweave.show.model import ReportData
-from unweave.show.pieces import esc, number, threads
-from unweave.show.theme import asset, palette_css
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-
-
-def render(data: ReportData) -> str:
-    """Return the report as a complete HTML document; equal data gives an equal string."""
-    sections = [build(data) for build in SECTIONS]
-    styles = palette_css() + asset("pieces.css") + asset("page.css") + asset("explorer.css")
-    scripts = asset("page.js") + (asset("explorer.js") if data.latents is not None else "")
-    links = "".join(f'<a href="#{section.anchor}">{esc(section.short)}</a>' for section in sections)
-    return (
-        '<!DOCTYPE html>\n<html lang="en" class="uw"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{esc(data.title)}</title><style>{styles}</style></head><body>"
-        f'<a class="uw-skip" href="#main">Skip to the report</a>{_top(data)}'
-        f'<div class="uw-bar"><div><nav aria-label="Sections">{links}</nav>'
-        '<button type="button" class="uw-button" id="uw-theme" hidden>Colours: auto</button></div></div>'
-        f'<main id="main">{"".join(map(_section, sections))}</main>'
-        f'<footer class="uw-foot"><p>Made with Unweave. This file is complete in itself and loads nothing.</p></footer>'
-        f"<script>{scripts}</script></body></html>\n"
-    )
+from unweave.core.result import view_of
+from unweave.latents.result import LatentRecords
+from unweave.methods import commands
+from unweave.methods.report.runs import Shown
+from unweave.show.model import LatentEntry
+from unweave.show.page import Around, Section, page
+from unweave.show.pieces import duration, esc, missing, number, table
 
 
-def _section(section: Section) -> str:
-    return f'<section id="{section.anchor}"><h2>{esc(section.heading)}</h2>{section.body}</section>'
+def render(title: str, shown: Sequence[Shown], not_run: Sequence[str] = (), limit: int | None = None) -> str:
+    """A complete HTML document; equal runs give an equal string. ``limit``: how many latents to list of an SAE."""
+    order = {command.name: place for place, command in enumerate(commands())}
+    ordered = sorted(shown, key=lambda one: (order[one.command.name], one.run.path.name))
+    around = {sae: _around(sae, ordered, limit) for sae in {one.sae for one in ordered}}
+    sections = [_section(one, around[one.sae]) for one in ordered]
+    return page(title, _deck(ordered), [*sections, *map(_not_run, not_run), _making(ordered, sections)])
 
 
-def _top(data: ReportData) -> str:
-    note = f" ({esc(data.model_note)})" if data.model_note else ""
-    site = f" at <code>{esc(data.site)}</code>" if data.site else ""
-    what = sae_words(data.sae) if data.sae is not None else "sparse autoencoder"
-    told = [
-        "how faithful it is" if data.evaluation is not None else "",
-        "what each latent responds to" if data.latents is not None else "",
-        f"which ones cause {esc(data.attribution.task)}" if data.attribution is not None else "",
-        "what happens when one is turned up" if data.steering is not None else "",
-    ]
-    parts = [part for part in told if part]
-    shows = f" Here is {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}." if parts else ""
-    comma = "," if data.sae is not None and data.sae.k is not None else ""
-    deck = f"A {what}{comma} for the activations{site} of {esc(data.model)}{note}.{shows}"
-    # a name with hyphens is kept whole where the line is wide enough
-    title = re.sub(r"\S+-\S+", r'<span class="uw-whole">\g<0></span>', esc(data.title))
-    return f'<header class="uw-top">{threads()}<h1>{title}</h1><p class="uw-deck">{deck}</p>{_tiles(data)}</header>'
+def _section(one: Shown, around: Around) -> Section:
+    mine = Around(one.run.path, around.entries, around.tags, around.limit, around.name)
+    return view_of(type(one.result)).section(one.result, mine)
 
 
-def _tiles(data: ReportData) -> str:
-    values, tiles = data.evaluation or {}, []
-    names = {
-        "unexplained_variance": "unexplained variance",
-        "recovered_vs_mean": "of the loss recovered",
-        "alive_fraction": "of latents alive",
+def _around(sae: str, shown: Sequence[Shown], limit: int | None) -> Around:
+    """What sections about one SAE know of one another."""
+    same = [one for one in shown if sae and one.sae == sae]
+    tags: dict[str, list[int]] = {}
+    for one in same:
+        named = getattr(view_of(type(one.result)), "named", None)
+        tags |= named(one.result) if named is not None else {}
+    entries: dict[int, LatentEntry] = {}
+    for one in same:
+        if isinstance(one.result, LatentRecords):
+            wanted = {latent for latents in tags.values() for latent in latents}
+            entries |= _entries(one, wanted, limit)
+    return Around(None, entries, tags, limit, f"latents-{sae}" if sae else "latents")
+
+
+def _entries(one: Shown, wanted: set[int], limit: int | None) -> dict[int, LatentEntry]:
+    """The first records, and those of the latents that are named elsewhere."""
+    stage = import_module("unweave.latents.stage")
+    view = import_module("unweave.latents.view")
+    records = stage.load(one.run)
+    first = range(len(records) if limit is None else min(limit, len(records)))
+    return {j: view.entry_of(records.latent(j)) for j in sorted({*first, *wanted}) if j < len(records)}
+
+
+def _deck(shown: Sequence[Shown]) -> str:
+    """What the page is about, in a sentence."""
+    models: dict[str, str] = {}
+    for one in shown:
+        about: Any = getattr(one.result, "subject", one.result)
+        if isinstance(getattr(about, "model", None), str):
+            models[about.model] = getattr(about, "note", "")
+    named = " and ".join(f"{esc(name)}{f' ({esc(note)})' if note else ''}" for name, note in models.items())
+    saes = {sae.digest: sae for one in shown for sae in getattr(getattr(one.result, "subject", None), "saes", ())}
+    if len(saes) == 1:
+        (sae,) = saes.values()
+        return f"A {esc(sae.words)}, for the activations at <code>{esc(sae.site)}</code> of {named}."
+    many = f"{len(saes)} SAEs of " if saes else ""
+    return f"{len(shown)} results on {many}{named or 'a model'}."
+
+
+def _not_run(name: str) -> Section:
+    words = {
+        "eval": "How faithful the SAE is has not been measured.",
+        "latents": "No record of what the latents fire on was made.",
+        "trace": "Which latents cause a behaviour has not been traced.",
+        "steer": "The model has not been steered.",
     }
-    for key, name in names.items():
-        if value_of(values, key) is not None:
-            tiles.append((shown(key, values), name, sentence(key, values, data.sae) or ""))
-    found = data.attribution
-    if found is not None and found.share is not None:
-        n = sum(row.chosen for row in found.rows)
-        words = f"How much of the whole change in {found.task} its {n} strongest latents make when they move together"
-        order = found.correlations.get("weaker_ig_spearman", found.correlations.get("ig_spearman"))
-        if order is not None:  # without the strongest, where it is known: one latent can make a correlation on its own
-            rest = " but the first" if "weaker_ig_spearman" in found.correlations else ""
-            words += f". Integrated gradients order them{rest} as measurements do at {number(order)}; 1 is perfect"
-        tiles.append((f"{found.share:.0%}", "of the effect found", f"{words}."))
-    if not tiles:
-        return ""
-    cells = "".join(
-        f'<div class="uw-tile"><b>{esc(value)}</b><span>{esc(name)}</span><p>{esc(words)}</p></div>'
-        for value, name, words in tiles
-    )
-    return f'<div class="uw-wide uw-tiles">{cells}</div>'
+    return Section(name.capitalize(), f"{name.capitalize()}: not run", missing(words[name], f"unweave {name}"))
+
+
+def _making(shown: Sequence[Shown], sections: Sequence[Section]) -> Section:
+    """Caveats, times, settings and versions."""
+    notes = dict.fromkeys(note for section in sections for note in section.notes)
+    parts = [f"<p>{esc(note)}</p>" for note in notes]
+    times = [(esc(one.run.path.name), esc(duration(one.run.seconds))) for one in shown if one.run.seconds]
+    if times:
+        total = sum(one.run.seconds for one in shown)
+        parts.append(table(("Run", "Time"), [*times, ("<b>together</b>", f"<b>{duration(total)}</b>")], (1,)))
+    for one in shown:
+        about = {"inputs": one.run.asked["inputs"], "made with": one.run.environment}
+        settings = _values(one.run.spec) + "".join(f"<h3>{name}</h3>{_values(v)}" for name, v in about.items() if v)
+        parts.append(f"<details><summary>Settings: {esc(one.run.path.name)}</summary>{settings}</details>")
+    return Section("Making", "How this was made", "".join(parts))
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    lines = [(esc(name), esc(_written(value))) for name, value in _flat(values)]
+    return table(("Setting", "Value"), lines, ())
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+    return found
+
+
+def _written(value: Any) -> str:
+    return number(value) if isinstance(value, float) else str(value)

@@ -9,9 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from unweave.core.contents import tree_of as stamp
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run, atomic_write
-from unweave.inputs.inputs import load_lm, sae_digest, stamp
+from unweave.inputs.identity import sae as sae_digest
+from unweave.inputs.inputs import load_lm
 from unweave.judge.base import REPLIES, Judge, check_judge, open_judge
 from unweave.judge.spec import DEFAULT_JUDGE
 from unweave.latents import stage as latents_job
@@ -62,9 +64,9 @@ def run(spec: RubricSpec, runs: Path) -> Run:
                 remedy="mend that and ask again",
             )
         _write(run.path / "ratings.jsonl", ratings, inputs["sae"])
-        used = {
-            name: latents_run.result[name] for name in ("model", "model_note", "accepted") if name in latents_run.result
-        }
+        subject = latents_run.result.subject
+        used = {"model": subject.model, "model_note": subject.note}
+        used |= {"accepted": subject.accepted} if subject.accepted else {}
         result = used | {"records_run": latents_run.path.name, "eligible": len(eligible(records))}
         result |= _found(spec, judge, ratings, inputs["sae"])
         run.finish(result)

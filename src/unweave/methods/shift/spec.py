@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 from unweave.core.errors import UnweaveError
+from unweave.core.refs import FileRef
 from unweave.core.spec import operational, require
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import OfSAEsSpec, unused
@@ -58,7 +58,7 @@ class CircuitShiftSpec(OfSAEsSpec):
     """rule: the share of a latent's strongest contexts whose strongest word must be one for gender; or..."""
     promoted_share: float = 0.25
     """rule: ...the share of the tokens it promotes."""
-    annotations: Path | None = field(default=None, metadata={"result": False})
+    annotations: FileRef | None = None
     """file: JSON lines as `unweave annotate` writes them; latents with relevant: false are ablated."""
     chat: JudgeSpec = JudgeSpec()
     """chat: the chat model."""

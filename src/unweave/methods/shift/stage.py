@@ -25,11 +25,11 @@ from unweave.attribute.completeness import Completeness
 from unweave.circuits import support
 from unweave.circuits.graph import Circuit
 from unweave.circuits.support import Strong
+from unweave.core.contents import tree_of as stamp
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.files import read_json
 from unweave.core.run import Run, atomic_write, write_json
 from unweave.core.site import Site
-from unweave.inputs.inputs import stamp
 from unweave.inputs.saes import Opened, digest_of, open_saes
 from unweave.judge.base import check_judge
 from unweave.latents.collect_many import text_stamps

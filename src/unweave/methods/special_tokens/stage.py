@@ -15,7 +15,9 @@ from unweave.core.run import Run, atomic_write
 from unweave.data.batches import store_batches
 from unweave.data.spec import DataSpec
 from unweave.data.tokens import TokenStore
-from unweave.inputs.inputs import data_of, open_sae, sae_digest, token_store
+from unweave.inputs.identity import sae as sae_digest
+from unweave.inputs.inputs import data_of, token_store
+from unweave.inputs.saes import open_one
 from unweave.lm.chat import Role
 from unweave.lm.model import LM
 from unweave.methods.special_tokens import view as figures
@@ -35,7 +37,8 @@ def run(spec: SpecialTokensSpec, runs: Path) -> Run:
     with Run.open(runs, "special-tokens", spec, version=VERSION, inputs={"sae": sae_digest(spec.sae)}) as run:
         if run.done:
             return run
-        lm, sae, record = open_sae(spec)
+        opened = open_one(spec)
+        lm, sae, record = opened.lm, opened.sae, opened.record
         special = SpecialTokens.of(lm, spec.special_ids or None, spec.where)
         store, rows = _conversations(spec, lm, sae, runs)
         errors = token_errors(lm, {"sae": sae}, store, rows, special=special, batch_tokens=spec.batch_tokens)["sae"]

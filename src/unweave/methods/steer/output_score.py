@@ -29,6 +29,7 @@ from unweave.core.site import Site
 from unweave.latents.records import Records
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At
+from unweave.methods.steer.result import Candidate
 from unweave.methods.steer.themes import Theme, themes
 from unweave.sae.module import SAE
 from unweave.sae.steered import distinct, lens_tokens, perplexity, prompt_tokens, until_end
@@ -54,23 +55,6 @@ class OutputScore:
     """p_max"""
     rank: int
     """r"""
-    tokens: tuple[str, ...]
-    """its first ten lens tokens, as text"""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A latent to steer with."""
-
-    latent: int
-    words: tuple[str, ...]
-    """its theme, strongest word first"""
-    expression: float
-    """how much turning it up brings these words out, in nats; see ``expressions``"""
-    trial: float
-    """in [0, 1]: how well a few words show it; see ``trials``"""
-    score: float
-    """its output score S_out"""
     tokens: tuple[str, ...]
     """its first ten lens tokens, as text"""
 
@@ -179,7 +163,7 @@ def trials(
 
 def choose_latents(
     lm: LM, sae: SAE, records: Records, *, n: int = 10, candidates: int = 192, tried: int = 12
-) -> list[Choice]:
+) -> list[Candidate]:
     """The ``n`` best latents to steer with, best first.
 
     Of the ``candidates`` clearest themes the ``tried`` that are expressed most are tried in text, and come first in the
@@ -201,7 +185,7 @@ def choose_latents(
     order = sorted(order[: max(n, tried)], key=lambda i: (i not in shown, -shown.get(i, 0.0), -values[i]))[:n]
     scores = output_scores(lm, sae, [found[i].latent for i in order])
     return [
-        Choice(found[i].latent, found[i].words, values[i], shown.get(i, 0.0), score.score, score.tokens)
+        Candidate(found[i].latent, found[i].words, values[i], shown.get(i, 0.0), score.score, score.tokens)
         for i, score in zip(order, scores, strict=True)
     ]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from unweave.core.command import Command
 from unweave.core.spec import require
 from unweave.inputs.spec import UseSpec
+from unweave.methods.steer.result import Steering
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +34,14 @@ class SteerSpec(UseSpec):
             "strengths": len(self.strengths) > 0,
         }
         require(self, lists | {"max_new_tokens": self.max_new_tokens > 0})
+
+
+COMMAND = Command(
+    words="steer",
+    spec=SteerSpec,
+    result=Steering,
+    stage="unweave.methods.steer.stage:run",
+    summary="Generate text with a latent turned up, at several strengths, beside the unchanged model.",
+    about=("Only the latent's own part of the activation changes; what the autoencoder does not explain is kept."),
+    examples=("unweave steer --sae runs/train-0123456789ab/sae --latent 1234",),
+)

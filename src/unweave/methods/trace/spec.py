@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from unweave.core.command import Command
 from unweave.core.spec import require
 from unweave.inputs.spec import UseSpec
+from unweave.methods.trace.result import Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,3 +33,17 @@ class TraceSpec(UseSpec):
     def __post_init__(self) -> None:
         fine = {"pairs": self.pairs > 0, "top": self.top > 1, "random": self.random >= 0, "steps": self.steps > 0}
         require(self, fine)
+
+
+COMMAND = Command(
+    words="trace",
+    spec=TraceSpec,
+    result=Trace,
+    stage="unweave.methods.trace.stage:run",
+    summary="Find the latents that cause a behaviour, and measure the strongest.",
+    about=(
+        "Attribution patching and integrated gradients over minimal pairs of subject-verb agreement, next to the "
+        "effects of the strongest latents measured from both ends, and how much of the whole they carry together."
+    ),
+    examples=("unweave trace --sae runs/train-0123456789ab/sae",),
+)

@@ -19,6 +19,7 @@ from unweave.lm.model import LM, Tokens
 from unweave.methods.train import start
 from unweave.methods.train.end_to_end import end_to_end_step
 from unweave.methods.train.members import Member, members
+from unweave.methods.train.result import Checkup, Cost
 from unweave.methods.train.spec import DoctorSpec
 from unweave.methods.train.trainer import SAETrainer
 
@@ -28,33 +29,32 @@ _CALIBRATION = 32_768
 
 
 @dataclass(frozen=True)
-class Checkup:
-    """What was found; has the two fields that every stage's outcome has."""
+class Examined:
+    """What was found; has what every stage's outcome has."""
 
     path: Path
-    result: dict[str, Any]
+    result: Checkup
     reused: bool = False
 
 
-def run(spec: DoctorSpec, runs: Path) -> Checkup:
+def run(spec: DoctorSpec, runs: Path) -> Examined:
     """Measures a little of everything and multiplies. Nothing is written."""
     problems: list[str] = []
     lm = _try(problems, lambda: load_lm(spec.model, spec.dtype, spec.device))
-    found: dict[str, Any] = {"model": repr(lm) if lm else spec.model}
+    cost: Cost | None = None
     if lm is not None:
         _try(problems, lambda: refuse_long_rows(lm, spec.data.pack.context))
-        found_members = _try(problems, lambda: members(spec, lm))
-        if found_members:
-            found |= _try(problems, lambda: _cost(spec, lm, found_members)) or {}
+        asked = _try(problems, lambda: members(spec, lm))
+        if asked:
+            cost = _try(problems, lambda: _cost(spec, lm, asked))
         _look_at_text(spec, lm, problems)
     _look_at_folder(runs, problems)
-    found["disk_free_gb"] = round(shutil.disk_usage(_existing(runs)).free / 1e9, 1)
-    if found.get("disk_gb", 0) > found["disk_free_gb"]:
-        problems.append(f"needs {found['disk_gb']} GB of disk, {found['disk_free_gb']} GB are free: see stream.cache")
-    if found.get("memory_gb", 0) > _memory_gb():
-        problems.append(f"needs {found['memory_gb']} GB of memory, the machine has {_memory_gb()}: lower sae.expansion")
-    found["problems"] = problems or ["none found"]
-    return Checkup(runs, found)
+    free = round(shutil.disk_usage(_existing(runs)).free / 1e9, 1)
+    if cost is not None and cost.disk_gb > free:
+        problems.append(f"needs {cost.disk_gb} GB of disk, {free} GB are free: see stream.cache")
+    if cost is not None and cost.memory_gb > _memory_gb():
+        problems.append(f"needs {cost.memory_gb} GB of memory, the machine has {_memory_gb()}: lower sae.expansion")
+    return Examined(runs, Checkup(repr(lm) if lm else spec.model, cost, free, tuple(problems)))
 
 
 def _try(problems: list[str], work: Any) -> Any:
@@ -103,7 +103,7 @@ def _memory_gb() -> float:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
 
 
-def _cost(spec: DoctorSpec, lm: LM, asked: list[Member]) -> dict[str, Any]:
+def _cost(spec: DoctorSpec, lm: LM, asked: list[Member]) -> Cost:
     """Times one harvest batch and a few training steps of every SAE."""
     sites = sorted({site for member in asked for site in (member.read, member.write)})
     tokens = _random_tokens(spec, lm, spec.stream.batch_tokens)
@@ -128,18 +128,18 @@ def _cost(spec: DoctorSpec, lm: LM, asked: list[Member]) -> dict[str, Any]:
     cached = distinct * width * _FP32 if spec.stream.cache else 0
     model = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     memory = model + 4 * parameters * _FP32 + 3 * spec.stream.buffer_tokens * width * _FP32 + 1e9
-    return {
-        "saes": len(asked),
-        "latents": latents,
-        "distinct_tokens": spec.data.tokens,
-        "training_tokens": spec.sae.tokens,
-        "epochs": round(spec.sae.tokens / spec.data.tokens, 2),
-        "harvest_tokens_per_second": round(harvest),
-        "train_tokens_per_second": round(train),
-        "minutes": round((harvested / harvest + spec.sae.tokens / train) / 60, 1),
-        "memory_gb": round(memory / 1e9, 1),
-        "disk_gb": round((cached + 4 * parameters * _FP32) / 1e9, 1),
-    }
+    return Cost(
+        saes=len(asked),
+        latents=latents,
+        distinct_tokens=spec.data.tokens,
+        training_tokens=spec.sae.tokens,
+        epochs=round(spec.sae.tokens / spec.data.tokens, 2),
+        harvest_tokens_per_second=round(harvest),
+        train_tokens_per_second=round(train),
+        minutes=round((harvested / harvest + spec.sae.tokens / train) / 60, 1),
+        memory_gb=round(memory / 1e9, 1),
+        disk_gb=round((cached + 4 * parameters * _FP32) / 1e9, 1),
+    )
 
 
 def _random_tokens(spec: DoctorSpec, lm: LM, count: int) -> Tokens:

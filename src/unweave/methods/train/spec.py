@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
+from unweave.core.refs import Content
 from unweave.core.spec import Spec, operational, require
-from unweave.data.spec import DEFAULT_MODEL, DEFAULT_SOURCES, DataSpec, StreamSpec
+from unweave.data.spec import DEFAULT_MODEL, DEFAULT_SOURCES, DataSpec, ModelRef, StreamSpec
+from unweave.methods.train.result import Checkup, Training
 from unweave.methods.train.sae_spec import SAESpec
 
 
@@ -16,7 +19,7 @@ from unweave.methods.train.sae_spec import SAESpec
 class TrainSpec(Spec):
     """Training sparse autoencoders: every variant at every site, on one stream of activations."""
 
-    model: str = DEFAULT_MODEL
+    model: ModelRef = DEFAULT_MODEL
     """A catalogue name, a hub id, a folder or a GGUF file; see `unweave models`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the model computes in. The autoencoder is always trained in float32."""
@@ -36,7 +39,7 @@ class TrainSpec(Spec):
     {kind: [relu, jumprelu], seed: [0, 1, 2]}."""
     objective: Literal["reconstruction", "end-to-end"] = "reconstruction"
     """Learn to reconstruct activations, or to leave the model's predictions as they are (KL divergence)."""
-    start: Path | None = None
+    start: Annotated[Path, Content("unweave.methods.train.start:content", named=True)] | None = None
     """Go on training this autoencoder (any that can be read: docs/formats.md), or those of this training run's sae/
     folder, site by site."""
     accept_mismatch: str | None = field(default=None, metadata={"result": False})
@@ -59,3 +62,40 @@ class TrainSpec(Spec):
 @dataclass(frozen=True, kw_only=True)
 class DoctorSpec(TrainSpec):
     """What a training run will cost, before it is started, and what is wrong with it."""
+
+
+COMMANDS = (
+    Command(
+        words="train",
+        spec=TrainSpec,
+        result=Training,
+        stage="unweave.methods.train.stage:run",
+        summary="Train sparse autoencoders on a model's activations, at one site or many, in one setting or many.",
+        about=(
+            "Reads text or dialogues, runs the model up to the last site, and trains on what it finds there. Each "
+            "SAE is saved as a SAELens folder together with what it was trained on. Interrupted training resumes "
+            "exactly. torchrun -m unweave train divides the work between processes."
+        ),
+        examples=(
+            "unweave train --model smollm2-135m-instruct --sites resid_post.9",
+            "unweave train my.yaml --sae.k 64 --data.sources wiki notes.txt",
+            "unweave train --sites 'resid_post.{4,9}' --variants '{kind: [relu, jumprelu], seed: [0, 1]}'",
+        ),
+        in_several=True,
+    ),
+    Command(
+        words="doctor",
+        spec=DoctorSpec,
+        result=Checkup,
+        stage="unweave.methods.train.doctor:run",
+        summary="Say what a run will cost before it is started, and what is wrong with it.",
+        about=(
+            "Takes the same fields as train. Looks at the model, the site, the data and the machine, and tells tokens, "
+            "memory, disk and time, and every problem it can find without doing the work."
+        ),
+        examples=(
+            "unweave doctor my.yaml",
+            "unweave doctor --model smollm2-135m-instruct --sites resid_post.9 --json",
+        ),
+    ),
+)

@@ -10,10 +10,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,67 +21,59 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unweave.core.dist import SOLO, Group, refuse_shared_device, world
+from unweave.core.dist import SOLO, Group, refuse_shared_device
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.files import read_json
 from unweave.core.progress import task
 from unweave.core.run import Run
 from unweave.core.site import Site
+from unweave.core.stage import Context, stage
 from unweave.data.policy import TokenPolicy
 from unweave.data.stream import ActivationSource, MixingBuffer, Norms, RowBatches, calibrate
 from unweave.data.tokens import TokenStore
-from unweave.inputs.inputs import activation_source, load_lm, stamps, token_store
+from unweave.inputs.inputs import activation_source, load_lm, token_store
 from unweave.lm.model import LM
 from unweave.methods.train import checkpoint, start
 from unweave.methods.train.end_to_end import end_to_end_step
 from unweave.methods.train.heldout import Heldout
-from unweave.methods.train.members import Member, members, sites_named
+from unweave.methods.train.members import Member, members
+from unweave.methods.train.result import Reference, SiteNorms, TrainedSAE, Training
 from unweave.methods.train.spec import TrainSpec
 from unweave.methods.train.trainer import SAETrainer
 from unweave.methods.train.variants import variants_of
 from unweave.sae import provenance
 from unweave.sae.module import SAE
 
-VERSION = 4
 _INIT_TOKENS = 16_384
 _LOG_EVERY_TOKENS = 20_000
 _GAMMA_LIMIT = 3.0
-_SHOWN_SAES = 12
 _SLICE = 1 << 22
 """tokens that are looked at at a time where all are"""
 
 
-def run(spec: TrainSpec, runs: Path) -> Run:
+@stage("train", version=5, also=start.inputs, together=True)
+def run(spec: TrainSpec, ctx: Context) -> Training:
     """Trains every variant at every site. The run holds ``sae/`` (several: ``sae/<site>/<variant>``) and the log."""
-    group = world()
+    group, runs = ctx.group, ctx.runs
     refuse_shared_device(spec.device, group)
-    inputs = stamps(spec.model, spec.data) | start.inputs(spec)
-    with _entered(Run.open(runs, "train", spec, version=VERSION, inputs=inputs), group) as run:
-        if run.done:
-            return run
-        variants_of(spec.sae, spec.variants)  # refused before the model loads, and what follows before text is read
-        for _ in group.in_turn():
-            lm = load_lm(spec.model, spec.dtype, spec.device)
-        wanted = members(spec, lm)
-        own = _own(wanted, group)
-        _refuse_empty_shares(spec, wanted, group)
-        _refuse_too_little(spec, spec.data.tokens + spec.data.pack.context, "data.tokens")
-        starts = start.fitting(spec, lm, wanted, own)
-        for _ in group.in_turn():
-            store, store_run = token_store(lm, spec.model, spec.data, "train", None, runs)
-            heldout, _ = token_store(lm, spec.model, spec.data, "heldout", None, runs)
-        sites = sorted({site for member in wanted for site in (member.read, member.write)})
-        source = activation_source(lm, store, store_run, sites, spec.stream, spec.dtype, runs, group)
-        _refuse_too_little(spec, _counted(store, source), f"epochs allows {spec.epochs:g}")
-        work = _Work(run, spec, lm, store, source, wanted, group, starts)
-        result = work.train()
-        work.save(heldout)
-        if group.rank == 0:
-            result |= _saved(run, wanted)
-            result["summary"] = _summary(result)
-            run.finish(result)
-        group.barrier()
-    return run
+    variants_of(spec.sae, spec.variants)  # refused before the model loads, and what follows before text is read
+    for _ in group.in_turn():
+        lm = load_lm(spec.model, spec.dtype, spec.device)
+    wanted = members(spec, lm)
+    own = _own(wanted, group)
+    _refuse_empty_shares(spec, wanted, group)
+    _refuse_too_little(spec, spec.data.tokens + spec.data.pack.context, "data.tokens")
+    starts = start.fitting(spec, lm, wanted, own)
+    for _ in group.in_turn():
+        store, store_run = token_store(lm, spec.model, spec.data, "train", None, runs)
+        heldout, _ = token_store(lm, spec.model, spec.data, "heldout", None, runs)
+    sites = sorted({site for member in wanted for site in (member.read, member.write)})
+    source = activation_source(lm, store, store_run, sites, spec.stream, spec.dtype, runs, group)
+    _refuse_too_little(spec, _counted(store, source), f"epochs allows {spec.epochs:g}")
+    work = _Work(ctx.run, spec, lm, store, source, wanted, group, starts)
+    work.train()
+    work.save(heldout)
+    return work.result()
 
 
 def _divided(found: list[Member], group: Group) -> bool:
@@ -104,51 +95,27 @@ def _refuse_empty_shares(spec: TrainSpec, found: list[Member], group: Group) -> 
         )
 
 
-def sae_folder(run: Run, name: str = "") -> Path:
+def sae_folder(run: Run[Any], name: str = "") -> Path:
     """Where a training run keeps an SAE; ``name`` is "" for a run's only one, else as in the result's ``saes``."""
     return run.path / "sae" / name if name else run.path / "sae"
 
 
-@contextlib.contextmanager
-def _entered(run: Run, group: Group) -> Iterator[Run]:
-    """The first process holds the run's lock; the others work beside it."""
-    with run if group.rank == 0 else contextlib.nullcontext(run) as entered:
-        group.barrier()
-        yield entered
-
-
-def _saved(run: Run, found: list[Member]) -> dict[str, Any]:
-    """What the saved SAEs say of themselves."""
-    rows = []
-    for member in found:
-        folder = sae_folder(run, member.name)
-        reference = read_json(folder / "cfg.json")["metadata"]["unweave"]["provenance"]["reference"]
-        site = sites_named(member.read, member.write)
-        rows.append({"name": member.name, "site": site, "kind": member.spec.kind, "reference": reference})
-    return {"saes": rows, "reference": {row["name"] or row["site"]: row["reference"] for row in rows}}
-
-
-def _summary(result: Mapping[str, Any]) -> list[list[Any]]:
-    """The rows that the terminal shows: [name, value, meaning]. What was left out is shown where it is not 0."""
-    counts = result["text"].get("counts", {})
-    packing, dedup = counts.get("packing", {}), counts.get("dedup", {})
-    left_out = {
-        "near duplicates left out": dedup.get("dropped", 0),
-        "conversations without an answer left out": packing.get("unanswered_conversations", 0),
-        "conversations the template refused": packing.get("rejected_conversations", 0),
-        "documents cut off": packing.get("truncated_documents", 0),
-        "norm outliers left out": result["outliers_dropped"],
-        "tokens not finite left out": result["nonfinite_dropped"],
-    }
-    rows: list[list[Any]] = [
-        ["training tokens", result["tokens"], f"{result['distinct_tokens']:,} distinct ones"],
-        *([name, count, ""] for name, count in left_out.items() if count),
-    ]
-    for row in result["saes"][:_SHOWN_SAES]:
-        about = row["reference"]
-        rows.append([row["name"] or row["site"], about["unexplained_variance"], f"unexplained; L0 {about['l0']:.1f}"])
-    more = len(result["saes"]) - _SHOWN_SAES
-    return [*rows, [f"... and {more} more", "", "in result.json"]] if more > 0 else rows
+def _trained(run: Run[Any], member: Member) -> TrainedSAE:
+    """What a saved SAE says of itself."""
+    folder = sae_folder(run, member.name)
+    about = read_json(folder / "cfg.json")
+    reference = about["metadata"]["unweave"]["provenance"]["reference"]
+    return TrainedSAE(
+        name=member.name,
+        read=member.read,
+        write=member.write,
+        kind=member.spec.kind,
+        d_in=about["d_in"],
+        latents=about["d_sae"],
+        k=about.get("k"),
+        folder=folder.relative_to(run.path),
+        reference=Reference(**reference),
+    )
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:
@@ -196,7 +163,7 @@ class _Work:
         self.writes = self.divided or self.group.rank == 0
         self.accepted: dict[str, dict[str, Any]] = {}  # what was measured of SAEs to start from
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> None:
         self.norms: dict[Site, Norms] = calibrate(self.source, self.spec.stream.max_norm_ratio)
         self._warn_of_norms()
         limits = {site: norms.max_norm for site, norms in self.norms.items()}
@@ -228,7 +195,7 @@ class _Work:
             if self.group.rank == 0:
                 self.run.log("resumed", {"tokens": self.tokens_seen})
         self._loop()
-        return self._result()
+        self.counted = self._count()  # the trainers go as their SAEs are saved
 
     def _trainer(self, member: Member, sample: dict[Site, Tensor]) -> SAETrainer:
         x, device = sample[member.read].to(self.lm.device), self.lm.device
@@ -380,21 +347,27 @@ class _Work:
         first = self.store.ids[self.store.starts[:-1]]
         return bos is not None and float((first == bos).mean()) > 0.5
 
-    def _result(self) -> dict[str, Any]:
-        counted = {str(s): asdict(n) for s, n in self.norms.items()}
-        rows = self.rows
+    def _count(self) -> tuple[int, float, tuple[int, int]]:
+        """Tokens trained on, epochs, and tokens left out: outliers, and those that are not finite."""
+        seen, rows = self.tokens_seen, self.rows
         if self.spec.objective == "end-to-end":
-            epochs, lost = rows.epoch + rows.position / self.store.n_rows, (rows.outliers, rows.nonfinite)
-        else:  # the buffer has drawn more than was trained on
-            epochs, lost = self.tokens_seen / self.store.n_tokens, self.buffer.left_out(self.tokens_seen)
-        return {
-            "tokens": self.tokens_seen,
-            "distinct_tokens": self.store.n_tokens,
-            "epochs": epochs,
-            "outliers_dropped": lost[0],
-            "nonfinite_dropped": lost[1],
-            "text": {name: value for name, value in self.store.meta.items() if name != "tokenizer"},
-            "norms": counted,
-            "sites": [str(s) for s in self.source.sites],
-            "processes": self.group.size,
-        }
+            return seen, rows.epoch + rows.position / self.store.n_rows, (rows.outliers, rows.nonfinite)
+        return seen, seen / self.store.n_tokens, self.buffer.left_out(seen)  # the buffer has drawn more
+
+    def result(self) -> Training:
+        """What the run holds, once every SAE is saved."""
+        tokens, epochs, lost = self.counted
+        return Training(
+            model=self.lm.name,
+            note=self.lm.note,
+            tokens=tokens,
+            distinct_tokens=self.store.n_tokens,
+            epochs=epochs,
+            outliers_dropped=lost[0],
+            nonfinite_dropped=lost[1],
+            text={name: value for name, value in self.store.meta.items() if name != "tokenizer"},
+            norms=tuple(SiteNorms(site=site, **asdict(norms)) for site, norms in self.norms.items()),
+            sites=tuple(self.source.sites),
+            processes=self.group.size,
+            saes=tuple(_trained(self.run, member) for member in self.members),
+        )

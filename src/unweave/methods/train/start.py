@@ -9,7 +9,7 @@ from typing import Any
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.core.spec import digest
-from unweave.inputs.inputs import sae_digest
+from unweave.inputs import identity
 from unweave.lm.model import LM
 from unweave.methods.train import fit
 from unweave.methods.train.members import Member, sites_named
@@ -17,21 +17,19 @@ from unweave.methods.train.spec import TrainSpec
 from unweave.sae.module import SAE
 
 
-def inputs(spec: TrainSpec) -> dict[str, str]:
-    """What of the SAEs to start from decides the result, for the run's digest; empty where there are none."""
-    if spec.start is None:
-        return {}
-    accepted = {} if spec.accept_mismatch is None else {"accept_mismatch": spec.accept_mismatch}
-    return {"start": _digest(spec.start)} | accepted
+def inputs(spec: TrainSpec, handle: object = None) -> dict[str, str]:
+    """What decides about the SAEs to start from besides their content, for the run's digest."""
+    del handle
+    return {} if spec.start is None or spec.accept_mismatch is None else {"accept_mismatch": spec.accept_mismatch}
 
 
-def _digest(start: Path) -> str:
-    """Over every SAE folder below, or the one SAE of whatever format."""
+def content(start: Path) -> str:
+    """Twelve digits over every SAE folder below, or the one SAE of whatever format."""
     folders = sorted(path.parent for path in Path(start).rglob("cfg.json")) if os.path.isdir(start) else []
     if folders:
-        return digest([[str(folder.relative_to(start)), sae_digest(folder)] for folder in folders])
+        return digest([[str(folder.relative_to(start)), identity.sae(folder)] for folder in folders])
     try:
-        return sae_digest(start)
+        return identity.sae(start)
     except UnweaveError as error:
         raise UnweaveError(
             f"there is no SAE to start from: {error.what}",

@@ -22,7 +22,7 @@ from unweave.sae.formats import (
     saelens,
     sparsify,
 )
-from unweave.sae.formats.source import Source
+from unweave.sae.formats.source import WEIGHTS, Source
 from unweave.sae.module import SAE
 
 
@@ -46,8 +46,6 @@ WRITERS: dict[str, Callable[[SAE, Path], Path]] = {
     "sparsify": sparsify.save,
 }
 """What an SAE can be saved as."""
-
-_WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 
 
 def locate(name: str | Path) -> Source:
@@ -111,8 +109,8 @@ def save(sae: SAE, folder: Path, format: str) -> Path:
 def _inside(source: Source) -> str:
     """What a folder holds that could have been meant."""
     if not source.path.is_dir():
-        return f"a file of tensors ends in {', '.join(_WEIGHTS)} and holds an encoder and a decoder"
-    files = sorted(path.name for path in source.path.iterdir() if path.suffix in _WEIGHTS)
+        return f"a file of tensors ends in {', '.join(WEIGHTS)} and holds an encoder and a decoder"
+    files = sorted(path.name for path in source.path.iterdir() if path.suffix in WEIGHTS)
     folders = sorted(path.name for path in source.path.iterdir() if path.is_dir() and _is_sae(path))
     if folders:
         return f"it holds SAEs in folders of their own, name one: {_some(folders)}"

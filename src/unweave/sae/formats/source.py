@@ -7,9 +7,12 @@ from functools import cached_property
 from pathlib import Path
 
 from unweave.core.fields import Fields
-from unweave.core.files import read_json, read_yaml
+from unweave.core.files import files_under, read_json, read_yaml
 from unweave.sae.formats.headers import tensor_names
 
+WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
+"""how files of weights end"""
+_CONFIGS = (".json", ".yaml", ".yml")
 _CONFIG_BYTES = 1 << 24
 """configurations have a few kB; ours may hold a model's fingerprint and the settings of its training"""
 
@@ -46,6 +49,13 @@ class Source:
                 found = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path, at_most=_CONFIG_BYTES)
                 return Fields(found, str(path))
         return Fields({}, str(self.folder))
+
+    def files(self) -> list[Path]:
+        """Everything that may be read of it: weights and configurations, in order."""
+        if self.path.is_dir():
+            return [path for path in files_under(self.path) if path.suffix in (*WEIGHTS, *_CONFIGS)]
+        beside = (path for path in self.folder.iterdir() if path.suffix in _CONFIGS and path.is_file())
+        return [self.path, *sorted(path for path in beside if path != self.path)]
 
     @cached_property
     def names(self) -> frozenset[str]:

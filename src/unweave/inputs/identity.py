@@ -1,0 +1,35 @@
+"""What identifies an SAE that a question names: the bytes of its files. No weights are read as numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from unweave.core.contents import content_of
+from unweave.core.spec import digest
+
+_OWN = ("cfg.json", "sae_weights.safetensors")
+
+
+def sae(name: str | Path) -> str:
+    """Twelve digits over the files of an SAE of any format. UnweaveError where there is none that is known.
+
+    A folder of our own form says all in its files. In other formats the names on the way to a file can say the site, so
+    they count as well.
+    """
+    own = [Path(name) / file for file in _OWN]
+    if all(map(os.path.isfile, own)):
+        return digest([content_of(path) for path in own])
+    from unweave.sae.formats import registry
+
+    source = registry.locate(name)
+    registry.detect(source)
+    named = [source.origin] if source.facts else list(source.path.resolve().parts[-3:])
+    return digest([named, *([str(path.relative_to(source.folder)), content_of(path)] for path in source.files())])
+
+
+def saes(written: tuple[str, ...]) -> str:
+    """Twelve digits over every SAE that is named, alone or as SITE=NAME, and those inside folders."""
+    from unweave.inputs.saes import named_saes
+
+    return digest([[str(site), sae(name)] for site, name in named_saes(written)]) if written else ""

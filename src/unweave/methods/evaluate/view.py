@@ -1,0 +1,96 @@
+"""An evaluation as rows, and as a section of a page. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from unweave.core.result import Row, to_plain
+from unweave.inputs.subject import SAEInfo
+from unweave.methods.evaluate import figures
+from unweave.methods.evaluate.numbers import KNOWN, MEASURES, sentence, shown, value_of
+from unweave.methods.evaluate.result import Density, Evaluation
+from unweave.show.page import ALONE, Around, Section, Tile, beside, figure
+from unweave.show.pieces import esc, number, table
+
+_TILES = {"unexplained_variance": "unexplained variance", "recovered_vs_mean": "of the loss recovered"}
+
+
+def rows(result: Evaluation) -> list[Row]:
+    """The numbers that matter most, and what fits badly."""
+    m = result.metrics
+    reasons = {name: next((note for note in m.notes if f"{name} ablation" in note), "") for name in ("mean", "zero")}
+    return [
+        ("model", result.subject.named_model, ""),
+        ("tokens", m.tokens, ", ".join(f"{count:,} left out: {reason}" for reason, count in m.excluded.items())),
+        ("unexplained variance", m.unexplained_variance, "0 is perfect, 1 is guessing the mean"),
+        ("active latents per token (L0)", m.l0, f"of {result.subject.saes[0].latents:,}"),
+        ("alive latents", m.alive_fraction, f"fire somewhere in {m.tokens:,} tokens"),
+        ("cosine", m.cosine, "between activation and reconstruction"),
+        ("cross-entropy", m.ce_clean, f"{m.ce_sae:.4f} with the SAE in place, {m.predictions:,} predictions"),
+        ("recovered", m.recovered_vs_mean, reasons["mean"] or "against mean ablation; 1 is the unedited model"),
+        ("... against zero ablation", m.recovered_vs_zero, reasons["zero"] or "an easier comparison"),
+        ("KL divergence", m.kl_sae, "of next-token predictions, with the SAE in place"),
+        *(("caution", finding, "") for finding in result.drift),
+    ]
+
+
+def section(result: Evaluation, around: Around = ALONE) -> Section:
+    """Every number with its meaning, the losses as bars and the density of the latents."""
+    del around
+    sae, values = result.subject.saes[0], to_plain(result.metrics)
+    drawn = []
+    losses = [value_of(values, f"ce_{name}") for name in ("clean", "sae", "mean", "zero")]
+    if sum(value is not None for value in losses) > 1:
+        caption = (
+            "The model's loss with the SAE in place, between the untouched model and one whose activations are "
+            "replaced with their average or with zeros. The closer to the first bar, the better."
+        )
+        drawn.append(figure(figures.cross_entropy_bars(*losses), caption))
+    drawn += _density(result.metrics.density)
+    parts = [_lead(result), beside(*drawn) if drawn else "", *_measures(values, sae)]
+    tiles = tuple(
+        Tile(shown(key, values), name, sentence(key, values, sae) or "")
+        for key, name in _TILES.items()
+        if value_of(values, key) is not None
+    )
+    heading = f"How faithful it is: {esc(result.metrics.site)}"
+    return Section("Evaluation", heading, "".join(parts), tiles=tiles, notes=(*result.subject.notes, *result.drift))
+
+
+def _density(density: Density) -> list[str]:
+    if not density.counts:
+        return []
+    never = f" {density.never:,} latents never fired." if density.never else " Every latent fired."
+    caption = (
+        "How often latents fire, each bar a range of frequencies. A healthy SAE has one broad hill; a heap at the "
+        f"right end would be latents that are always on and mean little.{never}"
+    )
+    return [figure(figures.density(density), caption)]
+
+
+def _lead(result: Evaluation) -> str:
+    m = result.metrics
+    text = (
+        f"Measured on text the SAE was not trained on, {m.tokens:,} tokens of it. Losses are means over "
+        f"{m.predictions:,} next tokens."
+    )
+    if m.excluded:
+        counts = ", ".join(f"{esc(name)} {count:,}" for name, count in m.excluded.items())
+        text += f" Left out of the variance and left unedited in the model: {counts}."
+    return f"<p>{text}</p>" + "".join(f"<p>{esc(note)}</p>" for note in m.notes)
+
+
+def _measures(values: Mapping[str, object], sae: SAEInfo) -> list[str]:
+    parts = []
+    for group in dict.fromkeys(measure.group for measure in MEASURES):
+        rows = [
+            (esc(measure.name), esc(shown(measure.key, values)), esc(sentence(measure.key, values, sae)))
+            for measure in MEASURES
+            if measure.group == group and value_of(values, measure.key) is not None
+        ]
+        if rows:
+            listed = table(("Measure", "Value", "What it says"), rows, (1,), group)
+            parts.append(f'<div class="uw-measures">{listed}</div>')
+    unknown = [(esc(key), esc(number(value_of(values, key)))) for key in values if key not in KNOWN]
+    rest = [row for row in unknown if row[1] != "n/a"]
+    return parts + ([table(("Measure", "Value"), rest, (1,), "Also measured")] if rest else [])

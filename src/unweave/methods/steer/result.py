@@ -1,0 +1,60 @@
+"""What steering holds. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unweave.core.result import Result
+from unweave.inputs.subject import Subject
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A latent to steer with."""
+
+    latent: int
+    words: tuple[str, ...]
+    """its theme, strongest word first"""
+    expression: float
+    """how much turning it up brings these words out, in nats"""
+    trial: float
+    """in [0, 1]: how well a few words show it"""
+    score: float
+    """its output score"""
+    tokens: tuple[str, ...]
+    """its first ten lens tokens, as text"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt's answer at one strength."""
+
+    prompt: str
+    strength: float | None
+    """multiples of the latent's largest activation; None: unedited"""
+    text: str
+    on_theme: float | None
+    """share of the new tokens that are among the 20 the latent's direction promotes most"""
+    distinct: float
+    """distinct 3-grams of new tokens over all of them"""
+    perplexity: float | None
+    """of the new tokens, under the unedited model"""
+
+
+@dataclass(frozen=True)
+class Steering(Result):
+    """The same prompts answered at several strengths of one latent."""
+
+    subject: Subject
+    latent: int
+    label: tuple[str, ...]
+    """tokens that stand for the latent"""
+    output_score: float
+    candidates: tuple[Candidate, ...]
+    """what it was chosen from, the best first; empty where it was named"""
+    mode: Literal["clamp", "add"]
+    largest_activation: float
+    """strength 1, over ``read_tokens`` tokens"""
+    read_tokens: int
+    samples: tuple[Sample, ...]

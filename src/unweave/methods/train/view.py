@@ -1,0 +1,120 @@
+"""A training run as rows, and as a section of a page. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from functools import singledispatch
+from pathlib import Path
+from typing import Any
+
+from unweave.core.result import Row, to_plain
+from unweave.core.run import Run
+from unweave.methods.train.figures import loss_curve
+from unweave.methods.train.result import Checkup, Curve, TrainedSAE, Training
+from unweave.show.page import ALONE, Around, Section, beside, figure
+from unweave.show.pieces import esc, number, percent, table
+
+_SHOWN = 12
+"""SAEs that the terminal shows"""
+
+
+@singledispatch
+def rows(result: Training) -> list[Row]:
+    """Tokens, what was left out where it is not 0, and how well each SAE does."""
+    counts = result.text.get("counts", {})
+    packing, dedup = counts.get("packing", {}), counts.get("dedup", {})
+    left_out = {
+        "near duplicates left out": dedup.get("dropped", 0),
+        "conversations without an answer left out": packing.get("unanswered_conversations", 0),
+        "conversations the template refused": packing.get("rejected_conversations", 0),
+        "documents cut off": packing.get("truncated_documents", 0),
+        "norm outliers left out": result.outliers_dropped,
+        "tokens not finite left out": result.nonfinite_dropped,
+    }
+    lines: list[Row] = [
+        ("training tokens", result.tokens, f"{result.distinct_tokens:,} distinct ones"),
+        *((name, count, "") for name, count in left_out.items() if count),
+    ]
+    for one in result.saes[:_SHOWN]:
+        about = one.reference
+        lines.append((one.label, about.unexplained_variance, f"unexplained; L0 {about.l0:.1f}"))
+    more = len(result.saes) - _SHOWN
+    return [*lines, (f"... and {more} more", "", "in result.json")] if more > 0 else lines
+
+
+@rows.register
+def _(result: Checkup) -> list[Row]:
+    cost: dict[str, Any] = to_plain(result.cost) if result.cost is not None else {}
+    problems = result.problems or ("none found",)
+    return [
+        ("model", result.model, ""),
+        *((name.replace("_", " "), value, "") for name, value in cost.items()),
+        ("disk free gb", result.disk_free_gb, ""),
+        *(("problem", problem, "") for problem in problems),
+    ]
+
+
+def section(result: Training, around: Around = ALONE) -> Section:
+    """What was trained, on how much, and the loss on the way."""
+    first = result.saes[0]
+    note = f" ({esc(result.note)})" if result.note else ""
+    words = (
+        f"<p>Activations of {esc(result.model)}{note} are vectors of {first.d_in:,} numbers in which many meanings "
+        "overlap. An SAE is trained to rebuild them from many more directions than numbers, few at a time, each meant "
+        f"to stand for one thing. Training took {result.tokens:,} tokens, drawn from {result.distinct_tokens:,} "
+        f"different ones ({result.epochs:.3g} passes over the text).</p>"
+    )
+    head = ("SAE", "Site", "Kind", "Latents", "Times its width", "Unexplained variance", "L0")
+    listed = table(head, [_row(one) for one in result.saes], (3, 4, 5, 6))
+    drawn = [_curve_figure(one, around.folder) for one in result.saes[:4]]
+    body = words + listed + (beside(*filter(None, drawn)) if any(drawn) else "")
+    return Section("Training", "What was trained", body, notes=_notes(result))
+
+
+def _notes(result: Training) -> tuple[str, ...]:
+    if not result.note:
+        return ()
+    return (f"The model's weights are {result.note}: results are of them, not of the original ones.",)
+
+
+def _row(one: TrainedSAE) -> tuple[str, ...]:
+    site = str(one.write) if one.read == one.write else f"{one.read} to {one.write}"
+    kind = one.kind + (f", k {one.k}" if one.k else "")
+    times = f"{one.latents / one.d_in:.3g}"
+    values = (number(one.reference.unexplained_variance), number(one.reference.l0))
+    return (esc(one.name or "sae"), esc(site), esc(kind), f"{one.latents:,}", times, *values)
+
+
+def _curve_figure(one: TrainedSAE, folder: Path | None) -> str:
+    curve = curve_of(one, folder)
+    if curve is None:
+        return ""
+    end = curve.dead_fraction[-1]
+    share = "no latent" if end == 0 else f"{percent(end)} of the latents"
+    caption = (
+        f"{esc(one.label)}: the unexplained variance during training ended at {number(curve.loss[-1])} on the training "
+        f"text. Below it, the share of latents that had not fired for a while; at the end {share}."
+    )
+    return figure(loss_curve(curve), caption)
+
+
+def curve_of(one: TrainedSAE, folder: Path | None) -> Curve | None:
+    """The course of training in the run's log. Lines that a crash made the run log twice count once; damaged ones are
+    passed over."""
+    if folder is None:
+        return None
+    logged = Run.at(folder).events("train")
+    mine = [e for e in logged if e.get("site") == str(one.write) and e.get("sae", "") == one.name]
+    lines = {e["tokens"]: e for e in mine if all(map(_is_number, map(e.get, ("tokens", "fvu", "dead"))))}
+    if not lines:
+        return None
+    ordered = [lines[tokens] for tokens in sorted(lines)]
+    return Curve(
+        tuple(e["tokens"] for e in ordered),
+        tuple(e["fvu"] for e in ordered),
+        tuple(e["dead"] / one.latents for e in ordered),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
