@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +40,25 @@ class Result:
     def _repr_html_(self) -> str:
         """What a notebook shows: the result's section of a page, with its style."""
         return view_of(type(self)).section(self).embedded()
+
+
+def to_arrow(rows: Iterable[Any]) -> Any:
+    """A pyarrow table of dataclasses of one kind, as results hold them: a column per field, those of inner dataclasses
+    under dotted names, sites and paths as text. ``to_arrow(rows).to_pandas()`` is a data frame, where pandas is there.
+    """
+    import pyarrow
+
+    return pyarrow.Table.from_pylist([dict(_columns(to_plain(row))) for row in rows])
+
+
+def _columns(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _columns(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and len({type(one) for one in value}) > 1:  # a column has one type
+            yield from ((f"{prefix}{name}[{place}]", one) for place, one in enumerate(value))
+        else:
+            yield f"{prefix}{name}", value
 
 
 def view_of(kind: type[Any]) -> Any:

@@ -100,3 +100,10 @@ class LatentRecord:
             if contexts:
                 lines += [f"  {name}:", *(f"  {context}" for context in contexts)]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the latent as a card."""
+        from unweave.latents.view import entry_of
+        from unweave.show.pieces import latent_html
+
+        return latent_html(entry_of(self))
