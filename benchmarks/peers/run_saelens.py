@@ -5,12 +5,14 @@ Where the contest gives the weights it also gives the scale of activations, the 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import worker
 from sae_lens import (
+    SAE,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
     JumpReLUTrainingSAE,
@@ -49,6 +51,16 @@ def build(setting: worker.Setting) -> Any:
     return sae.to(setting.device)
 
 
+def as_saved(sae: Any, device: str) -> SAE:
+    """The SAE that its user would load: BatchTopK is a JumpReLU there, with the threshold that training averaged.
+
+    In its training form it would take the held-out batch's own winners.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save_inference_model(folder)
+        return SAE.load_from_disk(folder, device=device)
+
+
 def prepare(setting: worker.Setting):
     sae = build(setting)
 
@@ -73,10 +85,16 @@ def prepare(setting: worker.Setting):
         trainer.step(setting.rows(step))
         trainer.n_training_steps += 1
 
+    saved: dict[int, SAE] = {}
+
     def reconstruct(x: torch.Tensor) -> tuple[torch.Tensor, float]:
         scale = trainer.activation_scaler.scaling_factor or 1.0
-        latents = sae.encode(x * scale)
-        return sae.decode(latents) / scale, float((latents > 0).sum())
+        if trainer.n_training_steps not in saved:
+            saved.clear()
+            saved[trainer.n_training_steps] = as_saved(sae, setting.device)
+        inference = saved[trainer.n_training_steps]
+        latents = inference.encode(x * scale)
+        return inference.decode(latents) / scale, float((latents > 0).sum())
 
     return train, reconstruct
 
