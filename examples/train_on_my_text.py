@@ -54,16 +54,16 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         trained = train.run(spec, options.runs)
         folder = train.sae_folder(trained)
-        measured = evaluation.run(EvalSpec(sae=folder), options.runs).result
+        measured = evaluation.run(EvalSpec(sae=folder), options.runs).result.metrics
         recorded = latents.run(LatentsSpec(sae=folder, tokens=options.tokens), options.runs)
     except UnweaveError as error:
         print(f"error: {error}", file=sys.stderr)  # what happened, where, and what to do about it
         return 2
 
     print(f"SAE: {folder}")
-    print(f"unexplained variance {measured['unexplained_variance']:.3f} at L0 {measured['l0']:.1f}")
-    if measured["recovered_vs_mean"] is not None:
-        print(f"cross-entropy recovered against mean ablation {measured['recovered_vs_mean']:.3f}")
+    print(f"unexplained variance {measured.unexplained_variance:.3f} at L0 {measured.l0:.1f}")
+    if measured.recovered_vs_mean is not None:
+        print(f"cross-entropy recovered against mean ablation {measured.recovered_vs_mean:.3f}")
     records = latents.load(recorded)
     print(records)
     for latent in records.rate.argsort()[-3:]:

@@ -13,6 +13,8 @@ import pytest
 
 from test_example_scripts import ROOT
 from test_examples import fenced
+from unweave import methods
+from unweave.cli.stages import stages
 from unweave.sae.formats import registry
 
 PAGE = ROOT / "docs" / "adding.md"
@@ -29,6 +31,12 @@ def examples() -> dict[str, str]:
 EXAMPLES = examples()
 MODULES = [place for place in EXAMPLES if place.startswith("src/")]
 TESTS = [place for place in EXAMPLES if place.startswith("tests/")]
+
+
+def forget() -> None:
+    """Commands are looked up anew."""
+    for cached in (methods.commands, stages):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -48,7 +56,10 @@ def added(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     plain = import_module("unweave.sae.formats.plain")
     monkeypatch.setattr(registry, "FORMATS", (plain, *registry.FORMATS))
     monkeypatch.setitem(registry.WRITERS, plain.NAME, plain.save)
+    monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, "methods.twins"))
+    forget()
     yield
+    forget()
     for name in set(sys.modules) - before:
         if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
