@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,7 @@ from unweave.data.batches import store_batches
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
 from unweave.methods.evaluate import evaluate as core
+from unweave.methods.evaluate import passes
 from unweave.methods.evaluate.evaluate import CoreMetrics, drift, evaluate
 from unweave.methods.evaluate.metrics import density_histogram, recovered_share
 from unweave.sae.activations import JumpReLU, ReLU, TopK
@@ -460,6 +463,181 @@ def test_trap_37_ablating_a_latent_changes_the_logits_by_its_row(llama: Any) -> 
     assert (before - after)[batch.mask].abs().max() > 1e-3
 
 
+# -- what is computed once ---------------------------------------------------------------------------------------------
+
+
+def four_whole_passes(lm: LM, sae: SAE, batches: list[Tokens], mean: Tensor) -> dict[str, float]:
+    """Losses and divergences from passes of the whole model from the tokens on, edited on the way; float64 softmax."""
+    assert sae.read is not None and sae.write is not None
+    sums, n = {f"{what}_{name}": 0.0 for what in ("ce", "kl") for name in ("clean", "sae", "mean", "zero")}, 0
+    for batch in batches:
+        with lm.taps(read=[sae.read]) as seen:
+            lm(batch)
+        keep = sae.policy.keep(seen[sae.read], batch.ids, batch.mask)[..., None]
+        pairs = batch.mask[:, :-1] & batch.mask[:, 1:]
+        n += int(pairs.sum())
+        log_p = None
+        for name, edit in {
+            "clean": None,
+            "sae": sae.reconstruct(),
+            "mean": {sae.write: lambda x, at, k=keep: torch.where(k, mean.to(x.dtype), x)},
+            "zero": {sae.write: lambda x, at, k=keep: torch.where(k, 0.0, x)},
+        }.items():
+            with lm.taps(edit=edit):
+                logits = lm(batch)
+            assert logits is not None
+            log_q = logits.double().log_softmax(-1)[:, :-1][pairs]
+            log_p = log_q if log_p is None else log_p
+            sums[f"ce_{name}"] -= float(log_q.gather(1, batch.ids[:, 1:][pairs][:, None]).sum())
+            sums[f"kl_{name}"] += float((log_p.exp() * (log_p - log_q)).sum())
+    return {name: total / n for name, total in sums.items()}
+
+
+def sae_of(lm: LM, read: str, write: str | None = None, policy: TokenPolicy | None = None) -> SAE:
+    """A random SAE (or transcoder with a skip) of any two sites."""
+    g = torch.Generator().manual_seed(7)
+    d_in, d_out, n = lm.width(read), lm.width(write or read), 48
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    skip = None if write is None else 0.1 * normal(d_in, d_out)
+    weights = 0.4 * normal(d_in, n), 0.3 * normal(n) - 0.5, 0.1 * normal(n, d_out), 0.3 * normal(d_out)
+    sites = {"read": Site.parse(read), "write": Site.parse(write or read)}
+    return SAE(*weights, ReLU(), W_skip=skip, policy=policy, **sites)
+
+
+def precise(model: Any) -> LM:
+    """In float64, where the family can: Gemma 2's attention is NaN at padding on the left there."""
+    return LM(model if model.config.model_type == "gemma2" else model.double(), None)
+
+
+def assert_equals_whole_passes(lm: LM, sae: SAE, rows: list[Row]) -> None:
+    batches = [batch_of(rows[:4]), batch_of(rows[4:7], "left"), batch_of(rows[7:])]
+    measured = evaluate(lm, sae, batches).to_dict()
+    assert sae.read is not None and sae.write is not None
+    values = []
+    for batch in batches:
+        with lm.taps(read=[sae.read, sae.write]) as seen:
+            lm(batch)
+        values.append(seen[sae.write][sae.policy.keep(seen[sae.read], batch.ids, batch.mask)])
+    for name, expected in four_whole_passes(lm, sae, batches, torch.cat(values).double().mean(0)).items():
+        if name != "kl_clean":
+            rel = 1e-6 if lm.dtype == torch.float64 else 1e-5
+            assert measured[name] == pytest.approx(expected, rel=rel, abs=rel / 1000), name
+
+
+def test_numbers_equal_those_of_whole_passes_in_every_family(tiny: Any, family: str) -> None:
+    model = tiny(family)
+    rows, lm = sample(model), precise(model)
+    for sites in (("resid_post.1",), ("mlp_add.1",), ("mlp_in.1", "mlp_add.1")):
+        assert_equals_whole_passes(lm, sae_of(lm, *sites, policy=TokenPolicy((SPECIAL,))), rows)
+
+
+@pytest.mark.parametrize("family_name", ["llama", "gemma2", "gpt_neox"])
+def test_numbers_equal_those_of_whole_passes_at_every_site(tiny: Any, family_name: str) -> None:
+    model = tiny(family_name)
+    rows, lm = sample(model), precise(model)
+    norm = {"llama": "model.norm", "gemma2": "model.norm", "gpt_neox": "gpt_neox.final_layer_norm"}[family_name]
+    places = [(str(site),) for site in lm.sites() if site.layer in (None, 1)] + [(f"path.{norm}@in",)]
+    transcoders = [("resid_post.0", "mlp_add.2"), ("attn_in.1", "attn_add.1"), ("embed", "final_norm")]
+    for sites in (*places, *transcoders, (f"path.{norm}@in", "logits")):
+        assert_equals_whole_passes(lm, sae_of(lm, *sites, policy=TokenPolicy((SPECIAL,))), rows)
+
+
+def test_numbers_do_not_depend_on_tiles_or_on_where_logits_come_from(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, rows = llama
+    sae = make_sae("topk", policy=TokenPolicy((SPECIAL,)))
+    expected = evaluate(lm, sae, [batch_of(rows)])
+    monkeypatch.setitem(passes._TILES, "cpu", (3, 10))
+    assert_same(expected, evaluate(lm, sae, [batch_of(rows)]), rel=1e-6)
+    monkeypatch.setattr(passes, "knows", lambda _lm: False)
+    monkeypatch.setattr(core, "_LOGIT_BYTES", 4 * 4 * 4 * lm.vocab_size * 14)  # four rows of four passes' logits
+    with computed(lm) as counts:
+        assert_same(expected, evaluate(lm, sae, [batch_of(rows)]), rel=1e-6)
+    assert counts["logits"] == [4] * (4 * 2) + [2] * 4
+
+
+@contextmanager
+def computed(lm: LM) -> Iterator[dict[str, list[int]]]:
+    """The rows of every pass through each block's MLP, by block, and through the unembedding."""
+    counts: dict[str, list[int]] = {}
+
+    def counting(name: str) -> Any:
+        counts[name] = []
+        return lambda _module, _args, out: counts[name].append(len(out))
+
+    modules = {f"{i}": block.get_submodule(lm.layout.family.mlp) for i, block in enumerate(lm.layout.blocks)}
+    modules["logits"] = lm.model.get_output_embeddings()
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(counting(name)).remove)
+        yield counts
+
+
+@pytest.mark.parametrize(
+    ("sites", "calls", "calls_beyond"),
+    [
+        (("resid_post.1",), (1, 1, 4), (2, 2, 4)),
+        (("resid_pre.1",), (1, 4, 4), (2, 4, 4)),
+        (("mlp_add.1",), (1, 5, 4), (2, 5, 4)),
+        (("embed",), (4, 4, 4), (4, 4, 4)),
+        (("final_norm",), (1, 1, 1), (2, 2, 2)),
+        (("mlp_in.0", "mlp_add.2"), (2, 2, 5), (2, 2, 5)),
+        (("resid_post.0", "resid_post.1"), (1, 2, 4), (2, 2, 4)),
+        (("path.model.layers.1",), (5, 5, 4), (5, 5, 4)),
+    ],
+)
+def test_blocks_run_only_where_something_changes(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, sites: Any, calls: Any, calls_beyond: Any
+) -> None:
+    """Blocks below run once, or twice beyond the memory for their output; those above four times; no logits whole."""
+    lm, rows = llama
+    sae = sae_of(lm, *sites, policy=TokenPolicy((SPECIAL,)))
+    evaluate(lm, sae, [batch_of(rows)])  # finds out once how logits are made
+    for limit, expected in ((1 << 30, calls), (0, calls_beyond)):
+        monkeypatch.setattr(core, "_HELD_BYTES", limit)
+        with computed(lm) as counts:
+            evaluate(lm, sae, [batch_of(rows)])
+        assert tuple(len(counts[str(i)]) for i in range(3)) == expected
+        assert len(counts["logits"]) == (4 if sites[0].startswith("path") else 0)
+
+
+def test_what_is_held_is_limited_over_all_batches(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, rows = llama
+    sae = make_sae("relu")
+    batches = [batch_of(rows[:3]), batch_of(rows[3:6]), batch_of(rows[6:])]
+    expected = evaluate(lm, sae, batches)
+    monkeypatch.setattr(core, "_HELD_BYTES", batches[0].ids.numel() * D * 4)  # room for the first alone
+    with computed(lm) as counts:
+        assert_same(expected, evaluate(lm, sae, batches), rel=1e-6)
+    assert len(counts["0"]) == 3 + 2
+
+
+def test_other_peoples_taps_are_seen_by_every_pass(llama: Any) -> None:
+    """Also below the site, where passes would otherwise not go, and at the logits."""
+    lm, rows = llama
+    sae = make_sae("relu", policy=TokenPolicy((SPECIAL,)))
+    batch = batch_of(rows)
+    edits = {"resid_post.0": lambda x, at: 1.5 * x, "logits": lambda x, at: 0.5 * x}
+    with lm.taps(edit=edits):
+        measured = evaluate(lm, sae, [batch]).to_dict()
+        with lm.taps(read=[SITE]) as seen:
+            lm(batch)
+        x = seen[SITE][sae.policy.keep(seen[SITE], batch.ids, batch.mask)]
+        expected = four_whole_passes(lm, sae, [batch], x.double().mean(0))
+    for name in set(expected) - {"kl_clean"}:
+        assert measured[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_an_sae_that_reads_after_it_writes_is_refused(llama: Any) -> None:
+    lm, rows = llama
+    with pytest.raises(UnweaveError, match=r"reads at mlp_add\.1, which the model reaches after mlp_in\.1"):
+        evaluate(lm, make_sae().at("mlp_add.1", "mlp_in.1"), [batch_of(rows)])
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -577,7 +755,7 @@ def test_progress_reaches_its_total(llama: Any) -> None:
         evaluate(lm, make_sae(), [batch_of(rows[:3]), batch_of(rows[3:])])
     finally:
         progress.set_display(None)
-    assert set(done) == {"reconstruct", "evaluate"}
+    assert set(done) == {"mean activation", "evaluate"}
     assert all(total == reached > 0 for total, reached in done.values())
 
 

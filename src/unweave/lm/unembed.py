@@ -36,8 +36,8 @@ class _Unembed(torch.autograd.Function):
         return g @ ctx.weight, None, None
 
 
-def unembed(lm: LM, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
-    """Logits [R, V] of the final norm's output [R, D]; with ``tokens`` (int64 [k]) theirs alone, [R, k].
+def unembed(lm: LM, hidden: Tensor, tokens: Tensor | slice | None = None) -> Tensor:
+    """Logits [R, V] of the final norm's output [R, D]; with ``tokens`` (int64 [k] or a slice) theirs alone, [R, k].
 
     Only where ``knows(lm)``. Gradients flow to ``hidden``.
     """

@@ -2,11 +2,13 @@
 
 1. Every token is either counted or left out: padding, the special ids and the norm outliers that the SAE was not
    trained on (``sae.policy``) are left out of every mean below and left unedited in every forward pass (traps 1, 2, 7).
-2. A first pass over the tokens stops at the SAE's site and adds up, in float64, what the reconstruction metrics need:
-   unexplained variance = sum ||x - xhat||^2 / sum ||x - mu||^2 with mu the mean over all counted tokens, so that
-   predicting the mean scores exactly 1 and a perfect reconstruction 0 (trap 32).
-3. A second pass computes the model's next-token loss four times: as it is, with xhat in place of x, with mu in place
-   of x, and with zeros in place of x; and the divergence KL(clean || edited) of the last three.
+2. A first pass over the tokens stops at the SAE's site: it says which tokens count, and gives mu, the mean activation
+   over all of them.
+3. A second round adds up, in float64, what the reconstruction metrics need: unexplained variance =
+   sum ||x - xhat||^2 / sum ||x - mu||^2, so that predicting the mean scores exactly 1 and a perfect reconstruction 0
+   (trap 32). And it computes the model's next-token loss four times: as it is, with xhat in place of x, with mu in
+   place of x, and with zeros in place of x; and the divergence KL(clean || edited) of the last three. What is equal in
+   these passes is computed once (``passes.py``).
 4. recovered = (ce_ablated - ce_sae) / (ce_ablated - ce_clean): 1 when nothing is lost, 0 when the SAE is no better
    than the ablation; undefined, with the reason, where the model does not predict the text or ablation costs nothing.
 
@@ -16,7 +18,7 @@ rounding (trap 33). What is left out is marked by boolean masks, never by zeros 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -28,14 +30,15 @@ from unweave.core.progress import task
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.methods.evaluate.metrics import METRIC_SET, CoreMetrics, density_histogram, drift, recovered_share
+from unweave.methods.evaluate.passes import Passes
 
 if TYPE_CHECKING:
     from unweave.core.codes import Codes
-    from unweave.lm.taps import At, Edits
     from unweave.sae.module import SAE
 
 _LOGIT_BYTES = 1 << 29
 _CHUNK_ELEMENTS = 1 << 22
+_HELD_BYTES = 1 << 30
 
 __all__ = ["CoreMetrics", "drift", "evaluate"]
 
@@ -43,27 +46,31 @@ __all__ = ["CoreMetrics", "drift", "evaluate"]
 def evaluate(lm: LM, sae: SAE, batches: Iterable[Tokens]) -> CoreMetrics:
     """Measures an SAE on batches of tokens; see the head of this file for what is measured and how.
 
-    The tokens go through the model four times, and once more up to the SAE's site. Batches whose logits would take
-    more than 512 MB are split by rows; at most twice that is held at a time (one row's logits at the least).
+    The tokens go through the model once, and the blocks above the SAE's site three times more. Batches whose logits
+    would take more than 512 MB are split by rows, although they are never held whole (``passes.py``). The residual
+    stream at the site is held for all tokens, up to 1 GB of it; beyond, the blocks below run twice.
 
-    Raises UnweaveError when the SAE names no site or was made for another model, when there are no tokens to count,
-    when activations do not vary, and when activations, reconstructions or logits are not finite (naming the row).
+    Raises UnweaveError when the SAE names no site, reads after it writes or was made for another model, when there are
+    no tokens to count, when activations do not vary, and when activations, reconstructions or logits are not finite
+    (naming the row).
     """
     read, write = _sites(lm, sae)
     sae.verify(lm)
-    pieces = [piece for batch in batches for piece in _split(batch, lm.vocab_size)]
-    if not pieces:
-        raise UnweaveError("there are no tokens to evaluate on", remedy="give at least one batch of tokens")
     with torch.no_grad():
-        counted, left_out, keeps, excluded = _reconstructions(lm, sae, pieces, read, write)
-        if counted.n == 0:
+        passes = Passes.of(lm, read, write)
+        at_once = 1 if passes.end is not None else 4  # how many passes' logits are held
+        pieces = [piece for batch in batches for piece in _split(batch, at_once * lm.vocab_size)]
+        if not pieces:
+            raise UnweaveError("there are no tokens to evaluate on", remedy="give at least one batch of tokens")
+        told = _count(passes, sae, pieces)
+        if told.n == 0:
             raise UnweaveError(
-                f"none of the tokens counts: {', '.join(f'{n} {reason}' for reason, n in excluded.items())}",
+                f"none of the tokens counts: {', '.join(f'{n} {reason}' for reason, n in told.excluded.items())}",
                 where=str(read),
                 remedy="give text with ordinary tokens, or an SAE with another token policy",
             )
-        losses = _losses(lm, sae, pieces, keeps, write, counted.mean)
-    return _metrics(write, counted, left_out, excluded, losses, lm.vocab_size)
+        measured = _measure(passes, sae, pieces, told)
+    return _metrics(write, measured, told.excluded, lm.vocab_size)
 
 
 # -- what is evaluated ------------------------------------------------------------------------------------------------
@@ -73,6 +80,11 @@ def _sites(lm: LM, sae: SAE) -> tuple[Site, Site]:
     read, write = sae.read or sae.write, sae.write or sae.read
     if read is None or write is None:
         raise UnweaveError("this SAE does not say which site it belongs to", remedy='name it: sae.at("resid_post.9")')
+    if "path" not in (read.point, write.point) and lm.site(read) > lm.site(write):
+        raise UnweaveError(
+            f"this SAE reads at {read}, which the model reaches after {write}, where it writes",
+            remedy="name its sites in the order of the model: sae.at(read, write)",
+        )
     return lm.site(read), lm.site(write)
 
 
@@ -100,7 +112,7 @@ def _require_finite(good: Tensor, first_row: int, what: str) -> None:
         )
 
 
-# -- first pass: reconstruction ---------------------------------------------------------------------------------------
+# -- first round: which tokens count ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -148,26 +160,31 @@ class _Sums:
         self.nonzero += int(some.sum())
 
 
-def _reconstructions(
-    lm: LM, sae: SAE, pieces: Sequence[Tokens], read: Site, write: Site
-) -> tuple[_Sums, _Sums, list[Tensor], dict[str, int]]:
-    """Sums over the counted and over the other real tokens; which tokens count [B, P] of each piece; and why not."""
+@dataclass
+class _Counted:
+    """Which tokens count, where the SAE writes on average, and what the passes of the second round begin with."""
 
-    def empty() -> _Sums:
-        zeros = torch.zeros(sae.d_out, dtype=torch.float64, device=lm.device)
-        return _Sums(0, zeros, 0.0, torch.zeros(sae.d_sae, dtype=torch.int64, device=lm.device))
+    n: int
+    mean: Tensor
+    """the mean activation over the counted tokens, float64 [d_out]"""
+    keeps: list[Tensor]
+    """of each piece, the tokens that count, bool [B, P]; on the CPU"""
+    excluded: dict[str, int]
+    """how many tokens do not count, by reason"""
+    low: list[Tensor | None]
+    """of each piece, the residual stream [B, P, D] where ``passes.low`` says; None beyond 1 GB of them"""
 
-    counted, left_out, keeps = empty(), empty(), []
+
+def _count(passes: Passes, sae: SAE, pieces: Sequence[Tokens]) -> _Counted:
+    lm, read, write = passes.lm, passes.read, passes.write
+    total, n, held = torch.zeros(sae.d_out, dtype=torch.float64, device=lm.device), 0, 0
+    keeps, low = [], []
     excluded = {"padding": 0, "special tokens": 0, "norm outliers": 0}
     special_ids = torch.tensor(sae.policy.exclude_ids, dtype=torch.int64, device=lm.device)
-    total = sum(piece.n_tokens for piece in pieces)
-    # Where a module path lies in the order of execution is not known, so such an SAE's pass runs to its end.
-    stop = read if read == write else None if "path" in (read.point, write.point) else max(read, write)
-    with task("reconstruct", total=total, unit="tokens") as progress:
+    with task("mean activation", total=sum(piece.n_tokens for piece in pieces), unit="tokens") as progress:
         for first_row, piece in zip(_rows_before(pieces), pieces, strict=False):
             batch = piece.to(lm.device)
-            with lm.taps(read=[read, write], stop=stop) as seen:
-                lm(batch)
+            seen = passes.first(batch)
             x, y = seen[read], seen[write]
             good = torch.isfinite(x).all(-1) & torch.isfinite(y).all(-1)
             _require_finite(good | ~batch.mask, first_row, f"activations at {read}")
@@ -176,32 +193,17 @@ def _reconstructions(
             excluded["padding"] += int((~batch.mask).sum())
             excluded["special tokens"] += int((special & ~keep).sum())
             excluded["norm outliers"] += int((batch.mask & ~special & ~keep).sum())
-            for which, sums in ((keep, counted), (batch.mask & ~keep, left_out)):
-                good = torch.ones_like(batch.mask)
-                good[which] = _add_rows(sae, sums, x[which], y[which])
-                _require_finite(good, first_row, f"reconstructions at {write}")
+            total += y[keep].sum(0, dtype=torch.float64)
+            n += int(keep.sum())
             keeps.append(keep.cpu())
+            begin = None if passes.low is None else seen[passes.low]
+            held += 0 if begin is None else begin.numel() * begin.element_size()
+            low.append(None if begin is None or held > _HELD_BYTES else begin.cpu())
             progress.advance(batch.n_tokens)
-    return counted, left_out, keeps, excluded
+    return _Counted(n, total / max(1, n), keeps, excluded, low)
 
 
-def _add_rows(sae: SAE, sums: _Sums, x: Tensor, y: Tensor) -> Tensor:
-    """Encodes tokens x [n, d_in] and compares with y [n, d_out], so many at a time that memory stays small.
-
-    Returns which tokens have a finite reconstruction, bool [n].
-    """
-    good = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    step = max(1, 4 * _CHUNK_ELEMENTS // sae.d_sae)
-    for start in range(0, len(x), step):
-        rows = x[start : start + step].to(sae.W_enc.dtype)
-        codes = sae.codes(rows)
-        xhat = sae.explained(codes, rows)
-        sums.add(y[start : start + step], codes, xhat)
-        good[start : start + step] = torch.isfinite(xhat).all(-1)
-    return good
-
-
-# -- second pass: what the model loses --------------------------------------------------------------------------------
+# -- second round: reconstruction, and what the model loses -----------------------------------------------------------
 
 
 @dataclass
@@ -210,82 +212,88 @@ class _Loss:
     kl: float = 0.0
 
 
-def _losses(
-    lm: LM, sae: SAE, pieces: Sequence[Tokens], keeps: Sequence[Tensor], write: Site, mean: Tensor
-) -> tuple[int, dict[str, _Loss]]:
-    """How many next tokens were predicted, and the summed loss and divergence of each variant."""
-    losses = {name: _Loss() for name in ("clean", "sae", "mean", "zero")}
-    predictions = 0
-    total = len(losses) * sum(piece.n_tokens for piece in pieces)
+@dataclass
+class _Measured:
+    """Sums over the counted and over the other real tokens, and of each variant's losses over next tokens."""
+
+    counted: _Sums
+    left_out: _Sums
+    predictions: int
+    losses: dict[str, _Loss]
+
+
+def _measure(passes: Passes, sae: SAE, pieces: Sequence[Tokens], told: _Counted) -> _Measured:
+    def empty() -> _Sums:
+        zeros = torch.zeros(sae.d_out, dtype=torch.float64, device=passes.lm.device)
+        return _Sums(0, zeros, 0.0, torch.zeros(sae.d_sae, dtype=torch.int64, device=zeros.device))
+
+    measured = _Measured(empty(), empty(), 0, {name: _Loss() for name in ("clean", "sae", "mean", "zero")})
+    total = len(measured.losses) * sum(piece.n_tokens for piece in pieces)
     with task("evaluate", total=total, unit="tokens") as progress:
-        for first_row, piece, keep in zip(_rows_before(pieces), pieces, keeps, strict=False):
-            batch = piece.to(lm.device)
-            predictions += int((batch.mask[:, :-1] & batch.mask[:, 1:]).sum())
-            edits: dict[str, Edits | None] = {
-                "clean": None,
-                "sae": sae.reconstruct(),
-                "mean": {write: _replace(keep.to(lm.device), mean)},
-                "zero": {write: _replace(keep.to(lm.device), torch.zeros_like(mean))},
-            }
-            clean: Tensor | None = None
-            for name, edit in edits.items():
-                with lm.taps(edit=edit):
-                    logits = lm(batch)
-                assert logits is not None
-                clean = logits if clean is None else clean
-                ce, kl = _compare(clean, logits, batch, first_row, name)
-                losses[name].ce += ce
-                losses[name].kl += kl
-                del logits
+        for first_row, piece, keep, low in zip(_rows_before(pieces), pieces, told.keeps, told.low, strict=False):
+            batch, keep = piece.to(passes.lm.device), keep.to(passes.lm.device)
+            seen, end = passes.clean(batch, None if low is None else low.to(passes.lm.device))
+            progress.advance(batch.n_tokens)
+            x, y = seen[passes.read], seen[passes.write]
+            xhat = _reconstruct(sae, measured, x, y, keep, batch.mask, first_row, passes.write)
+            ends = [end]
+            for value in (xhat, told.mean, torch.zeros_like(told.mean)):
+                edited = y.masked_scatter(keep[..., None], value.to(y.dtype).expand(int(keep.sum()), -1))
+                ends.append(passes.edited(batch, edited, None if passes.stream is None else seen[passes.stream]))
                 progress.advance(batch.n_tokens)
-    if predictions == 0:
+            _add_losses(measured, passes, ends, batch, first_row)
+    if measured.predictions == 0:
         raise UnweaveError("no token has a real next token to predict", remedy="give rows of at least two tokens")
-    return predictions, losses
+    return measured
 
 
-def _replace(keep: Tensor, value: Tensor) -> Callable[[Tensor, At], Tensor]:
-    """An edit that puts ``value`` [d] in place of the activation where ``keep`` [B, P], and leaves the rest alone."""
-    return lambda x, at: torch.where(keep[..., None], value.to(x.dtype), x)
+def _reconstruct(
+    sae: SAE, measured: _Measured, x: Tensor, y: Tensor, keep: Tensor, mask: Tensor, first_row: int, write: Site
+) -> Tensor:
+    """Adds up what x [B, P, d_in] says of y [B, P, d_out]; returns the counted tokens' reconstructions [n, d_out]."""
+    parts = []
+    for which, sums in ((keep, measured.counted), (mask & ~keep, measured.left_out)):
+        parts.append(_add_rows(sae, sums, x[which], y[which]))
+        good = torch.ones_like(mask)
+        good[which] = torch.isfinite(parts[-1]).all(-1)
+        _require_finite(good, first_row, f"reconstructions at {write}")
+    return parts[0]
 
 
-def _compare(clean: Tensor, edited: Tensor, batch: Tokens, first_row: int, name: str) -> tuple[float, float]:
-    """Summed cross-entropy of ``edited`` [B, P, V] and summed KL(clean || edited), over real next tokens.
+def _add_rows(sae: SAE, sums: _Sums, x: Tensor, y: Tensor) -> Tensor:
+    """Encodes tokens x [n, d_in] and compares with y [n, d_out], so many at a time that memory stays small.
 
-    The vocabulary's softmax is taken for a few positions at a time.
+    Returns the reconstructions [n, d_out].
     """
-    rows, positions = (batch.mask[:, :-1] & batch.mask[:, 1:]).nonzero(as_tuple=True)
-    targets = batch.ids[rows, positions + 1]
-    step = max(1, _CHUNK_ELEMENTS // clean.shape[-1])
-    ce, kl = 0.0, 0.0
-    for start in range(0, len(rows), step):
-        r, p, target = rows[start : start + step], positions[start : start + step], targets[start : start + step]
-        log_q = edited[r, p].float().log_softmax(-1)
-        losses = -log_q.gather(-1, target[:, None]).squeeze(-1)
-        divergences = torch.zeros_like(losses)
-        if edited is not clean:
-            log_p = clean[r, p].float().log_softmax(-1)
-            divergences = (log_p.exp() * (log_p - log_q)).sum(-1)
-        good = torch.isfinite(losses) & torch.isfinite(divergences)
-        if not bool(good.all()):
-            marks = torch.ones_like(batch.mask)
-            marks[r, p] = good
-            _require_finite(marks, first_row, f"logits ({name})")
-        ce += float(losses.double().sum())
-        kl += float(divergences.double().sum())
-    return ce, kl
+    parts = [y[:0]]
+    step = max(1, 4 * _CHUNK_ELEMENTS // sae.d_sae)
+    for start in range(0, len(x), step):
+        rows = x[start : start + step].to(sae.W_enc.dtype)
+        codes = sae.codes(rows)
+        parts.append(sae.explained(codes, rows))
+        sums.add(y[start : start + step], codes, parts[-1])
+    return torch.cat([part.to(y.dtype) for part in parts])
+
+
+def _add_losses(measured: _Measured, passes: Passes, ends: Sequence[Tensor], batch: Tokens, first_row: int) -> None:
+    """Adds the losses of a batch's passes that ended with ``ends``, which are in the order of ``measured.losses``."""
+    places, ce, kl = passes.losses(ends, batch)
+    good = torch.isfinite(ce) & torch.isfinite(kl)
+    for name, finite in zip(measured.losses, good, strict=True):
+        marks = torch.ones_like(batch.mask)
+        marks[places] = finite
+        _require_finite(marks, first_row, f"logits ({name})")
+    measured.predictions += len(places[0])
+    for loss, ce_sum, kl_sum in zip(measured.losses.values(), ce.sum(1).tolist(), kl.sum(1).tolist(), strict=True):
+        loss.ce += ce_sum
+        loss.kl += kl_sum
 
 
 # -- from sums to metrics ---------------------------------------------------------------------------------------------
 
 
-def _metrics(
-    site: Site,
-    counted: _Sums,
-    left_out: _Sums,
-    excluded: dict[str, int],
-    losses: tuple[int, dict[str, _Loss]],
-    vocabulary: int,
-) -> CoreMetrics:
+def _metrics(site: Site, measured: _Measured, excluded: dict[str, int], vocabulary: int) -> CoreMetrics:
+    counted, left_out, predictions = measured.counted, measured.left_out, measured.predictions
     n, width = counted.n, len(counted.mean)
     unexplained = _over_variance(counted, site)
     everything = replace(counted)
@@ -293,9 +301,8 @@ def _metrics(
         everything.spread_with(left_out.n, left_out.mean, left_out.deviations)
         everything.errors += left_out.errors
         everything.l0 += left_out.l0
-    predictions, sums = losses
-    ce = {name: loss.ce / predictions for name, loss in sums.items()}
-    kl = {name: loss.kl / predictions for name, loss in sums.items()}
+    ce = {name: loss.ce / predictions for name, loss in measured.losses.items()}
+    kl = {name: loss.kl / predictions for name, loss in measured.losses.items()}
     recovered, notes = {}, []
     for name in ("mean", "zero"):
         recovered[name], note = recovered_share(ce, name, vocabulary)
