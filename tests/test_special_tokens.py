@@ -17,7 +17,10 @@ from torch import Tensor
 
 from conftest import build_tiny, build_tiny_tokenizer
 from unweave.core.errors import UnweaveError
+from unweave.core.result import as_read, as_written, to_plain
+from unweave.core.run import Run
 from unweave.core.site import Site
+from unweave.data.batches import store_batches
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec, Row
 from unweave.data.policy import TokenPolicy
@@ -26,26 +29,28 @@ from unweave.data.tokens import TokenStore
 from unweave.lm.chat import Role, render
 from unweave.lm.model import LM, Tokens
 from unweave.methods.special_tokens import errors as evaluated
-from unweave.methods.special_tokens import stage
-from unweave.methods.special_tokens.degradation import (
+from unweave.methods.special_tokens import view
+from unweave.methods.special_tokens.degradation import interval, levels_of, sweet_spot, words_changed
+from unweave.methods.special_tokens.errors import special_token_errors
+from unweave.methods.special_tokens.maxima import alpha_sweep, average_maxima, random_latents
+from unweave.methods.special_tokens.result import (
+    GROUPS,
     Answer,
+    ByGroup,
+    GroupErrors,
     Interval,
     Level,
-    interval,
-    levels_of,
-    sweet_spot,
-    words_changed,
+    SpecialTokenResult,
 )
-from unweave.methods.special_tokens.errors import batch_errors, token_errors
-from unweave.methods.special_tokens.maxima import alpha_sweep, average_maxima, random_latents
-from unweave.methods.special_tokens.metrics import GROUPS, GroupErrors
-from unweave.methods.special_tokens.spec import SpecialTokensSpec
+from unweave.methods.special_tokens.spec import COMMAND, SpecialTokensSpec
+from unweave.methods.special_tokens.stage import run as measure
 from unweave.methods.train import stage as train
 from unweave.methods.train.sae_spec import SAESpec
 from unweave.methods.train.spec import TrainSpec
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
 from unweave.sae.steered import sweep
+from unweave.show.pieces import esc
 from unweave.tasks.special_tokens import PAPER_IDS, QUESTIONS, SpecialTokens, special_ids
 
 D = 32
@@ -138,12 +143,12 @@ def expected(table: list[SimpleNamespace], group: str) -> GroupErrors:
     )  # fmt: skip
 
 
-def assert_errors(found: dict[str, GroupErrors], table: list[SimpleNamespace]) -> None:
-    assert tuple(found) == GROUPS
+def assert_errors(found: ByGroup, table: list[SimpleNamespace]) -> None:
+    assert tuple(vars(found)) == GROUPS
     for group in GROUPS:
         want = expected(table, group)
         for name, value in vars(want).items():
-            assert getattr(found[group], name) == pytest.approx(value, rel=2e-4), (group, name)
+            assert getattr(found.of(group), name) == pytest.approx(value, rel=2e-4), (group, name)
 
 
 @pytest.fixture
@@ -165,7 +170,7 @@ def test_errors_against_a_loop_over_tokens(tiny_lm: Any, fam: str) -> None:
     }
     special = SpecialTokens.of(lm)
     for sizes, side in (([11], "right"), ([4, 1, 6], "left")):
-        found = batch_errors(lm, saes, batches_of(lm, sizes, side))
+        found = special_token_errors(lm, saes, batches_of(lm, sizes, side))
         assert list(found) == list(saes)
         for name, sae in saes.items():
             table = token_table(lm, sae, special)
@@ -180,14 +185,14 @@ def test_errors_against_a_loop_over_tokens(tiny_lm: Any, fam: str) -> None:
 def test_the_papers_mean_is_over_sequences_and_not_over_tokens(lm: LM) -> None:
     """Trap 32: two means under one name. Rows of different lengths tell them apart."""
     table = token_table(lm, make_sae(), SpecialTokens.of(lm))
-    (found,) = batch_errors(lm, {"a": make_sae()}, batches_of(lm, [11])).values()
+    (found,) = special_token_errors(lm, {"a": make_sae()}, batches_of(lm, [11])).values()
     rows = {t.row: [u.error / D for u in table if u.row == t.row] for t in table}
     assert len({len(errors) for errors in rows.values()}) > 4
     by_sequence = sum(sum(e) / len(e) for e in rows.values()) / len(rows)
     by_token = sum(sum(e) for e in rows.values()) / len(table)
     assert abs(by_sequence / by_token - 1) > 1e-3
     assert found.mse == pytest.approx(by_sequence, rel=1e-4)
-    assert found.everything["all"].mse_tokens == pytest.approx(by_token, rel=1e-4)
+    assert found.everything.all.mse_tokens == pytest.approx(by_token, rel=1e-4)
     assert found.log2_mse == pytest.approx(math.log2(by_sequence), abs=1e-3)
     of_special = [[u.error / D for u in table if u.row == r and u.group == "special"] for r in range(9)]
     assert found.mse_special == pytest.approx(sum(sum(e) / len(e) for e in of_special) / 9, rel=1e-4)
@@ -195,22 +200,24 @@ def test_the_papers_mean_is_over_sequences_and_not_over_tokens(lm: LM) -> None:
 
 def test_trap_33_how_tokens_are_split_ordered_and_padded_changes_nothing(lm: LM, tmp_path: Path) -> None:
     saes = {"a": make_sae(), "b": make_sae("topk", "resid_post.0", seed=1)}
-    together = batch_errors(lm, saes, batches_of(lm, [11]))
-    one_by_one = batch_errors(lm, saes, batches_of(lm, [1] * 11)[::-1])
-    alone = {name: batch_errors(lm, {name: sae}, batches_of(lm, [5, 6], "left"))[name] for name, sae in saes.items()}
+    together = special_token_errors(lm, saes, batches_of(lm, [11]))
+    one_by_one = special_token_errors(lm, saes, batches_of(lm, [1] * 11)[::-1])
+    alone = {
+        name: special_token_errors(lm, {name: sae}, batches_of(lm, [5, 6], "left"))[name] for name, sae in saes.items()
+    }
     rows = rows_of(lm)
     store = TokenStore.write(
         tmp_path / "s", [Row(i, r, n) for n, (i, r) in enumerate(rows)], sum(len(i) for i, _ in rows), {}
     )
-    stored = token_errors(lm, saes, store, range(11), batch_tokens=60)
+    stored = special_token_errors(lm, saes, store_batches(lm, store, range(11), 60))
     for other in (one_by_one, alone, stored):
         for name in saes:
             for which in ("everything", "without_outliers"):
                 for group in GROUPS:
-                    first, second = (vars(getattr(f[name], which)[group]) for f in (together, other))
+                    first, second = (vars(getattr(f[name], which).of(group)) for f in (together, other))
                     assert second == {k: pytest.approx(v, rel=2e-4) for k, v in first.items()}
-    fewer = token_errors(lm, saes, store, [3, 1])
-    assert fewer["a"].sequences == 2 and fewer["a"].everything["all"].tokens == len(rows[1][0]) + len(rows[3][0])
+    fewer = special_token_errors(lm, saes, store_batches(lm, store, [3, 1]))
+    assert fewer["a"].sequences == 2 and fewer["a"].everything.all.tokens == len(rows[1][0]) + len(rows[3][0])
 
 
 def with_sink(lm: LM, scale: float) -> LM:
@@ -230,15 +237,15 @@ def test_trap_07_outliers_are_counted_and_told_apart(tiny_lm: Any, limit: float 
     short = [t for t in table if t.norm <= bound]
     assert 0 < len(table) - len(short) < len(table) / 2
     for sizes in ([11], [1] * 11):
-        (found,) = batch_errors(lm, {"a": sae}, batches_of(lm, sizes)).values()
+        (found,) = special_token_errors(lm, {"a": sae}, batches_of(lm, sizes)).values()
         assert found.max_norm == pytest.approx(bound, rel=1e-4)
         assert found.outliers == len(table) - len(short)
         assert found.outliers_special == sum(t.norm > bound and t.group == "special" for t in table) > 0
         assert_errors(found.everything, table)
         assert_errors(found.without_outliers, short)
         assert found.median_norm_first > 5 * found.median_norm
-    assert found.mse is not None and found.without_outliers["all"].mse is not None
-    assert found.mse > 10 * found.without_outliers["all"].mse
+    assert found.mse is not None and found.without_outliers.all.mse is not None
+    assert found.mse > 10 * found.without_outliers.all.mse
 
 
 def test_a_bad_first_guess_of_the_limit_is_made_good(tiny_lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,13 +257,13 @@ def test_a_bad_first_guess_of_the_limit_is_made_good(tiny_lm: Any, monkeypatch: 
     passes = []
     one = evaluated._pass
     monkeypatch.setattr(evaluated, "_pass", lambda *a: (passes.append(1), one(*a))[1])
-    (found,) = batch_errors(lm, {"a": sae}, batches).values()
+    (found,) = special_token_errors(lm, {"a": sae}, batches).values()
     assert len(passes) == 2
-    (other,) = batch_errors(lm, {"a": sae}, batches[::-1]).values()
+    (other,) = special_token_errors(lm, {"a": sae}, batches[::-1]).values()
     assert len(passes) == 3
     assert found.outliers == other.outliers > 20
     for group in GROUPS:
-        first, second = vars(found.without_outliers[group]), vars(other.without_outliers[group])
+        first, second = vars(found.without_outliers.of(group)), vars(other.without_outliers.of(group))
         assert second == {k: pytest.approx(v, rel=2e-4) for k, v in first.items()}
 
 
@@ -268,12 +275,12 @@ def test_a_transcoders_outliers_are_found_where_it_writes_too(tiny_lm: Any) -> N
     table = token_table(lm, sae, SpecialTokens.of(lm))
     reads, writes = (sorted(getattr(t, k) for t in table) for k in ("norm", "out"))
     bounds = [10 * norms[(len(norms) - 1) // 2] for norms in (reads, writes)]
-    (found,) = batch_errors(lm, {"a": sae}, batches_of(lm, [3, 8])).values()
+    (found,) = special_token_errors(lm, {"a": sae}, batches_of(lm, [3, 8])).values()
     assert [found.max_norm, found.max_norm_write] == pytest.approx(bounds, rel=1e-4)
     assert (found.site_read, found.site) == ("mlp_in.1", "mlp_add.1")
     assert [found.median_norm, found.median_norm_write] == pytest.approx([b / 10 for b in bounds], rel=1e-4)
     assert found.median_norm_edited == found.median_norm_write
-    (plain,) = batch_errors(lm, {"a": make_sae()}, batches_of(lm, [3, 8])).values()
+    (plain,) = special_token_errors(lm, {"a": make_sae()}, batches_of(lm, [3, 8])).values()
     assert (plain.site_read, plain.median_norm_write, plain.median_norm_edited) == (plain.site, None, plain.median_norm)
     short = [t for t in table if t.norm <= bounds[0] and t.out <= bounds[1]]
     assert found.outliers == len(table) - len(short)
@@ -287,18 +294,20 @@ def test_predicting_the_mean_scores_one_and_a_copy_zero(lm: LM) -> None:
     nothing = SAE(torch.zeros(D, 1), torch.zeros(1), torch.zeros(1, D), mean, ReLU(), read=Site("resid_post", 1))
     both = torch.cat([torch.eye(D), -torch.eye(D)], 1)
     copy = SAE(both, torch.zeros(2 * D), both.T.contiguous(), torch.zeros(D), ReLU(), read=Site("resid_post", 1))
-    found = batch_errors(lm, {"mean": nothing, "copy": copy}, batches_of(lm, [11]))
+    found = special_token_errors(lm, {"mean": nothing, "copy": copy}, batches_of(lm, [11]))
     assert found["mean"].unexplained_variance == pytest.approx(1, abs=1e-4)
     assert found["mean"].l0 == 0
     assert found["copy"].unexplained_variance == pytest.approx(0, abs=1e-6)
     assert found["copy"].mse == 0 and found["copy"].log2_mse is None
-    json.dumps(found["copy"].to_dict(), allow_nan=False)
+    json.dumps(to_plain(found["copy"].plain()), allow_nan=False)
 
 
 def test_trap_06_what_the_policy_excludes_is_measured_and_said(lm: LM) -> None:
     excluded = (START, END, lm.tokenizer.convert_tokens_to_ids("e"))
     table = token_table(lm, make_sae(), SpecialTokens.of(lm))
-    found = batch_errors(lm, {"a": make_sae(policy=TokenPolicy(excluded)), "b": make_sae()}, batches_of(lm, [11]))
+    found = special_token_errors(
+        lm, {"a": make_sae(policy=TokenPolicy(excluded)), "b": make_sae()}, batches_of(lm, [11])
+    )
     assert found["a"].everything == found["b"].everything
     assert found["a"].untrained == sum(t.id in excluded for t in table)
     assert found["a"].untrained_special == sum(t.group == "special" and t.id in excluded for t in table)
@@ -313,7 +322,7 @@ def test_ids_can_be_named_and_count_where_it_is_said(lm: LM, where: Any) -> None
     letter = lm.tokenizer.convert_tokens_to_ids("s")  # in "user", "assistant" and in many words
     special = SpecialTokens.of(lm, [START, END, letter], where)
     table = token_table(lm, make_sae(), special)
-    (found,) = batch_errors(lm, {"a": make_sae()}, batches_of(lm, [11]), special=special).values()
+    (found,) = special_token_errors(lm, {"a": make_sae()}, batches_of(lm, [11]), special=special).values()
     assert_errors(found.everything, table)
     assert (found.special_ids, found.special_where) == ((START, END, letter), where)
     in_words = sum(t.group == "special" and t.id == letter for t in table)
@@ -348,7 +357,7 @@ def test_special_ids_are_the_tokenizers_and_the_role_words(lm: LM, default_lm: L
 def test_questions_without_an_answer_are_refused(lm: LM, wrong: dict[str, Any], message: str) -> None:
     asked: dict[str, Any] = {"saes": {"a": make_sae()}, "batches": batches_of(lm, [11])} | wrong
     with pytest.raises(UnweaveError, match=message):
-        batch_errors(lm, **asked)
+        special_token_errors(lm, **asked)
     with pytest.raises(UnweaveError, match="no token 97"):
         SpecialTokens.of(lm, [97])
     with pytest.raises(UnweaveError, match="no special tokens"):
@@ -361,7 +370,7 @@ def test_activations_that_are_not_finite_are_refused_with_their_row(lm: LM) -> N
     rows = rows_of(lm)
     bad = next(r for r, (ids, _) in enumerate(rows) if lm.tokenizer.convert_tokens_to_ids("w") in ids)
     with pytest.raises(UnweaveError, match="not finite") as caught:
-        batch_errors(lm, {"a": make_sae()}, batches_of(lm, [1] * 11))
+        special_token_errors(lm, {"a": make_sae()}, batches_of(lm, [1] * 11))
     assert f"row {bad} " in str(caught.value)
 
 
@@ -568,33 +577,68 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_stage_end_to_end(home: Path) -> None:
-    asked = SpecialTokensSpec(
+def question(home: Path) -> SpecialTokensSpec:
+    return SpecialTokensSpec(
         sae=home / "sae", device="cpu", alphas=(0.5, 1.0), unit="median", questions=("Hi", "a sea?"), controls=2,
         max_new_tokens=6, samples=20,
     )  # fmt: skip
-    run = stage.run(asked, home / "runs")
+
+
+@pytest.fixture(scope="module")
+def result_run(home: Path) -> Run[SpecialTokenResult]:
+    return measure(question(home), home / "runs")
+
+
+def test_the_stage_end_to_end(result_run: Run[SpecialTokenResult]) -> None:
+    run = result_run
     result = run.result
-    groups = result["errors"]["everything"]
-    assert groups["text"]["tokens"] == 0 and groups["user"]["tokens"] > 50 and groups["special"]["mse"] > 0
-    assert result["errors"]["sequences"] == groups["special"]["sequences"] > 20
-    assert {m["text"] for m in result["maxima"]} >= {"<|im_start|>", "<|im_end|>"}
-    assert max(m["conversations"] for m in result["maxima"]) == 20
-    opening = next(m for m in result["maxima"] if m["text"] == "<|im_start|>")
-    steering = result["steering"]
-    assert steering["latent"] == opening["top"][0][0] and steering["latent"] not in steering["controls"]
-    assert [level["length"] for level in steering["levels"]] == pytest.approx(
-        [0, 0.5 * result["errors"]["median_norm"], result["errors"]["median_norm"]]
+    groups = result.errors.everything
+    assert groups.text.tokens == 0 and groups.user.tokens > 50 and (groups.special.mse or 0) > 0
+    assert result.errors.sequences == groups.special.sequences > 20
+    assert {m.text for m in result.maxima} >= {"<|im_start|>", "<|im_end|>"}
+    assert max(m.conversations for m in result.maxima) == 20
+    opening = next(m for m in result.maxima if m.text == "<|im_start|>")
+    steering = result.steering
+    swept = steering.sweep
+    assert (swept.latent, steering.token) == (opening.top[0][0], opening.id) and swept.latent not in swept.controls
+    assert view.chosen(result).startswith("largest average maximum on '<|im_start|>': ")
+    assert [level.length for level in swept.levels] == pytest.approx(
+        [0, 0.5 * result.errors.median_norm, result.errors.median_norm]
     )
-    assert len(result["answers"]) == 6 and len(result["control_answers"]) == 12
-    assert "was not measured" in result["finding"]
-    for name in (*result["tables"], *result["figures"]):
+    assert len(swept.answers) == 6 and len(swept.control_answers) == 12
+    assert 0 < result.errors.alive_fraction <= 1
+    assert "was not measured" in view.finding(steering)
+    tables = [f"{name}.csv" for name in ("errors", "maxima", "steering", "answers")]
+    for name in (*tables, "errors.svg", "errors.png", "steering.svg", "steering.png"):
         assert (run.path / name).stat().st_size > 100, name
     assert (run.path / "errors.png").read_bytes().startswith(b"\x89PNG")
     table = (run.path / "errors.csv").read_text().splitlines()
     assert len(table) == 1 + 2 * len(GROUPS) and table[0].startswith("tokens_of,group,tokens,sequences,mse")
-    again = stage.run(asked, home / "runs")
-    assert again.reused and again.path == run.path
+
+
+def test_the_result_is_read_as_it_was_written_and_shows_itself(result_run: Run[SpecialTokenResult]) -> None:
+    result = result_run.result
+    assert COMMAND.result is type(result) is SpecialTokenResult
+    assert as_read(SpecialTokenResult, json.loads(json.dumps(as_written(result))), "here") == result
+    names = [name for name, _, _ in result.rows()]
+    assert {"median norm", "log2 MSE, special", "steered latent", "alpha 1: words changed", "sweet spot"} <= set(names)
+    section = view.section(result)
+    for part in ("log2 MSE", "special tokens", "Every answer", view.finding(result.steering), "<svg"):
+        assert esc(part) in section.body or part in section.body, part
+    assert all(esc(answer.text) in section.body for answer in result.steering.sweep.answers)
+    assert "uw-embed" in result._repr_html_()
+
+
+def test_asking_again_loads_nothing(
+    home: Path, result_run: Run[SpecialTokenResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(LM, "load", fail)
+    monkeypatch.setattr(SAE, "load", fail)
+    again = measure(question(home), home / "runs")
+    assert again.reused and again.path == result_run.path and again.result == result_run.result
 
 
 def test_a_transcoder_is_steered_in_units_of_where_it_writes(home: Path, tmp_path: Path) -> None:
@@ -604,13 +648,13 @@ def test_a_transcoder_is_steered_in_units_of_where_it_writes(home: Path, tmp_pat
         sae=sae.save(tmp_path / "sae"), device="cpu", alphas=(2.0,), unit="median", questions=("Hi",), controls=1,
         max_new_tokens=3, samples=20,
     )  # fmt: skip
-    result = stage.run(asked, tmp_path / "runs").result
-    reads, writes = result["errors"]["median_norm"], result["errors"]["median_norm_write"]
-    assert abs(reads / writes - 1) > 0.1
-    assert [level["length"] for level in result["steering"]["levels"]] == pytest.approx([0, 2 * writes])
-    rows = {row[0]: row[1:] for row in result["summary"]}
+    result = measure(asked, tmp_path / "runs").result
+    reads, writes = result.errors.median_norm, result.errors.median_norm_write
+    assert writes is not None and abs(reads / writes - 1) > 0.1
+    assert [level.length for level in result.steering.sweep.levels] == pytest.approx([0, 2 * writes])
+    rows = {name: (value, meaning) for name, value, meaning in result.rows()}
     assert rows["median norm"][0] == reads and rows["median norm"][1].startswith("at mlp_in.1, where the SAE reads")
-    assert rows["median norm, written"] == [writes, "at mlp_add.1, where it writes"]
+    assert rows["median norm, written"] == (writes, "at mlp_add.1, where it writes")
 
 
 def test_the_stage_refuses_what_it_cannot_do(home: Path, tmp_path: Path) -> None:
@@ -618,7 +662,7 @@ def test_the_stage_refuses_what_it_cannot_do(home: Path, tmp_path: Path) -> None
         return SpecialTokensSpec(sae=home / "sae", device="cpu", **changes)
 
     with pytest.raises(UnweaveError, match="not among the special tokens"):
-        stage.run(asked(token="<|nobody|>"), home / "runs")
+        measure(asked(token="<|nobody|>"), home / "runs")
     (tmp_path / "plain.jsonl").write_text((home / "text" / "plain.jsonl").read_text())
     plain = DataSpec(
         sources=(Source(path=str(tmp_path / "plain.jsonl")),),
@@ -627,7 +671,7 @@ def test_the_stage_refuses_what_it_cannot_do(home: Path, tmp_path: Path) -> None
         heldout_tokens=300,
     )
     with pytest.raises(UnweaveError, match="no conversations"):
-        stage.run(asked(data=plain), home / "runs")
+        measure(asked(data=plain), home / "runs")
     for wrong in ({"alphas": (0.0,)}, {"alphas": (-1.0, 2.0)}, {"max_perplexity_ratio": 0.5}, {"samples": 0}):
         with pytest.raises(UnweaveError, match="makes no sense"):
             asked(**wrong)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -27,8 +27,9 @@ _WIDTH, HEIGHT = 4.7, 3.2  # inches; two figures side by side on a wide page, on
 _MAX_POINTS = 600
 
 
-def settings() -> dict[Any, Any]:
-    c = COLOURS
+def settings(colours: Mapping[str, str] = COLOURS) -> dict[Any, Any]:
+    """Matplotlib's settings; the stand-in colours are for ``as_svg``, others for pictures."""
+    c = colours
     return {
         "svg.fonttype": "none", "svg.hashsalt": "unweave", "font.size": 8.5, "font.family": "DejaVu Sans",
         "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",

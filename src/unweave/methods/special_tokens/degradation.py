@@ -14,68 +14,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model answered to one question at one alpha."""
-
-    question: str
-    alpha: float
-    latent: int
-    text: str
-    n_tokens: int
-    distinct: float
-    """distinct 3-grams over all 3-grams"""
-    perplexity: float | None
-    """under the unedited model; None for an empty answer"""
-    words_changed: float
-    """share of the words, of this answer and the unedited one together, that have no partner in the other"""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over questions, and the middle 95 % of means over questions drawn again with replacement."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Level:
-    """All answers at one alpha. Losses and ratios are taken question by question against alpha 0."""
-
-    alpha: float
-    length: float
-    """by how much every position is moved, in the activation's own units"""
-    distinct: Interval
-    distinct_loss: Interval
-    """how much lower ``distinct`` is than at alpha 0"""
-    perplexity: Interval | None
-    """geometric mean; None where every answer is empty"""
-    perplexity_ratio: Interval | None
-    """geometric mean of perplexity over perplexity at alpha 0"""
-    answers_changed: Interval
-    """share of answers that differ at all from those at alpha 0"""
-    words_changed: Interval
-    empty: float
-    """share of empty answers"""
-
-
-@dataclass(frozen=True)
-class SweetSpot:
-    """The alphas at which answers change and do not degrade more than was tolerated; see ``sweet_spot``."""
-
-    alphas: tuple[float, ...]
-    certain: bool
-    """whether the whole interval, and not only the mean, of every loss lies within the tolerance at all of them"""
-    max_distinct_loss: float
-    max_perplexity_ratio: float
-    min_answers_changed: float
+from unweave.methods.special_tokens.result import Answer, Interval, Level, SweetSpot
 
 
 def sweet_spot(
@@ -128,11 +70,11 @@ def levels_of(
 ) -> tuple[Level, ...]:
     """One level per alpha; ``draws`` [resamples, Q] are the questions of each resample."""
 
-    found = [{(answer.question, answer.alpha): answer for answer in answers} for answers in by_latent]
+    asked = [{(answer.question, answer.alpha): answer for answer in answers} for answers in by_latent]
 
     def at(alpha: float, value: Callable[[Answer, Answer], float]) -> np.ndarray:
         """A value of each answer and the unedited one, averaged over latents, [Q]."""
-        return np.array([_mean([value(a[question, alpha], a[question, 0.0]) for a in found]) for question in questions])
+        return np.array([_mean([value(a[question, alpha], a[question, 0.0]) for a in asked]) for question in questions])
 
     levels = []
     for alpha in alphas:
@@ -173,10 +115,10 @@ def interval(values: np.ndarray, draws: np.ndarray) -> Interval | None:
     return Interval(float(values[there].mean()), low, high)
 
 
-def _sure(found: Interval | None) -> Interval:
-    assert found is not None  # these values are never missing
-    return found
+def _sure(known: Interval | None) -> Interval:
+    assert known is not None  # these values are never missing
+    return known
 
 
-def _exp(found: Interval | None) -> Interval | None:
-    return None if found is None else Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high))
+def _exp(nats: Interval | None) -> Interval | None:
+    return None if nats is None else Interval(math.exp(nats.mean), math.exp(nats.low), math.exp(nats.high))

@@ -19,7 +19,7 @@ guess of "long" have been too high, the pass is repeated with the limits, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -31,14 +31,13 @@ from torch.nn import functional as F
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.site import Site
-from unweave.data.batches import store_batches
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
-from unweave.methods.special_tokens.metrics import GROUPS, KINDS, METRIC_SET, GroupErrors, Sums, TokenErrors
-from unweave.tasks.special_tokens import SpecialTokens, special_ids
+from unweave.methods.special_tokens.metrics import MeasuredErrors, Sums
+from unweave.methods.special_tokens.result import KINDS, METRIC_SET, ByGroup
+from unweave.tasks.special_tokens import SpecialTokens
 
 if TYPE_CHECKING:
-    from unweave.data.tokens import TokenStore
     from unweave.sae.module import SAE
 
 OUTLIER_RATIO = 10.0
@@ -50,41 +49,16 @@ _PIECE_ELEMENTS = 1 << 20
 _DENSE_SHARE = 8
 _SPECIAL = KINDS.index("special")
 
-__all__ = [
-    "GROUPS",
-    "METRIC_SET",
-    "OUTLIER_RATIO",
-    "GroupErrors",
-    "SpecialTokens",
-    "TokenErrors",
-    "batch_errors",
-    "special_ids",
-    "token_errors",
-]
 
-
-def token_errors(
-    lm: LM,
-    saes: Mapping[str, SAE],
-    store: TokenStore,
-    rows: Iterable[int],
-    *,
-    special: SpecialTokens | None = None,
-    batch_tokens: int = 2048,
-) -> dict[str, TokenErrors]:
-    """Measures every SAE on rows of a token store; each row is one sequence of the paper's mean.
-
-    ``special`` defaults to ``SpecialTokens.of(lm)``; ``batch_tokens`` is about how many positions go through the model
-    at once and changes nothing beyond rounding. The result has the keys of ``saes``, in their order. All real tokens
-    count, also those that an SAE's policy excludes; ``notes`` then says so. Raises UnweaveError as ``batch_errors``.
-    """
-    return batch_errors(lm, saes, store_batches(lm, store, list(rows), batch_tokens), special=special)
-
-
-def batch_errors(
+def special_token_errors(
     lm: LM, saes: Mapping[str, SAE], batches: Sequence[Tokens], *, special: SpecialTokens | None = None
-) -> dict[str, TokenErrors]:
-    """``token_errors`` on batches of tokens with roles, padded on either side.
+) -> dict[str, MeasuredErrors]:
+    """Measures every SAE on batches of tokens with roles, padded on either side; each row is one sequence of the
+    paper's mean. ``data.batches.store_batches`` makes batches of a token store.
+
+    ``special`` defaults to ``SpecialTokens.of(lm)``. How rows are put into batches changes nothing beyond rounding. The
+    result has the keys of ``saes``, in their order. All real tokens count, also those that an SAE's policy excludes;
+    ``notes`` then says so.
 
     Raises UnweaveError when there is no SAE or no token, when an SAE names no site or was made for another model, and
     when activations or reconstructions are not finite (naming the row).
@@ -103,8 +77,8 @@ def batch_errors(
             _pass(lm, again, batches, chosen)
             redone = {(tally.read, tally.write): tally for tally in again}
             tallies = [redone.get((tally.read, tally.write), tally) for tally in tallies]
-    found = {name: _result(tally, name, chosen, lm.dtype) for tally in tallies for name in tally.saes}
-    return {name: found[name] for name in saes}
+    by_name = {name: _result(tally, name, chosen, lm.dtype) for tally in tallies for name in tally.saes}
+    return {name: by_name[name] for name in saes}
 
 
 def _by_sites(lm: LM, saes: Mapping[str, SAE]) -> dict[tuple[Site, Site], dict[str, SAE]]:
@@ -330,7 +304,7 @@ def _require_finite(x: Tensor, rows: Tensor, what: str) -> None:
 # -- from sums to errors ----------------------------------------------------------------------------------------------
 
 
-def _result(tally: _Tally, name: str, special: SpecialTokens, dtype: torch.dtype) -> TokenErrors:
+def _result(tally: _Tally, name: str, special: SpecialTokens, dtype: torch.dtype) -> MeasuredErrors:
     sae, own = tally.saes[name], tally.of[name]
     limits = tally.limits(sae)
     held = torch.cat(tally.held_norms)
@@ -341,16 +315,16 @@ def _result(tally: _Tally, name: str, special: SpecialTokens, dtype: torch.dtype
     everything = tally.sums(name, torch.ones_like(outliers)).groups(flat)
     of_special = norms[kinds == _SPECIAL]
     long_special = outliers & (torch.cat(tally.held_cells) % len(KINDS) == _SPECIAL)
-    return TokenErrors(
+    return MeasuredErrors(
         metric_set=METRIC_SET,
         site=str(tally.write),
         site_read=str(tally.read),
-        sequences=everything["all"].sequences,
+        sequences=everything.all.sequences,
         special_ids=special.ids,
         special_where=special.where,
         everything=everything,
         without_outliers=tally.sums(name, ~outliers).groups(flat),
-        sequences_without_special=everything["all"].sequences - everything["special"].sequences,
+        sequences_without_special=everything.all.sequences - everything.special.sequences,
         median_norm=float(norms.median()),
         median_norm_write=tally.medians[1] if tally.two else None,
         median_norm_special=float(of_special.median()) if len(of_special) else None,
@@ -361,19 +335,20 @@ def _result(tally: _Tally, name: str, special: SpecialTokens, dtype: torch.dtype
         outliers_special=int(long_special.sum()),
         untrained=own.untrained,
         untrained_special=own.untrained_special,
+        alive_fraction=float((own.fired > 0).float().mean()),
         notes=_notes(own, everything),
         firing_counts=own.fired,
     )
 
 
-def _notes(own: _OfSAE, everything: Mapping[str, GroupErrors]) -> tuple[str, ...]:
-    found = []
-    n = everything["special"].tokens
+def _notes(own: _OfSAE, everything: ByGroup) -> tuple[str, ...]:
+    notes = []
+    n = everything.special.tokens
     if n == 0:
-        found.append("no token is special: these rows are not conversations, or the ids are not this template's")
+        notes.append("no token is special: these rows are not conversations, or the ids are not this template's")
     if own.untrained:
-        found.append(
+        notes.append(
             f"the SAE's policy excludes the ids of {own.untrained:,} of these tokens, {own.untrained_special:,} of the "
             f"{n:,} special ones among them: it was not trained on them, and is measured on them all the same"
         )
-    return tuple(found)
+    return tuple(notes)

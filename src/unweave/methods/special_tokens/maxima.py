@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.lm.model import LM, Tokens
-from unweave.methods.special_tokens.degradation import Answer, Level, levels_of, words_changed
+from unweave.methods.special_tokens.degradation import levels_of, words_changed
+from unweave.methods.special_tokens.result import AlphaSweep, Answer, TokenMaxima
 from unweave.sae.module import SAE
 from unweave.sae.steered import SteeredText, sweep
 from unweave.tasks.special_tokens import QUESTIONS, SpecialTokens
@@ -29,24 +29,6 @@ PAPER_ALPHAS = (0.0, 15.0, 25.0, 50.0, 100.0, 150.0, 200.0)
 _DENSE_ELEMENTS = 1 << 23
 
 # -- which latents answer to a special token --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TokenMaxima:
-    """The latents with the largest average maximum at one special token."""
-
-    id: int
-    text: str
-    tokens: int
-    conversations: int
-    """How many conversations hold the token; the averages are over these."""
-    top: tuple[tuple[int, float], ...]
-    """(latent, average maximum), largest first."""
-    outliers: int
-    """How many of the tokens are longer than ``max_norm``."""
-    conversations_without_outliers: int
-    top_without_outliers: tuple[tuple[int, float], ...]
-    """The same without those: an attention sink's values would decide the average."""
 
 
 def average_maxima(
@@ -75,12 +57,12 @@ def average_maxima(
                 lm(batch)
             sums.add(batch, chosen.mask(batch), seen[sae.read], max_norm)
             shown.advance(batch.n_tokens)
-    found = [sums.of(place, lm, top) for place in range(len(chosen.ids)) if sums.tokens[place]]
-    if not found:
+    maxima = [sums.of(place, lm, top) for place in range(len(chosen.ids)) if sums.tokens[place]]
+    if not maxima:
         raise UnweaveError(
             "no token is special", remedy="give conversations, or name the ids that this model's template writes"
         )
-    return found
+    return maxima
 
 
 class _Maxima:
@@ -149,23 +131,34 @@ def _runs(pairs: Tensor, n_ids: int) -> tuple[Tensor, Tensor, Tensor]:
     return numbered, distinct % n_ids, sizes
 
 
+def strongest(lm: LM, maxima: Sequence[TokenMaxima], token: str | None = None) -> tuple[int, int]:
+    """(id, latent): a special token and its strongest latent. By default the token that opens a turn, where it occurs.
+
+    Raises UnweaveError for a token that is not among ``maxima``, and where no latent fires on it.
+    """
+    wanted = _opener(lm) if token is None else None
+    chosen = next((one for one in maxima if one.id == wanted or (token is not None and one.text == token)), None)
+    if chosen is None and token is not None:
+        raise UnweaveError(
+            f"{token!r} is not among the special tokens that occur",
+            where="token",
+            remedy=f"use one of {', '.join(repr(one.text) for one in maxima)}",
+        )
+    chosen = chosen or maxima[0]
+    if not chosen.top:
+        raise UnweaveError(f"no latent fires on {chosen.text!r}", remedy="choose another --token, or name a --latent")
+    return chosen.id, chosen.top[0][0]
+
+
+def _opener(lm: LM) -> int | None:
+    """The token that opens a turn: the first that the template writes to let the assistant speak."""
+    talk = [[{"role": "user", "content": "7"}]]
+    closed = lm.chat(talk).ids[0].tolist()
+    opened = lm.chat(talk, add_generation_prompt=True).ids[0].tolist()
+    return opened[len(closed)] if len(opened) > len(closed) and opened[: len(closed)] == closed else None
+
+
 # -- answers along alpha ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AlphaSweep:
-    """Answers with a latent, and with latents drawn at random, moved by the same lengths."""
-
-    latent: int
-    controls: tuple[int, ...]
-    unit: float
-    """what an alpha of 1 moves every position by"""
-    answers: tuple[Answer, ...]
-    control_answers: tuple[Answer, ...]
-    levels: tuple[Level, ...]
-    """by rising alpha, from 0"""
-    control_levels: tuple[Level, ...]
-    """likewise; each question's values are first averaged over the random latents. Empty without controls."""
 
 
 def alpha_sweep(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from unweave.core.command import Command
 from unweave.core.spec import operational, require
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import UseSpec
+from unweave.methods.special_tokens.result import SpecialTokenResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +60,19 @@ class SpecialTokensSpec(UseSpec):
         }
         fine |= {"alphas": any(alpha > 0 for alpha in self.alphas) and all(alpha >= 0 for alpha in self.alphas)}
         require(self, fine | {"min_answers_changed": 0 <= self.min_answers_changed <= 1})
+
+
+COMMAND = Command(
+    words="special-tokens",
+    spec=SpecialTokensSpec,
+    result=SpecialTokenResult,
+    stage="unweave.methods.special_tokens.stage:run",
+    summary="Measure a sparse autoencoder on special tokens and by role, and steer with a special token's latent.",
+    about="Reconstruction errors as the FAST paper defines them, over whole held-out conversations: on special tokens, "
+    "by role, with and without norm outliers. Then the latents that answer to each special token, and the model's "
+    "answers with the strongest one added at every position, beside latents drawn at random.",
+    examples=(
+        "unweave special-tokens --sae runs/train-0123456789ab/sae",
+        "unweave special-tokens --sae runs/train-0123456789ab/sae --unit median --alphas 0.1 0.2 0.5 1",
+    ),
+)

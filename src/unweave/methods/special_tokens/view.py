@@ -1,134 +1,226 @@
-"""The figures of ``unweave special-tokens``, as SVG and PNG files that stand alone, in the report's colours."""
+"""Special tokens as rows, as a section of a page, and as the tables and figures of a run. Needs no torch."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from unweave.core.result import Row
 from unweave.core.run import atomic_write
-from unweave.methods.special_tokens.degradation import Interval, Level, SweetSpot
-from unweave.methods.special_tokens.errors import GROUPS, TokenErrors
-from unweave.methods.special_tokens.maxima import AlphaSweep
-from unweave.show.theme import LIGHT
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_NAMES = {
-    "all": "all tokens",
-    "special": "special tokens",
-    "other": "all but special",
-    "text": "plain text",
-    "template": "rest of template",
-}
+from unweave.methods.special_tokens import figures
+from unweave.methods.special_tokens.result import (
+    GROUPS,
+    Answer,
+    Level,
+    SpecialTokenResult,
+    Steering,
+    SweetSpot,
+    TokenMaxima,
+)
+from unweave.show.page import ALONE, Around, Section, Tile, figure
+from unweave.show.pieces import esc, latent_link, number, percent, table, token_chip
 
 
-def save(folder: Path, errors: TokenErrors, swept: AlphaSweep, spot: SweetSpot | None, unit: str) -> list[str]:
-    """Draws both figures; the names of the files written."""
-    import matplotlib
-
-    written = []
-    with matplotlib.rc_context(_settings()):
-        for name, figure in (("errors", _errors(errors)), ("steering", _steering(swept, spot, unit))):
-            for kind in ("svg", "png"):
-                buffer = io.BytesIO()
-                metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
-                figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
-                with atomic_write(folder / f"{name}.{kind}") as temporary:
-                    temporary.write_bytes(buffer.getvalue())
-                written.append(f"{name}.{kind}")
-    return written
-
-
-def _settings() -> dict[Any, Any]:
-    c = LIGHT
-    return {
-        "svg.hashsalt": "unweave", "font.size": 8.5, "font.family": "DejaVu Sans",
-        "figure.facecolor": c["panel"], "axes.facecolor": c["panel"], "savefig.facecolor": c["panel"],
-        "axes.edgecolor": c["line"], "axes.labelcolor": c["soft"], "xtick.color": c["line"], "ytick.color": c["line"],
-        "xtick.labelcolor": c["soft"], "ytick.labelcolor": c["soft"], "text.color": c["ink"],
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": c["grid"],
-        "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.linewidth": 0.8, "legend.frameon": False,
-        "legend.fontsize": 8.5, "axes.labelpad": 5, "xtick.major.size": 3, "ytick.major.size": 0,
-        "figure.constrained_layout.use": True, "svg.fonttype": "none",
-    }  # fmt: skip
-
-
-def _errors(errors: TokenErrors) -> Figure:
-    """The paper's error of each group of tokens, with and without norm outliers, on an axis of powers of two."""
-    from matplotlib.figure import Figure
-
-    shown = [group for group in GROUPS if errors.everything[group].log2_mse is not None]
-    figure = Figure(figsize=(5.2, 0.9 + 0.32 * len(shown)))
-    axes = figure.add_subplot()
-    for row, group in enumerate(shown):
-        whole, rest = errors.everything[group].log2_mse, errors.without_outliers[group].log2_mse
-        assert whole is not None
-        if rest is not None:
-            axes.plot([rest, whole], [row, row], color=LIGHT["mute"], linewidth=1.2, zorder=1)
-            axes.scatter([rest], [row], s=42, color=LIGHT["accent"], zorder=3)
-        # Wider than the dot, so that both show where they coincide.
-        axes.scatter([whole], [row], s=90, facecolor=LIGHT["panel"], edgecolor=LIGHT["warm"], linewidths=1.3, zorder=2)
-    axes.scatter([], [], s=42, color=LIGHT["accent"], label="without norm outliers")
-    ring = f"with all tokens ({errors.outliers:,} {'outlier' if errors.outliers == 1 else 'outliers'})"
-    axes.scatter([], [], s=90, facecolor=LIGHT["panel"], edgecolor=LIGHT["warm"], linewidths=1.3, label=ring)
-    labels = [f"{_NAMES.get(group, group)}  ({errors.everything[group].tokens:,})" for group in shown]
-    axes.set_yticks(range(len(shown)), labels)
-    axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.grid(axis="y", visible=False)
-    axes.margins(x=0.08)
-    axes.set_xlabel(f"log2 of the mean squared error at {errors.site}")
-    figure.legend(loc="outside upper right", ncols=2, handletextpad=0.3, columnspacing=1.2)
-    return figure
+def rows(result: SpecialTokenResult) -> list[Row]:
+    """Norms, errors of every group of tokens, and what steering did at every alpha."""
+    errors, swept = result.errors, result.steering.sweep
+    shown: list[Row] = [
+        ("model", result.subject.named_model, ""),
+        ("conversations", errors.sequences, f"{errors.everything.all.tokens:,} tokens"),
+        ("median norm", errors.median_norm, f"at {errors.site_read}, where the SAE reads; first tokens: "
+         f"{errors.median_norm_first:.4g}"),
+    ]  # fmt: skip
+    if errors.median_norm_write is not None:  # a transcoder's other site, which is where a latent is added
+        shown.append(("median norm, written", errors.median_norm_write, f"at {errors.site}, where it writes"))
+    shown.append(("norm outliers", errors.outliers, f"tokens longer than {errors.max_norm:.4g}"))
+    for group in GROUPS:
+        whole, rest = errors.everything.of(group), errors.without_outliers.of(group)
+        if whole.tokens:
+            without = "-" if rest.log2_mse is None else f"{rest.log2_mse:.3f}"
+            spread = "-" if rest.unexplained_variance is None else f"{rest.unexplained_variance:.3f}"
+            words = f"without outliers {without}, unexplained variance {spread}; {whole.tokens:,} tokens"
+            shown.append((f"log2 MSE, {group}", whole.log2_mse, words))
+    shown.append(("steered latent", swept.latent, chosen(result)))
+    for level in swept.levels:
+        ratio = level.perplexity_ratio
+        words = f"distinct 3-grams {level.distinct.mean:.2f}, perplexity x {ratio.mean:.2f}" if ratio else "no text"
+        shown.append((f"alpha {level.alpha:g}: words changed", level.words_changed.mean, words))
+    random = result.steering.control_sweet_spot
+    beside = "" if random is None else f"random latents: {_span(random)}; "
+    unharmed = f"{beside}where answers change and do not fall apart. Whether any is better was not measured"
+    shown.append(("sweet spot", _span(result.steering.sweet_spot), unharmed))
+    return [*shown, *(("note", note, "") for note in errors.notes)]
 
 
-def _steering(swept: AlphaSweep, spot: SweetSpot | None, unit: str) -> Figure:
-    """Words changed, distinct 3-grams and perplexity against alpha, beside the random latents."""
-    from matplotlib.figure import Figure
+def _span(spot: SweetSpot) -> str:
+    return f"alpha {spot.alphas[0]:g} to {spot.alphas[-1]:g}" if spot.alphas else "none"
 
-    panels: tuple[tuple[str, Callable[[Level], Interval | None]], ...] = (
-        ("Words changed", lambda level: level.words_changed),
-        ("Distinct 3-grams", lambda level: level.distinct),
-        ("Perplexity, unedited model", lambda level: level.perplexity),
+
+def chosen(result: SpecialTokenResult) -> str:
+    """Why this latent was steered with."""
+    token = next((one for one in result.maxima if one.id == result.steering.token), None)
+    if token is None:
+        return "named"
+    value = token.top[0][1]
+    return f"largest average maximum on {token.text!r}: {value:.3g} over {token.conversations:,} conversations"
+
+
+def finding(steered: Steering) -> str:
+    """Where the answers change and do not fall apart, in sentences."""
+    spot, control = steered.sweet_spot, steered.control_sweet_spot
+    rule = (
+        f"at least {spot.min_answers_changed:.0%} of the answers change, distinct 3-grams fall by at most "
+        f"{spot.max_distinct_loss:g} and perplexity rises at most {spot.max_perplexity_ratio:g} times"
     )
-    figure = Figure(figsize=(8.6, 3.0))
-    every = figure.subplots(1, 3)
-    for axes, (name, value) in zip(every, panels, strict=True):
-        if spot is not None and spot.alphas:  # the line's width makes a single alpha visible
-            axes.axvspan(spot.alphas[0], spot.alphas[-1], color=LIGHT["heat"], alpha=0.18, linewidth=3)
-        n = len(swept.controls)
-        _line(axes, swept.control_levels, value, "mute", f"{n} random {'latent' if n == 1 else 'latents'}")
-        _line(axes, swept.levels, value, "accent", f"latent {swept.latent}")
-        axes.set_title(name, loc="left", fontsize=8.5, color=LIGHT["ink"])
-        axes.set_xlabel("alpha" if unit == "absolute" else "alpha, in median norms")
-    for axes in every[:2]:
-        axes.set_ylim(0, 1.05)
-    every[2].set_yscale("log")
-    every[2].yaxis.set_major_formatter(lambda x, _position: f"{x:g}")
-    every[2].yaxis.set_minor_formatter(lambda x, _position: "")
-    handles, labels = every[0].get_legend_handles_labels()
-    if spot is not None and spot.alphas:
-        from matplotlib.patches import Patch
-
-        handles.append(Patch(color=LIGHT["heat"], alpha=0.18, linewidth=0))
-        labels.append("changed, not degraded")
-    figure.legend(handles, labels, loc="outside upper right", ncols=3, handletextpad=0.5)
-    return figure
+    latent = steered.sweep.latent
+    if spot.alphas:
+        span = f"from alpha {spot.alphas[0]:g} to {spot.alphas[-1]:g} ({steered.unit})"
+        certain = "and the intervals of both lie within that too" if spot.certain else ""
+        words = f"With latent {latent}, {span}, {rule}, {certain or 'though not with their whole intervals'}."
+    else:
+        words = f"With latent {latent} there is no alpha at which {rule}."
+    if control is not None:
+        other = f"from alpha {control.alphas[0]:g} to {control.alphas[-1]:g}" if control.alphas else "at no alpha"
+        words += f" With latents drawn at random, moved by the same lengths, the same holds {other}."
+    return f"{words} Whether any answer is better was not measured."
 
 
-def _line(
-    axes: Axes, levels: Sequence[Level], value: Callable[[Level], Interval | None], colour: str, label: str
-) -> None:
-    points = [(level.alpha, found) for level in levels if (found := value(level)) is not None]
-    if not points:
-        return
-    alphas, found = [alpha for alpha, _ in points], [interval for _, interval in points]
-    axes.fill_between(
-        alphas, [i.low for i in found], [i.high for i in found], color=LIGHT[colour], alpha=0.2, linewidth=0
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def section(result: SpecialTokenResult, around: Around = ALONE) -> Section:
+    """Errors by group, the latents of each special token, and the answers along alpha."""
+    errors, steered = result.errors, result.steering
+    lead = (
+        f"{errors.sequences:,} held-out conversations of {errors.everything.all.tokens:,} tokens, "
+        f"{errors.everything.special.tokens:,} of them special. The median activation is {errors.median_norm:.4g} long, "
+        f"a conversation's first {errors.median_norm_first:.4g}; {errors.outliers:,} tokens are longer than "
+        f"{errors.max_norm:.4g}, the limit for norm outliers."
     )
-    axes.plot(
-        alphas, [i.mean for i in found], color=LIGHT[colour], linewidth=1.6, marker="o", markersize=3.5, label=label
+    drawn = figures.as_text(lambda c: figures.errors(errors, c), "tokens", "Errors of every group of tokens")
+    swept = figures.as_text(lambda c: figures.steering(steered, c), "alpha", "Answers along alpha")
+    moved = (
+        f"Latent {steered.sweep.latent} ({esc(chosen(result))}) is added at every position of prompt and answer, the "
+        f"tokens that the SAE's policy excludes among them; an alpha of 1 moves each by {steered.sweep.unit:.4g}."
     )
+    body = [
+        f"<p>{esc(lead)}</p>",
+        figure(drawn, "The error of each group of tokens, lower is better: with all tokens, and without the few whose "
+               "activations are so long that they decide every mean."),
+        _errors_table(result),
+        "<h3>Latents of special tokens</h3>",
+        _maxima_table(result.maxima, around),
+        f"<h3>Steering</h3><p>{moved}</p><p>{esc(finding(steered))}</p>",
+        f'<div class="uw-wide">{figure(swept, "What changes along alpha, beside latents drawn at random.")}</div>',
+        _levels_table(steered.sweep.levels),
+        f"<details><summary>Every answer</summary>{_answers_table(steered.sweep.answers)}</details>",
+    ]  # fmt: skip
+    tiles = ()
+    if errors.log2_mse_special is not None:
+        tiles = (Tile(f"{errors.log2_mse_special:.2f}", "log2 MSE, special tokens", "Lower is better."),)
+    heading = f"Special tokens: {esc(errors.site)}"
+    notes = (*result.subject.notes, *errors.notes)
+    return Section("Special tokens", heading, "".join(body), tiles=tiles, notes=notes)
+
+
+def _errors_table(result: SpecialTokenResult) -> str:
+    lines = []
+    for group in GROUPS:
+        whole, rest = result.errors.everything.of(group), result.errors.without_outliers.of(group)
+        if whole.tokens:
+            numbers = (whole.log2_mse, rest.log2_mse, whole.unexplained_variance, rest.unexplained_variance, whole.l0)
+            lines.append((esc(figures.NAMES.get(group, group)), f"{whole.tokens:,}", *map(number, numbers)))
+    without = "without outliers"
+    head = ("Tokens", "Count", "log2 MSE", without, "Unexplained variance", f"{without} ", "L0")
+    return table(head, lines, (1, 2, 3, 4, 5, 6), "Errors")
+
+
+def _maxima_table(maxima: Sequence[TokenMaxima], around: Around) -> str:
+    def latents(top: Sequence[tuple[int, float]]) -> str:
+        pairs = ((latent_link(j) if j in around.entries else str(j), value) for j, value in top)
+        return ", ".join(f"{shown} ({number(value)})" for shown, value in pairs) or "none"
+
+    lines = [
+        (token_chip(one.text), f"{one.conversations:,}", latents(one.top), latents(one.top_without_outliers))
+        for one in maxima
+    ]
+    head = ("Token", "Conversations", "Latents, with their largest values on average", "Without norm outliers")
+    return table(head, lines, (1,))
+
+
+def _levels_table(levels: Sequence[Level]) -> str:
+    lines = [
+        (
+            f"{level.alpha:g}", number(level.length), percent(level.answers_changed.mean),
+            percent(level.words_changed.mean), number(level.distinct.mean),
+            number(level.perplexity_ratio.mean if level.perplexity_ratio else None), percent(level.empty),
+        )
+        for level in levels
+    ]  # fmt: skip
+    head = ("Alpha", "Moved by", "Answers changed", "Words changed", "Distinct 3-grams", "Perplexity, times", "Empty")
+    return table(head, lines, tuple(range(7)))
+
+
+def _answers_table(answers: Sequence[Answer]) -> str:
+    lines = [(esc(answer.question), f"{answer.alpha:g}", esc(answer.text)) for answer in answers]
+    return table(("Question", "Alpha", "Answer"), lines, (1,))
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def write(result: SpecialTokenResult, folder: Path) -> None:
+    """Writes errors.csv, maxima.csv, steering.csv and answers.csv; errors and steering as .svg and .png."""
+    errors, swept = result.errors, result.steering.sweep
+    wholes = {"all": errors.everything, "without outliers": errors.without_outliers}
+    by_group = [{"tokens_of": w, "group": g} | asdict(wholes[w].of(g)) for w in wholes for g in GROUPS]
+    levels = [(str(swept.latent), swept.levels), ("random", swept.control_levels)]
+    tables = {
+        "errors": by_group,
+        "maxima": [row for token in result.maxima for row in _maxima_rows(token)],
+        "steering": [{"latent": n} | _flat(asdict(level)) for n, group in levels for level in group],
+        "answers": [asdict(answer) for answer in (*swept.answers, *swept.control_answers)],
+    }
+    for name, lines in tables.items():
+        _csv(folder / f"{name}.csv", lines)
+    drawings: dict[str, figures.Draw] = {
+        "errors": lambda colours: figures.errors(errors, colours),
+        "steering": lambda colours: figures.steering(result.steering, colours),
+    }
+    for name, draw in drawings.items():
+        with atomic_write(folder / f"{name}.svg") as temporary:
+            temporary.write_text(figures.as_text(draw, name, name) + "\n", encoding="utf-8")
+        with atomic_write(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(figures.as_picture(draw))
+
+
+def _maxima_rows(token: TokenMaxima) -> list[dict[str, Any]]:
+    tops = {"all": (token.conversations, token.top)}
+    tops["without outliers"] = (token.conversations_without_outliers, token.top_without_outliers)
+    about = {"id": token.id, "text": token.text}
+    return [
+        about | {"tokens_of": which, "conversations": n, "rank": rank, "latent": latent, "value": value}
+        for which, (n, top) in tops.items()
+        for rank, (latent, value) in enumerate(top, 1)
+    ]
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Intervals as three columns."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        parts = {f"{name}_{k}" if k != "mean" else name: v for k, v in value.items()} if isinstance(value, dict) else {}
+        flat |= parts or {name: value}
+    return flat
+
+
+def _csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows as a table; a column that only some rows have is empty in the others."""
+    columns = list(dict.fromkeys(name for row in lines for name in row))
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, columns)
+        writer.writeheader()
+        writer.writerows(lines)
