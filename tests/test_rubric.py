@@ -24,11 +24,11 @@ from raw_server import KEY, Raw, completion, http, leaks
 from unweave.cli.app import main
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError
+from unweave.core.result import as_read, as_written
 from unweave.core.run import Run
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 from unweave.data.spec import DataSpec, StreamSpec
-from unweave.inputs.identity import sae as sae_digest
 from unweave.judge.base import Budget, CachedJudge, Conversation, Reply
 from unweave.judge.scripted import Scripted
 from unweave.judge.spec import JudgeSpec
@@ -36,21 +36,13 @@ from unweave.latents import stage as latents
 from unweave.latents.contexts import RecordsSpec, find_contexts
 from unweave.latents.records import Records
 from unweave.latents.spec import LatentsSpec
+from unweave.lm.model import LM
 from unweave.methods.rubric import rubric as rules
 from unweave.methods.rubric import stage as rubric
-from unweave.methods.rubric.rubric import (
-    Difference,
-    Interval,
-    Item,
-    Rating,
-    difference,
-    eligible,
-    parse,
-    question,
-    rate,
-    summarise,
-)
-from unweave.methods.rubric.spec import RubricSpec
+from unweave.methods.rubric import view
+from unweave.methods.rubric.result import Difference, Interval, RatedLatent, RubricResult
+from unweave.methods.rubric.rubric import Item, Rating, difference, eligible, parse, question, rate, summarise
+from unweave.methods.rubric.spec import COMMAND, RubricSpec
 from unweave.methods.train import stage as train
 from unweave.methods.train.sae_spec import SAESpec
 from unweave.methods.train.spec import TrainSpec
@@ -245,7 +237,7 @@ def test_scored_and_failed_are_all_that_was_asked(records: Records) -> None:
         "scripted failure": 1,
         "the score is no whole number from 1 to 5": 1,
     }
-    assert scores.distribution == {1: 0, 2: 1, 3: 0, 4: 1, 5: 0} and scores.mean is not None
+    assert scores.distribution == (0, 1, 0, 1, 0) and scores.mean is not None
     assert scores.mean.value == 3.0
 
 
@@ -268,11 +260,11 @@ def rated(*scores: int | None) -> list[Rating]:
 
 def test_measures_are_those_computed_by_hand() -> None:
     scores = summarise(rated(5, 5, 4, 3, 2, 1, 1, None))
-    assert scores.distribution == {1: 2, 2: 1, 3: 1, 4: 1, 5: 2}
+    assert scores.distribution == (2, 1, 1, 1, 2)
     assert scores.mean is not None and scores.high is not None and scores.low is not None
     assert scores.mean.value == pytest.approx(3.0)
     assert scores.high.value == pytest.approx(3 / 7) and scores.low.value == pytest.approx(3 / 7)
-    assert sum(scores.distribution.values()) == scores.scored == scores.asked - scores.failed == 7
+    assert sum(scores.distribution) == scores.scored == scores.asked - scores.failed == 7
 
 
 def test_the_bootstrap_interval_is_that_of_the_exact_distribution() -> None:
@@ -410,6 +402,11 @@ def spec_of(trained: Run, **changes: Any) -> RubricSpec:
     return replace(spec, **changes)
 
 
+def value(interval: Interval | None) -> float:
+    assert interval is not None
+    return interval.value
+
+
 def one_latent(conversation: Conversation) -> str:
     """A score and a name that depend on nothing but the texts, so that they can be told again from the prompt."""
     text = conversation[-1]["content"]
@@ -426,15 +423,17 @@ def test_the_command_scores_latents_and_controls(
     for line in lines:
         score = 1 + len(line["prompt"][-1]["content"]) % 5
         assert line["score"] == score and f"[[{score}]]" in line["reply"] and line["failure"] == ""
-    for kind in ("real", "shuffled"):
+    assert result.shuffled is not None and result.above_shuffled is not None
+    for kind, found in (("real", result.real), ("shuffled", result.shuffled)):
         scores = [line["score"] for line in lines if line["kind"] == kind]
         counts = Counter(scores)
-        assert result[kind]["distribution"] == {str(s): counts[s] for s in range(1, 6)}
-        assert result[kind]["mean"]["value"] == pytest.approx(np.mean(scores))
-        assert result[kind]["scored"] + result[kind]["failed"] == result[kind]["asked"] == len(scores)
-    wanted = result["real"]["mean"]["value"] - result["shuffled"]["mean"]["value"]
-    assert result["real_above_shuffled"]["value"] == pytest.approx(wanted)
-    assert result["judge"]["model"] == "scripted" and "scripted answers" in str(result["judge"]["notes"])
+        assert found.distribution == tuple(counts[s] for s in range(1, 6))
+        assert value(found.mean) == pytest.approx(np.mean(scores))
+        assert found.scored + found.failed == found.asked == len(scores)
+    wanted = value(result.real.mean) - value(result.shuffled.mean)
+    assert result.above_shuffled.value == pytest.approx(wanted)
+    assert result.judge.model == "scripted" and "scripted answers" in str(view.notes(result.judge))
+    assert as_read(RubricResult, json.loads(json.dumps(as_written(result))), "here") == result
     argv = ["rubric", "--runs", str(tmp_path), "--sae", str(trained.path / "sae"), "--latents", "7", "--shuffled", "5"]
     assert main([*argv, "--latents_tokens", "2500", "--device", "cpu", "--judge.model", "scripted"]) == 0
     shown = capsys.readouterr().out
@@ -486,10 +485,10 @@ def test_no_part_of_a_servers_key_is_in_any_file_or_word(
 def test_trap_39_the_judge_sees_latents_and_not_their_inputs(trained: Run, tmp_path: Path, panel: Panel) -> None:
     """The values in the prompts are the SAE's own, encoded anew from the model on the same tokens."""
     from unweave.data.tokens import TokenStore
-    from unweave.lm.model import LM, Tokens
+    from unweave.lm.model import Tokens
 
     made = rubric.run(spec_of(trained, shuffled=0), tmp_path)
-    assert made.result["shuffled"] is None and made.result["real_above_shuffled"] is None
+    assert made.result.shuffled is None and made.result.above_shuffled is None
     lm, sae = LM.load(SAE.load(trained.path / "sae").provenance["train"]["model"]), SAE.load(trained.path / "sae")
     (store_path,) = tmp_path.glob("tokens-*/store")
     store = TokenStore.open(store_path)
@@ -511,11 +510,12 @@ def test_trap_39_the_judge_sees_latents_and_not_their_inputs(trained: Run, tmp_p
 
 def test_trap_41_latents_are_named_by_the_sae_and_their_number(trained: Run, tmp_path: Path, panel: Panel) -> None:
     made = rubric.run(spec_of(trained), tmp_path)
-    identity = sae_digest(trained.path / "sae")
+    identity = SAE.load(trained.path / "sae").digest()
+    assert made.result.subject.saes[0].digest == identity
     for line in lines_of(made):
         assert len(line["latents"]) == (1 if line["kind"] == "real" else 5)
         assert all(re.fullmatch(rf"{identity}/\d+", name) for name in line["latents"])
-    assert [entry["id"] for entry in made.result["latents"]] == [
+    assert [f"{identity}/{one.latent}" for one in made.result.latents] == [
         x for line in lines_of(made)[:7] for x in line["latents"]
     ]
 
@@ -523,18 +523,46 @@ def test_trap_41_latents_are_named_by_the_sae_and_their_number(trained: Run, tmp
 def test_trap_39_a_judge_that_always_says_the_same_is_seen(trained: Run, tmp_path: Path, panel: Panel) -> None:
     panel.answer = lambda _: "score: [[5]], name: [[everything]]"
     always = rubric.run(spec_of(trained), tmp_path / "always").result
-    assert always["real"]["mean"]["value"] == 5 and always["real_above_shuffled"]["value"] == 0
-    assert "do not build on its scores" in always["summary"][-1][2]
+    assert value(always.real.mean) == 5 and value(always.above_shuffled) == 0
+    assert "do not build on its scores" in always.rows()[-1][2]
     real = {line["prompt"][-1]["content"] for line in lines_of(Run.at(next(tmp_path.glob("always/rubric-*"))))[:7]}
     panel.answer = lambda talk: f"score: [[{5 if talk[-1]['content'] in real else 1}]], name: [[x]]"
     knows = rubric.run(spec_of(trained), tmp_path / "knows").result
-    assert knows["real_above_shuffled"]["value"] == 4
-    assert knows["summary"][-1][2] == "the judge tells latents from shuffled contexts"
-    assert always["real_above_shuffled"]["p"] == 1 and knows["real_above_shuffled"]["p"] < 0.01
-    assert knows["summary"][-1][1].startswith("4.00 [4.00, 4.00], p = 0.00")
+    assert value(knows.above_shuffled) == 4
+    assert knows.rows()[-1][2] == "the judge tells latents from shuffled contexts"
+    assert always.above_shuffled is not None and knows.above_shuffled is not None
+    assert always.above_shuffled.p == 1 and (knows.above_shuffled.p or 0) < 0.01
+    assert str(knows.rows()[-1][1]).startswith("4.00 [4.00, 4.00], p = 0.00")
     few = rubric.run(spec_of(trained, latents=3, shuffled=4), tmp_path / "few").result
-    assert few["real_above_shuffled"]["value"] == 4 and few["real_above_shuffled"]["p"] is None
-    assert few["summary"][-1][2] == "too few to tell"
+    assert value(few.above_shuffled) == 4 and few.above_shuffled is not None and few.above_shuffled.p is None
+    assert few.rows()[-1][2] == "too few to tell"
+
+
+def test_the_page_shows_scores_names_and_what_to_make_of_them(trained: Run, tmp_path: Path, panel: Panel) -> None:
+    panel.answer = one_latent
+    result = rubric.run(spec_of(trained), tmp_path).result
+    section = view.section(result)
+    assert type(result) is COMMAND.result and "uw-embed" in result._repr_html_()
+    for one in result.latents:
+        assert f">{one.latent}</td>" in section.body and one.name in section.body
+    for part in ("<svg", "latents: mean score", view.verdict(result.above_shuffled), view.shown(result.real.mean)):
+        assert part.lower() in section.body.lower(), part
+    assert any("scripted answers" in note for note in section.notes)
+
+
+def test_asking_again_loads_nothing_and_asks_nobody(
+    trained: Run, tmp_path: Path, panel: Panel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = rubric.run(spec_of(trained), tmp_path)
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(LM, "load", fail)
+    monkeypatch.setattr(SAE, "load", fail)
+    monkeypatch.setattr(Panel, "open", fail)
+    again = rubric.run(spec_of(trained), tmp_path)
+    assert again.reused and again.result == first.result
 
 
 def test_interrupted_ratings_go_on_reply_by_reply(trained: Run, tmp_path: Path, panel: Panel) -> None:
@@ -546,7 +574,7 @@ def test_interrupted_ratings_go_on_reply_by_reply(trained: Run, tmp_path: Path, 
     made = rubric.run(spec, tmp_path)
     assert [len(script.asked) for script in panel.scripts] == [5, 5, 2]
     whole = rubric.run(spec, tmp_path / "at once")
-    assert lines_of(made) == lines_of(whole) and made.result["real"] == whole.result["real"]
+    assert lines_of(made) == lines_of(whole) and made.result.real == whole.result.real
     panel.scripts.clear()
     rubric.run(replace(spec, latents=9), tmp_path)
     assert len(panel.scripts[0].asked) == 2  # the first seven and the shuffled ones are known
@@ -556,11 +584,12 @@ def test_failures_are_counted_and_no_reply_at_all_is_an_error(trained: Run, tmp_
     counter = iter(range(100))
     panel.answer = lambda _: (None, "gibberish", "score: [[2]], name: [[b]]")[next(counter) % 3]
     result = rubric.run(spec_of(trained), tmp_path).result
-    real = result["real"]
-    assert (real["asked"], real["scored"], real["failed"]) == (7, 2, 5)
-    assert real["failures"] == {"scripted failure": 3, "no answer of the form asked for": 2}
-    assert [entry["score"] for entry in result["latents"]] == [None, None, 2, None, None, 2, None]
-    assert "5 answers could not be used" in str(result["summary"])
+    real = result.real
+    assert (real.asked, real.scored, real.failed) == (7, 2, 5)
+    assert real.failures == {"scripted failure": 3, "no answer of the form asked for": 2}
+    assert [one.score for one in result.latents] == [None, None, 2, None, None, 2, None]
+    assert all(isinstance(one, RatedLatent) for one in result.latents)
+    assert "5 answers could not be used" in str(result.rows())
     panel.answer = lambda _: None
     with pytest.raises(UnweaveError, match="answered none of 3 prompts"):
         rubric.run(spec_of(trained, latents=2, shuffled=1, seed=3), tmp_path)

@@ -6,10 +6,11 @@ import os
 import re
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from unweave.core.errors import UnweaveError
+from unweave.core.refs import Content
 from unweave.core.spec import Spec, operational, require
 from unweave.judge.secrets import Secret
 
@@ -20,7 +21,7 @@ DEFAULT_JUDGE = "qwen2.5-coder-1.5b-instruct"
 class JudgeSpec(Spec):
     """The chat model that judges: one that runs here, or one behind an OpenAI-compatible address."""
 
-    model: str = DEFAULT_JUDGE
+    model: Annotated[str, Content("unweave.core.contents:tree_of", named=True)] = DEFAULT_JUDGE
     """A catalogue name, hub id, folder or GGUF file; with base_url the name that the server knows it by."""
     base_url: str | None = None
     """Address of an OpenAI-compatible server, e.g. https://api.openai.com/v1; without it the model runs here."""

@@ -25,17 +25,10 @@ from unweave.core.errors import UnweaveError
 from unweave.judge.base import Conversation, Judge, Reply
 from unweave.latents.contexts import KINDS, Array
 from unweave.latents.records import Context, Records
+from unweave.methods.rubric.result import SCALE, Difference, Interval, Scores
 
 CONTEXTS = 5
-SCALE = {
-    5: "one clear pattern, and all five texts fit it",
-    4: "one clear pattern, but one or two of the texts do not fit it",
-    3: "a pattern overall, but several of the texts do not fit it",
-    2: "a loose common theme without a clear pattern",
-    1: "no pattern that you can see",
-}
 _TOP = 10.0
-_LEVEL = 0.05
 _RESAMPLES = 10_000
 _FEWEST = 5
 """Scores needed on each side before two groups are compared: a bootstrap of fewer knows nothing of their spread."""
@@ -100,46 +93,6 @@ class Rating:
     """Empty where there is a score."""
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % bootstrap interval over items; without one where there are fewer than two."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Difference(Interval):
-    """How far two groups of items are apart, and how easily they would be if both were of one kind."""
-
-    p: float | None
-    """Two-sided p value of a permutation test; None where either group has fewer than five scores."""
-
-    @property
-    def shown(self) -> bool:
-        """Whether the first group was shown to score higher, at 5 %."""
-        return self.p is not None and self.p < _LEVEL and self.value > 0
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The distribution of scores. ``scored + failed == asked``; measures are of what was scored, None without any."""
-
-    asked: int
-    scored: int
-    failed: int
-    failures: dict[str, int]
-    """How often each reason occurred."""
-    distribution: dict[int, int]
-    """How many items got each score from 1 to 5."""
-    mean: Interval | None
-    high: Interval | None
-    """Share of scores 4 and 5."""
-    low: Interval | None
-    """Share of scores 1 and 2."""
-
-
 def eligible(records: Records) -> Array:
     """Latents int64 [n] with five top contexts, in all of which they fire; in ascending order.
 
@@ -156,8 +109,8 @@ def real_items(records: Records, n: int, seed: int = 0) -> list[Item]:
 
     With the same seed, more latents are the same ones and more. Raises UnweaveError where no latent is eligible.
     """
-    found = _eligible(records, 1)
-    chosen = np.random.default_rng([seed, 0]).permutation(found)[:n]
+    among = _eligible(records, 1)
+    chosen = np.random.default_rng([seed, 0]).permutation(among)[:n]
     return [_item(records, "real", [int(j)] * CONTEXTS) for j in chosen]
 
 
@@ -169,21 +122,21 @@ def shuffled_items(records: Records, n: int, seed: int = 0) -> list[Item]:
     """
     if n == 0:
         return []
-    found = _eligible(records, CONTEXTS)
+    among = _eligible(records, CONTEXTS)
     generator = np.random.default_rng([seed, 1])
-    drawn = [generator.choice(found, CONTEXTS, replace=False) for _ in range(n)]
+    drawn = [generator.choice(among, CONTEXTS, replace=False) for _ in range(n)]
     return [_item(records, "shuffled", [int(j) for j in latents]) for latents in drawn]
 
 
 def _eligible(records: Records, wanted: int) -> Array:
-    found = eligible(records)
-    if len(found) < wanted:
+    among = eligible(records)
+    if len(among) < wanted:
         raise UnweaveError(
-            f"{len(found)} of {len(records):,} latents fire in {CONTEXTS} documents or more, at least {wanted} needed",
+            f"{len(among)} of {len(records):,} latents fire in {CONTEXTS} documents or more, at least {wanted} needed",
             where="records",
             remedy="collect the records from more documents, with at least five top contexts",
         )
-    return found
+    return among
 
 
 def _item(records: Records, kind: Kind, latents: Sequence[int]) -> Item:
@@ -231,12 +184,12 @@ def parse(text: str) -> tuple[int, str]:
     There must be one ``score: [[n]], name: [[words]]`` with a whole number from 1 to 5 and a name of letters or
     digits. Anything around it is the judge's description.
     """
-    found = _ANSWER.findall(text)
-    if not found:
+    answers = _ANSWER.findall(text)
+    if not answers:
         raise ValueError("no answer of the form asked for")
-    if len(found) > 1:
+    if len(answers) > 1:
         raise ValueError("more than one answer")
-    score, name = (part.strip() for part in found[0])
+    score, name = (part.strip() for part in answers[0])
     if score not in ("1", "2", "3", "4", "5"):
         raise ValueError("the score is no whole number from 1 to 5")
     if not any(character.isalnum() for character in name) or name.lower() == "a few words":
@@ -274,7 +227,7 @@ def summarise(ratings: Sequence[Rating], seed: int = 0) -> Scores:
         scored=len(scores),
         failed=len(ratings) - len(scores),
         failures=dict(failures.most_common()),
-        distribution={score: int((scores == score).sum()) for score in sorted(SCALE)},
+        distribution=tuple(int((scores == score).sum()) for score in sorted(SCALE)),
         mean=_interval(scores, seed),
         high=_interval(scores >= 4, seed),
         low=_interval(scores <= 2, seed),
@@ -300,7 +253,7 @@ def difference(real: Sequence[Rating], shuffled: Sequence[Rating], seed: int = 0
 
 
 def _relabelled(a: Array, b: Array, seed: list[int]) -> float:
-    """Share of relabellings of a [n] and b [m] whose means are as far apart, the one that was found among them."""
+    """Share of relabellings of a [n] and b [m] whose means are as far apart, the real one among them."""
     values, counts = np.unique(np.concatenate([a, b]), return_counts=True)
     # Drawing n of the pooled scores is drawing how many of each value they are.
     drawn = np.random.default_rng(seed).multivariate_hypergeometric(counts, len(a), _RESAMPLES)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from unweave.core.command import Command
 from unweave.core.spec import require
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import UseSpec
 from unweave.judge.spec import JudgeSpec
+from unweave.methods.rubric.result import RubricResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +36,21 @@ class RubricSpec(UseSpec):
         tokens = self.latents_tokens is None or self.latents_tokens > 0
         shuffled = self.shuffled is None or self.shuffled >= 0
         require(self, {"latents": self.latents > 0, "shuffled": shuffled, "latents_tokens": tokens})
+
+
+COMMAND = Command(
+    words="rubric",
+    spec=RubricSpec,
+    result=RubricResult,
+    stage="unweave.methods.rubric.stage:run",
+    summary="Have a chat model score how clear latents are, from 1 to 5.",
+    about="The judge sees the five strongest contexts of random latents, and beside them sets of contexts of five "
+    "different latents, which should score low. By default a small judge runs here (a download of 1.1 GB, once, "
+    "and 7 GB of memory); with --judge.base-url any OpenAI-compatible server. Every reply is kept: after an "
+    "interruption, none is asked again.",
+    examples=(
+        "unweave rubric --sae runs/train-0123456789ab/sae --latents 8",
+        "unweave rubric --sae runs/train-0123456789ab/sae --latents 128 --judge.model gpt-4o-2024-11-20 "
+        "--judge.base-url https://api.openai.com/v1 --judge.api-key-env OPENAI_API_KEY",
+    ),
+)

@@ -1,28 +1,24 @@
-"""How clear a judge finds what latents respond to, beside the same judge's scores of shuffled contexts."""
+"""How clear a judge rates what latents respond to, beside the same judge's scores of shuffled contexts."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from unweave.core.contents import tree_of as stamp
 from unweave.core.errors import UnweaveError
-from unweave.core.run import Run, atomic_write
-from unweave.inputs.identity import sae as sae_digest
+from unweave.core.run import atomic_write
+from unweave.core.stage import Context, stage
 from unweave.inputs.inputs import load_lm
-from unweave.judge.base import REPLIES, Judge, check_judge, open_judge
-from unweave.judge.spec import DEFAULT_JUDGE
-from unweave.latents import stage as latents_job
+from unweave.judge.base import REPLIES, check_judge, open_judge
+from unweave.latents import stage as latents
 from unweave.latents.spec import LatentsSpec
+from unweave.methods.rubric.result import JudgeInfo, RatedLatent, RubricResult
 from unweave.methods.rubric.rubric import (
-    Difference,
-    Interval,
     Rating,
-    Scores,
     difference,
     eligible,
     rate,
@@ -32,45 +28,44 @@ from unweave.methods.rubric.rubric import (
 )
 from unweave.methods.rubric.spec import RubricSpec
 
-VERSION = 3
 
-
-def run(spec: RubricSpec, runs: Path) -> Run:
-    """Scores random latents; ``ratings.jsonl`` holds every prompt, reply and score, the result their distribution.
+@stage("rubric", version=4)
+def run(spec: RubricSpec, ctx: Context) -> RubricResult:
+    """Scores random latents; ``ratings.jsonl`` holds every prompt, reply and score.
 
     Raises UnweaveError when no prompt got any reply. Interrupted, it goes on from the replies that came.
     """
-    inputs = {"sae": sae_digest(spec.sae)}
-    if spec.judge.base_url is None and (judge_files := stamp(spec.judge.model)):
-        inputs["judge"] = judge_files
-    with Run.open(runs, "rubric", spec, version=VERSION, inputs=inputs) as run:
-        if run.done:
-            return run
-        check_judge(spec.judge)
-        latents_run = latents_job.run(_latents_spec(spec), runs)
-        records = latents_job.load(latents_run)
-        load_lm.cache_clear()  # the records are all that is needed; the judge may want the memory
-        items = real_items(records, spec.latents, spec.seed)
-        n_shuffled = len(items) if spec.shuffled is None else spec.shuffled
-        items += shuffled_items(records, n_shuffled, spec.seed)
-        judge = open_judge(spec.judge, Path(runs) / REPLIES, spec.device)
-        asked = time.monotonic()
-        ratings = rate(judge, items)
-        run.log("judge", {"seconds_per_prompt": _seconds_per_prompt(ratings, time.monotonic() - asked)})
-        if all(rating.reply.text is None for rating in ratings):
-            raise UnweaveError(
-                f"the judge answered none of {len(ratings)} prompts: {ratings[0].failure}",
-                where=judge.name,
-                remedy="mend that and ask again",
-            )
-        _write(run.path / "ratings.jsonl", ratings, inputs["sae"])
-        subject = latents_run.result.subject
-        used = {"model": subject.model, "model_note": subject.note}
-        used |= {"accepted": subject.accepted} if subject.accepted else {}
-        result = used | {"records_run": latents_run.path.name, "eligible": len(eligible(records))}
-        result |= _found(spec, judge, ratings, inputs["sae"])
-        run.finish(result)
-    return run
+    check_judge(spec.judge)
+    collected = latents.run(_latents_spec(spec), ctx.runs)
+    subject, records = collected.result.subject, latents.load(collected)
+    load_lm.cache_clear()  # the records are all that is needed; the judge may want the memory
+    items = real_items(records, spec.latents, spec.seed)
+    items += shuffled_items(records, len(items) if spec.shuffled is None else spec.shuffled, spec.seed)
+    judge = open_judge(spec.judge, ctx.runs / REPLIES, spec.device)
+    asked = time.monotonic()
+    ratings = rate(judge, items)
+    ctx.log("judge", {"seconds_per_prompt": _seconds_per_prompt(ratings, time.monotonic() - asked)})
+    if all(rating.reply.text is None for rating in ratings):
+        raise UnweaveError(
+            f"the judge answered none of {len(ratings)} prompts: {ratings[0].failure}",
+            where=judge.name,
+            remedy="mend that and ask again",
+        )
+    _write(ctx.path / "ratings.jsonl", ratings, subject.saes[0].digest)
+    real = [rating for rating in ratings if rating.item.kind == "real"]
+    shuffled = [rating for rating in ratings if rating.item.kind == "shuffled"]
+    return RubricResult(
+        subject=subject,
+        records_run=collected.path.name,
+        eligible=len(eligible(records)),
+        judge=JudgeInfo(judge.name, judge.note, spec.judge.base_url is None),
+        real=summarise(real, spec.seed),
+        shuffled=summarise(shuffled, spec.seed) if shuffled else None,
+        above_shuffled=difference(real, shuffled, spec.seed),
+        latents=tuple(RatedLatent(rating.item.latents[0], rating.score, rating.name) for rating in real),
+        prompt_tokens=sum(rating.reply.prompt_tokens for rating in ratings),
+        new_tokens=sum(rating.reply.new_tokens for rating in ratings),
+    )
 
 
 def _latents_spec(spec: RubricSpec) -> LatentsSpec:
@@ -115,69 +110,3 @@ def _line(rating: Rating, sae: str) -> dict[str, Any]:
         "new_tokens": reply.new_tokens,
         "cut": reply.cut,
     }
-
-
-def _found(spec: RubricSpec, judge: Judge, ratings: Sequence[Rating], sae: str) -> dict[str, Any]:
-    real = [rating for rating in ratings if rating.item.kind == "real"]
-    shuffled = [rating for rating in ratings if rating.item.kind == "shuffled"]
-    scores, control = summarise(real, spec.seed), summarise(shuffled, spec.seed) if shuffled else None
-    above = difference(real, shuffled, spec.seed)
-    notes = _notes(spec, judge)
-    return {
-        "summary": _summary(judge, notes, scores, control, above),
-        "judge": {"model": judge.name, "note": judge.note, "notes": notes},
-        "real": asdict(scores),
-        "shuffled": None if control is None else asdict(control),
-        "real_above_shuffled": None if above is None else asdict(above),
-        "latents": [
-            {"id": f"{sae}/{r.item.latent}", "latent": r.item.latent, "score": r.score, "name": r.name} for r in real
-        ],
-        "prompt_tokens": sum(r.reply.prompt_tokens for r in ratings),
-        "new_tokens": sum(r.reply.new_tokens for r in ratings),
-    }
-
-
-def _notes(spec: RubricSpec, judge: Judge) -> list[str]:
-    notes = [judge.note] if judge.note else []
-    if spec.judge.base_url is None and judge.name == DEFAULT_JUDGE:
-        notes.append("a small judge: read its scores only beside those of shuffled contexts")
-    return notes
-
-
-def _summary(
-    judge: Judge, notes: Sequence[str], real: Scores, control: Scores | None, above: Difference | None
-) -> list[list[Any]]:
-    rows: list[list[Any]] = [["judge", judge.name, "; ".join(notes)]]
-    for name, scores in (("latents", real), ("shuffled", control)):
-        if scores is None:
-            continue
-        about = "sets of contexts of five different latents" if name == "shuffled" else "latents drawn at random"
-        failed = f"; {scores.failed} answers could not be used" if scores.failed else ""
-        rows.append([f"{name}: scored", f"{scores.scored} of {scores.asked}", about + failed])
-        rows.append([f"{name}: mean score", _shown(scores.mean), "1 no pattern, 5 a clear one; 95 % interval"])
-        rows.append([f"{name}: 4 or 5", _shown(scores.high), "share"])
-        rows.append([f"{name}: below 3", _shown(scores.low), "share"])
-        counts = "  ".join(f"{score}: {count}" for score, count in scores.distribution.items())
-        rows.append([f"{name}: how many", counts, "of each score"])
-    if control is not None:
-        chance = "" if above is None or above.p is None else f", p = {above.p:.2g}"
-        rows.append(["latents above shuffled", _shown(above) + chance, _verdict(above)])
-    return rows
-
-
-def _shown(interval: Interval | None) -> str:
-    if interval is None:
-        return "-"
-    if interval.low is None or interval.high is None:
-        return f"{interval.value:.2f}"
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
-
-
-def _verdict(above: Difference | None) -> str:
-    if above is None:
-        return "nothing to compare"
-    if above.p is None:
-        return "too few to tell"
-    if above.shown:
-        return "the judge tells latents from shuffled contexts"
-    return "the judge was not shown to tell latents from shuffled contexts: do not build on its scores"

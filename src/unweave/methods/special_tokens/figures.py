@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from unweave.methods.special_tokens.result import GROUPS, Interval, Level, Steering, TokenErrors
+from unweave.methods.special_tokens.result import GROUPS, Group, Interval, Level, Steering, TokenErrors
 from unweave.show.figures import COLOURS, as_svg, settings
 from unweave.show.plots import png
 from unweave.show.theme import LIGHT
@@ -28,8 +28,9 @@ def as_picture(draw: Draw) -> bytes:
     """A PNG file of a figure, in the light colours."""
     import matplotlib
 
-    background = {"figure.facecolor": LIGHT["panel"], "axes.facecolor": LIGHT["panel"]}
-    with matplotlib.rc_context(settings(LIGHT) | background | {"savefig.facecolor": LIGHT["panel"]}):
+    drawn: dict[Any, Any] = settings(LIGHT)
+    drawn |= {f"{part}.facecolor": LIGHT["panel"] for part in ("figure", "axes", "savefig")}
+    with matplotlib.rc_context(drawn):
         return png(draw(LIGHT))
 
 
@@ -45,7 +46,7 @@ def errors(measured: TokenErrors, colours: Mapping[str, str]) -> Figure:
     """The paper's error of each group of tokens, with and without norm outliers, on an axis of powers of two."""
     from matplotlib.figure import Figure
 
-    shown = [group for group in GROUPS if measured.everything.of(group).log2_mse is not None]
+    shown: list[Group] = [group for group in GROUPS if measured.everything.of(group).log2_mse is not None]
     figure = Figure(figsize=(5.2, 0.9 + 0.32 * len(shown)))
     axes = figure.add_subplot()
     for row, group in enumerate(shown):

@@ -96,8 +96,8 @@ def section(result: SpecialTokenResult, around: Around = ALONE) -> Section:
     errors, steered = result.errors, result.steering
     lead = (
         f"{errors.sequences:,} held-out conversations of {errors.everything.all.tokens:,} tokens, "
-        f"{errors.everything.special.tokens:,} of them special. The median activation is {errors.median_norm:.4g} long, "
-        f"a conversation's first {errors.median_norm_first:.4g}; {errors.outliers:,} tokens are longer than "
+        f"{errors.everything.special.tokens:,} of them special. The median activation is {errors.median_norm:.4g} "
+        f"long, a conversation's first {errors.median_norm_first:.4g}; {errors.outliers:,} tokens are longer than "
         f"{errors.max_norm:.4g}, the limit for norm outliers."
     )
     drawn = figures.as_text(lambda c: figures.errors(errors, c), "tokens", "Errors of every group of tokens")
