@@ -11,21 +11,48 @@ import pytest
 
 from test_jobs import home, spec_of  # noqa: F401  (home is a fixture)
 from unweave.core.errors import UnweaveError
-from unweave.core.run import Run
+from unweave.core.result import as_read, as_written
+from unweave.inputs.subject import SAEInfo, Subject
+from unweave.lm.model import LM
+from unweave.methods.rubric.result import Difference, Interval, JudgeInfo, RubricResult, Scores
+from unweave.methods.special_tokens.result import (
+    GROUPS,
+    AlphaSweep,
+    ByGroup,
+    GroupErrors,
+    SpecialTokenResult,
+    Steering,
+    SweetSpot,
+    TokenErrors,
+)
+from unweave.methods.train.presets import PRESETS
+from unweave.methods.train.sae_spec import SAESpec
 from unweave.methods.train.spec import TrainSpec
 from unweave.papers.claims import Claim, markdown
-from unweave.papers.instruct_saes import page, recipe
+from unweave.papers.instruct_saes import claims, errors_stage, figures, recipe, view
 from unweave.papers.instruct_saes import plan as plans
-from unweave.papers.instruct_saes.compare import Measured, cells, contest, curve, slope_at
+from unweave.papers.instruct_saes.compare import cells, contest, curve, slope_at
 from unweave.papers.instruct_saes.plan import Plan, plan_of
-from unweave.papers.instruct_saes.spec import LAYERS, InstructSaesSpec
+from unweave.papers.instruct_saes.result import RECIPES, InstructSaes, Measure, Measured, Rated
+from unweave.papers.instruct_saes.spec import COMMAND, LAYERS, InstructSaesSpec
+from unweave.sae.module import SAE
 
-MEASURE = "log2 MSE"
+MEASURE = Measure("all")
+SUBJECT = Subject("a model", "", (SAEInfo(None, "relu", 4, 8, None, "0" * 12),), {})
 
 
-def measured(recipe: str, k: int, seed: int, l0: float, mse: float, kind: str = "relu") -> Measured:
-    errors = {"everything": {"all": {"log2_mse": math.log2(mse), "l0": l0}}}
-    return Measured(recipe, kind, "resid_post.1", k, seed, errors)
+def token_errors(log2_mse: float | None, l0: float) -> TokenErrors:
+    """The same numbers for every group of tokens."""
+    mse = None if log2_mse is None else 2**log2_mse
+    groups = ByGroup(**{group: GroupErrors(9, 1, mse, log2_mse, mse, log2_mse, 0.5, l0) for group in GROUPS})
+    return TokenErrors(
+        "unweave.special/1", "resid_post.1", "resid_post.1", 1, (0,), "template", groups, groups, 0, 1.0, None, 1.0,
+        1.0, 10.0, None, 0, 0, 0, 0, 1.0, (),
+    )  # fmt: skip
+
+
+def measured(recipe: plans.Recipe, k: int | None, seed: int, l0: float, mse: float, kind: str = "relu") -> Measured:
+    return Measured(recipe, kind, 4, "resid_post.1", k, seed, token_errors(math.log2(mse), l0))
 
 
 def test_errors_are_moved_along_the_curve_to_the_same_l0() -> None:
@@ -43,8 +70,8 @@ def test_one_l0_alone_is_not_a_curve() -> None:
     (cell,) = cells([measured("FAST", 32, 0, 30.0, 0.5)], MEASURE, 32)
     other = measured("BT(F)", 32, 0, 32.0, 0.25)
     found = contest([cell, *cells([other], MEASURE, 32)], "FAST", "BT(F)")
-    assert (found.cells, found.left_out, found.words()) == (0, 1, "nothing to compare")
-    (as_trained,) = cells([measured("FAST", 0, 0, 30.0, 0.5)], MEASURE, None)
+    assert (found.cells, found.left_out, claims.words(found)) == (0, 1, "nothing to compare")
+    (as_trained,) = cells([measured("FAST", None, 0, 30.0, 0.5)], MEASURE, None)
     assert as_trained.comparable and as_trained.values == (-1.0,)
     assert not cell.comparable and cell.values == (-1.0,)
     assert slope_at([(1.0, 2.0), (1.0, 3.0)], 1.0) is None
@@ -56,7 +83,7 @@ def test_the_slope_is_that_of_the_segment_around_the_point() -> None:
 
 
 def test_a_measure_without_tokens_is_left_out() -> None:
-    row = Measured("FAST", "relu", "resid_post.1", 32, 0, {"everything": {"all": {"log2_mse": None, "l0": 3.0}}})
+    row = Measured("FAST", "relu", 4, "resid_post.1", 32, 0, token_errors(None, 3.0))
     assert cells([row], MEASURE, 32) == [] and curve([row], MEASURE, 0) == []
 
 
@@ -68,7 +95,7 @@ def test_contests_count_cells_and_what_every_seed_says() -> None:
     assert (found.cells, found.lower, found.clearly, found.clearly_higher) == (2, 1, 0, 0)  # one seed decides nothing
     by_hand = ((math.log2(0.25) + math.log2(0.26)) - (math.log2(0.5) + math.log2(0.255))) / 2 + 1
     assert found.mean_difference == pytest.approx(by_hand / 2)
-    assert "lower in 1 of 2 cells" in found.words()
+    assert "lower in 1 of 2 cells" in claims.words(found)
 
 
 def test_claims_as_a_table() -> None:
@@ -138,7 +165,7 @@ def tiny_plan(home: Path) -> Plan:  # noqa: F811
             {"kind": ["relu", "jumprelu"], "k": [8], "seed": [0]},
         ),
     )
-    trainings: dict[str, TrainSpec] = plans._recipes(
+    trainings: dict[plans.Recipe, TrainSpec] = plans._recipes(
         base, replace(chat, dedup=0), chat, replace(chat.pack, packing="blocks"), chat.pack
     )
     heldout = replace(chat, heldout_tokens=1000)
@@ -157,10 +184,29 @@ def test_the_fast_recipe_end_to_end_and_again(
     assert not run.reused and (run.path / "errors.png").stat().st_size > 10_000
     page = (run.path / "report.html").read_text()
     assert "FAST" in page and "data:image/png" in page and "http://" not in page.replace("http://www.w3.org", "")
-    rows = {row[0] for row in result["summary"]}
-    assert {"SAEs", "FAST against BT(P)", "FAST against BT(F)"} <= rows
-    assert result["summary"][0][1] == 18
+    rows = result.rows()
+    assert {"SAEs", "FAST against BT(P)", "FAST against BT(F)"} <= {row[0] for row in rows}
+    assert rows[0][1] == len(result.saes) == 18
+    assert {(one.recipe, one.kind, one.k, one.seed) for one in result.saes} == {
+        (name, kind, k, seed)
+        for name in ("BT(P)", "BT(F)", "FAST")
+        for kind in ("relu", "jumprelu")
+        for k, seed in ((4, 0), (4, 1), (8, 0))
+    }
+    for claim in claims.claims(result):
+        assert claim.verdict in page and claim.verdict in (run.path / "claims.md").read_text()
+    assert "Special tokens" in page and view.section(result).body in page
     assert (run.path / "table.md").read_text().count("| relu | resid_post.1 |") >= 4
+    assert {(part.part, part.recipe) for part in result.runs} >= {("errors", None), ("train", "BT(P)")}
+    assert all((tmp_path / part.run / "DONE").exists() for part in result.runs)
+    assert type(result) is COMMAND.result and "uw-embed" in result._repr_html_()
+    assert as_read(InstructSaes, as_written(result), "here") == result
+
+    def fail(*args: object, **options: object) -> object:
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(LM, "load", fail)
+    monkeypatch.setattr(SAE, "load", fail)
     assert recipe.run(spec, tmp_path).reused
 
 
@@ -171,32 +217,36 @@ def test_a_curve_is_not_drawn_on_far_beyond_its_ends() -> None:
 
 
 def test_paper_scale_rows_have_no_k_and_widths_are_kinds_of_their_own() -> None:
-    name = "resid_post.12/fast-jumprelu-expansion16"
-    assert recipe._setting({"name": name, "kind": "jumprelu"}) == {"kind": "jumprelu 16x", "k": 0, "seed": 0}
-    small = {"name": "resid_post.9/relu-k32-seed2", "kind": "relu"}
-    assert recipe._setting(small) == {"kind": "relu", "k": 32, "seed": 2}
+    """The published recipes fix a coefficient; the smoke scale aims at an L0."""
+    for name in PRESETS:
+        assert errors_stage.aimed_at(SAESpec.from_dict({"preset": name})) is None
+    assert errors_stage.aimed_at(SAESpec(kind="relu", k=32)) == errors_stage.aimed_at(SAESpec(kind="topk", k=32)) == 32
+    wide = [Measured("FAST", "jumprelu", width, "resid_post.12", None, 0, token_errors(-1.0, 9.0)) for width in (8, 16)]
+    assert [cell.expansion for cell in cells(wide, MEASURE, None)] == [8, 16]
+    assert [figures.kind_name(one.kind, one.expansion, wide) for one in wide] == ["jumprelu 8x", "jumprelu 16x"]
+    assert figures.kind_name("jumprelu", 8, wide[:1]) == "jumprelu"
+
+
+def steered() -> SpecialTokenResult:
+    spot = SweetSpot((), False, 0.1, 1.25, 0.5)
+    swept = AlphaSweep(3, (), 1.0, (), (), (), ())
+    return SpecialTokenResult(SUBJECT, token_errors(-1.0, 20.0), (), Steering(swept, None, "absolute", spot, None))
 
 
 def test_the_page_of_paper_scale(tmp_path: Path) -> None:
     """No k, one seed: errors as trained, at whatever L0; and no verdict from seeds that do not exist."""
-
-    def whole(recipe_: str, mse: float) -> Measured:
-        group = {"log2_mse": math.log2(mse), "l0": 20.0}
-        errors = {part: dict.fromkeys(("all", "special", "user", "assistant"), group) for part in page_parts}
-        return Measured(recipe_, "jumprelu 8x", "resid_post.12", 0, 0, errors)
-
-    page_parts = ("everything", "without_outliers")
-    rows = [whole("BT(P)", 0.5), whole("BT(F)", 0.3), whole("FAST", 0.2)]
-    spec = InstructSaesSpec(scale="paper")
-    steered = Run(tmp_path / "steered", "x")
-    steered.path.mkdir()
-    steered.finish({"finding": "nothing of note", "model": "a model"})
-    found = page.write(tmp_path, spec, plan_of(spec), rows, {}, steered)
-    claims = {claim["claim"][:30]: claim for claim in found["claims"]}
-    assert claims["FAST reconstructs all tokens b"]["verdict"] == "as claimed"
-    assert "at equal coefficients, whatever the L0" in claims["FAST reconstructs all tokens b"]["ours"]
-    assert "(0 by every seed; 0 higher by every seed)" in claims["FAST reconstructs all tokens b"]["ours"]
-    assert claims["steering with latents of speci"]["verdict"] == "not measured"
+    rows = tuple(
+        Measured(name, "jumprelu", 8, "resid_post.12", None, 0, token_errors(math.log2(mse), 20.0))
+        for name, mse in zip(RECIPES, (0.5, 0.3, 0.2), strict=True)
+    )
+    result = InstructSaes("paper", ("resid_post.12",), 40_960_000, None, rows, (), steered(), ())
+    view.write(result, tmp_path)
+    found = {claim.claim[:30]: claim for claim in claims.claims(result)}
+    first = found["FAST reconstructs all tokens b"]
+    assert first.verdict == "as claimed"
+    assert "at equal coefficients, whatever the L0" in first.ours
+    assert "(0 by every seed; 0 higher by every seed)" in first.ours
+    assert found["steering with latents of speci"].verdict == "not measured"
     assert "±" not in (tmp_path / "table.md").read_text().split("###")[1]
 
 
@@ -209,11 +259,14 @@ def test_the_page_of_paper_scale(tmp_path: Path) -> None:
     ],
 )
 def test_ratings_get_a_verdict_only_from_a_judge_that_reads(scored: int, p: float, verdict: str, says: str) -> None:
-    def result(high: float) -> dict:
-        real = {"scored": scored, "high": {"value": high}, "mean": {"value": 3.0}}
-        above = {"value": 1.0, "low": 0.5, "high": 2.0, "p": p}
-        shuffled = {"mean": {"value": 2.0}}
-        return {"judge": {"model": "j"}, "real": real, "shuffled": shuffled, "real_above_shuffled": above}
+    def scores(mean: float, high: float) -> Scores:
+        known = Interval(mean, None, None), Interval(high, None, None)
+        return Scores(scored, scored, 0, {}, (0, 0, scored, 0, 0), *known, None)
 
-    claim = page._rating_claim({"BT(P)": result(0.1), "BT(F)": result(0.2), "FAST": result(0.5)})
+    def result(high: float) -> RubricResult:
+        above = Difference(1.0, 0.5, 2.0, p)
+        judge = JudgeInfo("j", "", True)
+        return RubricResult(SUBJECT, "x", 200, judge, scores(3.0, high), scores(2.0, 0.0), above, (), 0, 0)
+
+    claim = claims.rating_claim([Rated("BT(P)", result(0.1)), Rated("BT(F)", result(0.2)), Rated("FAST", result(0.5))])
     assert claim.verdict == verdict and says in claim.ours

@@ -6,7 +6,7 @@ from unweave.methods.rubric.result import RubricResult
 from unweave.show.figures import COLOURS, as_svg, new_figure, settings
 
 
-def scores_bars(result: RubricResult) -> str:
+def scores_bars(result: RubricResult, name: str) -> str:
     """The share of latents, and of shuffled contexts, with each score; darker is clearer."""
     import matplotlib
 
@@ -28,4 +28,4 @@ def scores_bars(result: RubricResult) -> str:
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.set_xlabel("Share with each score, 1 (no pattern) to 5 (clear)")
-        return as_svg(figure, "scores", "Shares of scores from 1 to 5, of latents and of shuffled contexts")
+        return as_svg(figure, f"{name}-scores", "Shares of scores from 1 to 5, of latents and of shuffled contexts")

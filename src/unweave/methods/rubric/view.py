@@ -80,7 +80,7 @@ def section(result: RubricResult, around: Around = ALONE) -> Section:
             f"there is nothing to see. {esc(verdict(result.above_shuffled).capitalize())}.</p>"
         )
     body += [
-        figure(scores_bars(result), "Share of items with each score."),
+        figure(scores_bars(result, around.name), "Share of items with each score."),
         table(("Measure", "Value", "What it says"), [tuple(map(esc, row)) for row in rows(result)], (), "Scores"),
         table(("Latent", "Score", "The judge's name for it"), lines, (0, 1), "Rated latents"),
     ]

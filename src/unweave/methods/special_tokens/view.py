@@ -100,8 +100,10 @@ def section(result: SpecialTokenResult, around: Around = ALONE) -> Section:
         f"long, a conversation's first {errors.median_norm_first:.4g}; {errors.outliers:,} tokens are longer than "
         f"{errors.max_norm:.4g}, the limit for norm outliers."
     )
-    drawn = figures.as_text(lambda c: figures.errors(errors, c), "tokens", "Errors of every group of tokens")
-    swept = figures.as_text(lambda c: figures.steering(steered, c), "alpha", "Answers along alpha")
+    drawn = figures.as_text(
+        lambda c: figures.errors(errors, c), f"{around.name}-errors", "Errors of every group of tokens"
+    )
+    swept = figures.as_text(lambda c: figures.steering(steered, c), f"{around.name}-alpha", "Answers along alpha")
     moved = (
         f"Latent {steered.sweep.latent} ({esc(chosen(result))}) is added at every position of prompt and answer, the "
         f"tokens that the SAE's policy excludes among them; an alpha of 1 moves each by {steered.sweep.unit:.4g}."

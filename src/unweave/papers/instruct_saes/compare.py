@@ -13,22 +13,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from unweave.papers.instruct_saes.plan import RECIPES
-
-MEASURES = {
-    "log2 MSE": ("everything", "all"),
-    "log2 MSE, special tokens": ("everything", "special"),
-    "log2 MSE without outliers": ("without_outliers", "all"),
-    "log2 MSE, special tokens without outliers": ("without_outliers", "special"),
-    "log2 MSE, user's words": ("everything", "user"),
-    "log2 MSE, assistant's words": ("everything", "assistant"),
-}
-"""Name of a measure -> where ``TokenErrors.to_dict`` keeps it."""
-
+from unweave.papers.instruct_saes.result import RECIPES, Measure, Measured, Recipe
 
 _SAME = 0.02
 """octaves of L0 that make no difference"""
@@ -37,38 +25,12 @@ _REACH = 0.5
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One SAE and what was measured of it; ``errors`` is ``TokenErrors.to_dict()``."""
-
-    recipe: str
-    kind: str
-    site: str
-    k: int
-    seed: int
-    errors: Mapping[str, Any]
-
-    def value(self, measure: str) -> float | None:
-        """The measure's log2 MSE; None where there were no such tokens or no error at all."""
-        part, group = MEASURES[measure]
-        return self.errors[part][group]["log2_mse"]
-
-    def l0(self, measure: str) -> float:
-        """Active latents per token over all tokens, which is what errors are compared at."""
-        part, _ = MEASURES[measure]
-        return self.errors[part]["all"]["l0"]
-
-    def own_l0(self, measure: str) -> float:
-        """Active latents per token on the measure's own tokens."""
-        part, group = MEASURES[measure]
-        return self.errors[part][group]["l0"]
-
-
-@dataclass(frozen=True)
 class Cell:
-    """One recipe, kind and site: values of a measure, one per seed."""
+    """One recipe, kind, width and site: values of a measure, one per seed."""
 
-    recipe: str
+    recipe: Recipe
     kind: str
+    expansion: int
     site: str
     values: tuple[float, ...]
     raw: tuple[float, ...]
@@ -81,6 +43,11 @@ class Cell:
     octave of it, ``values`` are ``raw``, and no contest counts the cell"""
 
     @property
+    def place(self) -> tuple[str, int, str]:
+        """Kind, width and site: what the recipes are compared at."""
+        return self.kind, self.expansion, self.site
+
+    @property
     def mean(self) -> float:
         return statistics.fmean(self.values)
 
@@ -90,33 +57,42 @@ class Cell:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
 
-def cells(rows: Sequence[Measured], measure: str, k: int | None) -> list[Cell]:
-    """Every recipe, kind and site with its SAEs of ``k``, moved to L0 = k along its curve.
+def cells(rows: Sequence[Measured], measure: Measure, k: int | None) -> list[Cell]:
+    """Every recipe, kind, width and site with its SAEs of ``k``, moved to L0 = k along its curve.
 
     With None every SAE is taken as it was trained, at whatever L0 that is: the paper's comparison, of equal
     coefficients.
     """
-    found = []
-    for kind in dict.fromkeys(row.kind for row in rows):
-        for site in dict.fromkeys(row.site for row in rows):
-            for recipe in RECIPES:
-                group = [r for r in rows if (r.recipe, r.kind, r.site) == (recipe, kind, site)]
-                if cell := _cell(group, measure, k):
-                    found.append(cell)
-    return found
+    groups = grouped(rows)
+    kinds = dict.fromkeys((row.kind, row.expansion) for row in rows)
+    sites = dict.fromkeys(row.site for row in rows)
+    places: list[tuple[Recipe, str, int, str]] = [
+        (recipe, *kind, site) for kind in kinds for site in sites for recipe in RECIPES
+    ]
+    every = [_cell(groups.get(place, []), measure, k) for place in places]
+    return [cell for cell in every if cell is not None]
 
 
-def _cell(group: Sequence[Measured], measure: str, k: int | None) -> Cell | None:
+def grouped(rows: Sequence[Measured]) -> dict[tuple[Recipe, str, int, str], list[Measured]]:
+    """SAEs by recipe, kind, width and site; all that is left to differ are L0 and seed."""
+    groups: dict[tuple[Recipe, str, int, str], list[Measured]] = {}
+    for row in rows:
+        groups.setdefault((row.recipe, row.kind, row.expansion, row.site), []).append(row)
+    return groups
+
+
+def _cell(group: Sequence[Measured], measure: Measure, k: int | None) -> Cell | None:
     chosen = [row for row in group if k is None or row.k == k]
-    seeds = [(row, value) for row in chosen if (value := row.value(measure)) is not None]
+    seeds = [(row, value) for row in chosen if (value := measure.of(row.errors).log2_mse) is not None]
     if not seeds:
         return None
     first = seeds[0][0]
     raw = tuple(value for _, value in seeds)
-    l0, own = (tuple(of(row) for row, _ in seeds) for of in (lambda r: r.l0(measure), lambda r: r.own_l0(measure)))
+    l0 = tuple(measure.whole(row.errors).l0 or 0.0 for row, _ in seeds)
+    own = tuple(measure.of(row.errors).l0 or 0.0 for row, _ in seeds)
     moved = None if k is None else _moved(curve(group, measure, first.seed), math.log2(k), raw, l0)
-    values = raw if moved is None else moved
-    return Cell(first.recipe, first.kind, first.site, values, raw, l0, own, k is None or moved is not None)
+    values, comparable = raw if moved is None else moved, k is None or moved is not None
+    return Cell(first.recipe, first.kind, first.expansion, first.site, values, raw, l0, own, comparable)
 
 
 def _moved(
@@ -131,10 +107,11 @@ def _moved(
     return tuple(v + slope * (at - math.log2(max(n, 1e-9))) for v, n in zip(raw, l0, strict=True))
 
 
-def curve(group: Sequence[Measured], measure: str, seed: int) -> list[tuple[float, float]]:
+def curve(group: Sequence[Measured], measure: Measure, seed: int) -> list[tuple[float, float]]:
     """(log2 L0, log2 MSE) of the SAEs of one seed, by L0."""
-    pairs = [(row.l0(measure), row.value(measure)) for row in group if row.seed == seed]
-    return sorted((math.log2(l0), value) for l0, value in pairs if l0 > 0 and value is not None)
+    errors = [row.errors for row in group if row.seed == seed]
+    pairs = [(measure.whole(one).l0, measure.of(one).log2_mse) for one in errors]
+    return sorted((math.log2(l0), value) for l0, value in pairs if l0 and value is not None)
 
 
 def slope_at(points: Sequence[tuple[float, float]], at: float) -> float | None:
@@ -161,22 +138,11 @@ class Contest:
     mean_difference: float
     """in log2 MSE; below 0: the first recipe's error is lower"""
 
-    def words(self) -> str:
-        """`lower in 5 of 6 cells (4 by every seed; 0 higher by every seed), 0.31 lower on average`."""
-        if not self.cells:
-            return "nothing to compare"
-        by = f"{abs(self.mean_difference):.2f} {'lower' if self.mean_difference < 0 else 'higher'} on average"
-        rest = f"; {self.left_out} not comparable" if self.left_out else ""
-        return (
-            f"lower in {self.lower} of {self.cells} cells ({self.clearly} by every seed; {self.clearly_higher} higher "
-            f"by every seed), {by}{rest}"
-        )
 
-
-def contest(found: Sequence[Cell], one: str, other: str) -> Contest:
+def contest(every: Sequence[Cell], one: Recipe, other: Recipe) -> Contest:
     """Compares two recipes cell by cell, where both are comparable."""
-    ours = {(cell.kind, cell.site): cell for cell in found if cell.recipe == one}
-    theirs = {(cell.kind, cell.site): cell for cell in found if cell.recipe == other}
+    ours = {cell.place: cell for cell in every if cell.recipe == one}
+    theirs = {cell.place: cell for cell in every if cell.recipe == other}
     both = [(ours[key], theirs[key]) for key in ours if key in theirs]
     pairs = [(a, b) for a, b in both if a.comparable and b.comparable]
     seeded = [(a, b) for a, b in pairs if min(len(a.values), len(b.values)) > 1]

@@ -10,11 +10,10 @@ from unweave.data.pack import PackSpec
 from unweave.data.spec import DataSpec, StreamSpec
 from unweave.methods.train.sae_spec import SAESpec
 from unweave.methods.train.spec import TrainSpec
+from unweave.papers.instruct_saes.result import Recipe
 from unweave.papers.instruct_saes.spec import LAYERS, InstructSaesSpec
 from unweave.tasks.special_tokens import PAPER_IDS, Where
 
-RECIPES: tuple[str, ...] = ("BT(P)", "BT(F)", "FAST")
-"""Block training on pre-training text, block training on conversations, whole conversations."""
 MATCHED_L0 = 32
 """Errors are compared at this many active latents per token."""
 
@@ -35,7 +34,7 @@ class Plan:
     """Everything that a scale asks for. Three texts of conversations nobody trained on: to measure errors on, to take
     the rated latents' contexts from, and to find the latents of special tokens on."""
 
-    trainings: dict[str, TrainSpec]
+    trainings: dict[Recipe, TrainSpec]
     measured: DataSpec
     read: DataSpec
     steered: DataSpec
@@ -61,7 +60,7 @@ def plan_of(spec: InstructSaesSpec) -> Plan:
 
 def _recipes(
     base: TrainSpec, text: DataSpec, chat: DataSpec, blocks: PackSpec, whole: PackSpec
-) -> dict[str, TrainSpec]:
+) -> dict[Recipe, TrainSpec]:
     return {
         "BT(P)": replace(base, data=replace(text, pack=blocks)),
         "BT(F)": replace(base, data=replace(chat, pack=blocks)),

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.spec import Spec, operational
+from unweave.data.spec import DataSpec
 from unweave.judge.spec import JudgeSpec
+from unweave.methods.train.spec import TrainSpec
+from unweave.papers.instruct_saes.result import InstructSaes
 
 LAYERS = {
     "meta-llama/Llama-3.1-8B-Instruct": (4, 12, 18, 20, 25),
@@ -47,3 +51,34 @@ class InstructSaesSpec(Spec):
             )
         if not self.rubric and self.judge != JudgeSpec():
             raise UnweaveError("a judge without a rubric has nothing to do", where="judge", remedy="leave one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeErrorsSpec(Spec):
+    """Measuring every SAE of several trainings on the same conversations."""
+
+    trainings: tuple[TrainSpec, ...]
+    """one per recipe, in the order of ``RECIPES``"""
+    data: DataSpec
+    """the conversations: its held-out part"""
+    special_ids: tuple[int, ...] = ()
+    """which ids are special; none: the tokenizer's, and the template's words for who speaks"""
+    where: Literal["template", "anywhere"] = "template"
+    """whether such an id counts only where the chat template wrote it, or wherever it stands"""
+
+
+COMMAND = Command(
+    words="paper instruct-saes",
+    spec=InstructSaesSpec,
+    result=InstructSaes,
+    stage="unweave.papers.instruct_saes.recipe:run",
+    summary="FAST: train SAEs of a chat model on whole conversations, and compare with block training.",
+    about="Trains ReLU and JumpReLU autoencoders at three layers with three initialisations on pre-training text in "
+    "blocks, conversations in blocks, and conversations each on its own; measures errors of all and special tokens "
+    "at the same number of active latents; has a judge rate latents; steers with latents of special tokens. Writes "
+    "tables, figures and report.html. Finished parts are kept: after an interruption the same command goes on.",
+    examples=(
+        "unweave paper instruct-saes --scale smoke --no-rubric    # under an hour on two cores",
+        "unweave paper instruct-saes --scale paper --model Qwen/Qwen2.5-0.5B-Instruct --device cuda",
+    ),
+)
