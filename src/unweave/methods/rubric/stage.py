@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unweave.core.contents import tree_of as stamp
 from unweave.core.errors import UnweaveError
 from unweave.core.run import atomic_write
 from unweave.core.stage import Context, stage

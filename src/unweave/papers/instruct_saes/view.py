@@ -76,7 +76,7 @@ def write(result: InstructSaes, folder: Path) -> None:
     texts = {
         "table.md": f"{_NOTE}\n\n" + "\n".join(_markdown(result, measure) for measure in MEASURES),
         "claims.md": markdown(claims(result)),
-        "report.html": page("FAST: SAEs of instruct models", esc(_lead(result)), parts),
+        "report.html": page("FAST: SAEs of instruct models", "Whole conversations against block training.", parts),
     }
     for name, text in texts.items():
         with atomic_write(folder / name) as temporary:
