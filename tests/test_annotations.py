@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import build_tiny, build_tiny_tokenizer
-from unweave.circuits.graph import Circuit, Node
-from unweave.circuits.support import BY_NEURONS, SUPPORT
+from unweave.circuits.about import About, Node
+from unweave.circuits.graph import Circuit
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
@@ -302,9 +303,9 @@ def test_of_a_classifiers_circuit_come_the_latents_that_its_run_judges(
 ) -> None:
     support = torch.zeros(1, 65)
     support[0, [5, 6, 7, 8, 64]] = torch.tensor([0.5, -0.9, 0.1, 0.3, 0.7])
-    about = {"task": f"{SUPPORT}: profession"}
+    about = About("which label", of="classifier")
     Circuit({SITE: support}, {}, False, 4, about).save(tmp_path / "circuit-0.safetensors")
-    neurons = about | {"task": f"{SUPPORT}: gender, {BY_NEURONS}"}
+    neurons = replace(about, neurons=True)
     Circuit({SITE: support}, {}, False, 4, neurons).save(tmp_path / "neurons-0.safetensors")
     known = json.loads((home / "found" / "spec.json").read_text())["spec"]
     (tmp_path / "spec.json").write_text(json.dumps({"spec": known | {"top": 2, "threshold": 0.05}}))

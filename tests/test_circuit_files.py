@@ -10,14 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from unweave.attribute.result import SiteSum
+from unweave.circuits.about import About, Example
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
+from unweave.core.result import to_plain
 from unweave.core.site import Site
 
 LOW, HIGH = Site("resid_post", 0), Site("mlp_add", 1)
 ALONG = f"edges/{LOW} -> {HIGH}"
 TO_Y = f"edges/{HIGH} -> y"
-HEAD: dict[str, Any] = {"version": 1, "positions": True, "n_examples": 3, "about": {"task": "x"}}
+ABOUT = About(
+    "x", of="classifier", neurons=True, tokens=("a", " b"), examples=(Example("clean", "t", "u"),),
+    sums=(SiteSum(LOW, 0.5, 0.25, False, 3),),
+)  # fmt: skip
+HEAD: dict[str, Any] = {"version": 2, "positions": True, "n_examples": 3, "about": to_plain(ABOUT)}
 
 
 def circuit_tensors() -> dict[str, torch.Tensor]:
@@ -36,7 +43,7 @@ def test_a_circuit_that_is_whole_is_read_as_it_was_written(tmp_path: Path) -> No
     save_file(held, tmp_path / "c.safetensors", {"unweave.circuit": json.dumps(HEAD)})
     circuit = Circuit.load(tmp_path / "c.safetensors")
     assert list(circuit.nodes) == [LOW, HIGH] and list(circuit.edges) == [(LOW, HIGH), (HIGH, None)]
-    assert (circuit.positions, circuit.n_examples, circuit.about) == (True, 3, {"task": "x"})
+    assert (circuit.positions, circuit.n_examples, circuit.about) == (True, 3, ABOUT)
     circuit.save(tmp_path / "again.safetensors")
     again = load_file(tmp_path / "again.safetensors")
     assert set(again) == set(held) and all(torch.equal(again[name], value) for name, value in held.items())
@@ -95,8 +102,9 @@ def test_a_circuit_whose_parts_do_not_fit_is_refused(
     [
         ({"positions": False}, "summed over positions"), ({"positions": 1}, "no bool"), ({"n_examples": 0}, "is none"),
         ({"n_examples": True}, "no int"), ({"n_examples": 2.5}, "no int"), ({"n_examples": "3"}, "no int"),
-        ({"about": []}, "no dict"), ({"version": 2}, "version 2"), ({"more": 1}, "nothing else"),
-        ({"about": None}, "no dict"), ({"about": {"x": float("nan")}}, "header is damaged"), (None, "nothing else"),
+        ({"about": []}, "no dict"), ({"version": 1}, "version 1"), ({"more": 1}, "nothing else"),
+        ({"about": None}, "no dict"), ({"about": {"x": float("nan")}}, "header is damaged"),
+        ({"about": {"x": 1}}, "the fields of About"), ({"about": HEAD["about"] | {"neurons": "no"}}, r"about\.neurons"), (None, "nothing else"),
     ],
 )  # fmt: skip
 def test_a_circuit_whose_header_makes_no_sense_is_refused(

@@ -14,17 +14,17 @@ from unweave.attribute import lazy as again
 from unweave.attribute.attribution import SiteEffects, node_effects
 from unweave.attribute.completeness import TOLERANCE
 from unweave.circuits import find as module
+from unweave.circuits.about import Counts, EdgeCounts, Options, Search
 from unweave.circuits.edges import edge_effects
-from unweave.circuits.find import Options, find_circuit, find_nodes
+from unweave.circuits.find import find_circuit, find_nodes
 from unweave.circuits.graph import Circuit
-from unweave.circuits.parts import Parts
 from unweave.core.errors import UnweaveError, UnweaveWarning
+from unweave.core.pieces import Pieces
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import ReLU, TopK
 from unweave.sae.module import SAE
 from unweave.sae.neurons import neurons
-from unweave.tasks.answers import AnswerLoss
 
 # Few steps, for speed: their sums need not agree with what is measured.
 pytestmark = pytest.mark.filterwarnings("ignore:effects at .* add up to:unweave.core.errors.UnweaveWarning")
@@ -76,12 +76,12 @@ def test_sums_of_effects_stand_beside_what_is_measured(tiny: Any, family: str) -
     options = Options(steps=10, rule="midpoint", summed="positions", skip_first=1, max_tokens=64)
     with pytest.warns(UnweaveWarning, match=r"add up to .*ablation: mean"):
         off = find_nodes(lm, saes, [(clean, None, difference)], options).about
-    assert "add up" in off["incomplete"] and not all(row["complete"] for row in off["completeness"].values())
+    assert off.incomplete is not None and "add up" in off.incomplete and not all(row.complete for row in off.sums)
     graded = dataclasses.replace(options, rule="graded", steps=80)
-    assert find_nodes(lm, saes, [(clean, None, difference)], graded).about["incomplete"] is None
+    assert find_nodes(lm, saes, [(clean, None, difference)], graded).about.incomplete is None
     circuit = find_nodes(lm, saes, [(clean, None, difference)], dataclasses.replace(options, ablation="mean"))
     fine = circuit.about
-    assert fine["incomplete"] is None and all(row["complete"] for row in fine["completeness"].values())
+    assert fine.incomplete is None and all(row.complete for row in fine.sums) and fine.neurons
     for site in saes:
         with lm.taps(read=[site]) as seen:
             before = difference(lm(clean)[:, -1], torch.arange(6))  # type: ignore[index]
@@ -89,10 +89,10 @@ def test_sums_of_effects_stand_beside_what_is_measured(tiny: Any, family: str) -
         x[:, 1:] = x[:, 1:].mean((0, 1))
         with lm.taps(edit={site: lambda _x, _at, x=x: x}):
             after = difference(lm(clean)[:, -1], torch.arange(6))  # type: ignore[index]
-        row = fine["completeness"][str(site)]
-        assert row["change"] == pytest.approx(float((after - before).mean()), rel=1e-5)
-        assert row["sum"] == pytest.approx(float(circuit.nodes[site].sum()), rel=1e-5)
-        assert abs(row["sum"] - row["change"]) <= TOLERANCE * float((after - before).abs().mean())
+        (row,) = [row for row in fine.sums if row.site == site]
+        assert row.change == pytest.approx(float((after - before).mean()), rel=1e-5)
+        assert row.sum == pytest.approx(float(circuit.nodes[site].sum()), rel=1e-5)
+        assert abs(row.sum - row.change) <= TOLERANCE * float((after - before).abs().mean())
     with pytest.raises(UnweaveError, match="patched, not ablated"):
         find_nodes(lm, saes, [pair(2, 4, 1)], dataclasses.replace(options, ablation="mean"))
 
@@ -140,6 +140,16 @@ def listed(circuit: Circuit) -> dict[Any, float]:
     }
 
 
+def search_of(circuit: Circuit) -> Search:
+    assert circuit.about.search is not None
+    return circuit.about.search
+
+
+def max_tokens_of(circuit: Circuit) -> int:
+    assert circuit.costs is not None
+    return circuit.costs.max_tokens
+
+
 @pytest.fixture(scope="module")
 def case() -> Any:
     """GPT-2 in float64, and batches of 5, 2 and 1 examples of two lengths; pieces of two and three examples."""
@@ -172,34 +182,37 @@ def test_means_are_those_of_examples_run_one_by_one(tiny: Any, family: str, summ
 def test_lengths_and_zero_ablation_and_what_is_reported(case: Any) -> None:
     lm, saes, batches = case
     kept = find_nodes(lm, saes, batches, FAST)
-    assert (kept.n_examples, kept.about["skipped"]) == (7, {"another length than the commonest": 1})
+    assert (kept.n_examples, search_of(kept).other_lengths) == (7, 1)
     nodes, _ = one_by_one(lm, saes, batches[:2], FAST)
     for site, e in nodes.items():
         close(kept.nodes[site], e)
     summed = dataclasses.replace(FAST, summed="positions")
     whole = find_circuit(lm, saes, batches, summed)
-    assert (whole.n_examples, whole.about["skipped"]) == (8, {})
-    assert whole.about["lengths"] == {"shortest": 3, "longest": 4}
+    search = search_of(whole)
+    assert (whole.n_examples, search.other_lengths) == (8, 0)
+    assert (search.shortest, search.longest) == (3, 4)
     nodes, edges = one_by_one(lm, saes, batches, summed)
     for site, e in nodes.items():
         close(whole.nodes[site], e)
     above = {kind: sum(int((e.abs() > 0.03)[:, part].sum()) for e in nodes.values())
              for kind, part in (("latents", slice(0, -1)), ("errors", slice(-1, None)))}  # fmt: skip
-    assert {kind: whole.about["above"][kind] for kind in above} == above == whole.counts(0.03)
-    assert whole.about["edges"] == {"found": len(edges), "kept": len(listed(whole))}
+    counted = {kind: sum(getattr(row, kind) for row in search.above) for kind in above}
+    assert counted == above and whole.counts(0.03) == Counts(**above)
+    assert search.edges == EdgeCounts(len(edges), len(listed(whole)))
     values = {}
     for side in (0, 1):
         each = [difference(lm(b[side])[:, -1], torch.arange(len(b[0]))) for b in batches]  # type: ignore[index]
         values[side] = float(torch.cat(each).mean())
-    assert whole.about["metric"] == pytest.approx({"clean": values[0], "patch": values[1]})
-    assert set(whole.about["seconds"]) == {"nodes", "edges"} and whole.about["memory"]["peak_gb"] > 0
-    assert whole.about["options"]["summed"] == "positions"
+    assert (search.clean, search.patch) == pytest.approx((values[0], values[1]))
+    assert whole.costs is not None and whole.costs.peak_gb > 0
+    assert whole.costs.seconds_nodes > 0 and whole.costs.seconds_edges is not None
+    assert search.options.summed == "positions" and not whole.about.neurons
     without = [(clean, None, metric) for clean, _, metric in batches]
     ablated = find_nodes(lm, saes, without, summed)
     nodes, _ = one_by_one(lm, saes, without, summed)
     for site, e in nodes.items():
         close(ablated.nodes[site], e)
-    assert set(ablated.about["metric"]) == {"clean"}
+    assert search_of(ablated).patch is None
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -273,7 +286,7 @@ def test_batches_are_halved_when_memory_runs_out(case: Any, monkeypatch: pytest.
     lm, saes, batches = case
     options = dataclasses.replace(FAST, max_tokens=40)
     whole = find_circuit(lm, saes, batches, options)
-    assert whole.about["memory"]["max_tokens_used"] == 40
+    assert max_tokens_of(whole) == 40
     asked: list[tuple[int, int]] = []
 
     def narrow(function: Any) -> Any:
@@ -290,7 +303,7 @@ def test_batches_are_halved_when_memory_runs_out(case: Any, monkeypatch: pytest.
     found = find_circuit(lm, saes, batches, options)
     # 5 examples: too many; then 2, 2 and 1, and 2 of the other batch. What memory allowed is remembered for the edges.
     assert asked == [(5, 40), *[(2, 16), (2, 16), (1, 16), (2, 16)] * 2]
-    assert found.about["memory"]["max_tokens_used"] == 16
+    assert max_tokens_of(found) == 16
     for site in saes:
         close(found.nodes[site], whole.nodes[site])
     assert listed(found).keys() == listed(whole).keys()
@@ -313,7 +326,7 @@ def test_passes_of_an_example_that_does_not_fit_hold_its_own_tokens_only(
     monkeypatch.setattr(module, "node_effects", narrow)
     found = find_circuit(lm, saes, batches[:1], options)
     assert asked == [(5, 40), (2, 16), (1, 8), *[(1, 4)] * 5]
-    assert found.about["memory"]["max_tokens_used"] == 4
+    assert max_tokens_of(found) == 4
     for site in saes:
         close(found.nodes[site], whole.nodes[site])
     assert listed(found).keys() == listed(whole).keys()
@@ -337,64 +350,42 @@ def test_edges_hold_one_site_s_effects_at_a_time(case: Any, monkeypatch: pytest.
     assert len(held) == 2 * len(saes)  # each site's once
 
 
-def test_only_what_is_needed_again_is_kept(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_needed_again_is_kept(case: Any, tmp_path: Path) -> None:
     """Without a folder gradients, and these only where edges are asked for; in files sums are in float32."""
     lm, saes, batches = case
-    made: list[Parts] = []
-
-    def parts(folder: Path | None) -> Parts:
-        made.append(Parts(folder))
-        return made[-1]
-
-    monkeypatch.setattr(module, "Parts", parts)
-    find_nodes(lm, saes, batches, FAST)
-    find_circuit(lm, saes, batches, FAST)
-    assert made[0]._held == {}
-    kept = [set(part) for part in made[1]._held.values()]
+    pieces = [Pieces(None), Pieces(None)]
+    find_nodes(lm, saes, batches, FAST, pieces=pieces[0])
+    find_circuit(lm, saes, batches, FAST, pieces=pieces[1])
+    assert pieces[0]._tensors == {}
+    kept = [set(part) for part in pieces[1]._tensors.values()]
     assert kept == [{f"gradient/{site}" for site in saes}] * 3
-    find_nodes(lm, saes, batches, FAST, keep=tmp_path)
+    find_nodes(lm, saes, batches, FAST, pieces=Pieces(tmp_path))
     for path in tmp_path.iterdir():
-        found = Parts(tmp_path).get(path.stem, "sum/")
+        found = Pieces(tmp_path).get(path.stem, "sum/")
         assert found is not None and {x.dtype for x in found.values()} == {torch.float32} and len(found) == len(saes)
 
 
-def test_questions_that_share_a_folder_do_not_take_each_other_s_parts(case: Any, tmp_path: Path) -> None:
+def test_pieces_of_other_sizes_are_not_taken(case: Any, tmp_path: Path) -> None:
+    """How many tokens a pass holds decides last bits: work that goes on in other passes gives what these give."""
     lm, _, batches = case
     saes = saes_of(lm, ("embed", "mlp_add.0", "resid_post.1"))
-    clean, patch, _ = batches[0]
-    other = pair(5, 4, 9)[1]
-    split = [(clean.rows(rows), patch.rows(rows), lambda out, at, n=rows.start: difference(out, at + n))
-             for rows in (slice(0, 1), slice(1, 5))]  # fmt: skip
-    losses = [
-        AnswerLoss(torch.arange(5) + n, kind) for n, kind in ((3, "neg-logit"), (4, "neg-logit"), (4, "neg-log-p"))
-    ]  # type: ignore[arg-type]
-    questions: list[tuple[Any, Any, Options]] = [
-        (saes, batches, FAST),
-        (saes, batches[:1], FAST),  # the same nodes in the first piece, but other means, and so other edges
-        (saes, [(clean, other, difference)], FAST),
-        (saes, split, FAST),
-        *[(saes, [(clean, patch, loss)], FAST) for loss in losses],
-        *[(saes, batches, dataclasses.replace(FAST, **change)) for change in
-          ({"steps": 3}, {"rule": "left"}, {"summed": "positions"}, {"node_threshold": 0.05}, {"skip_first": 1})],
-        (saes | {Site("resid_post", 1): make_sae(lm, "resid_post.1", 50)}, batches, FAST),
-        (saes, batches, dataclasses.replace(FAST, max_tokens=16)),
-    ]  # fmt: skip
-    for chosen, given, options in questions:
-        found, wanted = (find_circuit(lm, chosen, given, options, keep=keep) for keep in (tmp_path, None))
-        assert all(torch.equal(found.nodes[site], wanted.nodes[site]) for site in chosen)
+    for options in (FAST, dataclasses.replace(FAST, max_tokens=16), dataclasses.replace(FAST, max_tokens=25)):
+        found = find_circuit(lm, saes, batches, options, pieces=Pieces(tmp_path))
+        wanted = find_circuit(lm, saes, batches, options)
+        assert all(torch.equal(found.nodes[site], wanted.nodes[site]) for site in saes)
         assert listed(found) == listed(wanted)
     before = set(tmp_path.iterdir())
-    find_circuit(lm, saes, batches, FAST, keep=tmp_path)
+    find_circuit(lm, saes, batches, FAST, pieces=Pieces(tmp_path))
     assert set(tmp_path.iterdir()) == before
 
 
 def test_edges_to_the_metric_that_are_total_effects_say_so(case: Any) -> None:
     lm, _, batches = case
     last = find_circuit(lm, saes_of(lm), batches, FAST)
-    assert "edges_to_y" not in last.about
+    assert list(map(str, search_of(last).ends)) == ["resid_post.1"]
     alone = find_circuit(lm, saes_of(lm, ("mlp_add.0", "resid_post.1", "attn_add.2", "mlp_add.2")), batches, FAST)
     assert {str(up) for up, down in alone.edges if down is None} == {"resid_post.1", "attn_add.2", "mlp_add.2"}
-    assert alone.about["edges_to_y"].startswith("total effects of resid_post.1, attn_add.2, mlp_add.2")
+    assert list(map(str, search_of(alone).ends)) == ["resid_post.1", "attn_add.2", "mlp_add.2"]
 
 
 def test_interrupted_work_goes_on(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,19 +406,19 @@ def test_interrupted_work_goes_on(case: Any, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module, "node_effects", watched("node_effects", node_effects))
     monkeypatch.setattr(module, "edge_effects", watched("edge_effects", edge_effects))
     with pytest.raises(KeyboardInterrupt):
-        find_circuit(lm, saes, batches, FAST, keep=tmp_path)
+        find_circuit(lm, saes, batches, FAST, pieces=Pieces(tmp_path))
     limit.update(node_effects=99, edge_effects=1)
     with pytest.raises(KeyboardInterrupt):
-        find_circuit(lm, saes, batches, FAST, keep=tmp_path)
+        find_circuit(lm, saes, batches, FAST, pieces=Pieces(tmp_path))
     assert calls == {"node_effects": 3, "edge_effects": 1}
     limit.update(edge_effects=99)
-    found = find_circuit(lm, saes, batches, FAST, keep=tmp_path)
+    found = find_circuit(lm, saes, batches, FAST, pieces=Pieces(tmp_path))
     assert calls == {"node_effects": 3, "edge_effects": 3}
     assert all(torch.equal(found.nodes[site], whole.nodes[site]) for site in saes)
     assert listed(found) == listed(whole)
     next(tmp_path.glob("edges-*")).write_bytes(b"nonsense")
     with pytest.raises(UnweaveError, match="delete it"):
-        find_circuit(lm, saes, batches, FAST, keep=tmp_path)
+        find_circuit(lm, saes, batches, FAST, pieces=Pieces(tmp_path))
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

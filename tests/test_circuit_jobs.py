@@ -15,22 +15,28 @@ import pytest
 import torch
 
 from conftest import build_tiny, build_tiny_tokenizer
-from unweave.circuits.find import Options, find_circuit
+from unweave.circuits.about import Example, Options
+from unweave.circuits.find import find_circuit
 from unweave.circuits.graph import Circuit
 from unweave.cli.app import main
 from unweave.core.contents import listing
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
+from unweave.core.result import as_read, as_written
 from unweave.core.run import Run, write_json
 from unweave.core.site import Site
 from unweave.inputs.saes import open_saes
 from unweave.lm.model import LM
+from unweave.methods.circuits import stage_draw as draw
 from unweave.methods.circuits import stage_evaluate as evaluate
-from unweave.methods.circuits import stage_examples as examples
 from unweave.methods.circuits import stage_find as find
-from unweave.methods.circuits.spec import CircuitEvaluateSpec, CircuitFindSpec
-from unweave.methods.circuits.sweep import Sweep, sweep
+from unweave.methods.circuits import texts, view
+from unweave.methods.circuits.figures import curve_name
+from unweave.methods.circuits.result import CircuitSearch, Faithfulness, LeftOut
+from unweave.methods.circuits.spec import CircuitDrawSpec, CircuitEvaluateSpec, CircuitFindSpec
+from unweave.methods.circuits.sweep import sweep
 from unweave.sae.module import SAE, ReLU
+from unweave.show.page import Around
 from unweave.tasks import agreement
 from unweave.tasks.agreement import Pair
 
@@ -82,11 +88,11 @@ def spec_of(home: Path, **changes: Any) -> CircuitFindSpec:
 
 
 @pytest.fixture(scope="module")
-def found(home: Path) -> Run:
+def found(home: Path) -> Run[CircuitSearch]:
     return find.run(spec_of(home), home / "runs")
 
 
-def test_a_circuit_is_found_saved_and_described(home: Path, found: Run) -> None:
+def test_a_circuit_is_found_saved_and_described(home: Path, found: Run[CircuitSearch]) -> None:
     assert {p.name for p in found.path.iterdir()} >= {"circuit.safetensors", "circuit.json", "pairs.jsonl", "DONE"}
     assert not (found.path / "parts").exists()
     circuit = Circuit.load(found.path / "circuit.safetensors")
@@ -99,22 +105,74 @@ def test_a_circuit_is_found_saved_and_described(home: Path, found: Run) -> None:
         torch.testing.assert_close(circuit.nodes[site], effects, rtol=1e-3, atol=1e-5)
     assert {pair: len(e) for pair, e in circuit.edges.items()} == {pair: len(e) for pair, e in again.edges.items()}
     six = [pair.clean_prefix for pair in chosen if len(pair.clean_prefix) == 6]
-    assert "".join(circuit.about["tokens"]) == six[0] and len(circuit.about["tokens"]) == 6
+    assert "".join(circuit.about.tokens) == six[0] and len(circuit.about.tokens) == 6
+    assert circuit.about.examples[0] == Example("clean", chosen[0].clean_prefix, chosen[0].clean_answer)
+    assert (circuit.about.of, circuit.about.neurons) == ("model", False)
     result = found.result
-    assert result["examples"]["skipped"] == {"another length than the commonest": 2}
-    assert result["above"]["latents"] == circuit.counts(0.1)["latents"] > 5
+    assert result.used.left_out == (LeftOut("another length than the commonest", 2),)
+    assert result.latents == circuit.counts(0.1).latents > 5 and result.errors == circuit.counts(0.1).errors
     whole = read_json(found.path / "circuit.json")
     assert len(whole["nodes"]) == len(circuit.above(0.1))
     assert len(whole["edges"]) == len(circuit.edges_above(0.1, 0.01)) > 5
-    weights = [abs(edge[2]) for edge in whole["edges"]]
-    assert weights == sorted(weights, reverse=True)
-    for site, rows in result["strongest"].items():
-        best = max(circuit.above(0.1), key=lambda node, site=site: abs(node.effect) * (str(node.site) == site))
-        assert rows[0] == [best.name, pytest.approx(best.effect)]
-    assert result["strongest_edges"] == whole["edges"][:20]
+    weights = [abs(edge["weight"]) for edge in whole["edges"]]
+    assert weights == sorted(weights, reverse=True) and result.edges == len(weights)
+    for site in {node.site for node in result.strongest}:
+        best = max(circuit.above(0.1), key=lambda node, site=site: abs(node.effect) * (node.site == site))
+        assert next(node for node in result.strongest if node.site == site) == best
+    shown = [
+        {"from": e.up.name, "to": e.down.name if e.down else "y", "weight": e.weight} for e in result.strongest_edges
+    ]
+    assert shown == whole["edges"][:20]
+    assert as_read(CircuitSearch, json.loads(json.dumps(as_written(result))), "here") == result
 
 
-def test_a_run_is_known_by_the_content_of_what_it_reads(home: Path, found: Run, tmp_path: Path) -> None:
+def test_a_finished_question_loads_nothing(
+    home: Path, found: Run[CircuitSearch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = CircuitEvaluateSpec(circuit=found.path, pairs=home / "test.jsonl", neurons=False, errors=("keep",), draws=0)
+    drawing = CircuitDrawSpec(circuit=found.path)
+    done = [evaluate.run(asked, home / "runs"), draw.run(drawing, home / "runs")]
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("weights are loaded")
+
+    for kind in (LM, SAE, Circuit):
+        monkeypatch.setattr(kind, "load", refuse)
+    for contexts in (False, True):
+        find.run.inputs(spec_of(home))
+        draw.run.inputs(replace(drawing, contexts=contexts))
+    assert find.run(spec_of(home), home / "runs").reused
+    again = [
+        evaluate.run(replace(asked, saes=(str(home / "saes"),)), home / "runs"), draw.run(drawing, home / "runs")
+    ]  # fmt: skip
+    assert [run.path for run in again] == [run.path for run in done] and all(run.reused for run in again)
+
+
+def test_results_are_shown_without_a_model(home: Path, found: Run[CircuitSearch]) -> None:
+    """As rows and as sections of a page, each with every number that matters; in a notebook too."""
+    asked = CircuitEvaluateSpec(
+        circuit=found.path, pairs=home / "test.jsonl", neurons=False, errors=("default", "remove"), draws=3
+    )
+    measured, drawn = evaluate.run(asked, home / "runs"), draw.run(CircuitDrawSpec(circuit=found.path), home / "runs")
+    assert as_read(Faithfulness, json.loads(json.dumps(as_written(measured.result))), "here") == measured.result
+    rows = {name: value for name, value, _ in found.result.rows()}
+    assert rows["latents"] == found.result.latents and rows["edges"] == found.result.edges
+    assert {"task", "examples", "metric", "sum / measured", "resid_post.1"} <= set(rows)
+    text = view.section(found.result).body
+    assert found.result.strongest[0].name in text and "The strongest edges" in text and "mlp_add.1" in text
+    section = view.section(measured.result)
+    assert "<svg" in section.body and "without errors" in section.body
+    assert any("does not do this task" in note for note in section.notes)
+    row = next(row for row in measured.result.curves[0].rows if row.nodes > 3)
+    assert row.random is not None and row.random.low <= row.random.mean <= row.random.high and row.random.draws == 3
+    assert (
+        "<svg" in view.section(drawn.result, Around(drawn.path)).body and "<svg" not in view.section(drawn.result).body
+    )
+    for run in (found, measured, drawn):
+        assert "uw-embed" in run.result._repr_html_()
+
+
+def test_a_run_is_known_by_the_content_of_what_it_reads(home: Path, found: Run[CircuitSearch], tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere.jsonl"
     copy.write_bytes((home / "train.jsonl").read_bytes())
     (tmp_path / "saes").symlink_to(home / "saes")
@@ -131,10 +189,10 @@ def test_single_inputs_are_ablated(home: Path) -> None:
     run = find.run(spec, home / "runs")
     circuit = Circuit.load(run.path / "circuit.safetensors")
     assert (circuit.positions, circuit.n_examples) == (False, 9)
-    assert run.result["examples"]["skipped"] == {"the answer is not a single token": 1}
-    assert list(run.result["metric"]) == ["clean"] and (run.path / "inputs.jsonl").exists()
+    assert run.result.used.left_out == (LeftOut("the answer is not a single token", 1),)
+    assert run.result.search.patch is None and (run.path / "inputs.jsonl").exists()
     kept = find.run(replace(spec, summed="none"), home / "runs")
-    assert kept.result["examples"]["skipped"]["another length than the commonest"] == 1
+    assert LeftOut("another length than the commonest", 1) in kept.result.used.left_out
     with pytest.raises(UnweaveError, match="other texts than it was found on"):
         evaluate.run(CircuitEvaluateSpec(circuit=run.path), home / "runs")
     with pytest.raises(UnweaveError, match="single texts, not of pairs"):
@@ -144,29 +202,29 @@ def test_single_inputs_are_ablated(home: Path) -> None:
     done = evaluate.run(
         CircuitEvaluateSpec(circuit=run.path, inputs=other, neurons=False, errors=("keep",), draws=0), home / "runs"
     )
-    curves = read_json(done.path / "faithfulness.json")
-    assert list(curves) == ["all errors kept"] and curves["all errors kept"]["ablation"] == "clean"
+    (curve,) = done.result.curves
+    assert (curve.errors, curve.ablation) == ("keep", "clean")
     with pytest.raises(UnweaveError, match="no patch"):
         evaluate.run(CircuitEvaluateSpec(circuit=run.path, inputs=other, ablation="patch"), home / "runs")
 
 
-def test_a_circuit_is_evaluated_on_other_texts_beside_neurons(home: Path, found: Run) -> None:
+def test_a_circuit_is_evaluated_on_other_texts_beside_neurons(home: Path, found: Run[CircuitSearch]) -> None:
     spec = CircuitEvaluateSpec(
         circuit=found.path, pairs=home / "test.jsonl", thresholds=(0.0, 0.05, 0.2), draws=2, seed=3, examples=30
     )
     run = evaluate.run(spec, home / "runs")
-    assert run.result["examples"]["skipped"] == {
-        "the circuit was found on the same text": 2,
-        "not of 6 tokens, as the circuit's texts": 3,
-    }
-    assert run.result["examples"]["examples"] == 6 and run.result["start_layer"] == 1
-    shown = {row[0]: row[1:] for row in run.result["summary"]}
+    assert run.result.used.left_out == (
+        LeftOut("the circuit was found on the same text", 2), LeftOut("not of 6 tokens, as the circuit's texts", 3)
+    )  # fmt: skip
+    assert run.result.used.examples == 6 and run.result.curves[0].start_layer == 1
+    shown = {row[0]: row[1:] for row in run.result.rows()}
     # a model of random weights: 5 of 9 and 3 of 9 answers are right
     assert shown["right answers"][0] == "56% / 33%" and "does not do this task" in shown["right answers"][1]
-    assert all(shown[name][0] == "-" for name in run.result["reached"])
-    curves = {name: Sweep.from_dict(c) for name, c in read_json(run.path / "faithfulness.json").items()}
+    curves = {curve_name(c.errors, c.neurons): c for c in run.result.curves}
     names = ["latents and errors", "without attention and MLP errors", "without errors", "neurons"]
-    assert list(curves) == names == list(run.result["reached"])
+    assert list(curves) == names == [curve_name(r.errors, r.neurons) for r in run.result.reached]
+    assert all(shown[name][0] == "-" for name in names)
+    assert run.result.curve("remove") == curves["without errors"] and run.result.curve("keep") is None
     opened = open_saes(spec_of(home))
     kept = [p for p in agreement.load(home / "test.jsonl") if len(p.clean_prefix) == 6]
     kept = [p for p in kept if p not in made_pairs(2, 0)]
@@ -194,7 +252,7 @@ def test_a_circuit_is_evaluated_on_other_texts_beside_neurons(home: Path, found:
 
 
 def test_curves_are_kept_when_evaluation_is_interrupted(
-    home: Path, found: Run, monkeypatch: pytest.MonkeyPatch
+    home: Path, found: Run[CircuitSearch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = CircuitEvaluateSpec(circuit=found.path, pairs=home / "test.jsonl", neurons=False, draws=0, seed=5)
     calls: list[str] = []
@@ -211,7 +269,7 @@ def test_curves_are_kept_when_evaluation_is_interrupted(
         evaluate.run(spec, home / "runs")
     run = evaluate.run(spec, home / "runs")
     assert calls == ["default", "remove-attn-mlp", "stopped", "remove"]
-    counts = [row.nodes for row in Sweep.from_dict(read_json(run.path / "faithfulness.json")["without errors"]).rows]
+    counts = [row.nodes for row in run.result.curves[2].rows]
     assert len(counts) > 8 and counts == sorted(counts, reverse=True)
 
 
@@ -222,7 +280,7 @@ def test_the_test_split_is_what_a_task_s_circuit_is_measured_on(home: Path, monk
         asked.append((task, n, seed, split))
         return made_pairs(n, seed if split == "train" else seed + 100)
 
-    monkeypatch.setattr(examples.agreement, "pairs", pairs)
+    monkeypatch.setattr(texts.agreement, "pairs", pairs)
     run = find.run(spec_of(home, pairs=None, task="simple", examples=5, edges=False), home / "runs")
     quick = CircuitEvaluateSpec(circuit=run.path, neurons=False, errors=("default",), draws=0, examples=4, seed=2)
     evaluate.run(quick, home / "runs")
@@ -241,8 +299,8 @@ def test_single_texts_of_another_length_are_counted_where_positions_are_kept(hom
         circuit=run.path, inputs=tmp_path / "b.jsonl", neurons=False, errors=("default",), draws=0
     )
     done = evaluate.run(quick, home / "runs")
-    assert done.result["examples"]["examples"] == 4
-    assert done.result["examples"]["skipped"] == {"not of 6 tokens, as the circuit's texts": 3}
+    assert done.result.used.examples == 4
+    assert done.result.used.left_out == (LeftOut("not of 6 tokens, as the circuit's texts", 3),)
     (tmp_path / "c.jsonl").write_text(json.dumps({"context": texts[-1], "answer": "k"}))
     with pytest.raises(UnweaveError, match=r"(?s)no example is left.*6 tokens"):
         evaluate.run(replace(quick, inputs=tmp_path / "c.jsonl"), home / "runs")
@@ -252,11 +310,10 @@ def test_first_tokens_that_were_skipped_stay_in_evaluation(home: Path, monkeypat
     run = find.run(spec_of(home, skip_first=2, edges=False, examples=4), home / "runs")
     quick = CircuitEvaluateSpec(circuit=run.path, pairs=home / "test.jsonl", errors=("default",), draws=0)
     done = evaluate.run(quick, home / "runs")
-    curves = read_json(done.path / "faithfulness.json")
-    assert {name: curve["skip_first"] for name, curve in curves.items()} == {"latents and errors": 2, "neurons": 2}
+    assert [(curve.neurons, curve.skip_first) for curve in done.result.curves] == [(False, 2), (True, 2)]
 
 
-def test_an_evaluation_is_known_by_the_circuit_s_content(home: Path, found: Run, tmp_path: Path) -> None:
+def test_an_evaluation_is_known_by_the_circuit_s_content(home: Path, found: Run[CircuitSearch], tmp_path: Path) -> None:
     """Not by its folder's name; and autoencoders named by relative paths are found from elsewhere."""
     quick = CircuitEvaluateSpec(
         circuit=found.path, pairs=home / "test.jsonl", neurons=False, errors=("keep",), draws=0, seed=8
@@ -282,7 +339,7 @@ def test_relative_paths_of_autoencoders_are_found_from_elsewhere(
     run = find.run(spec_of(home, saes=("saes",), seed=4, examples=3, edges=False), home / "runs")
     monkeypatch.chdir(tmp_path)
     quick = CircuitEvaluateSpec(circuit=run.path, pairs=home / "test.jsonl", neurons=False, errors=("keep",), draws=0)
-    assert evaluate.run(quick, tmp_path / "runs").result["reached"]
+    assert evaluate.run(quick, tmp_path / "runs").result.reached
 
 
 def test_a_circuit_of_embeddings_alone_is_evaluated_from_there(home: Path) -> None:
@@ -290,7 +347,7 @@ def test_a_circuit_of_embeddings_alone_is_evaluated_from_there(home: Path) -> No
     quick = CircuitEvaluateSpec(
         circuit=run.path, pairs=home / "test.jsonl", neurons=False, errors=("default",), draws=0
     )
-    assert evaluate.run(quick, home / "runs").result["start_layer"] == -1
+    assert evaluate.run(quick, home / "runs").result.curves[0].start_layer == -1
 
 
 def test_one_file_may_serve_several_sites(home: Path) -> None:
@@ -332,7 +389,7 @@ def test_neurons_are_those_of_the_model_that_the_autoencoders_are_in(
     done = evaluate.run(quick, tmp_path / "runs")
     assert {model.dtype for model in used} == {torch.bfloat16} and len(used) == 4
     assert len({id(model) for model in used[1:]}) == 1
-    assert done.result["accepted"] == run.result["accepted"]
+    assert done.result.subject.accepted == run.result.subject.accepted != {}
     (units,) = [p for p in (tmp_path / "runs").glob("circuit-find-*") if read_json(p / "spec.json")["spec"]["neurons"]]
     assert read_json(units / "spec.json")["inputs"]["dtype"] == "torch.bfloat16"
     alone = CircuitFindSpec.from_dict(read_json(units / "spec.json")["spec"])
@@ -389,7 +446,7 @@ def test_conventions_stand_for_rule_and_metric(home: Path) -> None:
         asked(convention="mine")
 
 
-def test_bad_files_and_runs_are_named(home: Path, found: Run, tmp_path: Path) -> None:
+def test_bad_files_and_runs_are_named(home: Path, found: Run[CircuitSearch], tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     with pytest.raises(UnweaveError, match="nowhere"):
         find.run(spec_of(home, pairs=home / "nowhere.jsonl"), runs)
@@ -416,7 +473,9 @@ def test_bad_files_and_runs_are_named(home: Path, found: Run, tmp_path: Path) ->
             CircuitEvaluateSpec(circuit=found.path, **wrong)
 
 
-def test_the_command_line_finds_and_evaluates(home: Path, found: Run, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_finds_and_evaluates(
+    home: Path, found: Run[CircuitSearch], capfd: pytest.CaptureFixture[str]
+) -> None:
     line = ["--runs", str(home / "runs"), "--json"]
     saes = ["--saes", str(home / "saes"), "--model", str(home / "model"), "--pairs", str(home / "train.jsonl")]
     assert main(["circuit", "find", *saes, "--steps", "2", *line]) == 0

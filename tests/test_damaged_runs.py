@@ -18,12 +18,13 @@ from test_report import steering, trace
 from unweave.circuits.opened import open_circuit
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
+from unweave.core.pieces import Pieces
 from unweave.core.run import Run
 from unweave.inputs.identity import sae as sae_digest
 from unweave.latents import stage as latents
 from unweave.latents.spec import LatentsSpec
 from unweave.methods.circuits import stage_find as find
-from unweave.methods.circuits.stage_evaluate import _read_curve
+from unweave.methods.circuits.result import Sweep
 from unweave.methods.evaluate import stage as evaluation
 from unweave.methods.evaluate.spec import EvalSpec
 from unweave.methods.steer.spec import SteerSpec
@@ -196,7 +197,7 @@ def test_pieces_of_unfinished_work_that_are_damaged_are_named(damage: str, tmp_p
     path = tmp_path / "curve.json"
     path.write_bytes(DAMAGE[damage](b'{"rows": [{"threshold": 1}], "model": 1.0}'))
     with pytest.raises(UnweaveError) as caught:
-        _read_curve(path)
+        Pieces(tmp_path).value("curve", Sweep, lambda: pytest.fail("it is made anew"))
     assert str(path) in caught.value.where
 
 

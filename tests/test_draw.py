@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,21 @@ import numpy as np
 import pytest
 import torch
 
-from unweave.circuits.draw import draw_svg, edge_threshold_for, threshold_for, to_json
+from unweave.circuits.about import About, Options, Search
+from unweave.circuits.draw import draw_svg, to_json
 from unweave.circuits.draw_html import draw_html
 from unweave.circuits.graph import Circuit, Edges
-from unweave.circuits.picture import _crossings, place, select
+from unweave.circuits.picture import _crossings, edge_threshold_for, place, select, threshold_for, thresholds
 from unweave.core.errors import UnweaveError
+from unweave.core.result import as_read, as_written
 from unweave.core.site import Site
 from unweave.latents.annotations import Annotation
 from unweave.latents.contexts import Contexts, RecordsSpec
 from unweave.latents.records import Records, Written
 from unweave.methods.circuits import stage_draw as job
+from unweave.methods.circuits.result import Drawing
 from unweave.methods.circuits.spec import CircuitDrawSpec
+from unweave.methods.circuits.view import why_words
 
 NASTY = "<script>alert(\"x\")</script> & 'quotes' ]]> \ud800 \x00"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -57,7 +62,7 @@ def circuit(per_cell: int = 2, positions: int | None = 4, seed: int = 0) -> Circ
             edges[up, down] = Edges(u, d, weights * (-1.0) ** torch.arange(len(pairs)))
     last = places[SITES[-1]]
     edges[SITES[-1], None] = Edges(last, torch.zeros_like(last), nodes[SITES[-1]][last.unbind(1)])
-    about = {"task": "agreement", "tokens": ["The", " key", " near", " cabinets"][:n]} if positions else {"task": "x"}
+    about = About("agreement", tokens=("The", " key", " near", " cabinets")[:n]) if positions else About("x")
     return Circuit(nodes, edges, positions is not None, 7, about)
 
 
@@ -187,7 +192,7 @@ def test_json_says_the_same() -> None:
     assert {(e["from"], e["to"]) for e in values["edges"]} == {
         (u.name, d.name if d else "y") for u, d, _ in found.edges_above(0.5, 0.4)
     }
-    assert {n["token"] for n in values["nodes"]} <= set(found.about["tokens"])
+    assert {n["token"] for n in values["nodes"]} <= set(found.about.tokens)
     assert sum(n["annotation"] == "w" for n in values["nodes"]) >= 1
 
 
@@ -322,6 +327,18 @@ def test_the_page_is_complete_safe_and_reachable_by_keyboard() -> None:
     assert weight in html.unescape(page)
 
 
+def test_a_circuit_shows_itself_in_a_notebook() -> None:
+    """A picture of about 60 nodes; nothing but words where no node has an effect; and what it holds stays text."""
+    found = circuit(6)
+    found = replace(found, about=replace(found.about, task=NASTY))
+    shown = found._repr_html_()
+    nodes = shown.count('<g data-n="') - 1
+    assert 40 < nodes <= 60 < len(found.above(0.0)) and "mean of 7 examples" in shown
+    assert "<script>alert" not in shown and "alert(&quot;x&quot;)" in shown
+    none = replace(found, nodes={site: e * 0 for site, e in found.nodes.items()}, edges={})
+    assert none._repr_html_().startswith("<p>Circuit(7 sites at each position, 0 edges")
+
+
 # -- the stage --------------------------------------------------------------------------------------------------------
 
 
@@ -334,8 +351,10 @@ def test_the_stage_writes_three_files_and_is_reused(tmp_path: Path) -> None:
     notes.write_text(json.dumps({"name": f"{node.site}/{node.slot}", "annotation": "harbours"}))
     spec = CircuitDrawSpec(circuit=folder, annotations=notes, nodes=30)
     run = job.run(spec, tmp_path / "runs")
-    assert run.result["nodes"] == 30 and "about 30" in run.result["chosen"] and run.result["labelled"] >= 1
-    for name in run.result["files"]:
+    drawn = run.result
+    assert drawn.nodes == 30 and "about 30" in why_words(drawn) and drawn.labelled >= 1
+    assert as_read(Drawing, json.loads(json.dumps(as_written(drawn))), "here") == drawn
+    for name in (drawn.picture, drawn.page, drawn.listing):
         assert "harbours" in (run.path / name).read_text(encoding="utf-8")
     moved = tmp_path / "moved.safetensors"
     (folder / "circuit.safetensors").rename(moved)
@@ -343,18 +362,19 @@ def test_the_stage_writes_three_files_and_is_reused(tmp_path: Path) -> None:
     assert again.reused and again.path == run.path
     notes.write_text("")
     other = job.run(CircuitDrawSpec(circuit=moved, annotations=notes, nodes=30), tmp_path / "runs")
-    assert other.path != run.path and other.result["labelled"] == 0
+    assert other.path != run.path and other.result.labelled == 0
 
 
 def test_a_circuits_own_threshold_bounds_what_is_drawn(tmp_path: Path) -> None:
     """Below it no edges were looked for: nodes would stand alone for no reason of theirs."""
+    search = Search(Options(node_threshold=0.8), 4, 4, 0, 1.0, 0.0, ())
     found = circuit(5)
-    found.about["options"] = {"node_threshold": 0.8}
+    found = replace(found, about=replace(found.about, search=search))
     found.save(tmp_path / "c.safetensors")
     result = job.run(CircuitDrawSpec(circuit=tmp_path / "c.safetensors"), tmp_path).result
-    assert result["node_threshold"] == 0.8 and result["chosen"] == "the circuit's own"
+    assert result.node_threshold == 0.8 == thresholds(found).node and why_words(result) == "the circuit's own"
     asked = CircuitDrawSpec(circuit=tmp_path / "c.safetensors", node_threshold=0.7, edge_threshold=0.5)
-    assert job.run(asked, tmp_path).result["node_threshold"] == 0.7
+    assert job.run(asked, tmp_path).result.node_threshold == 0.7
 
 
 def test_what_the_stage_refuses(tmp_path: Path) -> None:

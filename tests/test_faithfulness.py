@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -15,10 +16,12 @@ from torch import Tensor
 from unweave.circuits.faithfulness import Ablated, _Circuits, ablate_outside
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
+from unweave.core.result import from_plain, to_plain
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
-from unweave.methods.circuits.sweep import ERRORS, PAPER_THRESHOLDS, Row, Sweep, spread_thresholds, sweep
+from unweave.methods.circuits.result import RandomNodes, Row, Sweep
+from unweave.methods.circuits.sweep import ERRORS, PAPER_THRESHOLDS, spread_thresholds, sweep
 from unweave.sae.activations import JumpReLU, TopK
 from unweave.sae.module import SAE
 from unweave.sae.neurons import neurons
@@ -376,7 +379,8 @@ def test_random_circuits_are_as_large_and_drawn_among_nodes_that_change(
             assert not any(bool((nodes & (circuit.nodes[site] == 0)).any()) for site, nodes in kept.items())
         assert any(not torch.equal(drawn[0][site], drawn[1][site]) for site in drawn[0])
         wanted = ablate_outside(lm, saes, batches, drawn).faithfulness.mean()
-        assert row.random == pytest.approx(float(wanted), abs=1e-9)
+        assert row.random is not None and row.random.draws == 3
+        assert row.random.mean == pytest.approx(float(wanted), abs=1e-9)
     again = sweep(lm, saes, batches, circuit, thresholds=(0.1, 0.4), draws=3, seed=1)
     other = sweep(lm, saes, batches, circuit, thresholds=(0.1, 0.4), draws=3, seed=2)
     assert again == found != other
@@ -403,7 +407,7 @@ def test_a_sweep_takes_means_that_its_texts_allow_and_skips_what_the_search_skip
     swept_ways = [sweep(lm, saes, given, of, **options) for given in (batches, single) for of in (circuit, summed)]
     assert asked == [("positions", 1)] * 3 + [("tokens", 1)] == [(s.means, s.skip_first) for s in swept_ways]
     assert swept_ways[2].rows != swept_ways[3].rows
-    assert Sweep.from_dict(swept_ways[3].to_dict()) == swept_ways[3]
+    assert from_plain(Sweep, json.loads(json.dumps(to_plain(swept_ways[3]))), "here") == swept_ways[3]
 
 
 def test_neurons_have_no_errors_and_all_of_them_are_the_model(swept: Any) -> None:
@@ -442,11 +446,11 @@ def test_thresholds_are_spread_over_the_range_of_effects(swept: Any) -> None:
 
 
 def test_the_number_of_nodes_for_a_level_is_read_off_the_curve() -> None:
-    rows = [Row(t, n, n, 0, f, 0.0, f / 2) for t, n, f in ((0.1, 1000, 1.0), (0.2, 100, 0.9), (0.3, 10, 0.5))]
-    found = Sweep(tuple(rows), 1.0, 0.0, 4, 0, "default", "patch", 2000)
+    numbers = ((0.1, 1000, 1.0), (0.2, 100, 0.9), (0.3, 10, 0.5))
+    rows = [Row(t, n, n, 0, f, 0.0, RandomNodes(f / 2, f / 4, f, 2)) for t, n, f in numbers]
+    found = Sweep(False, "default", tuple(rows), 1.0, 0.0, 4, 0, "patch", "positions", 0, 2000)
     assert found.nodes_for(0.7) == pytest.approx(10**1.5)
     assert found.nodes_for(0.9) == pytest.approx(100)
     assert found.nodes_for(0.4) == 10
     assert found.nodes_for(1.2) is None
     assert found.random_nodes_for(0.45) == pytest.approx(100)
-    assert found.to_dict()["rows"][1]["faithfulness"] == 0.9

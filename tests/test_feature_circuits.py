@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from unweave.circuits.about import Options, Search
 from unweave.circuits.graph import Circuit
+from unweave.circuits.opened import FILE
 from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
 from unweave.core.site import Site, matching
+from unweave.inputs.subject import SAEInfo, Subject
+from unweave.methods.circuits.result import CircuitSearch, Errors, Faithfulness, Reached, Row, Sweep, Used
 from unweave.methods.shift.view import MEASURES, METHODS
 from unweave.papers.feature_circuits import page, plan, recipe
 from unweave.papers.feature_circuits.plan import nearest_l0, plan_of
@@ -113,11 +116,15 @@ def test_every_stage_can_be_asked_at_every_scale(
         specs.clear()
 
 
-def finished(folder: Path, stage: str, result: dict[str, Any], files: Mapping[str, str | bytes]) -> Run:
-    with Run.open(folder, stage, FeatureCircuitsSpec()) as run:
+def row_of(faithfulness: float) -> Row:
+    return Row(0.1, 3, 2, 1, faithfulness, 0.0, None)
+
+
+def finished(folder: Path, stage: str, result: Any, files: Mapping[str, str | bytes]) -> Run[Any]:
+    with Run.open(folder, stage, FeatureCircuitsSpec(), kind=type(result)) as run:
         for name, content in files.items():
             (run.path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        run.finish(result | {"seconds": 1.0})
+        run.finish(result | {"seconds": 1.0} if isinstance(result, dict) else result)
     return run
 
 
@@ -133,20 +140,28 @@ def parts_of(
     oracle: float = 1.0,
 ) -> Parts:
     """Finished runs with the numbers given, as the recipe's stages write them. The original's worst group is at 0.2."""
-    reached = {
-        page.FEATURES: {"nodes": features, "random": None, "all": 900},
-        page._NO_ERRORS: {"nodes": None, "random": None, "all": 900},
-        page.NEURONS: {"nodes": neurons, "random": 800.0, "all": 1000},
-    }
-    tops = {page.FEATURES: 1.0, page._NO_INNER_ERRORS: 1.2, page._NO_ERRORS: without}
-    curves = {name: {"rows": [{"faithfulness": value}, {"faithfulness": 0.1}]} for name, value in tops.items()}
+    kinds: list[tuple[Errors, bool, float | None, float | None, int, float]] = [
+        ("default", False, features, None, 900, 1.0),
+        ("remove-attn-mlp", False, None, None, 900, 1.2),
+        ("remove", False, None, None, 900, without),
+        ("default", True, neurons, 800.0, 1000, 1.0),
+    ]
+    reached = tuple(Reached(of_neurons, errors, n, random_, all_) for errors, of_neurons, n, random_, all_, _ in kinds)
+    curves = tuple(
+        Sweep(of_neurons, errors, (row_of(top), row_of(0.1)), 1.0, 0.0, 4, 1, "patch", "positions", 0, all_)
+        for errors, of_neurons, _, _, all_, top in kinds
+    )
+    sites = (Site("embed"), Site("resid_post", 1))
+    subject = Subject("tiny <model>", "random", tuple(SAEInfo(site, "relu", 8, 4, None, "0") for site in sites), {})
+    used, search = Used(4, (), None, ()), Search(Options(), 3, 3, 0, 1.0, 0.0, ())
     found, evaluated, drawn = {}, {}, {}
     for structure in STRUCTURES:
-        about = {"model": "tiny <model>", "model_note": "random", "sites": ["embed", "resid_post.1"]}
         circuit = circuit_of({("resid_post.1", 0): 1.0}).save(folder / "circuit.safetensors").read_bytes()
-        found[structure] = finished(folder / structure, "find", about, {"circuit.safetensors": circuit})
-        files: dict[str, str | bytes] = {"faithfulness.png": b"p", "faithfulness.json": json.dumps(curves)}
-        evaluated[structure] = finished(folder / structure, "evaluate", {"reached": reached}, files)
+        searched = CircuitSearch(subject, structure, used, search, (), 0, (), (), Path(FILE), Path("circuit.json"))
+        found[structure] = finished(folder / structure, "find", searched, {FILE: circuit})
+        paths = (Path("faithfulness.png"), Path("faithfulness.csv"))
+        measured = Faithfulness(subject, "x", structure, used, 0.8, reached, curves, *paths)
+        evaluated[structure] = finished(folder / structure, "evaluate", measured, {"faithfulness.png": b"p"})
         drawn[structure] = finished(folder / structure, "draw", {}, {"circuit.svg": "<svg><title>x</title></svg>"})
     worst = dict.fromkeys(METHODS, 0.2)
     worst |= {"SHIFT": shift, "SHIFT + retrain": retrain, "random latents": random, "oracle": oracle}

@@ -23,11 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from unweave.attribute.options import Method, Rule, fractions, step_lengths
 from unweave.attribute.runner import Metric, Path, Runner
 from unweave.attribute.states import (
     Patch,
@@ -49,16 +50,6 @@ from unweave.sae.module import SAE
 from unweave.sae.sparse.pattern import Choice
 from unweave.sae.sparse.products import dot_rows
 
-Method = Literal["attribution", "ig", "exact"]
-Rule = Literal["left", "midpoint", "right", "graded"]
-"""Where on the way from clean to patch gradients are taken: at one end or in the middle of each of equal steps. The
-paper's eq. 4 has the right end, its released code the left end; both err in first order of the step, the midpoint in
-second order. Steps that are "graded" grow shorter towards the end, as the fourth power, and have their point in the
-middle: for ways that end at the zero vector, where normalisation makes gradients explode."""
-
-_GRADE = 4
-"""how fast graded steps grow shorter; of 2 to 6 the best in sum and in each effect where ways end at zero (measured in
-tiny models of six families, and in SmolLM2)"""
 _FEW = 1 / 400
 """The share of latents that change up to which one product for each is faster than one dense product (on a CPU)."""
 
@@ -335,25 +326,6 @@ def endpoints(
     run, site, start, change = _one_site(lm, sae, clean, patch, metric, positions, metric_at, max_tokens)
     before, after = _ends_of(start, change)
     return run.values_at(site, before, None), run.values_at(site, after, None)
-
-
-def fractions(steps: int, rule: Rule) -> list[float]:
-    """The points alpha of a path at which gradients are taken: one in each of ``steps`` parts of [0, 1]."""
-    if steps < 1 or rule not in get_args(Rule):
-        raise UnweaveError(
-            f"integrated gradients cannot take {steps} steps by the rule {rule!r}", remedy="try 10 and midpoint"
-        )
-    if rule == "graded":
-        return [1 - (1 - (k + 0.5) / steps) ** _GRADE for k in range(steps)]
-    within = {"left": 0.0, "midpoint": 0.5, "right": 1.0}[rule]
-    return [(k + within) / steps for k in range(steps)]
-
-
-def step_lengths(steps: int, rule: Rule) -> list[float]:
-    """The lengths of the parts of [0, 1] that ``fractions`` has a point in: how much each counts. They add up to 1."""
-    if rule != "graded":
-        return [1 / steps] * steps
-    return [(1 - k / steps) ** _GRADE - (1 - (k + 1) / steps) ** _GRADE for k in range(steps)]
 
 
 def _one_site(

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unweave.circuits.graph import Circuit, Node, Y
-from unweave.circuits.picture import DIAMOND, Layout, Selection, place, select
+from unweave.circuits.picture import DIAMOND, Layout, Selection, place, select, thresholds
+from unweave.core.result import to_plain
 from unweave.latents.annotations import Annotation, name_of
 from unweave.show.pieces import esc, number, visible
 
@@ -39,7 +40,7 @@ def draw_svg(
     """The picture as one SVG document that stands on its own and loads nothing.
 
     Drawn are nodes of |effect| and edges of |weight| above the thresholds, at most ``max_nodes`` and ``max_edges``, the
-    strongest; the picture says how many that leaves out. ``tokens`` (by default the circuit's own, ``about["tokens"]``)
+    strongest; the picture says how many that leaves out. ``tokens`` (by default the circuit's own, ``about.tokens``)
     label the columns. UnweaveError where nothing is above the threshold, or a threshold is no number of 0 or more.
     """
     selection = select(circuit, node_threshold, edge_threshold, max_nodes, max_edges)
@@ -59,50 +60,42 @@ def to_json(
 
     Nodes have a ``name`` that edges refer to; ``"y"`` is the metric. ``about`` is what the circuit says of itself.
     """
-    selection = select(circuit, node_threshold, edge_threshold, 1 << 30, 1 << 30)
     words = annotations or {}
     shown = tokens_of(circuit, tokens)
-    nodes = [_node_values(node, words, shown) for node in sorted(selection.nodes, key=lambda n: -abs(n.effect))]
-    names = [node.name for node in selection.nodes]
-    edges = [{"from": names[u], "to": Y if d is None else names[d], "weight": w} for u, d, w in selection.edges]
+    nodes = sorted(circuit.above(node_threshold), key=lambda node: -abs(node.effect))
+    edges = sorted(circuit.edges_above(node_threshold, edge_threshold), key=lambda edge: -abs(edge[2]))
     return {
-        "format": 1,
+        "format": 2,
         "positions": circuit.positions,
         "tokens": list(shown) if shown is not None else None,
         "n_examples": circuit.n_examples,
         "node_threshold": node_threshold,
         "edge_threshold": edge_threshold,
         "sites": [str(site) for site in circuit.nodes],
-        "nodes": nodes,
-        "edges": edges,
-        "about": circuit.about,
+        "nodes": [_node_values(node, words, shown) for node in nodes],
+        "edges": [{"from": up.name, "to": Y if down is None else down.name, "weight": w} for up, down, w in edges],
+        "about": to_plain(circuit.about),
     }
 
 
-def threshold_for(circuit: Circuit, n_nodes: int = 60) -> float:
-    """The threshold above which about ``n_nodes`` nodes remain; 0 where there are no more than that."""
-    import torch
-
-    sizes = torch.cat([effects.detach().abs().flatten().cpu() for effects in circuit.nodes.values()])
-    found = sizes[sizes > 0].sort(descending=True).values
-    return 0.0 if len(found) <= n_nodes else float(found[n_nodes - 1 : n_nodes + 1].mean())
-
-
-def edge_threshold_for(circuit: Circuit, node_threshold: float, n_edges: int = 150) -> float:
-    """The threshold above which about ``n_edges`` edges remain between the nodes above theirs; 0 for no more."""
-    weights = sorted((abs(w) for _, _, w in circuit.edges_above(node_threshold, 0.0)), reverse=True)
-    return 0.0 if len(weights) <= n_edges else (weights[n_edges - 1] + weights[n_edges]) / 2
+def notebook_html(circuit: Circuit) -> str:
+    """A circuit in a notebook: what it is, and a picture of about 60 of its strongest nodes."""
+    heading = f"<p>{esc(repr(circuit))}</p>"
+    if not circuit.above(0.0):
+        return heading
+    chosen = thresholds(circuit)
+    return heading + draw_svg(circuit, node_threshold=chosen.node, edge_threshold=chosen.edge)
 
 
 def tokens_of(circuit: Circuit, tokens: Sequence[str] | None) -> Sequence[str] | None:
     """The words over the columns: those given, else the circuit's own; None without any, or without columns."""
-    given = tokens if tokens is not None else circuit.about.get("tokens")
-    return [str(token) for token in given] if circuit.positions and isinstance(given, (list, tuple)) else None
+    given = circuit.about.tokens if tokens is None else tokens
+    return given if circuit.positions and given else None
 
 
 def title_of(circuit: Circuit, title: str | None) -> str:
     """The title given, else the circuit's task."""
-    return title or str(circuit.about.get("title") or circuit.about.get("task") or "Circuit")
+    return title or circuit.about.task or "Circuit"
 
 
 def key_of(node: Node) -> str:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from unweave.attribute.runner import Batch, Runner
 from unweave.attribute.states import SAEs, State, by_site_of, chunks, reads_of, states
+from unweave.circuits.about import Ablation, Means
 from unweave.circuits.examples import moved
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
@@ -32,9 +32,6 @@ from unweave.sae.module import SAE
 from unweave.sae.sparse.pattern import Choice
 from unweave.sae.sparse.products import weighted_rows
 
-Ablation = Literal["patch", "clean", "zero"]
-Means = Literal["positions", "tokens"]
-"""What means are taken over: examples, position by position and length by length, or all tokens of all examples."""
 Kept = Mapping[Site, Tensor]
 """A circuit's nodes: bool [P or 1, F + 1] at each site, the error last."""
 

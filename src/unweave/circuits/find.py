@@ -15,99 +15,57 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from unweave.attribute.attribution import Method, Rule, fractions, node_effects
+from unweave.attribute.attribution import node_effects
 from unweave.attribute.completeness import Completeness, sums_of
 from unweave.attribute.lazy import EffectsAgain
 from unweave.attribute.runner import Batch
-from unweave.attribute.states import Patch, SAEs, State, by_site_of, reads_of
+from unweave.attribute.states import Patch, SAEs, State, by_site_of
+from unweave.circuits.about import About, Costs, EdgeCounts, Options, Search, SiteCounts
 from unweave.circuits.edges import edge_effects, merge
 from unweave.circuits.examples import metric_values, moved, of_one_length, rows_of, spans
 from unweave.circuits.faithfulness import token_means
 from unweave.circuits.graph import Circuit, Edges, Y, slots_of
-from unweave.circuits.parts import Held, Parts, by_site, content_of, question_of
 from unweave.circuits.paths import Plan
 from unweave.core.errors import UnweaveError
 from unweave.core.halving import halving
+from unweave.core.pieces import Held, Pieces
 from unweave.core.progress import task
 from unweave.core.run import peak_memory_gb
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
+from unweave.sae.activations import Identity
 
-Summed = Literal["none", "positions"]
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a circuit is found. Thresholds are in units of the metric.
-
-    ``steps`` and ``rule`` are those of integrated gradients. ``skip_first`` first tokens of each row are left as they
-    are. ``upstream`` "above" draws edges only from nodes whose mean effect is above ``node_threshold``. Edges with
-    |weight| <= ``edge_threshold`` are dropped, with 0 none. ``metric_at``: see ``sae.attribution.Metric``. Examples
-    without patch inputs are ablated: to zero, or each node to its "mean" over all tokens of all examples.
-    """
-
-    method: Method = "ig"
-    steps: int = 10
-    rule: Rule = "midpoint"
-    summed: Summed = "none"
-    skip_first: int = 0
-    node_threshold: float = 0.1
-    edge_threshold: float = 0.01
-    upstream: Literal["above", "all"] = "above"
-    max_tokens: int = 1024
-    metric_at: Site | None = None
-    ablation: Literal["zero", "mean"] = "zero"
-
-    def __post_init__(self) -> None:
-        fractions(self.steps, self.rule)
-        fine = {
-            "method": self.method in ("ig", "attribution", "exact"),
-            "summed": self.summed in ("none", "positions"),
-            "skip_first": self.skip_first >= 0,
-            "node_threshold": self.node_threshold >= 0,
-            "edge_threshold": self.edge_threshold >= 0,
-            "upstream": self.upstream in ("above", "all"),
-            "ablation": self.ablation in ("zero", "mean"),
-            "max_tokens": self.max_tokens > 0,
-        }
-        for name, good in fine.items():
-            if not good:
-                raise UnweaveError(f"{name} = {getattr(self, name)!r} makes no sense", where="circuits.find.Options")
-
-
 DEFAULT = Options()
 
 
 def find_nodes(
-    lm: LM, saes: SAEs, batches: Sequence[Batch], options: Options = DEFAULT, *, keep: Path | None = None
+    lm: LM, saes: SAEs, batches: Sequence[Batch], options: Options = DEFAULT, *, pieces: Pieces | None = None
 ) -> Circuit:
     """The mean effects of all nodes, without edges.
 
     ``batches`` are (clean tokens, patch tokens or None to ablate, metric). Where positions are kept and lengths differ,
-    examples of the commonest length are used and the others counted in ``about["skipped"]``. With a folder ``keep``,
-    finished pieces lie there and are not made again: known by their inputs, options and SAEs, so that other questions
-    may share it (a metric that is no dataclass is known by its name only).
+    examples of the commonest length are used and the others counted (``about.search.other_lengths``). ``pieces`` in a
+    folder, which no other question may use, let interrupted work go on.
 
     Raises UnweaveError for no examples, NaN, and a metric that no node changes.
     """
-    return _Finder(lm, saes, batches, options, keep, gradients=False).nodes()
+    return _Finder(lm, saes, batches, options, pieces, gradients=False).nodes()
 
 
 def find_circuit(
-    lm: LM, saes: SAEs, batches: Sequence[Batch], options: Options = DEFAULT, *, keep: Path | None = None
+    lm: LM, saes: SAEs, batches: Sequence[Batch], options: Options = DEFAULT, *, pieces: Pieces | None = None
 ) -> Circuit:
     """As ``find_nodes``, with edges. Raises UnweaveError also for exact effects, which have no gradient."""
     if options.method == "exact":
         raise UnweaveError("exact effects have no gradient, and edges need one", remedy="use ig, or find_nodes")
-    finder = _Finder(lm, saes, batches, options, keep, gradients=True)
+    finder = _Finder(lm, saes, batches, options, pieces, gradients=True)
     return finder.with_edges(finder.nodes())
 
 
@@ -115,17 +73,17 @@ class _Finder:
     """One question; ``gradients`` says whether edges will be asked for."""
 
     def __init__(
-        self, lm: LM, saes: SAEs, batches: Sequence[Batch], options: Options, keep: Path | None, gradients: bool
+        self, lm: LM, saes: SAEs, batches: Sequence[Batch], options: Options, pieces: Pieces | None, gradients: bool
     ) -> None:
         if not batches or not all(len(clean) for clean, _, _ in batches):
             raise UnweaveError("there are no examples", remedy="give at least one batch, and no empty ones")
         self.lm, self.saes, self.options, self.gradients = lm, by_site_of(lm, saes), options, gradients
-        skipped = 0
+        self.other_lengths = 0
         if options.summed == "none":
-            batches, skipped = of_one_length(batches)
+            batches, self.other_lengths = of_one_length(batches)
         self.points = options.steps if options.method == "ig" else 1
         self.n = sum(len(clean) for clean, _, _ in batches)
-        self.parts = Parts(keep)
+        self.pieces = Pieces(None) if pieces is None else pieces
         self.means: dict[Site, State] = {}
         if options.ablation == "mean":
             if any(patch is not None for _, patch, _ in batches):
@@ -133,40 +91,18 @@ class _Finder:
             self.means = token_means(
                 lm, self.saes, batches, skip_first=options.skip_first, max_tokens=options.max_tokens
             )
-        self.pieces = self._pieces(batches)
         self.max_tokens = options.max_tokens  # as memory has allowed so far
-        widths = [clean.ids.shape[1] for clean, _, _ in batches]
-        self.about: dict[str, Any] = {
-            "options": self._options(),
-            "examples": self.n,
-            "lengths": {"shortest": min(widths), "longest": max(widths)},
-            "skipped": {"another length than the commonest": skipped} if skipped else {},
-            "seconds": {},
-            "memory": {"max_tokens": options.max_tokens},
-        }
+        self.batches = batches
         if lm.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(lm.device)
 
-    def _options(self) -> dict[str, Any]:
-        metric_at = self.options.metric_at
-        return asdict(self.options) | {"metric_at": None if metric_at is None else str(metric_at)}
-
-    def _pieces(self, batches: Sequence[Batch]) -> list[tuple[str, Batch]]:
-        """Pieces of batches, each with the name of its parts. In a folder these tell one question from another."""
-        asked: Any = None
-        if self.parts.folder is not None:
-            options = {name: value for name, value in self._options().items() if name != "max_tokens"}
-            digests = [[str(site), str(reads_of(sae, site)), sae.digest()] for site, sae in self.saes.items()]
-            means = {
-                f"{site}/{kind}": getattr(m, kind) for site, m in self.means.items() for kind in ("latents", "error")
-            }
-            asked = [options, self.gradients, self.lm.name, str(self.lm.dtype), digests, content_of(None, means)]
-        found = []
-        for number, batch in enumerate(batches):
-            for start, stop in spans(batch, self.options.max_tokens // self.points):
-                piece = rows_of(batch, slice(start, stop))
-                found.append((f"{number}-{start}-{stop}{f'-{question_of(piece, asked)}' if asked else ''}", piece))
-        return found
+    def _parts(self) -> list[tuple[str, Batch]]:
+        """Parts of the batches, each with a name. Sizes of passes decide last bits, so they are in the name."""
+        most, parts = self.options.max_tokens, []
+        for number, batch in enumerate(self.batches):
+            for start, stop in spans(batch, most // self.points):
+                parts.append((f"{number}-{start}-{stop}-of-{most}", rows_of(batch, slice(start, stop))))
+        return parts
 
     def _end(self, patch: Tokens | None) -> Patch:
         """What nodes of a batch go to: a patch input's values, else their means or zero."""
@@ -180,36 +116,51 @@ class _Finder:
         values: dict[str, float] = {}
         complete = Completeness()
         with task("nodes", total=self.n, unit="examples") as shown:
-            for name, piece in self.pieces:
-                found = self.parts.made(
+            for name, part in self._parts():
+                held = self.pieces.tensors(
                     f"nodes-{name}",
-                    lambda piece=piece: self._piece_nodes(piece),
+                    lambda part=part: self._part_nodes(part),
                     later="gradient" if self.gradients else None,
                 )
-                for site, part in by_site(found, "sum").items():
-                    sums[site] = sums[site] + part if site in sums else part.double()
-                for site, part in by_site(found, "total").items():
-                    complete.add_sums(site, part)
-                for kind in ("clean", "patch"):
-                    if kind in found:
-                        values[kind] = values.get(kind, 0.0) + float(found[kind].sum())
-                shown.advance(len(piece[0]))
+                for site, values_there in _by_site(held, "sum").items():
+                    sums[site] = sums[site] + values_there if site in sums else values_there.double()
+                for site, values_there in _by_site(held, "total").items():
+                    complete.add_sums(site, values_there)
+                for side in ("clean", "patch"):
+                    if side in held:
+                        values[side] = values.get(side, 0.0) + float(held[side].sum())
+                shown.advance(len(part[0]))
         nodes = {site: (total / self.n).float() for site, total in sums.items()}
         self._check(nodes)
-        self.about["metric"] = {kind: total / self.n for kind, total in values.items()}
-        self.about["completeness"] = complete.to_dict()
-        self.about["incomplete"] = complete.warn() if self.options.method == "ig" else None
-        self.about["above"] = _counts(nodes, self.options.node_threshold)
-        self._close("nodes", began)
-        return Circuit(nodes, {}, self.options.summed == "none", self.n, dict(self.about))
+        if self.options.method == "ig":
+            complete.warn()
+        about = self._about(nodes, {side: total / self.n for side, total in values.items()}, complete)
+        return Circuit(nodes, {}, self.options.summed == "none", self.n, about, self._costs(began))
 
-    def _piece_nodes(self, piece: Batch) -> Held:
-        """Sums [P or 1, F + 1] over the piece's examples, gradients [B, P, D], and the metric's values [B]."""
-        parts = self._halving(piece, lambda batch, _rows, max_tokens: self._nodes_of(batch, max_tokens))
-        joined = {name: [part[name] for part in parts] for name in parts[0]}
-        sums = {name: torch.stack(found).double().sum(0) for name, found in joined.items() if name.startswith("sum/")}
-        totals = {name: torch.stack(found).sum(0) for name, found in joined.items() if name.startswith("total/")}
-        rest = {name: torch.cat(found) for name, found in joined.items() if name not in sums and name not in totals}
+    def _about(self, nodes: Mapping[Site, Tensor], values: Mapping[str, float], complete: Completeness) -> About:
+        widths = [clean.ids.shape[1] for clean, _, _ in self.batches]
+        tokens: tuple[str, ...] = ()
+        if self.options.summed == "none" and self.lm.tokenizer is not None:
+            tokens = tuple(self.lm.pieces(self.batches[0][0].ids[0]))
+        search = Search(
+            options=self.options,
+            shortest=min(widths),
+            longest=max(widths),
+            other_lengths=self.other_lengths,
+            clean=values["clean"],
+            patch=values.get("patch"),
+            above=_above(nodes, self.options.node_threshold),
+        )
+        neurons = all(isinstance(sae.activation, Identity) for sae in self.saes.values())
+        return About(neurons=neurons, tokens=tokens, search=search, sums=complete.rows())
+
+    def _part_nodes(self, part: Batch) -> Held:
+        """Sums [P or 1, F + 1] over the part's examples, gradients [B, P, D], and the metric's values [B]."""
+        halves = self._halving(part, lambda batch, _rows, max_tokens: self._nodes_of(batch, max_tokens))
+        joined = {name: [half[name] for half in halves] for name in halves[0]}
+        sums = {name: torch.stack(all_).double().sum(0) for name, all_ in joined.items() if name.startswith("sum/")}
+        totals = {name: torch.stack(all_).sum(0) for name, all_ in joined.items() if name.startswith("total/")}
+        rest = {name: torch.cat(all_) for name, all_ in joined.items() if name not in sums and name not in totals}
         return {name: total.float() for name, total in sums.items()} | totals | rest
 
     def _nodes_of(self, batch: Batch, max_tokens: int) -> Held:
@@ -219,24 +170,24 @@ class _Finder:
             positions=moved(clean, o.skip_first), metric_at=o.metric_at, max_tokens=max_tokens,
             measure=o.method != "attribution",  # of which nobody expects that it adds up
         )  # fmt: skip
-        found: Held = {}
+        held: Held = {}
         for site in list(effects):
             one = effects.pop(site)  # the largest tensors there are: each is let go before the next is joined
             totals = sums_of(one)
             if totals is not None:
-                found[f"total/{site}"] = totals
+                held[f"total/{site}"] = totals
             slots = slots_of({site: one})[site]
             total = slots.sum((0, 1)).unsqueeze(0) if o.summed == "positions" else slots.sum(0)
-            found[f"sum/{site}"] = total.cpu()
+            held[f"sum/{site}"] = total.cpu()
             if self.gradients:
                 assert one.gradient is not None
-                found[f"gradient/{site}"] = one.gradient.cpu()
-        for kind, tokens in (("clean", clean), ("patch", patch)):
+                held[f"gradient/{site}"] = one.gradient.cpu()
+        for side, tokens in (("clean", clean), ("patch", patch)):
             if tokens is not None:
-                found[kind] = (
+                held[side] = (
                     metric_values(self.lm, tokens, metric, metric_at=o.metric_at, max_tokens=max_tokens).double().cpu()
                 )
-        return found
+        return held
 
     def _check(self, nodes: Mapping[Site, Tensor]) -> None:
         for site, effects in nodes.items():
@@ -261,38 +212,32 @@ class _Finder:
         upstream = None
         if o.upstream == "above":
             upstream = {site: (e.abs() > o.node_threshold).to(self.lm.device) for site, e in circuit.nodes.items()}
-        limits = ""  # these depend on all pieces
-        if self.parts.folder is not None:
-            limits = "-" + content_of(None, upstream or {})
         merged: dict[tuple[Site, Site | None], Edges] = {}
         with task("edges", total=self.n, unit="examples") as shown:
-            for name, piece in self.pieces:
-                found = self.parts.made(
-                    f"edges-{name}{limits}",
-                    lambda name=name, piece=piece: _held(self._piece_edges(name, piece, upstream)),
+            for name, part in self._parts():
+                held = self.pieces.tensors(
+                    f"edges-{name}", lambda name=name, part=part: _held(self._part_edges(name, part, upstream))
                 )
-                merged = merge([merged, _edges(found)])
-                shown.advance(len(piece[0]))
-        edges = {pair: _mean(found, self.n, o.edge_threshold) for pair, found in merged.items()}
-        edges = {pair: found for pair, found in edges.items() if len(found)}
-        for pair, found in edges.items():
-            if not bool(torch.isfinite(found.weight).all()):
+                merged = merge([merged, _edges(held)])
+                shown.advance(len(part[0]))
+        edges = {pair: _mean(several, self.n, o.edge_threshold) for pair, several in merged.items()}
+        edges = {pair: several for pair, several in edges.items() if len(several)}
+        for pair, several in edges.items():
+            if not bool(torch.isfinite(several.weight).all()):
                 raise UnweaveError("weights of edges are NaN or infinite", where=" -> ".join(map(str, pair)))
-        self.about["edges"] = {"found": sum(map(len, merged.values())), "kept": sum(map(len, edges.values()))}
-        ends = Plan(self.lm, self.saes).ends
-        if len(ends) > 1:
-            self.about["edges_to_y"] = (
-                f"total effects of {', '.join(map(str, ends))}: what one does through a later one counts at both"
-            )
-        self._close("edges", began)
-        return Circuit(circuit.nodes, edges, circuit.positions, self.n, dict(self.about))
+        assert circuit.about.search is not None and circuit.costs is not None
+        counts = EdgeCounts(sum(map(len, merged.values())), sum(map(len, edges.values())))
+        ends = tuple(Plan(self.lm, self.saes).ends)
+        about = replace(circuit.about, search=replace(circuit.about.search, edges=counts, ends=ends))
+        seconds = {"seconds_nodes": circuit.costs.seconds_nodes, "seconds_edges": _since(began)}
+        return replace(circuit, edges=edges, about=about, costs=replace(self._costs(began), **seconds))
 
-    def _piece_edges(
-        self, name: str, piece: Batch, upstream: Mapping[Site, Tensor] | None
+    def _part_edges(
+        self, name: str, part: Batch, upstream: Mapping[Site, Tensor] | None
     ) -> dict[tuple[Site, Site | None], Edges]:
-        held = self.parts.get(f"nodes-{name}", "gradient")
+        held = self.pieces.get(f"nodes-{name}", "gradient")
         assert held is not None
-        gradients = by_site(held, "gradient")
+        gradients = _by_site(held, "gradient")
         o = self.options
 
         def work(batch: Batch, rows: slice, max_tokens: int) -> dict[tuple[Site, Site | None], Edges]:
@@ -306,17 +251,17 @@ class _Finder:
                 max_tokens=max_tokens, summed=o.summed, upstream=upstream,
             )  # fmt: skip
 
-        return merge(self._halving(piece, work))
+        return merge(self._halving(part, work))
 
     # -- memory and time ------------------------------------------------------------------------------------------
 
-    def _halving(self, piece: Batch, work: Callable[[Batch, slice, int], _T]) -> list[_T]:
-        """``work(examples, which rows, max_tokens)`` on all of a piece, in as large parts as memory has allowed so far.
+    def _halving(self, part: Batch, work: Callable[[Batch, slice, int], _T]) -> list[_T]:
+        """``work(examples, which rows, max_tokens)`` on all of a part, in as large parts as memory has allowed so far.
 
         Passes hold fewer tokens where parts hold fewer examples: else points of a path would fill them up again. Where
         a single example does not fit, they hold no more than its own.
         """
-        n, width = piece[0].ids.shape
+        n, width = part[0].ids.shape
         first = max(1, min(n, self.max_tokens // self.points // width))
         size, narrow = first, False
 
@@ -325,35 +270,39 @@ class _Finder:
             if rows.stop < n:  # the last part may be small for want of examples
                 size = min(size, rows.stop - rows.start)
             tokens = width if narrow else max(width, self.max_tokens * size // first)
-            return work(rows_of(piece, rows), rows, tokens)
+            return work(rows_of(part, rows), rows, tokens)
 
         def alone(rows: slice) -> _T:
             nonlocal narrow
             narrow = True
-            return work(rows_of(piece, rows), rows, width)
+            return work(rows_of(part, rows), rows, width)
 
-        found, rows = halving(n, first, one, alone)
+        results, rows = halving(n, first, one, alone)
         if narrow:
             self.max_tokens = width
         elif rows < first:
             self.max_tokens = max(1, self.max_tokens * rows // first)
-        return found
+        return results
 
-    def _close(self, part: str, began: float) -> None:
-        self.about["seconds"][part] = round(time.perf_counter() - began, 2)
-        self.about["memory"] |= {"max_tokens_used": self.max_tokens, "peak_gb": peak_memory_gb()}
-        if self.lm.device.type == "cuda":
-            self.about["memory"]["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated(self.lm.device) / 1e9, 2)
+    def _costs(self, began: float) -> Costs:
+        on_gpu = self.lm.device.type == "cuda"
+        gpu = round(torch.cuda.max_memory_allocated(self.lm.device) / 1e9, 2) if on_gpu else None
+        return Costs(self.max_tokens, peak_memory_gb(), _since(began), peak_gpu_gb=gpu)
 
 
-def _counts(nodes: Mapping[Site, Tensor], threshold: float) -> dict[str, Any]:
-    """How many latents and errors are above the threshold: of all sites, and of each."""
-    sites = {}
-    for site, effects in nodes.items():
-        above = effects.abs() > threshold
-        sites[str(site)] = {"latents": int(above[:, :-1].sum()), "errors": int(above[:, -1].sum())}
-    total = {kind: sum(found[kind] for found in sites.values()) for kind in ("latents", "errors")}
-    return total | {"sites": sites}
+def _since(began: float) -> float:
+    return round(time.perf_counter() - began, 2)
+
+
+def _by_site(held: Mapping[str, Tensor], kind: str) -> dict[Site, Tensor]:
+    """The tensors named ``kind/site``."""
+    return {Site.parse(name[len(kind) + 1 :]): value for name, value in held.items() if name.startswith(f"{kind}/")}
+
+
+def _above(nodes: Mapping[Site, Tensor], threshold: float) -> tuple[SiteCounts, ...]:
+    """How many latents and errors of each site are above the threshold."""
+    above = {site: effects.abs() > threshold for site, effects in nodes.items()}
+    return tuple(SiteCounts(site, int(a[:, :-1].sum()), int(a[:, -1].sum())) for site, a in above.items())
 
 
 def _mean(edges: Edges, n: int, threshold: float) -> Edges:
@@ -368,19 +317,19 @@ def _mean(edges: Edges, n: int, threshold: float) -> Edges:
 
 
 def _held(edges: Mapping[tuple[Site, Site | None], Edges]) -> Held:
-    found: Held = {}
+    held: Held = {}
     for (up, down), entries in edges.items():
         name = f"{up} {down or Y}"
-        found |= {f"up/{name}": entries.up, f"down/{name}": entries.down, f"weight/{name}": entries.weight}
-    return found
+        held |= {f"up/{name}": entries.up, f"down/{name}": entries.down, f"weight/{name}": entries.weight}
+    return held
 
 
 def _edges(held: Held) -> dict[tuple[Site, Site | None], Edges]:
-    found = {}
+    edges = {}
     for name in held:
         if name.startswith("weight/"):
             pair = name.removeprefix("weight/")
             up, _, down = pair.partition(" ")
             entries = Edges(held[f"up/{pair}"], held[f"down/{pair}"], held[name])
-            found[Site.parse(up), None if down == Y else Site.parse(down)] = entries
-    return found
+            edges[Site.parse(up), None if down == Y else Site.parse(down)] = entries
+    return edges

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,32 +22,15 @@ import torch
 from torch import Tensor
 
 from unweave.circuits import stored
+from unweave.circuits.about import About, Costs, Counts, Node
 from unweave.circuits.stored import ARROW, Y
 from unweave.core.errors import UnweaveError
 from unweave.core.memory import refuse_if_memory
+from unweave.core.result import to_plain
 from unweave.core.run import atomic_write
 from unweave.core.site import Site
 
-COSTS = ("seconds", "memory")
-"""what ``about`` says of time and memory"""
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class Node:
-    """One node above a threshold. ``slot`` F (``is_error``) is the error; ``position`` None: summed over positions."""
-
-    site: Site
-    slot: int
-    position: int | None
-    effect: float
-    is_error: bool
-
-    @property
-    def name(self) -> str:
-        """``resid_post.9/123``, or ``resid_post.9/error``; with its position in front where positions are kept."""
-        inner = f"{self.site}/{'error' if self.is_error else self.slot}"
-        return inner if self.position is None else f"{self.position}, {inner}"
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -70,19 +54,24 @@ class Circuit:
 
     ``nodes`` {site: effects [P, F + 1]}, with P = 1 where effects were summed over positions (``positions`` is False).
     ``edges`` {(upstream site, downstream site or None for the metric): Edges}. ``about`` says what was asked and what
-    was measured, in plain values (task, method, steps, rule, thresholds, metric values, reports).
+    was measured. ``costs`` are of the search that found it here, None for a circuit that was loaded.
     """
 
     nodes: dict[Site, Tensor]
     edges: dict[tuple[Site, Site | None], Edges]
     positions: bool
     n_examples: int
-    about: dict[str, Any] = field(default_factory=dict)
+    about: About = About()
+    costs: Costs | None = None
 
     def __repr__(self) -> str:
         n_edges = sum(map(len, self.edges.values()))
         where = "at each position" if self.positions else "summed over positions"
         return f"Circuit({len(self.nodes)} sites {where}, {n_edges:,} edges, mean of {self.n_examples} examples)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a picture of about 60 of its strongest nodes."""
+        return import_module("unweave.circuits.draw").notebook_html(self)
 
     def above(self, threshold: float) -> list[Node]:
         """Nodes with |effect| above the threshold, site by site, each site's largest first."""
@@ -96,11 +85,11 @@ class Circuit:
                 found.append(Node(site, slot, position if self.positions else None, value, slot == last))
         return found
 
-    def counts(self, threshold: float) -> dict[str, int]:
+    def counts(self, threshold: float) -> Counts:
         """How many latents and how many errors are above a threshold."""
         nodes = self.above(threshold)
         errors = sum(node.is_error for node in nodes)
-        return {"latents": len(nodes) - errors, "errors": errors}
+        return Counts(len(nodes) - errors, errors)
 
     def edges_above(self, node_threshold: float, edge_threshold: float) -> list[tuple[Node, Node | None, float]]:
         """(upstream node, downstream node or None for the metric, weight): both ends and |weight| above thresholds."""
@@ -128,8 +117,8 @@ class Circuit:
         for (up, down), edges in self.edges.items():
             name = f"edges/{up}{ARROW}{Y if down is None else down}"
             tensors |= {f"{name}/up": edges.up, f"{name}/down": edges.down, f"{name}/weight": edges.weight}
-        told = {name: value for name, value in self.about.items() if name not in COSTS}
-        about = {"version": VERSION, "positions": self.positions, "n_examples": self.n_examples, "about": told}
+        about = {"version": VERSION, "positions": self.positions, "n_examples": self.n_examples}
+        about["about"] = to_plain(self.about)
         with atomic_write(Path(path)) as temporary:
             held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(held, temporary, {"unweave.circuit": json.dumps(about, ensure_ascii=False, allow_nan=False)})
@@ -149,7 +138,7 @@ class Circuit:
             head = stored.header(told["unweave.circuit"], VERSION)
             nodes = stored.nodes_of(tensors, head["positions"])
             edges = {pair: Edges(*parts) for pair, parts in stored.edges_of(tensors, nodes).items()}
-            return cls(nodes, edges, head["positions"], head["n_examples"], head["about"])
+            return cls(nodes, edges, head["positions"], head["n_examples"], stored.about_of(head["about"]))
         except (OSError, SafetensorError, ValueError) as error:
             refuse_if_memory(error, path)
             raise UnweaveError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ FILE = "circuit.safetensors"
 
 
 @dataclass(frozen=True)
-class Found:
-    """A circuit on disk: its file, what it holds, and the question that it answers, where its run says so."""
+class StoredCircuit:
+    """A circuit on disk: its file, and the question that it answers, where its run says so."""
 
     path: Path
-    circuit: Circuit
     asked: dict[str, Any]
-    result: dict[str, Any]
+
+    @cached_property
+    def circuit(self) -> Circuit:
+        """What the file holds. UnweaveError where it is damaged."""
+        return Circuit.load(self.path)
 
     def saes_spec(
         self, saes: tuple[str, ...] = (), model: str | None = None, device: str | None = None
@@ -74,19 +78,27 @@ def _file_of(place: Path) -> Path:
     return path
 
 
-def open_circuit(place: Path) -> Found:
-    """The circuit of a run's folder, or of a file. UnweaveError where there is none."""
+def open_circuit(place: Path) -> StoredCircuit:
+    """The circuit of a run's folder, or of a file; it is read when it is asked for.
+
+    UnweaveError where there is none, or the run is damaged.
+    """
     path = _file_of(place)
     folder = path.parent
     if not (folder / "DONE").exists():  # a file on its own, or of a search that goes on; what is beside it is of use
-        return Found(path, Circuit.load(path), _beside(folder / "spec.json").get("spec", {}), {})
+        return StoredCircuit(path, _asked(folder / "spec.json"))
     run = Run.at(folder)
-    return Found(path, Circuit.load(run.file(path.name)), run.spec, run.result)
+    if run.problem is not None:
+        raise UnweaveError(
+            f"damaged: {run.problem}", where=str(folder), remedy=f"delete {folder} and run the same command again"
+        )
+    return StoredCircuit(run.file(path.name), run.spec)
 
 
-def _beside(path: Path) -> dict[str, Any]:
-    """The question in spec.json, where there is one."""
-    found = read_json(path) if path.is_file() else {}
-    if not isinstance(found, dict) or not isinstance(found.get("spec", {}), dict):
+def _asked(path: Path) -> dict[str, Any]:
+    """The Spec's fields in spec.json, where there is one."""
+    values = read_json(path) if path.is_file() else {}
+    asked = values.get("spec", {}) if isinstance(values, dict) else None
+    if not isinstance(asked, dict):
         raise UnweaveError("damaged: it does not say what was asked", where=str(path), remedy="delete this file")
-    return found
+    return asked

@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from unweave.circuits.graph import Circuit, Node
+from unweave.circuits.about import Node
+from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 
@@ -26,6 +28,7 @@ DIAMOND = 17.0
 _ASPECT = 1.0
 _SWEEPS = 12
 _SHOWN_POSITIONS = 24
+_EDGES_A_NODE = 2.5
 
 Edge = tuple[int, int | None, float]
 """Numbers of the upstream and the downstream node (None: the metric) and the weight."""
@@ -117,6 +120,59 @@ def select(
     edges.sort(key=lambda edge: -abs(edge[2]))
     left = missing + max(0, len(edges) - max_edges)
     return Selection(tuple(nodes), tuple(edges[:max_edges]), len(above) - len(nodes), left)
+
+
+def threshold_for(circuit: Circuit, n_nodes: int = 60) -> float:
+    """The threshold above which about ``n_nodes`` nodes remain; 0 where there are no more than that."""
+    sizes = np.concatenate(
+        [np.abs(effects.detach().cpu().double().numpy()).ravel() for effects in circuit.nodes.values()]
+    )
+    ordered = -np.sort(-sizes[sizes > 0])
+    return 0.0 if len(ordered) <= n_nodes else float(ordered[n_nodes - 1 : n_nodes + 1].mean())
+
+
+def edge_threshold_for(circuit: Circuit, node_threshold: float, n_edges: int = 150) -> float:
+    """The threshold above which about ``n_edges`` edges remain between the nodes above theirs; 0 for no more."""
+    weights = sorted((abs(w) for _, _, w in circuit.edges_above(node_threshold, 0.0)), reverse=True)
+    return 0.0 if len(weights) <= n_edges else (weights[n_edges - 1] + weights[n_edges]) / 2
+
+
+Why = Literal["asked", "own", "count"]
+"""Why a node threshold was taken: it was asked for, it is the circuit's own, or it leaves so many nodes."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Above which |effect| nodes, and above which |weight| edges, are drawn."""
+
+    node: float
+    edge: float
+    why: Why
+
+
+def thresholds(
+    circuit: Circuit,
+    nodes: int = 60,
+    max_nodes: int = 150,
+    *,
+    node_threshold: float | None = None,
+    edge_threshold: float | None = None,
+) -> Thresholds:
+    """What to draw: about ``nodes`` nodes, but none below the threshold that edges were looked for with, and about 2.5
+    edges for each; or the thresholds that are given."""
+    search = circuit.about.search
+    if node_threshold is not None:
+        node, why = node_threshold, "asked"
+    else:
+        node, why = threshold_for(circuit, nodes), "count"
+        own = search.options.node_threshold if search is not None and circuit.edges else 0.0
+        if own > node and circuit.above(own):
+            node, why = own, "own"
+    edge = edge_threshold
+    if edge is None:
+        edge = edge_threshold_for(circuit, node, round(_EDGES_A_NODE * min(len(circuit.above(node)), max_nodes)))
+        edge = max(edge, search.options.edge_threshold if search is not None else 0.0)  # weaker ones were never kept
+    return Thresholds(node, edge, why)
 
 
 def place(circuit: Circuit, selection: Selection, node_width: float = 128.0, node_height: float = 34.0) -> Layout:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unweave.circuits.about import About
 from unweave.core.errors import UnweaveError
 from unweave.core.files import parse_json
+from unweave.core.result import from_plain
 from unweave.core.site import Site
 
 ARROW = " -> "
@@ -41,6 +43,14 @@ def header(text: str, version: int) -> dict[str, Any]:
     if found["n_examples"] < 1:
         raise ValueError(f"a mean of {found['n_examples']} examples is none")
     return found
+
+
+def about_of(values: dict[str, Any]) -> About:
+    """What the header says of the circuit."""
+    try:
+        return from_plain(About, values, "about")
+    except UnweaveError as error:
+        raise ValueError(f"in its header {error.where}: {error.what}") from error
 
 
 def nodes_of(tensors: Mapping[str, Tensor], positions: bool) -> dict[Site, Tensor]:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from unweave.circuits.graph import Circuit
 from unweave.core.site import Site
 from unweave.latents.annotations import name_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -31,19 +27,12 @@ class Strong:
 
 def strongest(mean: Mapping[Site, Tensor], *, threshold: float = 0.0, top: int | None = None) -> list[Strong]:
     """Latents (never errors) whose support is above ``threshold``, largest first; the ``top`` largest of them."""
-    found = []
+    strong = []
     for site, values in mean.items():
         for latent in (values[:-1] > threshold).nonzero()[:, 0].tolist():
-            found.append(Strong(site, latent, float(values[latent])))
-    found.sort(key=lambda s: (-s.effect, s.site, s.latent))
-    return found if top is None else found[:top]
-
-
-SUPPORT = "support for the label"
-
-
-BY_NEURONS = "by neurons"
-"""how the tasks of classifiers' circuits begin, and how those of neurons end"""
+            strong.append(Strong(site, latent, float(values[latent])))
+    strong.sort(key=lambda s: (-s.effect, s.site, s.latent))
+    return strong if top is None else strong[:top]
 
 
 def means(circuit: Circuit) -> dict[Site, Tensor]:

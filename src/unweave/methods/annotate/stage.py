@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unweave.circuits.draw import threshold_for
-from unweave.circuits.opened import FILE, Found, open_circuit
-from unweave.circuits.support import BY_NEURONS, SUPPORT, means, strongest
+from unweave.circuits.opened import FILE, StoredCircuit, open_circuit
+from unweave.circuits.picture import threshold_for
+from unweave.circuits.support import means, strongest
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.inputs.saes import Opened, open_saes
@@ -44,11 +44,11 @@ def questions(asked: Asked, out: Path, runs: Path) -> tuple[list[Question], int]
 
     UnweaveError for a circuit or latents that are not there. Opens no model where nothing is left to ask.
     """
-    found = _circuit(asked)
-    spec = _saes(asked, found)
+    stored = _circuit(asked)
+    spec = _saes(asked, stored)
     opened: Opened | None = None
-    if found is not None:
-        wanted = _of_circuit(asked, found)
+    if stored is not None:
+        wanted = _of_circuit(asked, stored)
     else:
         opened = open_saes(spec)
         wanted = _of_names(asked, opened)
@@ -71,7 +71,7 @@ def questions(asked: Asked, out: Path, runs: Path) -> tuple[list[Question], int]
     return made, known
 
 
-def _circuit(asked: Asked) -> Found | None:
+def _circuit(asked: Asked) -> StoredCircuit | None:
     """The circuit, where the target is one; None where autoencoders are named instead."""
     if asked.target is None:
         if not asked.saes:
@@ -94,47 +94,47 @@ def _circuit(asked: Asked) -> Found | None:
     return open_circuit(asked.target)
 
 
-def _saes(asked: Asked, found: Found | None) -> OfSAEsSpec:
-    if found is None:
+def _saes(asked: Asked, stored: StoredCircuit | None) -> OfSAEsSpec:
+    if stored is None:
         return OfSAEsSpec(saes=asked.saes, model=asked.model, device=asked.device)
-    spec = found.saes_spec(asked.saes, asked.model, asked.device)
+    spec = stored.saes_spec(asked.saes, asked.model, asked.device)
     if spec is None:
         raise UnweaveError(
             "this circuit does not say where its autoencoders are",
-            where=str(found.path),
+            where=str(stored.path),
             remedy="name them with --saes",
         )
     return spec
 
 
-def _of_circuit(asked: Asked, found: Found) -> Mapping[tuple[Site, int], Effects]:
+def _of_circuit(asked: Asked, stored: StoredCircuit) -> Mapping[tuple[Site, int], Effects]:
     """Latents above the threshold, strongest first."""
-    if str(found.circuit.about.get("task", "")).startswith(SUPPORT):
-        return _of_classifier(asked, found)
-    threshold = threshold_for(found.circuit) if asked.threshold is None else asked.threshold
-    latents = in_circuit(found.circuit.above(threshold))
+    if stored.circuit.about.of == "classifier":
+        return _of_classifier(asked, stored)
+    threshold = threshold_for(stored.circuit) if asked.threshold is None else asked.threshold
+    latents = in_circuit(stored.circuit.above(threshold))
     if not latents:
         raise UnweaveError(
-            f"no latent's effect is above {threshold:g}", where=str(found.path), remedy="give a lower --threshold"
+            f"no latent's effect is above {threshold:g}", where=str(stored.path), remedy="give a lower --threshold"
         )
     return dict(list(latents.items())[: asked.top])
 
 
-def _of_classifier(asked: Asked, found: Found) -> Mapping[tuple[Site, int], Effects]:
+def _of_classifier(asked: Asked, stored: StoredCircuit) -> Mapping[tuple[Site, int], Effects]:
     """The latents of a classifier's circuit that its run judges: those that support the label."""
-    if str(found.circuit.about["task"]).endswith(BY_NEURONS):
+    if stored.circuit.about.neurons:
         raise UnweaveError(
             "this circuit is of neurons, which have no contexts",
-            where=str(found.path),
+            where=str(stored.path),
             remedy="annotate the circuit-0.safetensors beside it",
         )
-    known = found.asked
+    known = stored.asked
     threshold = float(known.get("threshold", 0.0)) if asked.threshold is None else asked.threshold
-    strong = strongest(means(found.circuit), threshold=threshold, top=asked.top or known.get("top"))
+    strong = strongest(means(stored.circuit), threshold=threshold, top=asked.top or known.get("top"))
     if not strong:
         raise UnweaveError(
             f"no latent supports the label by more than {threshold:g}",
-            where=str(found.path),
+            where=str(stored.path),
             remedy="give a lower --threshold",
         )
     return {(one.site, one.latent): ((None, one.effect),) for one in strong}

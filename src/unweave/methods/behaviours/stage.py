@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from unweave.circuits.find import Options, find_circuit
+from unweave.circuits.about import Options
+from unweave.circuits.find import find_circuit
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
+from unweave.core.pieces import Pieces
 from unweave.core.progress import task
+from unweave.core.result import to_plain
 from unweave.core.run import Run, atomic_write, write_json
 from unweave.core.spec import Spec, digest
 from unweave.data.pack import PackSpec
@@ -294,12 +297,12 @@ def _circuit(
             )
             # Parts are named by their rows; which these are depends on max_tokens, which is no part of the question.
             rows = digest([clean.ids.tolist() for clean, _, _ in batches])
-            circuit = find_circuit(opened.lm, opened.saes, batches, options, keep=run.path / f"parts-{rows}")
+            circuit = find_circuit(opened.lm, opened.saes, batches, options, pieces=Pieces(run.path / f"parts-{rows}"))
             circuit.save(run.path / "circuit.safetensors")
             behaviours.save(run.path / "contexts.jsonl", Found(tuple(examples)))
-            nodes = circuit.counts(spec.node_threshold)
+            nodes = to_plain(circuit.counts(spec.node_threshold))
             edges = len(circuit.edges_above(spec.node_threshold, spec.edge_threshold))
-            complete = {name: circuit.about.get(name) for name in ("completeness", "incomplete")}
+            complete = {"completeness": to_plain(circuit.about.sums), "incomplete": circuit.about.incomplete}
             run.finish(nodes | complete | {"edges": edges})
     return run
 

@@ -2,68 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from unweave.methods.circuits.sweep import Sweep
-from unweave.show.plots import quiet
+from unweave.methods.circuits.result import Errors, Faithfulness, Sweep
+from unweave.show.figures import COLOURS, as_svg, settings
+from unweave.show.plots import png, quiet
 from unweave.show.theme import LIGHT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FEATURES, NEURONS = "latents and errors", "neurons"
-_STYLES = {
-    FEATURES: (LIGHT["accent"], "o", "-"),
-    "without attention and MLP errors": ("#5a98a0", "s", "-"),
-    "without errors": ("#9dbfc0", "D", "-"),
-    "all errors kept": ("#3f4a78", "^", "-"),
-    NEURONS: (LIGHT["warm"], "v", "-"),
+NAMES: dict[Errors, str] = {
+    "default": "latents and errors",
+    "remove-attn-mlp": "without attention and MLP errors",
+    "remove": "without errors",
+    "keep": "all errors kept",
 }
-_OTHER = (LIGHT["mute"], "x", "-")
+"""what a curve is called, by what happens to errors"""
+_STYLES = {
+    "default": ("accent", "o"),
+    "remove-attn-mlp": ("#5a98a0", "s"),
+    "remove": ("#9dbfc0", "D"),
+    "keep": ("#3f4a78", "^"),
+}
 
 
-def faithfulness_figure(curves: Mapping[str, Sweep], *, level: float = 0.8, title: str = "") -> Figure:
-    """Two panels over the number of nodes: F of circuits beside random ones, and F of everything but the circuit.
+def curve_name(errors: Errors, neurons: bool) -> str:
+    """What a curve is called."""
+    return "neurons" if neurons else NAMES[errors]
 
-    ``curves`` by what they are called; FEATURES and NEURONS and their variants have colours of their own.
-    """
+
+def curves_png(result: Faithfulness, title: str = "") -> bytes:
+    """The figure as a file."""
+    return png(_figure(result, title, LIGHT))
+
+
+def curves_svg(result: Faithfulness) -> str:
+    """The figure inside a page, in the page's colours."""
+    import matplotlib
+
+    with matplotlib.rc_context(settings()):
+        figure = _figure(result, "", COLOURS)
+        figure.set_facecolor("none")
+        for ax in figure.axes:
+            ax.set_facecolor("none")
+        return as_svg(figure, "faithfulness", "Faithfulness and completeness over the number of nodes")
+
+
+def _figure(result: Faithfulness, title: str, colours: Mapping[str, str]) -> Figure:
+    """Two panels over the number of nodes: F of circuits beside random ones, and F of everything but the circuit."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 4.1), layout="constrained", facecolor=LIGHT["bg"])
+    figure = Figure(figsize=(9.6, 4.1), layout="constrained", facecolor=colours["bg"])
     left, right = figure.subplots(1, 2)
-    for ax, what in ((left, "faithfulness"), (right, "completeness")):
-        _panel(ax)
-        for name, curve in curves.items():
-            colour, mark, line = _STYLES.get(name, _OTHER)
-            rows = sorted((row for row in curve.rows if row.nodes), key=lambda row: row.nodes)
-            nodes, values = [row.nodes for row in rows], [getattr(row, what) for row in rows]
-            ax.plot(nodes, values, color=colour, marker=mark, linestyle=line, markersize=4, linewidth=1.6, label=name)
-            drawn = [(row.nodes, row.random) for row in rows if row.random is not None]
-            if what == "faithfulness" and drawn and name in (FEATURES, NEURONS):
-                ax.plot(*zip(*drawn, strict=True), color=colour, linestyle=":", linewidth=1.4, label=f"random {name}")
-        _framed(ax, [getattr(row, what) for curve in curves.values() for row in curve.rows])
-        ax.set_xlabel("nodes in the circuit", fontsize=9, color=LIGHT["soft"])
-    left.axhline(level, color=LIGHT["mute"], linewidth=0.9, dashes=(4, 3))
-    left.set_title("Faithfulness: only the circuit is left", fontsize=10, color=LIGHT["ink"])
-    right.set_title("Completeness: the circuit is taken out (low is good)", fontsize=10, color=LIGHT["ink"])
+    for ax in (left, right):
+        _panel(ax, colours)
+        ax.set_xlabel("nodes in the circuit", fontsize=9, color=colours["soft"])
+    for curve in result.curves:
+        name, (hue, mark) = curve_name(curve.errors, curve.neurons), _style(curve)
+        colour = colours.get(hue, hue)
+        rows = sorted((row for row in curve.rows if row.nodes), key=lambda row: row.nodes)
+        nodes = [row.nodes for row in rows]
+        for ax, values in (
+            (left, [row.faithfulness for row in rows]),
+            (right, [row.completeness for row in rows]),
+        ):
+            ax.plot(nodes, values, color=colour, marker=mark, markersize=4, linewidth=1.6, label=name)
+        if curve.errors == "default":
+            _random(left, curve, colour, name)
+    _framed(left, [row.faithfulness for curve in result.curves for row in curve.rows])
+    _framed(right, [row.completeness for curve in result.curves for row in curve.rows])
+    left.axhline(result.level, color=colours["mute"], linewidth=0.9, dashes=(4, 3))
+    left.set_title("Faithfulness: only the circuit is left", fontsize=10, color=colours["ink"])
+    right.set_title("Completeness: the circuit is taken out (low is good)", fontsize=10, color=colours["ink"])
     if title:
-        figure.suptitle(title, fontsize=11, color=LIGHT["ink"])
+        figure.suptitle(title, fontsize=11, color=colours["ink"])
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
     return figure
 
 
-def _panel(ax: Axes) -> None:
+def _style(curve: Sweep) -> tuple[str, str]:
+    return ("warm", "v") if curve.neurons else _STYLES[curve.errors]
+
+
+def _random(ax: Axes, curve: Sweep, colour: str, name: str) -> None:
+    """Random nodes, dotted; where there were several draws, from the lowest to the highest in a shade."""
+    drawn = sorted((row.nodes, row.random) for row in curve.rows if row.random is not None and row.nodes)
+    if not drawn:
+        return
+    nodes = [n for n, _ in drawn]
+    ax.plot(nodes, [r.mean for _, r in drawn], color=colour, linestyle=":", linewidth=1.4, label=f"random {name}")
+    if drawn[0][1].draws > 1:
+        ax.fill_between(nodes, [r.low for _, r in drawn], [r.high for _, r in drawn], color=colour, alpha=0.15, lw=0)
+
+
+def _panel(ax: Axes, colours: Mapping[str, str]) -> None:
     quiet(ax)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
     for height in (0.0, 1.0):
-        ax.axhline(height, color=LIGHT["line"], linewidth=1.0)
+        ax.axhline(height, color=colours["line"], linewidth=1.0)
 
 
-def _framed(ax: Axes, values: list[float]) -> None:
+def _framed(ax: Axes, values: Sequence[float]) -> None:
     """Shows 0 to 1 and what lies near; what lies far beyond is cut off, so that one outlier does not flatten all."""
     low, high = min([0.0, *values]), max([1.0, *values])
     ax.set_ylim(max(low, -0.6) - 0.05, min(high, 1.6) + 0.05)

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import Content, FileRef
 from unweave.core.spec import Spec, operational, require
+from unweave.data.spec import ModelRef
 from unweave.inputs.spec import OfSAEsSpec, SAERefs, unused
+from unweave.methods.circuits.result import CircuitSearch, Drawing, Faithfulness
 
 CircuitRef = Annotated[Path, Content("unweave.circuits.opened:content_of_circuit")]
 """A circuit: its file, or the run that has it."""
@@ -164,7 +167,7 @@ class CircuitDrawSpec(Spec):
     """What stands above the picture; by default the circuit's task."""
     saes: SAERefs = ()
     """For contexts: where the autoencoders are; by default where the circuit's run found them."""
-    model: str | None = None
+    model: ModelRef | None = None
     """For contexts: the model; by default that of the circuit's run."""
     device: str | None = operational(None)
     """For contexts: cpu, cuda, cuda:1...; by default a GPU where there is one."""
@@ -236,3 +239,51 @@ class CircuitEvaluateSpec(Spec):
         if self.pairs is not None and self.inputs is not None:
             raise UnweaveError("pairs and inputs are both given", where=type(self).__name__, remedy="name one of them")
         unused(self, {"spaced": not self.thresholds})
+
+
+FIND = Command(
+    words="circuit find",
+    spec=CircuitFindSpec,
+    result=CircuitSearch,
+    stage="unweave.methods.circuits.stage_find:run",
+    summary="Find the latents and errors that cause a behaviour, and how they act on one another.",
+    about="Integrated gradients over minimal pairs, or over single texts with ablation, give every latent's effect "
+    "at every autoencoder's site; then the edges between those above a threshold. Keep positions for sentences "
+    "of one template, sum over them for texts of any length. Examples run in batches that fit the memory; "
+    "after an interruption the same command goes on where it was.",
+    examples=(
+        "unweave circuit find --saes runs/train-0123456789ab/sae --task across_pp",
+        "unweave circuit find --saes runs/train-0123456789ab/sae --inputs contexts.jsonl --summed positions",
+    ),
+)
+EVALUATE = Command(
+    words="circuit evaluate",
+    spec=CircuitEvaluateSpec,
+    result=Faithfulness,
+    stage="unweave.methods.circuits.stage_evaluate:run",
+    summary="Measure how much of a behaviour a circuit carries, on texts that it was not found on.",
+    about="Everything outside the circuit is set to its mean over the changed texts, at every threshold: "
+    "faithfulness is what is left of the behaviour, 1 for the whole model and 0 for none; completeness is what "
+    "is left without the circuit. Beside it stand circuits without errors, of neurons at the same sites, and "
+    "of random nodes. Writes faithfulness.png, faithfulness.csv and how many nodes reach 0.8.",
+    examples=(
+        "unweave circuit evaluate --circuit runs/circuit-find-0123456789ab",
+        "unweave circuit evaluate --circuit runs/circuit-find-0123456789ab --start-layer 2 --spaced paper --draws 5",
+    ),
+)
+DRAW = Command(
+    words="circuit draw",
+    spec=CircuitDrawSpec,
+    result=Drawing,
+    stage="unweave.methods.circuits.stage_draw:run",
+    summary="Draw a circuit: layers upward, token positions across, as SVG, as a page to look around in, and as JSON.",
+    about="Rectangles are latents, triangles are errors; blue raises the metric when patched, red lowers it. Latents "
+    "are labelled from an annotation file, as 'unweave annotate' writes it. circuit.html shows every node's "
+    "effect and strongest edges, and with --contexts what it responds to. Without thresholds about 60 nodes "
+    "are drawn.",
+    examples=(
+        "unweave circuit draw --circuit runs/circuit-find-0123456789ab --annotations annotations.jsonl --contexts",
+        "unweave circuit draw --circuit circuit.safetensors --node-threshold 0.1 --edge-threshold 0.01",
+    ),
+)
+COMMANDS = (FIND, EVALUATE, DRAW)

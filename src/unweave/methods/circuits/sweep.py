@@ -8,77 +8,26 @@ whose effect is not 0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from unweave.attribute.runner import Batch
 from unweave.attribute.states import SAEs
-from unweave.circuits.faithfulness import Ablated, Ablation, Means, ablate_outside, ablated_sites
+from unweave.circuits.about import Ablation, Means
+from unweave.circuits.faithfulness import Ablated, ablate_outside, ablated_sites
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM
+from unweave.methods.circuits.result import Errors, RandomNodes, Row, Sweep
 
-Errors = Literal["default", "keep", "remove", "remove-attn-mlp"]
-ERRORS: tuple[Errors, ...] = ("default", "keep", "remove", "remove-attn-mlp")
+ERRORS: tuple[Errors, ...] = get_args(Errors)
 
 PAPER_THRESHOLDS = tuple(10 ** (-4 + 4 * i / 14) for i in range(15))
 """15, log-spaced from 1e-4 to 1"""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One circuit: the nodes above a threshold. ``completeness`` is F of everything but them: low is good."""
-
-    threshold: float
-    nodes: int
-    latents: int
-    errors: int
-    faithfulness: float
-    completeness: float
-    random: float | None
-    """F of equally many random nodes: mean over draws"""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """``rows`` from many nodes to few. ``model`` is the mean metric of the whole model, ``empty`` without any node."""
-
-    rows: tuple[Row, ...]
-    model: float
-    empty: float
-    n_examples: int
-    start_layer: int
-    errors: Errors
-    ablation: Ablation
-    changing: int
-    """nodes from the start layer on whose effect is not 0"""
-    means: Means = "positions"
-    """what the means that ablated nodes are set to were taken over"""
-    skip_first: int = 0
-
-    def nodes_for(self, level: float = 0.8) -> float | None:
-        """How many nodes reach a faithfulness: where the curve, going up in nodes, first crosses ``level``, linear in
-        the logarithm of the number of nodes. None where it never does."""
-        return _reached([(row.nodes, row.faithfulness) for row in self.rows], level)
-
-    def random_nodes_for(self, level: float = 0.8) -> float | None:
-        """The same for random nodes."""
-        return _reached([(row.nodes, row.random) for row in self.rows if row.random is not None], level)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What ``to_dict`` gave."""
-        return cls(**{**values, "rows": tuple(Row(**row) for row in values["rows"])})
 
 
 def sweep(
@@ -123,25 +72,36 @@ def sweep(
     drawn = [_handled(_drawn(places, kept, generator), errors) for kept in above for _ in range(draws)]
     single = all(patch is None for _, patch, _ in batches)
     means: Means = "tokens" if single and not circuit.positions else "positions"
-    found = ablate_outside(
+    measured = ablate_outside(
         lm, saes, batches, [*circuits, *others, *drawn], start_layer=start_layer, ablation=ablation,
         means=means, skip_first=skip_first, metric_at=metric_at, max_tokens=max_tokens,
     )  # fmt: skip
-    rows = _rows(found, ordered, circuits, draws)
-    changing = sum(int((e != 0).sum()) for e in effects.values())
-    return Sweep(rows, *_means(found), start_layer, errors, ablation, changing, means, skip_first)
+    return Sweep(
+        neurons=circuit.about.neurons,
+        errors=errors,
+        rows=_rows(measured, ordered, circuits, draws),
+        model=float(measured.model.mean()),
+        empty=float(measured.empty.mean()),
+        examples=len(measured.model),
+        start_layer=start_layer,
+        ablation=ablation,
+        means=means,
+        skip_first=skip_first,
+        changing=sum(int((e != 0).sum()) for e in effects.values()),
+    )
 
 
 def _rows(
-    found: Ablated, thresholds: Sequence[float], circuits: Sequence[Mapping[Site, Tensor]], draws: int
+    measured: Ablated, thresholds: Sequence[float], circuits: Sequence[Mapping[Site, Tensor]], draws: int
 ) -> tuple[Row, ...]:
     """A row for each threshold, of the circuits, then all others of theirs, then the random ones."""
-    f = found.faithfulness.double().tolist()
+    f = measured.faithfulness.double().tolist()
     n = len(thresholds)
     rows = []
     for i, threshold in enumerate(thresholds):
         latents, in_errors = _counted(circuits[i])
-        random = sum(f[2 * n + i * draws : 2 * n + (i + 1) * draws]) / draws if draws else None
+        drawn = f[2 * n + i * draws : 2 * n + (i + 1) * draws]
+        random = RandomNodes(sum(drawn) / draws, min(drawn), max(drawn), draws) if draws else None
         rows.append(Row(threshold, latents + in_errors, latents, in_errors, f[i], f[n + i], random))
     return tuple(rows)
 
@@ -151,8 +111,8 @@ def spread_thresholds(circuit: Circuit, sites: Sequence[Site], n: int = 15) -> l
 
     Effects of other tasks and models have other sizes; these thresholds show every circuit from all to nothing.
     """
-    found = torch.cat([circuit.nodes[site].abs().flatten() for site in sites])
-    values = found[found > 0].sort(descending=True).values
+    sizes = torch.cat([circuit.nodes[site].abs().flatten() for site in sites])
+    values = sizes[sizes > 0].sort(descending=True).values
     if not len(values):
         raise UnweaveError("no node at these sites has an effect", remedy="take an earlier start layer")
     counts = sorted({round(len(values) ** (i / (n - 1))) for i in range(n)})
@@ -163,7 +123,7 @@ def spread_thresholds(circuit: Circuit, sites: Sequence[Site], n: int = 15) -> l
 
 def _handled(kept: Mapping[Site, Tensor], errors: Errors) -> dict[Site, Tensor]:
     """Kept sets with their errors as ``errors`` says."""
-    found = {}
+    handled = {}
     for site, nodes in kept.items():
         nodes = nodes.clone()
         residual = site.point in ("embed", "resid_pre", "resid_mid", "resid_post")
@@ -171,31 +131,31 @@ def _handled(kept: Mapping[Site, Tensor], errors: Errors) -> dict[Site, Tensor]:
             nodes[:, -1] = True
         elif errors == "remove" or (errors == "remove-attn-mlp" and not residual):
             nodes[:, -1] = False
-        found[site] = nodes
-    return found
+        handled[site] = nodes
+    return handled
 
 
 def _places(effects: Mapping[Site, Tensor]) -> list[Tensor]:
     """Where latents, and where errors, have an effect that is not 0: (number of the site, position, slot), [n, 3]."""
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    places: tuple[list[Tensor], list[Tensor]] = ([], [])
     for number, e in enumerate(effects.values()):
         at = (e != 0).nonzero().cpu()
         at = torch.cat([torch.full_like(at[:, :1], number), at], 1)
         error = at[:, 2] == e.shape[1] - 1
-        found[0].append(at[~error])
-        found[1].append(at[error])
-    return [torch.cat(several) for several in found]
+        places[0].append(at[~error])
+        places[1].append(at[error])
+    return [torch.cat(several) for several in places]
 
 
 def _drawn(places: Sequence[Tensor], kept: Mapping[Site, Tensor], generator: torch.Generator) -> dict[Site, Tensor]:
     """As many random latents and errors as are kept, among ``places``."""
-    found = {site: torch.zeros_like(nodes) for site, nodes in kept.items()}
+    drawn = {site: torch.zeros_like(nodes) for site, nodes in kept.items()}
     for n, at in zip(_counted(kept), places, strict=True):
         chosen = at[torch.randperm(len(at), generator=generator)[:n]]
-        for number, nodes in enumerate(found.values()):
+        for number, nodes in enumerate(drawn.values()):
             _, position, slot = chosen[chosen[:, 0] == number].to(nodes.device).unbind(1)
             nodes[position, slot] = True
-    return found
+    return drawn
 
 
 def _counted(kept: Mapping[Site, Tensor]) -> tuple[int, int]:
@@ -203,20 +163,3 @@ def _counted(kept: Mapping[Site, Tensor]) -> tuple[int, int]:
         sum(int(nodes[:, :-1].sum()) for nodes in kept.values()),
         sum(int(nodes[:, -1].sum()) for nodes in kept.values()),
     )
-
-
-def _means(found: Ablated) -> tuple[float, float, int]:
-    return float(found.model.mean()), float(found.empty.mean()), len(found.model)
-
-
-def _reached(points: Sequence[tuple[int, float]], level: float) -> float | None:
-    """Where a curve first reaches a level, going up in nodes; linear in the logarithm of the number of nodes."""
-    ordered = sorted(points)
-    for i, (nodes, value) in enumerate(ordered):
-        if value >= level:
-            if i == 0:
-                return float(nodes)
-            before, low = ordered[i - 1]
-            share = (level - low) / (value - low)
-            return math.exp(math.log(max(before, 1)) * (1 - share) + math.log(max(nodes, 1)) * share)
-    return None

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from unweave.attribute.completeness import Completeness
 from unweave.circuits import support
+from unweave.circuits.about import About
 from unweave.circuits.graph import Circuit
 from unweave.circuits.support import Strong
 from unweave.core.contents import tree_of as stamp
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.files import read_json
+from unweave.core.result import to_plain
 from unweave.core.run import Run, atomic_write, write_json
 from unweave.core.site import Site
 from unweave.inputs.saes import Opened, digest_of, open_saes
@@ -203,8 +205,9 @@ class _Study:
             "neurons": self._kept(
                 shift.support(skyline, self.labels(balanced, _GENDER)),
                 len(balanced),
-                f"{_GENDER}, {support.BY_NEURONS}",
+                f"{_GENDER}, by neurons",
                 of_neurons,
+                neurons=True,
             ),
         }
 
@@ -226,9 +229,10 @@ class _Study:
             complete=complete,
         )
 
-    def _kept(self, mean: Mapping[Site, Tensor], n: int, label: str, complete: Completeness) -> Circuit:
-        about = {"task": f"{support.SUPPORT}: {label}", "method": self.spec.method, "probe": str(self.site)}
-        about |= {"completeness": complete.to_dict(), "incomplete": complete.problem()}
+    def _kept(
+        self, mean: Mapping[Site, Tensor], n: int, label: str, complete: Completeness, neurons: bool = False
+    ) -> Circuit:
+        about = About(f"support for the label: {label}", of="classifier", neurons=neurons, sums=complete.rows())
         return Circuit({site: values.unsqueeze(0) for site, values in mean.items()}, {}, False, n, about)
 
     # -- the table ------------------------------------------------------------------------------------------------
@@ -332,7 +336,7 @@ def _found(
             "say anything about SHIFT"
         )
     for name, of in (("circuit", "latents"), ("neurons", "neurons of the skyline")):
-        off = [(seed, problem) for seed, found in enumerate(circuits) if (problem := found[name].about["incomplete"])]
+        off = [(seed, problem) for seed, found in enumerate(circuits) if (problem := found[name].about.incomplete)]
         if off:
             said.append(f"{of}: {off[0][1]} (seed {', '.join(str(seed) for seed, _ in off)})")
     if bare := [i for i, row in enumerate(rows) if not row["ablated"]]:
@@ -346,7 +350,7 @@ def _found(
         "judged": shift_judge.in_words(judged),
         "table": table,
         "gap": gap,
-        "completeness": [found["circuit"].about["completeness"] for found in circuits],
+        "completeness": [to_plain(found["circuit"].about.sums) for found in circuits],
         "recovered": back,
         "ablated": [row["ablated"] for row in rows],
         "circuits": latents,

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unweave.circuits.graph import Circuit
-from unweave.core.files import read_json
+from unweave.circuits.opened import FILE
 from unweave.core.run import Run, atomic_write
-from unweave.methods.circuits.figures import FEATURES, NEURONS
-from unweave.methods.circuits.stage_evaluate import NAMES
-from unweave.methods.circuits.stage_find import CIRCUIT
+from unweave.methods.circuits.figures import curve_name
+from unweave.methods.circuits.result import Errors, Faithfulness, Reached
 from unweave.methods.shift.shift import LEAST_GAP
 from unweave.methods.shift.view import FEATURES as FEATURE_SKYLINE
 from unweave.methods.shift.view import METHODS, ORACLE, ORIGINAL, RANDOM, RETRAIN, SHIFT
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from unweave.papers.feature_circuits.recipe import Parts
 
 _LEVEL = 0.8
-_NO_ERRORS, _NO_INNER_ERRORS = NAMES["remove"], NAMES["remove-attn-mlp"]
 _TIMES = 5
 """how many times fewer nodes than neurons, or random ones, count as few; the paper has fifteen times and more"""
 _MUCH = 0.8
@@ -38,12 +36,12 @@ _RANDOM_AT_MOST = 0.1
 
 def write(folder: Path, spec: FeatureCircuitsSpec, plan: Plan, parts: Parts) -> dict[str, Any]:
     """Writes ``table.md``, ``claims.md``, figures and ``report.html``; returns the run's result."""
-    circuits = {name: Circuit.load(run.file(CIRCUIT)) for name, run in parts.found.items()}
+    circuits = {name: Circuit.load(run.file(FILE)) for name, run in parts.found.items()}
     limits = (plan.thresholds["across_rc"][0], plan.thresholds["across_pp"][0])
     shared = overlap(circuits["across_rc"], circuits["across_pp"], limits)
-    curves = {name: read_json(run.file("faithfulness.json")) for name, run in parts.evaluated.items()}
-    claims = [*_agreement_claims(parts, curves, shared), *_shift_claims(parts.shifted), _behaviour_claim(parts)]
-    heads, rows = ["structure", *_reached_heads()], [[name, *_reached(run)] for name, run in parts.evaluated.items()]
+    measured = {name: run.result for name, run in parts.evaluated.items()}
+    claims = [*_agreement_claims(measured, shared), *_shift_claims(parts.shifted), _behaviour_claim(parts)]
+    heads, rows = ["structure", *_reached_heads()], [[name, *_reached(result)] for name, result in measured.items()]
     text = _markdown_table(heads, rows) + "\n" + parts.shifted.file("table.md").read_text(encoding="utf-8")
     _write_text(folder / "table.md", text)
     _write_text(folder / "claims.md", markdown(claims))
@@ -57,9 +55,8 @@ def write(folder: Path, spec: FeatureCircuitsSpec, plan: Plan, parts: Parts) -> 
         "SHIFT": _shift_html(parts.shifted),
         "Behaviours": _behaviours_html(parts.behaviours),
     }
-    found = parts.found["across_pp"].result
-    note = f" ({found['model_note']})" if found["model_note"] else ""
-    lead = f"{found['model']}{note}; {', '.join(found['sites'])}; {spec.scale} scale."
+    subject = parts.found["across_pp"].result.subject
+    lead = f"{subject.named_model}; {', '.join(str(sae.site) for sae in subject.saes)}; {spec.scale} scale."
     html = document("Sparse feature circuits", "Sparse feature circuits", lead, sections)
     _write_text(folder / "report.html", html)
     return {
@@ -104,43 +101,50 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _reached_heads() -> list[str]:
-    return [f"{FEATURES}: nodes for {_LEVEL:g}", "random nodes for it", f"{NEURONS}: nodes for {_LEVEL:g}", "random"]
+    features, neurons = curve_name("default", False), curve_name("default", True)
+    return [f"{features}: nodes for {_LEVEL:g}", "random nodes for it", f"{neurons}: nodes for {_LEVEL:g}", "random"]
 
 
-def _reached(run: Run) -> list[str]:
-    found = run.result["reached"]
+def _of(result: Faithfulness, errors: Errors = "default", neurons: bool = False) -> Reached:
+    """How many nodes one of the curves takes."""
+    return next(one for one in result.reached if (one.errors, one.neurons) == (errors, neurons))
+
+
+def _reached(result: Faithfulness) -> list[str]:
     cells = []
-    for name in (FEATURES, NEURONS):
-        for kind in ("nodes", "random"):
-            value = found[name][kind]
-            cells.append(f"never (of {found[name]['all']:,})" if value is None else f"{value:,.0f}")
+    for one in (_of(result), _of(result, neurons=True)):
+        for value in (one.nodes, one.random_nodes):
+            cells.append(f"never (of {one.changing:,})" if value is None else f"{value:,.0f}")
     return cells
 
 
-def _agreement_claims(parts: Parts, curves: Mapping[str, Any], shared: Overlap) -> list[Claim]:
-    reached = {name: run.result["reached"] for name, run in parts.evaluated.items()}
+def _highest(result: Faithfulness, errors: Errors) -> float:
+    """The highest faithfulness with errors treated so, 1 at most."""
+    curve = result.curve(errors)
+    assert curve is not None
+    return min(1.0, max(row.faithfulness for row in curve.rows))
 
-    def words(kind: str, which: str = "nodes") -> str:
-        values = {name: found[kind][which] for name, found in reached.items()}
+
+def _agreement_claims(measured: Mapping[str, Faithfulness], shared: Overlap) -> list[Claim]:
+    def words(errors: Errors = "default", neurons: bool = False, random: bool = False) -> str:
+        curves = {name: _of(result, errors, neurons) for name, result in measured.items()}
+        values = {name: one.random_nodes if random else one.nodes for name, one in curves.items()}
         return ", ".join(f"{name} {'never' if v is None else f'{v:,.0f}'}" for name, v in values.items())
 
-    few = [
-        _fewer(found[FEATURES]["nodes"], found[NEURONS]["nodes"])
-        and _fewer(found[FEATURES]["nodes"], found[FEATURES]["random"])
-        for found in reached.values()
-    ]
-    none, inner = (
-        {name: min(1.0, max(row["faithfulness"] for row in curve[kind]["rows"])) for name, curve in curves.items()}
-        for kind in (_NO_ERRORS, _NO_INNER_ERRORS)
-    )
+    few = []
+    for result in measured.values():
+        latents, neurons = _of(result), _of(result, neurons=True)
+        few.append(_fewer(latents.nodes, neurons.nodes) and _fewer(latents.nodes, latents.random_nodes))
+    none = {name: _highest(result, "remove") for name, result in measured.items()}
+    inner = {name: _highest(result, "remove-attn-mlp") for name, result in measured.items()}
     lost = [none[name] < _MUCH * inner[name] for name in none]
     share = shared.share
     return [
         Claim(
             "small circuits of latents and errors explain most of the behaviour (about 100 nodes in Pythia-70M, 500 in "
             "Gemma-2-2B), where half of it takes about 1,500 (50,000) neurons",
-            f"nodes for a faithfulness of {_LEVEL:g} on held-out sentences: {words(FEATURES)}; without errors: "
-            f"{words(_NO_ERRORS)}; neurons: {words(NEURONS)}; random nodes: {words(FEATURES, 'random')}",
+            f"nodes for a faithfulness of {_LEVEL:g} on held-out sentences: {words()}; without errors: "
+            f"{words('remove')}; neurons: {words(neurons=True)}; random nodes: {words(random=True)}",
             _verdict(few),
         ),
         Claim(
@@ -255,7 +259,7 @@ def _markdown_table(heads: list[str], rows: list[list[str]]) -> str:
 def _summary(parts: Parts, shared: Overlap) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for name, run in parts.evaluated.items():
-        features, random, neurons, _ = _reached(run)
+        features, random, neurons, _ = _reached(run.result)
         rows.append([f"nodes for {_LEVEL:g}: {name}", features, f"random: {random}; neurons: {neurons}"])
     rows.append(["latents in both across RC and PP", shared.shared, f"of {shared.sizes[0]} and {shared.sizes[1]}"])
     rows += [row for row in parts.shifted.result["summary"] if row[0] in (ORIGINAL, SHIFT, RETRAIN, RANDOM, ORACLE)]

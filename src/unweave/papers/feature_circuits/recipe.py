@@ -17,6 +17,7 @@ from unweave.methods.behaviours.spec import CircuitBehavioursSpec
 from unweave.methods.circuits import stage_draw as draw
 from unweave.methods.circuits import stage_evaluate as evaluate
 from unweave.methods.circuits import stage_find as find
+from unweave.methods.circuits.result import CircuitSearch, Drawing, Faithfulness
 from unweave.methods.circuits.spec import CircuitDrawSpec, CircuitEvaluateSpec, CircuitFindSpec
 from unweave.methods.shift import stage as shift
 from unweave.methods.shift.spec import CircuitShiftSpec
@@ -34,9 +35,9 @@ class Parts:
     """The finished runs that the page is made from; agreement's by structure."""
 
     trained: Run | None
-    found: Mapping[str, Run]
-    evaluated: Mapping[str, Run]
-    drawn: Mapping[str, Run]
+    found: Mapping[str, Run[CircuitSearch]]
+    evaluated: Mapping[str, Run[Faithfulness]]
+    drawn: Mapping[str, Run[Drawing]]
     shifted: Run
     behaviours: Run
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from unweave.attribute.runner import Batch
-from unweave.core.contents import content_of
+from unweave.circuits.about import Example
 from unweave.core.errors import UnweaveError
 from unweave.lm.model import LM
+from unweave.methods.circuits.result import Accuracy, LeftOut, Used
 from unweave.methods.circuits.spec import CircuitFindSpec
 from unweave.tasks import agreement, answers
 
@@ -23,37 +24,18 @@ _ROWS, _PADDED_ROWS = 256, 32
 
 @dataclass(frozen=True)
 class Examples:
-    """``about`` says how many there are, what was left out for which reason, and how well the model does."""
+    """Batches of examples, the texts that they were made from, and what results say of them."""
 
     batches: list[Batch]
     texts: list[agreement.Pair] | list[answers.Input]
-    about: dict[str, Any]
+    used: Used
 
     def save(self, folder: Path) -> None:
-        """Writes them as JSON lines, from which they can be read again."""
+        """Writes the texts as JSON lines, from which they can be read again."""
         if isinstance(self.texts[0], agreement.Pair):
             agreement.save(folder / PAIRS, self.texts)  # type: ignore[arg-type]
         else:
             answers.save(folder / INPUTS, self.texts)  # type: ignore[arg-type]
-
-
-def accuracy_row(about: dict[str, Any]) -> list[list[str]]:
-    """The row of a summary that says how well the model does the task; none for single texts."""
-    if "accuracy" not in about:
-        return []
-    clean, patch = about["accuracy"].values()
-    return [
-        ["right answers", f"{clean:.0%} / {patch:.0%}", about["problem"] or "on clean and patch texts; chance: 50%"]
-    ]
-
-
-def file_digests(*paths: Path | None) -> dict[str, str]:
-    """The content of the files of examples, for a run's identity. Raises UnweaveError for one that is missing."""
-    found = {}
-    for path in paths:
-        if path is not None:
-            found["examples"] = content_of(path)
-    return found
 
 
 def examples_of(lm: LM, spec: CircuitFindSpec, *, known: Collection[str] = (), width: int | None = None) -> Examples:
@@ -64,26 +46,26 @@ def examples_of(lm: LM, spec: CircuitFindSpec, *, known: Collection[str] = (), w
     if spec.inputs is not None:
         return _inputs(lm, spec, known, width)
     if spec.pairs is not None:
-        found, skipped = agreement.usable(lm, agreement.load(spec.pairs))
-        chosen = _drawn(_new(found, skipped, known, lambda pair: (pair.clean_prefix, pair.patch_prefix)), spec)
+        usable, skipped = agreement.usable(lm, agreement.load(spec.pairs))
+        chosen = _drawn(_new(usable, skipped, known, lambda pair: (pair.clean_prefix, pair.patch_prefix)), spec)
         _some(chosen, skipped, str(spec.pairs))
     else:
         skipped = {}
         chosen = agreement.pairs(lm, spec.task or "across_pp", spec.examples, seed=spec.seed, split=spec.split)
-    batches = agreement.batches(lm, chosen, max_rows=_ROWS)
-    batches = _of_width(batches, width, skipped)
+    batches = _of_width(agreement.batches(lm, chosen, max_rows=_ROWS), width, skipped)
     right = agreement.accuracy(lm, chosen)
-    about = {
-        "examples": sum(len(batch[0]) for batch in batches),
-        "skipped": skipped,
-        "accuracy": {"clean": right.clean, "patch": right.patch},
-        "problem": right.problem,
-        "example": [
-            ["clean", f"{chosen[0].clean_prefix} →{chosen[0].clean_answer}"],
-            ["patch", f"{chosen[0].patch_prefix} →{chosen[0].patch_answer}"],
-        ],
-    }
-    return Examples(batches, chosen, about)
+    first = (
+        Example("clean", chosen[0].clean_prefix, chosen[0].clean_answer),
+        Example("patch", chosen[0].patch_prefix, chosen[0].patch_answer),
+    )
+    return Examples(batches, chosen, _used(batches, skipped, first, Accuracy(right.clean, right.patch, right.problem)))
+
+
+def _used(
+    batches: Sequence[Batch], skipped: dict[str, int], first: tuple[Example, ...], accuracy: Accuracy | None
+) -> Used:
+    left_out = tuple(LeftOut(reason, count) for reason, count in skipped.items())
+    return Used(sum(len(batch[0]) for batch in batches), left_out, accuracy, first)
 
 
 def _of_width(batches: Sequence[Batch], width: int | None, skipped: dict[str, int]) -> list[Batch]:
@@ -98,38 +80,34 @@ def _of_width(batches: Sequence[Batch], width: int | None, skipped: dict[str, in
 
 def _inputs(lm: LM, spec: CircuitFindSpec, known: Collection[str], width: int | None) -> Examples:
     assert spec.inputs is not None
-    found, skipped = answers.usable(lm, answers.load(spec.inputs))
-    chosen = _drawn(_new(found, skipped, known, lambda given: (given.context,)), spec)
+    usable, skipped = answers.usable(lm, answers.load(spec.inputs))
+    chosen = _drawn(_new(usable, skipped, known, lambda given: (given.context,)), spec)
     _some(chosen, skipped, str(spec.inputs))
     pad = not spec.keeps_positions
     rows = _PADDED_ROWS if pad else _ROWS
     batches = _of_width(answers.batches(lm, chosen, metric=spec.metric, pad=pad, max_rows=rows), width, skipped)
-    about = {
-        "examples": sum(len(batch[0]) for batch in batches),
-        "skipped": skipped,
-        "example": [["input", f"{chosen[0].context[-200:]} →{chosen[0].answer}"]],
-    }
-    return Examples(batches, chosen, about)
+    first = (Example("alone", chosen[0].context[-200:], chosen[0].answer),)
+    return Examples(batches, chosen, _used(batches, skipped, first, None))
 
 
 def _new(
-    found: Sequence[_T], skipped: dict[str, int], known: Collection[str], texts: Callable[[_T], tuple[str, ...]]
+    usable: Sequence[_T], skipped: dict[str, int], known: Collection[str], texts: Callable[[_T], tuple[str, ...]]
 ) -> list[_T]:
     """What is not known yet; the rest is counted in ``skipped``."""
-    kept = [given for given in found if not set(texts(given)) & set(known)]
-    if len(kept) < len(found):
-        skipped["the circuit was found on the same text"] = len(found) - len(kept)
+    kept = [given for given in usable if not set(texts(given)) & set(known)]
+    if len(kept) < len(usable):
+        skipped["the circuit was found on the same text"] = len(usable) - len(kept)
     return kept
 
 
-def _drawn(found: list[_T], spec: CircuitFindSpec) -> list[_T]:
+def _drawn(usable: list[_T], spec: CircuitFindSpec) -> list[_T]:
     """As many as are asked for, in an order by the seed."""
-    random.Random(spec.seed).shuffle(found)
-    return found[: spec.examples]
+    random.Random(spec.seed).shuffle(usable)
+    return usable[: spec.examples]
 
 
-def _some(found: Sequence[Any], skipped: dict[str, int], where: str) -> None:
-    if not found:
+def _some(left: Sequence[Any], skipped: dict[str, int], where: str) -> None:
+    if not left:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in skipped.items())
         raise UnweaveError(
             "no example is left", where=f"{where} ({reasons})" if reasons else where, remedy="give others"
