@@ -368,7 +368,7 @@ def test_a_picture_with_annotations_and_contexts(home: Path, tmp_path: Path) -> 
     spec = CircuitDrawSpec(circuit=home / "found", annotations=path, contexts=True, tokens=1500, device="cpu")
     run = draw.run(spec, home / "runs")
     page = (run.path / "circuit.html").read_text(encoding="utf-8")
-    assert run.result["labelled"] == 3 and run.result["errors"] == 1  # a latent at both of its positions, the error
+    assert run.result.labelled == 3 and run.result.errors == 1  # a latent at both of its positions, the error
     assert page.count("fires on") == 3 and page.count("relevant to the task") == 2
     notes.append(path, Annotation(f"{SITE}/5", "x", sae="b" * 12))
     for contexts in (True, False):

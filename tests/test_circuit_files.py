@@ -104,7 +104,8 @@ def test_a_circuit_whose_parts_do_not_fit_is_refused(
         ({"n_examples": True}, "no int"), ({"n_examples": 2.5}, "no int"), ({"n_examples": "3"}, "no int"),
         ({"about": []}, "no dict"), ({"version": 1}, "version 1"), ({"more": 1}, "nothing else"),
         ({"about": None}, "no dict"), ({"about": {"x": float("nan")}}, "header is damaged"),
-        ({"about": {"x": 1}}, "the fields of About"), ({"about": HEAD["about"] | {"neurons": "no"}}, r"about\.neurons"), (None, "nothing else"),
+        ({"about": {"x": 1}}, "the fields of About"),
+        ({"about": HEAD["about"] | {"neurons": "no"}}, r"about\.neurons"), (None, "nothing else"),
     ],
 )  # fmt: skip
 def test_a_circuit_whose_header_makes_no_sense_is_refused(

@@ -455,6 +455,9 @@ def test_bad_files_and_runs_are_named(home: Path, found: Run[CircuitSearch], tmp
         find.run(spec_of(home, pairs=tmp_path / "bad.jsonl"), runs)
     with pytest.raises(UnweaveError, match="no SAE is at"):
         find.run(spec_of(home, sites=("resid_post.2",)), runs)
+    with pytest.raises(UnweaveError, match="there is no circuit here"):
+        evaluate.run(CircuitEvaluateSpec(circuit=tmp_path), runs)
+    shutil.copy(found.path / "circuit.safetensors", tmp_path)
     with pytest.raises(UnweaveError, match="not a run directory"):
         evaluate.run(CircuitEvaluateSpec(circuit=tmp_path), runs)
     other = tmp_path / "saes"

@@ -354,7 +354,7 @@ def test_the_stage_writes_three_files_and_is_reused(tmp_path: Path) -> None:
     drawn = run.result
     assert drawn.nodes == 30 and "about 30" in why_words(drawn) and drawn.labelled >= 1
     assert as_read(Drawing, json.loads(json.dumps(as_written(drawn))), "here") == drawn
-    for name in (drawn.picture, drawn.page, drawn.listing):
+    for name in (drawn.picture, drawn.report, drawn.listing):
         assert "harbours" in (run.path / name).read_text(encoding="utf-8")
     moved = tmp_path / "moved.safetensors"
     (folder / "circuit.safetensors").rename(moved)

@@ -200,7 +200,7 @@ class Drawing(Result):
     """why this node threshold: asked for, the circuit's own, or so that about ``wanted`` nodes remain"""
     wanted: int
     picture: Path
-    page: Path
+    report: Path
     listing: Path
 
 

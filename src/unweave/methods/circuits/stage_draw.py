@@ -88,7 +88,7 @@ def run(spec: CircuitDrawSpec, ctx: Context) -> Drawing:
         why=limits.why,
         wanted=spec.nodes,
         picture=Path(_PICTURE),
-        page=Path(_PAGE),
+        report=Path(_PAGE),
         listing=Path(_LISTING),
     )
 
