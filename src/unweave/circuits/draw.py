@@ -105,8 +105,8 @@ def key_of(node: Node) -> str:
 
 def words_of(node: Node, annotations: Mapping[str, Annotation]) -> str:
     """What was written about the node; empty where nothing was."""
-    said = annotations.get(key_of(node))
-    return "" if said is None else said.annotation.strip()
+    note = annotations.get(key_of(node))
+    return "" if note is None else note.annotation.strip()
 
 
 def counts_text(circuit: Circuit, selection: Selection, node_threshold: float, edge_threshold: float) -> str:
@@ -144,14 +144,14 @@ def svg_of(
     width = max(layout.width, 560.0)
     height = layout.height + head + _FOOT
     name = title_of(circuit, title)
-    told = counts_text(circuit, selection, node_threshold, edge_threshold)
+    summary = counts_text(circuit, selection, node_threshold, edge_threshold)
     shift = (width - layout.width) / 2
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="{_FONT}" role="{"group" if link else "img"}" '
-        f'aria-label="{_esc(name)}. {_esc(told)}">',
+        f'aria-label="{_esc(name)}. {_esc(summary)}">',
         f'<rect width="100%" height="100%" fill="{_PAPER}"/>',
-        "" if link else _heading(name, told, width),
+        "" if link else _heading(name, summary, width),
         f'<g transform="translate({shift:.1f} {head:.0f})">',
         _ground(layout, shown),
         '<g fill="none" stroke-linecap="round">',
@@ -179,7 +179,7 @@ def _many(n: int, noun: str) -> str:
 
 
 def _node_values(node: Node, annotations: Mapping[str, Annotation], tokens: Sequence[str] | None) -> dict[str, Any]:
-    said = annotations.get(key_of(node))
+    note = annotations.get(key_of(node))
     there = tokens is not None and node.position is not None and node.position < len(tokens)
     return {
         "name": node.name,
@@ -189,11 +189,11 @@ def _node_values(node: Node, annotations: Mapping[str, Annotation], tokens: Sequ
         "position": node.position,
         "token": tokens[node.position] if there and tokens and node.position is not None else None,
         "effect": node.effect,
-        "annotation": said.annotation if said else None,
-        "notes": said.notes if said else None,
-        "interpretability": said.interpretability if said else None,
-        "complexity": said.complexity if said else None,
-        "relevant": said.relevant if said else None,
+        "annotation": note.annotation if note else None,
+        "notes": note.notes if note else None,
+        "interpretability": note.interpretability if note else None,
+        "complexity": note.complexity if note else None,
+        "relevant": note.relevant if note else None,
     }
 
 
@@ -240,13 +240,13 @@ def _wrapped(text: str, room: float, size: float) -> list[str]:
     return [_cut(line, room, size)] + ([_cut(" ".join(words), room, size)] if words else [])
 
 
-def _heading(name: str, told: str, width: float) -> str:
+def _heading(name: str, summary: str, width: float) -> str:
     """Title and counts; the latter on two lines where the picture is narrow."""
     room = width - 48
     title = _text(24, 28, _cut(name, room, 16), 16, weight=600, anchor="start")
-    lines = _wrapped(told, room, 11.5)
+    lines = _wrapped(summary, room, 11.5)
     rows = "".join(_text(24, 46 + 14 * k, line, 11.5, _SOFT, "start") for k, line in enumerate(lines))
-    return f"<g><title>{_esc(name)}</title>{title}</g><g><title>{_esc(told)}</title>{rows}</g>"
+    return f"<g><title>{_esc(name)}</title>{title}</g><g><title>{_esc(summary)}</title>{rows}</g>"
 
 
 def _column(token: str) -> str:
@@ -289,11 +289,11 @@ def _edges(selection: Selection, layout: Layout) -> list[str]:
         share = min(1.0, abs(weight) / largest)
         full = POSITIVE if weight > 0 else NEGATIVE
         dash = "" if weight > 0 else ' stroke-dasharray="6 4"'
-        told = f"{names[u]} \u2192 {Y if d is None else names[d]}: {_signed(weight)}"
+        label = f"{names[u]} \u2192 {Y if d is None else names[d]}: {_signed(weight)}"
         parts.append(
             f'<path d="{path}" stroke="{_hex(full)}" stroke-width="{0.7 + 4.8 * share:.2f}" '
             f'stroke-opacity="{0.35 + 0.5 * share:.2f}"{dash} data-u="{u}" data-d="{"y" if d is None else d}">'
-            f"<title>{_esc(told)}</title></path>"
+            f"<title>{_esc(label)}</title></path>"
         )
     return parts
 
@@ -327,14 +327,14 @@ def _node(
     at = f" at position {node.position}" if node.position is not None else ""
     if node.position is not None and tokens is not None and node.position < len(tokens) and tokens[node.position]:
         at += f" ({tokens[node.position].strip()})"
-    said = annotations.get(key_of(node))
-    notes = f". {said.notes}" if said and said.notes else ""
-    told = f"{key_of(node)}{at}: effect {_signed(node.effect)}" + (f". {words}" if words else "") + notes
+    note = annotations.get(key_of(node))
+    notes = f". {note.notes}" if note and note.notes else ""
+    label = f"{key_of(node)}{at}: effect {_signed(node.effect)}" + (f". {words}" if words else "") + notes
     x, y = layout.places[i]
     draw = _triangle if node.is_error else _rectangle
     inside = draw(x, y, layout, fill, ink, edge, words, f"{node.site}/{node.slot}", _signed(node.effect))
-    shape = f'<g data-n="{i}"><title>{_esc(told)}</title>{inside}</g>'
-    return f'<a href="#{_esc(link)}{i}" aria-label="{_esc(told)}">{shape}</a>' if link else shape
+    shape = f'<g data-n="{i}"><title>{_esc(label)}</title>{inside}</g>'
+    return f'<a href="#{_esc(link)}{i}" aria-label="{_esc(label)}">{shape}</a>' if link else shape
 
 
 def _rectangle(
@@ -384,8 +384,8 @@ def _legend(selection: Selection, top: float, width: float) -> str:
         inside = shape + _text(room, 1, words, 11, _SOFT, "start")
         parts.append(f'<g transform="translate({x:.0f} {y + 16 * line:.0f})">{inside}</g>')
         x += wide
-    told = f"Deepest colour: effect \u00b1{number(effect)}."
+    scale = f"Deepest colour: effect \u00b1{number(effect)}."
     if selection.edges:
-        told += f" Thickest line: weight \u00b1{number(weight)}; negative weights are red and dashed."
-    parts.append(_text(24, y + 16 * (line + 1) + 3, told, 11, _SOFT, "start"))
+        scale += f" Thickest line: weight \u00b1{number(weight)}; negative weights are red and dashed."
+    parts.append(_text(24, y + 16 * (line + 1) + 3, scale, 11, _SOFT, "start"))
     return f'<g><path d="M24 {top + 4:.1f}H{width - 24:.1f}" stroke="{_LINE}"/>{"".join(parts)}</g>'

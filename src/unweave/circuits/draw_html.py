@@ -47,7 +47,7 @@ def draw_html(
     selection = select(circuit, node_threshold, edge_threshold, max_nodes, max_edges)
     words = annotations or {}
     name = title_of(circuit, title)
-    told = counts_text(circuit, selection, node_threshold, edge_threshold)
+    summary = counts_text(circuit, selection, node_threshold, edge_threshold)
     picture = svg_of(circuit, selection, node_threshold, edge_threshold, words, tokens, title, link=_LINK)
     shown = tokens_of(circuit, tokens)
     cards = "".join(
@@ -59,7 +59,7 @@ def draw_html(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f"<title>{esc(name)}</title><style>{styles}</style></head><body>"
-        f'<header class="uw-circuit-top"><h1>{esc(name)}</h1><p>{esc(told)}{" " + esc(note) if note else ""}</p>'
+        f'<header class="uw-circuit-top"><h1>{esc(name)}</h1><p>{esc(summary)}{" " + esc(note) if note else ""}</p>'
         '<p class="uw-circuit-how">Point at a node to see its edges; click it, or reach it with the Tab key, to read '
         'about it. Esc lets go.<button type="button" id="uw-size" hidden>Full size</button></p>'
         '</header><main class="uw-circuit"><div class="uw-circuit-picture" tabindex="0" '
@@ -77,11 +77,11 @@ def _own(name: str) -> str:
 
 def _record(node: Node, records: Mapping[Site, Records]) -> LatentRecord | None:
     """The node's record, None for errors and latents without one."""
-    found = records.get(node.site)
-    if found is None or node.is_error:
+    of_site = records.get(node.site)
+    if of_site is None or node.is_error:
         return None
-    there = found.latents is None or node.slot in found.latents
-    return found.latent(node.slot) if there else None
+    listed = of_site.latents is None or node.slot in of_site.latents
+    return of_site.latent(node.slot) if listed else None
 
 
 def _at(node: Node, tokens: Sequence[str] | None) -> str:
@@ -105,13 +105,13 @@ def _card(
     record: LatentRecord | None,
     tokens: Sequence[str] | None,
 ) -> str:
-    words, said = words_of(node, annotations), annotations.get(key_of(node))
+    words, annotation = words_of(node, annotations), annotations.get(key_of(node))
     facts = [key_of(node), _at(node, tokens), f"effect {'+' if node.effect > 0 else ''}{number(node.effect)}"]
     parts = [f'<p class="uw-facts">{esc("; ".join(fact for fact in facts if fact))}</p>']
     if node.is_error:
         parts.append('<p class="uw-facts">What the autoencoder does not explain of its site.</p>')
-    if said is not None:
-        parts.append(_said(said))
+    if annotation is not None:
+        parts.append(_said(annotation))
     body = _edges(i, selection, annotations)
     if record is not None:
         entry = entry_of(record, kinds=("top", "quantile"))
@@ -126,16 +126,16 @@ def _card(
     )
 
 
-def _said(said: Annotation) -> str:
+def _said(annotation: Annotation) -> str:
     """Notes, ratings and relevance of an annotation; the text itself is the card's heading."""
     ratings = [
         f"{name} {value:g} of 100"
-        for name, value in (("interpretability", said.interpretability), ("complexity", said.complexity))
+        for name, value in (("interpretability", annotation.interpretability), ("complexity", annotation.complexity))
         if value is not None
     ]
-    if said.relevant is not None:
-        ratings.append("relevant to the task" if said.relevant else "not relevant to the task")
-    notes = f'<p class="uw-note">{esc(said.notes)}</p>' if said.notes else ""
+    if annotation.relevant is not None:
+        ratings.append("relevant to the task" if annotation.relevant else "not relevant to the task")
+    notes = f'<p class="uw-note">{esc(annotation.notes)}</p>' if annotation.notes else ""
     return notes + (f'<p class="uw-facts">{esc("; ".join(ratings))}</p>' if ratings else "")
 
 
@@ -145,11 +145,11 @@ def _edges(i: int, selection: Selection, annotations: Mapping[str, Annotation]) 
     into = [(u, weight) for u, d, weight in selection.edges if d == i]
     out = [(d, weight) for u, d, weight in selection.edges if u == i]
     parts = []
-    for heading, found in (("Strongest edges in", into), ("Strongest edges out", out)):
-        if not found:
+    for heading, edges in (("Strongest edges in", into), ("Strongest edges out", out)):
+        if not edges:
             continue
         rows = []
-        for other, weight in sorted(found, key=lambda edge: -abs(edge[1]))[:_EDGES]:
+        for other, weight in sorted(edges, key=lambda edge: -abs(edge[1]))[:_EDGES]:
             sign = "uw-up" if weight > 0 else "uw-down"
             at = "" if other is None or nodes[other].position is None else f" at {nodes[other].position}"
             named = (
@@ -158,7 +158,7 @@ def _edges(i: int, selection: Selection, annotations: Mapping[str, Annotation]) 
                 else f'<a href="#{_LINK}{other}">{esc(_short(nodes[other], annotations))}</a>{at}'
             )
             rows.append(f'<li><b class="{sign}">{"+" if weight > 0 else ""}{number(weight)}</b> {named}</li>')
-        more = f" ({len(found) - _EDGES} more)" if len(found) > _EDGES else ""
+        more = f" ({len(edges) - _EDGES} more)" if len(edges) > _EDGES else ""
         parts.append(f'<h4 class="uw-kind">{heading}{more}</h4><ul class="uw-circuit-edges">{"".join(rows)}</ul>')
     return "".join(parts)
 

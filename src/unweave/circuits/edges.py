@@ -41,7 +41,7 @@ from unweave.sae.activations import Identity
 from unweave.sae.module import SAE
 
 Summed = Literal["none", "positions"]
-Found = dict[tuple[Site, Site | None], Edges]
+ByPair = dict[tuple[Site, Site | None], Edges]
 _BUFFER = 1 << 25
 """how many sums one block of downstream nodes may need at one upstream site (128 MB in float32)"""
 _MOST = 100_000_000
@@ -60,7 +60,7 @@ def edge_effects(
     max_tokens: int = 1024,
     summed: Summed = "none",
     upstream: Mapping[Site, Tensor] | None = None,
-) -> Found:
+) -> ByPair:
     """Weights of all edges into nodes with |effect| > ``threshold``, added up over the batch's examples.
 
     ``clean``, ``patch``, ``positions`` and ``effects`` are what ``node_effects`` was given and returned (attribution or
@@ -88,7 +88,7 @@ def edge_effects(
         moved = moved_positions(clean, positions).flatten()
         changes: dict[Site, Changes] = {}
         retained: dict[Site, _Retained] = {}
-        to_metric: Found = {}
+        to_metric: ByPair = {}
 
         def take(site: Site, sae: SAE) -> None:
             """Keeps what edges need of a site: its effects and latents are gone before the next one's are there."""
@@ -104,24 +104,24 @@ def edge_effects(
 
         for site, sae in by_site.items():
             take(site, sae)
-        found = _into_all(retained, paths, changes, max_tokens, summed)
-    return {pair: edges for pair, edges in (found | to_metric).items() if len(edges)}
+        inner = _into_all(retained, paths, changes, max_tokens, summed)
+    return {pair: edges for pair, edges in (inner | to_metric).items() if len(edges)}
 
 
-def merge(parts: Sequence[Found]) -> Found:
+def merge(parts: Sequence[ByPair]) -> ByPair:
     """Edges of several batches as one: equal entries are added. Entries that add up to exactly 0 stay."""
-    found: Found = {}
+    merged: ByPair = {}
     for pair in dict.fromkeys(pair for part in parts for pair in part):
         several = [part[pair] for part in parts if pair in part]
         if len(several) == 1:
-            found[pair] = several[0]
+            merged[pair] = several[0]
             continue
         ends = torch.cat([torch.cat([edges.up, edges.down], 1) for edges in several])
         ends, place = ends.unique(dim=0, return_inverse=True)
         weight = torch.cat([edges.weight for edges in several])
         weight = weight.new_zeros(len(ends)).index_add_(0, place, weight)
-        found[pair] = Edges(ends[:, :2].contiguous(), ends[:, 2:].contiguous(), weight)
-    return found
+        merged[pair] = Edges(ends[:, :2].contiguous(), ends[:, 2:].contiguous(), weight)
+    return merged
 
 
 def _check(
@@ -310,20 +310,20 @@ def _of_nodes(sae: SAE, x: Tensor, source: Tensor, kept: Tensor) -> Tensor:
 
 def _into_all(
     retained: Mapping[Site, _Retained], paths: Paths, changes: Mapping[Site, Changes], max_tokens: int, summed: Summed
-) -> Found:
-    found: Found = {}
+) -> ByPair:
+    all_edges: ByPair = {}
     for site, nodes in retained.items():
-        found |= _into(site, nodes, paths, changes, max_tokens, summed)
-        if sum(map(len, found.values())) > _MOST:
+        all_edges |= _into(site, nodes, paths, changes, max_tokens, summed)
+        if sum(map(len, all_edges.values())) > _MOST:
             raise UnweaveError(
                 f"more than {_MOST:,} edges", where=str(site), remedy="raise the node threshold, or limit upstream"
             )
-    return found
+    return all_edges
 
 
 def _into(
     site: Site, nodes: _Retained, paths: Paths, changes: Mapping[Site, Changes], max_tokens: int, summed: Summed
-) -> Found:
+) -> ByPair:
     """All edges into one site's retained nodes."""
     if not len(nodes.token):
         return {}

@@ -26,12 +26,12 @@ def moved(tokens: Tokens, skip_first: int) -> Tensor | None:
     """Where effects are asked for, bool [B, P]: not at padding, nor at each row's first tokens. None: everywhere."""
     if skip_first == 0:
         return None
-    found = tokens.mask & (tokens.mask.cumsum(1) > skip_first)
-    if not bool(found.any(1).all()):
+    free = tokens.mask & (tokens.mask.cumsum(1) > skip_first)
+    if not bool(free.any(1).all()):
         raise UnweaveError(
             f"a text has no tokens beside the first {skip_first}", where="skip_first", remedy="leave fewer alone"
         )
-    return found
+    return free
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:

@@ -66,11 +66,11 @@ class Ablated:
 
 def ablated_sites(lm: LM, saes: SAEs, start_layer: int = 0) -> dict[Site, SAE]:
     """The SAEs whose nodes are ablated: those in blocks from ``start_layer`` on; -1 takes in the embedding."""
-    found = by_site_of(lm, saes)
-    strange = [str(site) for site in found if site.layer is None and site.point != "embed"]
+    by_site = by_site_of(lm, saes)
+    strange = [str(site) for site in by_site if site.layer is None and site.point != "embed"]
     if strange:
         raise UnweaveError(f"{', '.join(strange)} lies in no layer", remedy="leave it out, or name its layer's site")
-    kept = {site: sae for site, sae in found.items() if (-1 if site.layer is None else site.layer) >= start_layer}
+    kept = {site: sae for site, sae in by_site.items() if (-1 if site.layer is None else site.layer) >= start_layer}
     if not kept:
         raise UnweaveError(f"no site lies in layer {start_layer} or later", where="start_layer", remedy="start earlier")
     return kept
@@ -128,7 +128,7 @@ class _Circuits:
         self.n = len(kept)
         self.at: dict[Site, Tensor] = {}
         for site, sae in by_site.items():
-            found = []
+            several = []
             for one in (kept_here.get(site) for kept_here in kept):
                 if one is None or one.dtype != torch.bool or one.ndim != 2 or one.shape[1] != sae.d_sae + 1:
                     what = "misses it" if one is None else f"is {one.dtype} {list(one.shape)}"
@@ -137,20 +137,20 @@ class _Circuits:
                         where=str(site),
                         remedy="give one truth value for every latent, and one for the error",
                     )
-                found.append(one.to(lm.device))  # some come from the CPU, as the empty one does
-            width = max(one.shape[0] for one in found)
-            self.at[site] = torch.stack([one.expand(width, -1) for one in found])
+                several.append(one.to(lm.device))  # some come from the CPU, as the empty one does
+            width = max(one.shape[0] for one in several)
+            self.at[site] = torch.stack([one.expand(width, -1) for one in several])
 
     def rows(self, site: Site, which: Tensor, width: int) -> Tensor:
         """The kept sets [R, width or 1, F + 1] of circuits ``which`` [R]."""
-        found = self.at[site]
-        if found.shape[1] not in (1, width):
+        kept = self.at[site]
+        if kept.shape[1] not in (1, width):
             raise UnweaveError(
-                f"a circuit with {found.shape[1]} positions cannot be kept in texts of {width} tokens",
+                f"a circuit with {kept.shape[1]} positions cannot be kept in texts of {width} tokens",
                 where=str(site),
                 remedy="evaluate on texts of the length it was found on, or sum effects over positions",
             )
-        return found[which]
+        return kept[which]
 
 
 def _means(
@@ -198,10 +198,10 @@ def token_means(
     The first ``skip_first`` tokens of each row do not count.
     """
     by_site = by_site_of(lm, saes)
-    found = _means(lm, by_site, batches, "clean", "tokens", skip_first, max_tokens)
+    means = _means(lm, by_site, batches, "clean", "tokens", skip_first, max_tokens)
     return {
         site: State(by_site[site].decode(mean.latents) + mean.error, mean.latents, mean.error)
-        for site, mean in found.items()
+        for site, mean in means.items()
     }
 
 
@@ -213,8 +213,8 @@ def _sum(values: Tensor, over: tuple[int, ...]) -> Tensor:
 
 def _free(tokens: Tokens, skip_first: int) -> Tensor:
     """Where nodes are, bool [B, P]: not at padding, nor at each row's first tokens."""
-    found = moved(tokens, skip_first)
-    return tokens.mask if found is None else found
+    free = moved(tokens, skip_first)
+    return tokens.mask if free is None else free
 
 
 class _Run:
@@ -242,35 +242,35 @@ class _Run:
         if start_layer > 0 and all((site.layer or 0) >= start_layer for site in self.reads):
             self.start = Site("resid_pre", start_layer)
             with lm.taps(read=[self.start], stop=self.start) as seen:
-                found = []
+                streams = []
                 for part in self.runner.chunks(len(self.tokens)):
                     lm(self.tokens.rows(part))
-                    found.append(seen[self.start])
-            self.stream = torch.cat(found)
+                    streams.append(seen[self.start])
+            self.stream = torch.cat(streams)
 
     def unchanged(self, shown: Task) -> Tensor:
         """The metric [N] of the model as it is."""
         rows = self.runner.all_rows
-        found = []
+        values = []
         for part in self.runner.chunks(len(rows)):
-            found.append(self._metric(rows[part], {}))
+            values.append(self._metric(rows[part], {}))
             shown.advance(len(rows[part]))
-        return torch.cat(found)
+        return torch.cat(values)
 
     def ablated(self, circuits: _Circuits, shown: Task) -> Tensor:
         """The metric [C, N] with everything outside each circuit ablated."""
         n = len(self.tokens)
         which = torch.arange(circuits.n, device=self.lm.device).repeat_interleave(n)
         rows = self.runner.all_rows.repeat(circuits.n)
-        found = []
+        values = []
         for part in self.runner.chunks(len(rows)):
             read: dict[Site, Tensor] = {}
             edits: dict[Site, EditFn] = dict.fromkeys(self.reads, lambda x, at, read=read: read.update({at.site: x}))
             for site, sae in self.by_site.items():
                 edits[site] = self._edit(site, sae, circuits, which[part], self.free[rows[part]], read)
-            found.append(self._metric(rows[part], edits))
+            values.append(self._metric(rows[part], edits))
             shown.advance(len(rows[part]))
-        return torch.cat(found).view(circuits.n, n)
+        return torch.cat(values).view(circuits.n, n)
 
     def _edit(
         self, site: Site, sae: SAE, circuits: _Circuits, which: Tensor, free: Tensor, read: dict[Site, Tensor]
@@ -279,9 +279,9 @@ class _Run:
         fixed = self._fixed(site, sae, circuits)
 
         def edit(x: Tensor, at: At) -> Tensor:
-            whole, said = x.to(sae.W_dec.dtype), x if source == site else read[source]
-            counted = sae.policy.keep(said, at.ids, at.mask).unsqueeze(-1)
-            latents, skip = sae.encode(said) * counted, sae.through_skip(said, counted)
+            whole, given = x.to(sae.W_dec.dtype), x if source == site else read[source]
+            counted = sae.policy.keep(given, at.ids, at.mask).unsqueeze(-1)
+            latents, skip = sae.encode(given) * counted, sae.through_skip(given, counted)
             kept = circuits.rows(site, which, x.shape[1])
             with_error = kept[..., -1:]
             # Where the error is kept, latents outside are taken off x, so that a circuit of everything leaves the model

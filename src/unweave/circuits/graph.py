@@ -75,15 +75,15 @@ class Circuit:
 
     def above(self, threshold: float) -> list[Node]:
         """Nodes with |effect| above the threshold, site by site, each site's largest first."""
-        found = []
+        nodes = []
         for site, effects in self.nodes.items():
             places = (effects.abs() > threshold).nonzero()
             order = effects[places.unbind(1)].abs().argsort(descending=True)
             last = effects.shape[1] - 1
             for position, slot in places[order].tolist():
                 value = float(effects[position, slot])
-                found.append(Node(site, slot, position if self.positions else None, value, slot == last))
-        return found
+                nodes.append(Node(site, slot, position if self.positions else None, value, slot == last))
+        return nodes
 
     def counts(self, threshold: float) -> Counts:
         """How many latents and how many errors are above a threshold."""
@@ -94,7 +94,7 @@ class Circuit:
     def edges_above(self, node_threshold: float, edge_threshold: float) -> list[tuple[Node, Node | None, float]]:
         """(upstream node, downstream node or None for the metric, weight): both ends and |weight| above thresholds."""
         kept = {(n.site, n.position or 0, n.slot): n for n in self.above(node_threshold)}
-        found = []
+        strong_edges = []
         for (up_site, down_site), edges in self.edges.items():
             strong = (edges.weight.abs() > edge_threshold).nonzero()[:, 0]
             rows = zip(
@@ -104,8 +104,8 @@ class Circuit:
                 u = kept.get((up_site, *up))
                 d = None if down_site is None else kept.get((down_site, *down))
                 if u is not None and (down_site is None or d is not None):
-                    found.append((u, d, float(weight)))
-        return found
+                    strong_edges.append((u, d, float(weight)))
+        return strong_edges
 
     # -- storage --------------------------------------------------------------------------------------------------
 
@@ -131,11 +131,11 @@ class Circuit:
 
         try:
             with safe_open(path, "pt") as handle:
-                told = handle.metadata() or {}
+                metadata = handle.metadata() or {}
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
-            if "unweave.circuit" not in told:
+            if "unweave.circuit" not in metadata:
                 raise ValueError("it says nothing of a circuit")
-            head = stored.header(told["unweave.circuit"], VERSION)
+            head = stored.header(metadata["unweave.circuit"], VERSION)
             nodes = stored.nodes_of(tensors, head["positions"])
             edges = {pair: Edges(*parts) for pair, parts in stored.edges_of(tensors, nodes).items()}
             return cls(nodes, edges, head["positions"], head["n_examples"], stored.about_of(head["about"]))

@@ -292,8 +292,8 @@ class Paths:
         start = Site("resid_pre", layer)
         leaf = self._at(start, rows).requires_grad_()
         direct = {site: cot for site, cot in cots.items() if site != start}
-        found = self._product(rows, (start, leaf), {}, direct, leaf)
-        return found + cots[start] if start in cots else found
+        cot = self._product(rows, (start, leaf), {}, direct, leaf)
+        return cot + cots[start] if start in cots else cot
 
     def _mlp(self, rows: Rows, layer: int, cots: Mapping[Site, Tensor]) -> Tensor:
         """From sites of a block's MLP to the MLP's place in the stream, token by token.
@@ -304,8 +304,8 @@ class Paths:
         leaf = self._at(before, rows).requires_grad_()
         direct = {site: cot for site, cot in cots.items() if site != before}
         start = (Site("resid_pre", layer), leaf)
-        found = self._product(rows, start, {Site("attn_add", layer): _nothing}, direct, leaf)
-        return found + cots[before] if before in cots else found
+        cot = self._product(rows, start, {Site("attn_add", layer): _nothing}, direct, leaf)
+        return cot + cots[before] if before in cots else cot
 
     def _to_site(self, rows: Rows, site: Site) -> Rows:
         """From where attention or an MLP adds to the stream back to a site inside of it, token by token."""

@@ -30,19 +30,19 @@ _FORMS = {"version": int, "positions": bool, "n_examples": int, "about": dict}
 def header(text: str, version: int) -> dict[str, Any]:
     """The plain values of a circuit: {version, positions, n_examples, about}."""
     try:
-        found = parse_json(text, "its header")
+        head = parse_json(text, "its header")
     except UnweaveError as error:
         raise ValueError(f"its header is damaged: {error.what}") from error
-    if not isinstance(found, dict) or set(found) != set(_FORMS):
+    if not isinstance(head, dict) or set(head) != set(_FORMS):
         raise ValueError(f"its header must have {', '.join(_FORMS)} and nothing else")
     for name, form in _FORMS.items():
-        if not isinstance(found[name], form) or (form is int and isinstance(found[name], bool)):
-            raise ValueError(f"{name} is {str(found[name])[:60]!r} in its header, which is no {form.__name__}")
-    if found["version"] != version:
-        raise ValueError(f"written in version {found['version']}, this is version {version}")
-    if found["n_examples"] < 1:
-        raise ValueError(f"a mean of {found['n_examples']} examples is none")
-    return found
+        if not isinstance(head[name], form) or (form is int and isinstance(head[name], bool)):
+            raise ValueError(f"{name} is {str(head[name])[:60]!r} in its header, which is no {form.__name__}")
+    if head["version"] != version:
+        raise ValueError(f"written in version {head['version']}, this is version {version}")
+    if head["n_examples"] < 1:
+        raise ValueError(f"a mean of {head['n_examples']} examples is none")
+    return head
 
 
 def about_of(values: dict[str, Any]) -> About:
@@ -73,16 +73,16 @@ def edges_of(
     tensors: Mapping[str, Tensor], nodes: Mapping[Site, Tensor]
 ) -> dict[tuple[Site, Site | None], tuple[Tensor, Tensor, Tensor]]:
     """(up, down, weight) by pair of sites, in the order of the model; the metric last."""
-    found: dict[str, dict[str, Tensor]] = {}
+    parts_of: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         kind, _, rest = name.partition("/")
         pair, _, part = rest.rpartition("/")
         if kind == "edges" and ARROW in pair and part in _PARTS:
-            found.setdefault(pair, {})[part] = value
+            parts_of.setdefault(pair, {})[part] = value
         elif kind != "nodes":
             raise ValueError(f"it has a tensor {name!r}, which no circuit has")
     edges = {}
-    for pair, parts in found.items():
+    for pair, parts in parts_of.items():
         if missing := [part for part in _PARTS if part not in parts]:
             raise ValueError(f"edges/{pair} lacks {', '.join(missing)}")
         first, _, second = pair.partition(ARROW)

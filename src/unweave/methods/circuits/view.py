@@ -48,8 +48,8 @@ def _used_rows(used: Used) -> list[Row]:
 def example_words(examples: Sequence[Example]) -> str:
     """The first example in a sentence; empty where none is known."""
     names = {"clean": "clean", "patch": "patch", "alone": "input"}
-    told = "; ".join(f"{names[one.side]}: {f'{one.text} →{one.answer}'!r}" for one in examples)
-    return f"For example, {told}." if told else ""
+    text = "; ".join(f"{names[one.side]}: {f'{one.text} →{one.answer}'!r}" for one in examples)
+    return f"For example, {text}." if text else ""
 
 
 def _lead(task: str, used: Used) -> str:
@@ -60,8 +60,8 @@ def _lead(task: str, used: Used) -> str:
             f" The model prefers the right answer in {used.accuracy.clean:.0%} of the clean and "
             f"{used.accuracy.patch:.0%} of the patch texts; chance is half."
         )
-    told = f"{_capital(task)}, {used.examples:,} examples.{left}{right} {example_words(used.first)}"
-    return f"<p>{esc(told)}</p>"
+    text = f"{_capital(task)}, {used.examples:,} examples.{left}{right} {example_words(used.first)}"
+    return f"<p>{esc(text)}</p>"
 
 
 def _notes(subject: Subject | None, *more: str | None) -> tuple[str, ...]:
@@ -271,7 +271,7 @@ def _(result: Drawing) -> list[Row]:
 
 @section.register
 def _(result: Drawing, around: Around = ALONE) -> Section:
-    told = (
+    text = (
         f"<p>{result.nodes:,} nodes, {result.errors:,} of them errors, with an effect above "
         f"{result.node_threshold:.3g} ({why_words(result)}), and {result.edges:,} edges of weight above "
         f"{result.edge_threshold:.3g}. For want of room {result.nodes_left_out:,} nodes and "
@@ -282,4 +282,4 @@ def _(result: Drawing, around: Around = ALONE) -> Section:
         svg = (around.folder / result.picture).read_text(encoding="utf-8")
         picture = f'<div class="uw-wide" style="overflow-x:auto">{svg}</div>'
     heading = f"The circuit drawn: {esc(result.title)}"
-    return Section("Drawing", heading, told + picture, notes=_notes(result.subject))
+    return Section("Drawing", heading, text + picture, notes=_notes(result.subject))
