@@ -44,11 +44,9 @@ def curves_svg(result: Faithfulness) -> str:
     import matplotlib
 
     with matplotlib.rc_context(settings()):
-        figure = _figure(result, "", COLOURS)
-        figure.set_facecolor("none")
-        for ax in figure.axes:
-            ax.set_facecolor("none")
-        return as_svg(figure, "faithfulness", "Faithfulness and completeness over the number of nodes")
+        return as_svg(
+            _figure(result, "", COLOURS), "faithfulness", "Faithfulness and completeness over the number of nodes"
+        )
 
 
 def _figure(result: Faithfulness, title: str, colours: Mapping[str, str]) -> Figure:
@@ -100,7 +98,7 @@ def _random(ax: Axes, curve: Sweep, colour: str, name: str) -> None:
 
 
 def _panel(ax: Axes, colours: Mapping[str, str]) -> None:
-    quiet(ax)
+    quiet(ax, colours)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
     for height in (0.0, 1.0):

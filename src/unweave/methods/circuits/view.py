@@ -175,17 +175,18 @@ def _(result: Faithfulness) -> list[Row]:
         *_used_rows(result.used),
         ("metric of the model", first.model, "mean"),
         ("metric of no nodes", first.empty, f"everything from layer {first.start_layer} on ablated"),
-        *(_reached_row(reached, result.level, problem) for reached in result.reached),
+        *(_reached_row(reached, result, problem) for reached in result.reached),
         ("figure", str(result.figure), "faithfulness and completeness over the number of nodes"),
     ]
 
 
-def _reached_row(reached: Reached, level: float, problem: str | None) -> Row:
+def _reached_row(reached: Reached, result: Faithfulness, problem: str | None) -> Row:
     name = curve_name(reached.errors, reached.neurons)
     if problem:
         return (name, "-", "the model does not do this task, see its right answers")
-    beside = f"; random ones: {_nodes(reached.random_nodes)}"
-    return (name, _nodes(reached.nodes), f"nodes for faithfulness {level:g}, of {reached.changing:,}{beside}")
+    drawn = any(row.random is not None for row in result.curves[0].rows)
+    beside = f"; random ones: {_nodes(reached.random_nodes)}" if drawn else ""
+    return (name, _nodes(reached.nodes), f"nodes for faithfulness {result.level:g}, of {reached.changing:,}{beside}")
 
 
 def _nodes(value: float | None) -> str:
@@ -210,7 +211,7 @@ def _(result: Faithfulness, around: Around = ALONE) -> Section:
         _lead(result.task, result.used),
         f"<p>Everything outside the circuit is set to {_ABLATED[first.ablation]}, from layer {first.start_layer} on. "
         f"The metric is {number(first.model)} in the whole model and {number(first.empty)} without any node.</p>",
-        figure(figures.curves_svg(result), caption),
+        f'<div class="uw-wide">{figure(figures.curves_svg(result), caption)}</div>',
         table(head, lines, (1, 2, 3), "How many nodes carry the behaviour"),
     ]
     tile = Tile(
