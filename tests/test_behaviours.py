@@ -541,8 +541,8 @@ def test_from_a_text_to_circuits_and_an_index(folder: Path, tmp_path: Path, monk
 def quick(calls: list[Any]) -> Callable[..., Circuit]:
     """Stands for ``find_circuit`` and notes what it was asked."""
 
-    def find(_lm: Any, _saes: Any, batches: Any, options: Any, *, keep: Path) -> Circuit:
-        del keep
+    def find(_lm: Any, _saes: Any, batches: Any, options: Any, *, pieces: Any) -> Circuit:
+        del pieces
         metric = {batch[2].kind for batch in batches}
         calls.append((options, metric, [batch[0].ids.tolist() for batch in batches]))
         return Circuit({Site("resid_post", 1): torch.ones(1, 25)}, {}, False, 2, {})
@@ -642,8 +642,8 @@ def test_parts_belong_to_their_examples(folder: Path, tmp_path: Path, monkeypatc
     """Interrupted work may go on with other batches, whose parts have the same numbers of batches and rows."""
     seen: list[tuple[Path, list[Any]]] = []
 
-    def stopped(_lm: Any, _saes: Any, batches: Any, _options: Any, *, keep: Path) -> Circuit:
-        seen.append((keep, [batch[0].ids.tolist() for batch in batches]))
+    def stopped(_lm: Any, _saes: Any, batches: Any, _options: Any, *, pieces: Any) -> Circuit:
+        seen.append((pieces.folder, [batch[0].ids.tolist() for batch in batches]))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "find_circuit", stopped)
