@@ -545,7 +545,7 @@ def quick(calls: list[Any]) -> Callable[..., Circuit]:
         del pieces
         metric = {batch[2].kind for batch in batches}
         calls.append((options, metric, [batch[0].ids.tolist() for batch in batches]))
-        return Circuit({Site("resid_post", 1): torch.ones(1, 25)}, {}, False, 2, {})
+        return Circuit({Site("resid_post", 1): torch.ones(1, 25)}, {}, False, 2)
 
     return find
 
