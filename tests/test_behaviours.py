@@ -19,6 +19,7 @@ import torch
 from unweave.attribute.attribution import node_effects
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
+from unweave.core.result import to_plain
 from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.data.pack import Row
@@ -521,7 +522,7 @@ def test_from_a_text_to_circuits_and_an_index(folder: Path, tmp_path: Path, monk
     for entry in told:
         circuit = Circuit.load(runs / entry["run"] / "circuit.safetensors")
         assert not circuit.positions and circuit.n_examples == min(4, entry["size"]) and len(circuit.nodes) == 3
-        assert circuit.counts(0.01) == {name: entry["facts"][name] for name in ("latents", "errors")}
+        assert to_plain(circuit.counts(0.01)) == {name: entry["facts"][name] for name in ("latents", "errors")}
         examples = behaviours.load(runs / entry["run"] / "contexts.jsonl").examples
         few = behaviours.batches(LM.load(str(folder / "model")), examples)
         assert sum(len(clean) for clean, _, _ in few) == len(examples)
