@@ -102,6 +102,7 @@ def _identifier(leaf: Leaf) -> str:
 def _parameter(leaf: Leaf, group: Group) -> inspect.Parameter:
     hint: Any = bool | None if leaf.is_flag else list[str] | None if leaf.is_list else str | None
     notes = [f"[one of: {leaf.choices}]"] if leaf.choices else []
+    notes += [f"[{leaf.rule}]"] if leaf.rule else []
     notes += ["[must be given]"] if leaf.default is MISSING else []
     about = Parameter(
         name=f"--{leaf.name}",

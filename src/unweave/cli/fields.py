@@ -11,8 +11,9 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from unweave.core import rules
 from unweave.core.spec import Spec
 
 MISSING = dataclasses.MISSING
@@ -28,6 +29,8 @@ class Leaf:
     doc: str
     group: str
     group_doc: str
+    rule: str = ""
+    """what the value must be, and when it has an effect, in words"""
 
     @property
     def is_flag(self) -> bool:
@@ -70,18 +73,37 @@ class Leaf:
 
 def leaves(spec: type[Spec], prefix: str = "", group_doc: str = "", default: Spec | None = None) -> Iterator[Leaf]:
     """Every field of a Spec and of the Specs inside it, in the order they are written, shorthands before them."""
-    hints, docs = typing.get_type_hints(spec), field_docs(spec)
     for short, (hint, doc) in spec.shorthands.items():
         yield Leaf(f"{prefix}.{short}" if prefix else short, hint, None, doc, prefix, group_doc)
-    for field in dataclasses.fields(spec):
+    for owner, kinds, field in _fields(spec):
         name = f"{prefix}.{field.name}" if prefix else field.name
-        doc = docs.get(field.name, "")
-        value = getattr(default, field.name) if default is not None else _default(field)
-        inner = _without_none(hints[field.name])
+        hint, doc = typing.get_type_hints(owner)[field.name], field_docs(owner).get(field.name, "")
+        if spec.members and field.name == "kind":
+            hint, doc = Literal[*spec.members], f"{doc}: {_kinds(spec)}"
+        doc = f"{', '.join(kinds)}: {doc}" if kinds else doc
+        value = getattr(default, field.name, _default(field))
+        inner = _without_none(hint)
         if isinstance(inner, type) and issubclass(inner, Spec):
             yield from leaves(inner, name, doc or _first_line(inner), value if isinstance(value, Spec) else None)
         else:
-            yield Leaf(name, hints[field.name], value, doc, prefix, group_doc)
+            rule = rules.stated(rules.rules_of(owner).get(field.name, ()))
+            yield Leaf(name, hint, value, doc, prefix, group_doc, rule)
+
+
+def _fields(spec: type[Spec]) -> Iterator[tuple[type[Spec], list[str], dataclasses.Field[Any]]]:
+    """Every field with the Spec that has it and, in a union, the kinds that do where not all have it."""
+    shared = {field.name for field in dataclasses.fields(spec)}
+    first = "kind" if spec.members else ""
+    yield from ((spec, [], field) for field in sorted(dataclasses.fields(spec), key=lambda field: field.name != first))
+    others: dict[str, tuple[type[Spec], list[str], dataclasses.Field[Any]]] = {}
+    for kind, member in spec.members.items():
+        for field in (field for field in dataclasses.fields(member) if field.name not in shared):
+            others.setdefault(field.name, (member, [], field))[1].append(kind)
+    yield from others.values()
+
+
+def _kinds(spec: type[Spec]) -> str:
+    return "; ".join(f"{kind}: {_first_line(member)}" for kind, member in spec.members.items())
 
 
 def field_docs(spec: type[Spec]) -> dict[str, str]:

@@ -1,7 +1,11 @@
 """Specs: what was asked, as frozen dataclasses that are strict about what they accept.
 
 A Spec is made from a dict or a YAML/TOML file; an unknown key is an error with a suggestion, a wrong type is an error
-that names the field. Its digest covers the fields that can change the result, so that equal questions share a run.
+that names the field. Rules stand on the fields (``core/rules.py``). A Spec's digest covers the fields that can change
+the result, so that equal questions share a run.
+
+A union of Specs is a base whose field ``kind`` says which of its ``members`` is meant, each with fields of its own:
+``{"kind": "jumprelu", "bandwidth": 0.1}``. ``unite`` makes one of a base and its subclasses.
 """
 
 from __future__ import annotations
@@ -14,12 +18,13 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from unweave.core import rules
 from unweave.core.errors import UnweaveError
 from unweave.core.files import is_text, read_json, read_toml, read_yaml
 from unweave.core.refs import content_fields
@@ -39,6 +44,18 @@ class Spec:
 
     shorthands: ClassVar[Mapping[str, tuple[Any, str]]] = {}
     """Names that ``from_dict`` takes beside the fields and that stand for several: each with its type and a text."""
+    members: ClassVar[Mapping[str, type[Spec]]] = {}
+    """Of a union: the Spec of each kind."""
+
+    def __post_init__(self) -> None:
+        """Raises UnweaveError where a field breaks its rules. A subclass that checks more calls this first."""
+        if self.members and self.members.get(getattr(self, "kind", "")) is not type(self):
+            options = ", ".join(member.__name__ for member in self.members.values())
+            raise UnweaveError(
+                f"{type(self).__name__} cannot be of kind {getattr(self, 'kind', '')!r}",
+                remedy=f"make one of {options}, or use from_dict",
+            )
+        rules.check(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "", base: Spec | None = None) -> Self:
@@ -46,6 +63,11 @@ class Spec:
 
         Fields that ``values`` does not name keep what they are in ``base``, or in the class where there is none.
         """
+        if cls.members:
+            own = _member(cls, values, base, where)
+            if own is not cls:
+                return own.from_dict(values, where=where, base=base)  # type: ignore[return-value]
+            values = _of_member(own, values, base, where)
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for key in values:
             if key not in fields:
@@ -58,16 +80,21 @@ class Spec:
         made: dict[str, Any] = {}
         for name, f in fields.items():
             inner = f"{where}.{name}" if where else name
-            default = getattr(base, name) if base is not None else f.default
+            default = getattr(base, name, f.default)
             if name in values and isinstance(default, Spec) and isinstance(values[name], Mapping):
                 made[name] = type(default).from_dict(values[name], where=inner, base=default)
             elif name in values:
                 made[name] = _coerce(values[name], hints[name], inner)
-            elif base is not None:
+            elif hasattr(base, name):
                 made[name] = default
             elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise UnweaveError(f"{cls.__name__} needs {name!r}", where=where, remedy=f"give a value for {name!r}")
-        return cls(**made)
+        try:
+            return cls(**made)
+        except UnweaveError as error:  # which knows the class alone
+            if not where or error.where not in ("", cls.__name__):
+                raise
+            raise UnweaveError(error.what, where=where, remedy=error.remedy) from None
 
     @classmethod
     def from_file(cls, path: Path | None, overrides: Mapping[str, Any] | None = None) -> Self:
@@ -102,6 +129,46 @@ def _uncounted(kind: type[Spec]) -> frozenset[str]:
     """Fields that stay out of the digest: operational ones, and names of what counts by its content alone."""
     named = {name for name, content in content_fields(kind).items() if not content.named}
     return frozenset(f.name for f in dataclasses.fields(kind) if f.name in named or not f.metadata.get("result", True))
+
+
+def unite(base: type[Spec], members: Sequence[type[Spec]]) -> None:
+    """Makes ``base`` a union of subclasses, each named by what its field ``kind`` is by default."""
+    base.members = {_default_kind(member): member for member in members}
+
+
+def _default_kind(spec: type[Spec]) -> str:
+    return str(next(f.default for f in dataclasses.fields(spec) if f.name == "kind"))
+
+
+def _member(cls: type[Spec], values: Mapping[str, Any], base: Spec | None, where: str) -> type[Spec]:
+    """Which member of a union is meant: the kind that is given, else that of ``base``, else the default."""
+    kind = values.get("kind", _default_kind(cls) if base is None else getattr(base, "kind", None))
+    if not isinstance(kind, str) or kind not in cls.members:
+        options = "one of " + ", ".join(map(repr, cls.members))
+        raise _wrong(kind, options, f"{where}.kind" if where else "kind")
+    return cls.members[kind]
+
+
+def _of_member(own: type[Spec], values: Mapping[str, Any], base: Spec | None, where: str) -> dict[str, Any]:
+    """``values``, and ``kind``, without fields of other members. UnweaveError for one that is not its default, given or
+    in ``base``: it would have no effect."""
+    names = {f.name for f in dataclasses.fields(own)}
+    of_base = dataclasses.fields(base) if base is not None else ()
+    inherited = {f.name: getattr(base, f.name) for f in of_base if getattr(base, f.name) != f.default}
+    foreign = {name: value for name, value in (inherited | dict(values)).items() if name not in names}
+    own_values = {name: value for name, value in values.items() if name in names}
+    for name, value in foreign.items():
+        owners = {k: m for k, m in own.members.items() if name in {f.name for f in dataclasses.fields(m)}}
+        if not owners:
+            own_values[name] = value  # which is no field at all, and said so
+            continue
+        other = next(iter(owners.values()))
+        inner = f"{where}.{name}" if where else name
+        default = next(f.default for f in dataclasses.fields(other) if f.name == name)
+        value = _coerce(value, typing.get_type_hints(other)[name], inner)
+        if value != default:
+            raise rules.no_effect(name, value, rules.only_for("kind", *owners), where or own.__name__)
+    return own_values | {"kind": _default_kind(own)}
 
 
 def require(spec: Spec, conditions: Mapping[str, bool]) -> None:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from unweave.core.errors import UnweaveError
+from unweave.core.rules import at_least, at_most
 from unweave.core.spec import Spec
 from unweave.data.corpus import Document
 from unweave.data.splits import SplitDocuments
@@ -37,21 +38,14 @@ class PackSpec(Spec):
 
     packing: Literal["documents", "blocks"] = "documents"
     """One row a document, or one stream of all documents cut into blocks."""
-    context: int = 512
+    context: Annotated[int, at_least(2)] = 512
     """The most tokens of a row (blocks: exactly so many)."""
-    min_tokens: int = 8
+    min_tokens: Annotated[int, at_least(1), at_most("context")] = 8
     """Documents with fewer tokens are left out (not in blocks)."""
     bos: Literal["tokenizer", "always", "never"] = "tokenizer"
     """Whether rows begin with BOS: as the tokenizer (or the chat template) does by itself, always, or never."""
     unanswered: Literal["skip", "keep", "refuse"] = "skip"
     """Conversations in which the assistant says nothing: left out and counted, kept, or an error."""
-
-    def __post_init__(self) -> None:
-        if self.context < 2 or self.min_tokens < 1 or self.min_tokens > self.context:
-            raise UnweaveError(
-                f"rows of {self.min_tokens} to {self.context} tokens cannot be made",
-                remedy="give a context of at least 2 and min_tokens from 1 to the context",
-            )
 
 
 class Row(NamedTuple):
