@@ -22,7 +22,7 @@ from unweave.latents.spec import LatentsSpec
 from unweave.methods.evaluate import stage as evaluation
 from unweave.methods.evaluate.spec import EvalSpec
 from unweave.methods.train import stage as train
-from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.kinds import TopKSpec
 from unweave.methods.train.spec import TrainSpec
 
 
@@ -37,7 +37,7 @@ def spec_of(options: argparse.Namespace) -> TrainSpec:
             tokens=options.tokens,
             heldout_tokens=max(500, options.tokens // 20),
         ),
-        sae=SAESpec(tokens=3 * options.tokens),  # about three epochs; `epochs` refuses more than four
+        sae=TopKSpec(tokens=3 * options.tokens),  # about three epochs; `epochs` refuses more than four
     )
 
 

@@ -15,6 +15,8 @@ from test_example_scripts import ROOT
 from test_examples import fenced
 from unweave import methods
 from unweave.cli.stages import stages
+from unweave.core.spec import unite
+from unweave.methods.train.kinds import KINDS, SAESpec
 from unweave.sae.formats import registry
 
 PAGE = ROOT / "docs" / "adding.md"
@@ -58,6 +60,9 @@ def added(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(registry.WRITERS, plain.NAME, plain.save)
     monkeypatch.setattr(methods, "METHODS", (*methods.METHODS, "methods.twins"))
     forget()
+    penalty = import_module("unweave.methods.train.kinds.log_penalty")
+    monkeypatch.setattr(SAESpec, "members", SAESpec.members)  # put back what unite changes
+    unite(SAESpec, (*KINDS, penalty.LogPenaltySpec))
     yield
     forget()
     for name in set(sys.modules) - before:

@@ -31,7 +31,7 @@ from unweave.methods.annotate.annotating import Question, Tally, in_circuit, wal
 from unweave.methods.circuits import stage_draw as draw
 from unweave.methods.circuits.spec import CircuitDrawSpec
 from unweave.methods.train import stage as train
-from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.kinds import ReLUSpec
 from unweave.methods.train.spec import TrainSpec
 
 
@@ -243,7 +243,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = DataSpec(
         sources=(Source(path=str(folder / "text")),), pack=PackSpec(context=48), tokens=3000, heldout_tokens=300
     )
-    sae = SAESpec(kind="relu", expansion=2, tokens=2000, batch=64)
+    sae = ReLUSpec(expansion=2, tokens=2000, batch=64)
     stream = StreamSpec(chunk_tokens=1000, buffer_tokens=2000)
     spec = TrainSpec(model=str(folder / "model"), sites=(str(SITE),), data=data, sae=sae, stream=stream, device="cpu")
     run = train.run(spec, folder / "runs")

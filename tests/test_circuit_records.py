@@ -27,7 +27,7 @@ from unweave.latents.collect_many import records_of, text_stamps
 from unweave.latents.records import Records
 from unweave.latents.spec import LatentsSpec
 from unweave.methods.train import stage as train
-from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.kinds import TopKSpec
 from unweave.methods.train.spec import TrainSpec
 
 TOKENS = 2500
@@ -79,7 +79,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             heldout_tokens=1500,
         ),
         stream=StreamSpec(chunk_tokens=700, buffer_tokens=2000, batch_tokens=512),
-        sae=SAESpec(expansion=2, tokens=3000, batch=64),
+        sae=TopKSpec(expansion=2, tokens=3000, batch=64),
         device="cpu",
     )
     run = train.run(spec, folder / "runs")

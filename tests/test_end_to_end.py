@@ -14,7 +14,7 @@ from unweave.core.errors import UnweaveError
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
 from unweave.methods.train.end_to_end import end_to_end_step
-from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.kinds import SAESpec, TopKSpec
 from unweave.methods.train.trainer import SAETrainer
 
 SITE, EXCLUDED = "resid_post.0", 7
@@ -139,7 +139,7 @@ def test_low_precision_models_train_fp32_weights(tiny: Callable[..., Any]) -> No
     with lm.taps(read=[SITE]) as seen:
         lm(tokens)
     x = seen[SITE].reshape(-1, lm.d_model)
-    t = SAETrainer(SAESpec(k=4, expansion=2, batch=60), lm.d_model, init_x=x)
+    t = SAETrainer(TopKSpec(k=4, expansion=2, batch=60), lm.d_model, init_x=x)
     assert end_to_end_step(lm, t, tokens, SITE)["kl"] > 0
     assert all(p.dtype == torch.float32 for p in t.weights.named().values())
 

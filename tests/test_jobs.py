@@ -33,8 +33,8 @@ from unweave.methods.steer.spec import SteerSpec
 from unweave.methods.trace.spec import TraceSpec
 from unweave.methods.train import doctor
 from unweave.methods.train import stage as train
+from unweave.methods.train.kinds import TopKSpec
 from unweave.methods.train.result import Training
-from unweave.methods.train.sae_spec import SAESpec
 from unweave.methods.train.spec import DoctorSpec, TrainSpec
 from unweave.methods.train.trainer import SAETrainer
 from unweave.sae.module import SAE
@@ -92,7 +92,7 @@ def spec_of(home: Path, **changes) -> TrainSpec:  # type: ignore[no-untyped-def]
             heldout_tokens=2000,
         ),
         stream=StreamSpec(chunk_tokens=1000, buffer_tokens=2000, batch_tokens=512),
-        sae=SAESpec(expansion=4, k=4, tokens=20_000, batch=64, k_aux=16, dead_after=3000),
+        sae=TopKSpec(expansion=4, k=4, tokens=20_000, batch=64, k_aux=16, dead_after=3000),
         device="cpu",
         checkpoint_seconds=0.05,
     )
@@ -456,7 +456,7 @@ def test_more_tokens_than_there_are_for_the_records(trained: Run, runs: Path) ->
     ],
 )
 def test_numbers_that_make_no_sense(make) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(UnweaveError, match=r"makes no sense|needs 'sources'"):
+    with pytest.raises(UnweaveError, match=r"makes no sense|must be|needs 'sources'"):
         make()
 
 

@@ -25,8 +25,8 @@ from unweave.methods.special_tokens.result import (
     SweetSpot,
     TokenErrors,
 )
+from unweave.methods.train.kinds import ReLUSpec, SAESpec, TopKSpec
 from unweave.methods.train.presets import PRESETS
-from unweave.methods.train.sae_spec import SAESpec
 from unweave.methods.train.spec import TrainSpec
 from unweave.papers.claims import Claim, markdown
 from unweave.papers.instruct_saes import claims, errors_stage, figures, recipe, view
@@ -220,7 +220,7 @@ def test_paper_scale_rows_have_no_k_and_widths_are_kinds_of_their_own() -> None:
     """The published recipes fix a coefficient; the smoke scale aims at an L0."""
     for name in PRESETS:
         assert errors_stage.aimed_at(SAESpec.from_dict({"preset": name})) is None
-    assert errors_stage.aimed_at(SAESpec(kind="relu", k=32)) == errors_stage.aimed_at(SAESpec(kind="topk", k=32)) == 32
+    assert errors_stage.aimed_at(ReLUSpec(k=32)) == errors_stage.aimed_at(TopKSpec(k=32)) == 32
     wide = [Measured("FAST", "jumprelu", width, "resid_post.12", None, 0, token_errors(-1.0, 9.0)) for width in (8, 16)]
     assert [cell.expansion for cell in cells(wide, MEASURE, None)] == [8, 16]
     assert [figures.kind_name(one.kind, one.expansion, wide) for one in wide] == ["jumprelu 8x", "jumprelu 16x"]

@@ -44,7 +44,7 @@ from unweave.methods.rubric.result import Difference, Interval, RatedLatent, Rub
 from unweave.methods.rubric.rubric import Item, Rating, difference, eligible, parse, question, rate, summarise
 from unweave.methods.rubric.spec import COMMAND, RubricSpec
 from unweave.methods.train import stage as train
-from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.kinds import TopKSpec
 from unweave.methods.train.spec import TrainSpec
 from unweave.sae.module import SAE
 
@@ -359,7 +359,7 @@ def trained(home: Path) -> Iterator[Run]:
                 heldout_tokens=500,
             ),
             stream=StreamSpec(chunk_tokens=1000, buffer_tokens=2000, batch_tokens=512),
-            sae=SAESpec(expansion=2, k=4, tokens=4000, batch=64, k_aux=16, dead_after=3000),
+            sae=TopKSpec(expansion=2, k=4, tokens=4000, batch=64, k_aux=16, dead_after=3000),
             device="cpu",
         ),
         home / "runs",

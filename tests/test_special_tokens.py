@@ -45,7 +45,7 @@ from unweave.methods.special_tokens.result import (
 from unweave.methods.special_tokens.spec import COMMAND, SpecialTokensSpec
 from unweave.methods.special_tokens.stage import run as measure
 from unweave.methods.train import stage as train
-from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.kinds import TopKSpec
 from unweave.methods.train.spec import TrainSpec
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
@@ -569,7 +569,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             heldout_tokens=1500,
         ),
         stream=StreamSpec(chunk_tokens=1000, buffer_tokens=2000, batch_tokens=512, special_tokens="include"),
-        sae=SAESpec(expansion=2, k=4, tokens=6000, batch=64, k_aux=16, dead_after=3000),
+        sae=TopKSpec(expansion=2, k=4, tokens=6000, batch=64, k_aux=16, dead_after=3000),
         device="cpu",
     )
     run = train.run(asked, folder / "runs")

@@ -16,7 +16,7 @@ from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.lm.model import LM, Tokens
 from unweave.methods.train.end_to_end import end_to_end_step
-from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.kinds import SAESpec, TopKSpec
 from unweave.methods.train.trainer import SAETrainer
 
 D, K, BATCH, STEPS = 8, 3, 21, 100
@@ -77,7 +77,7 @@ def _predict(group: Group) -> dict[str, Tensor]:
     with lm.taps(read=["resid_post.0"]) as seen:
         lm(tokens)
     x = seen["resid_post.0"].reshape(-1, lm.d_model)
-    spec = SAESpec(kind="topk", k=4, expansion=2, batch=45, aux_weight=0.0, warmup=0.0)
+    spec = TopKSpec(k=4, expansion=2, batch=45, aux_weight=0.0, warmup=0.0)
     t = SAETrainer(spec, lm.d_model, init_x=x, dtype=torch.float64, group=group)
     mine = tokens.rows(group.share(len(tokens)))
     rows = [end_to_end_step(lm, t, mine, "resid_post.0", part_tokens=10 * (1 + group.rank)) for _ in range(3)]
@@ -125,6 +125,6 @@ def test_two_processes_train_end_to_end_as_one_does(both: list[dict[str, Any]]) 
 
 
 def test_a_process_without_rows_is_refused() -> None:
-    t = SAETrainer(SAESpec(k=K, expansion=4), D, init_x=_data(50, 0))
+    t = SAETrainer(TopKSpec(k=K, expansion=4), D, init_x=_data(50, 0))
     with pytest.raises(UnweaveError, match="empty"):
         t.step(torch.empty(0, D))

@@ -29,10 +29,10 @@ from unweave.data.tokens import TokenStore
 from unweave.lm.model import LM
 from unweave.methods.train import checkpoint, doctor, start
 from unweave.methods.train import stage as train
+from unweave.methods.train.kinds import MatryoshkaSpec, SAESpec, TopKSpec
 from unweave.methods.train.members import members
 from unweave.methods.train.presets import PRESETS
 from unweave.methods.train.result import Training
-from unweave.methods.train.sae_spec import SAESpec
 from unweave.methods.train.spec import DoctorSpec, TrainSpec
 from unweave.methods.train.trainer import SAETrainer
 from unweave.methods.train.variants import variants_of
@@ -68,7 +68,7 @@ def random_sae(n_latents: int = 128, **options: Any) -> SAE:
     [
         ({"sites": ("resid_post.{0,1}",)}, r"one site at a time, not at 2: resid_post\.0, resid_post\.1"),
         ({"sites": ("mlp_in.1->mlp_add.1",)}, "transcoders"),
-        ({"sae": SAESpec(kind="matryoshka")}, "take no part"),
+        ({"sae": MatryoshkaSpec()}, "take no part"),
         ({"variants": ({"kind": "topk", "multi_topk": [0.0, 0.1]},)}, "take no part"),
     ],
 )
@@ -191,7 +191,7 @@ def test_two_processes_train_end_to_end_on_rows_longer_than_a_batch(home: Path, 
 
 
 def test_batches_smaller_than_the_processes_are_refused(home: Path, lm: LM) -> None:  # noqa: F811
-    spec = replace(spec_of(home), sae=SAESpec(batch=3, tokens=300))
+    spec = replace(spec_of(home), sae=TopKSpec(batch=3, tokens=300))
     found = members(spec, lm)
     with pytest.raises(UnweaveError, match=r"batches of 3 tokens cannot be divided among 4 processes"):
         train._refuse_empty_shares(spec, found, Group(0, 4))
@@ -212,7 +212,7 @@ def test_trap_10_excluded_tokens_are_counted_in_slices(home: Path, monkeypatch: 
 
 
 def test_checkpoints_hold_for_each_process_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, asked, load = Run.open(tmp_path, "train", SAESpec()), [], torch.load
+    run, asked, load = Run.open(tmp_path, "train", TopKSpec()), [], torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **how: asked.append(how) or load(*args, **how))
     assert checkpoint.load(run, ["a"]) is None
     state = {"stream": {"x": torch.arange(3)}, "trainers": {"a": {"w": torch.ones(2)}, "b": {"w": torch.zeros(2)}}}
@@ -295,7 +295,7 @@ def test_a_start_of_another_site_is_refused_by_what_it_reads_and_writes(
 def test_a_start_of_any_width_trains(home: Path, tmp_path: Path) -> None:  # noqa: F811
     random_sae(100, read=SITE).save(tmp_path / "uneven")  # of 32 dimensions
     spec = small(home, start=tmp_path / "uneven")
-    plain = replace(spec.sae, expansion=SAESpec().expansion)
+    plain = replace(spec.sae, expansion=TopKSpec().expansion)
     assert SAE.load(train.run(replace(spec, sae=plain), tmp_path).path / "sae").d_sae == 100
     with pytest.raises(UnweaveError, match="100 latents, which is no multiple of its width 32: expansion 4"):
         train.run(spec, tmp_path)
@@ -401,7 +401,7 @@ def _heldout_store(runs: Path) -> TokenStore:
 
 def test_presets_as_variants_share_the_stream_and_what_sae_says_itself() -> None:
     both = [{"preset": ["fast-jumprelu", "fast-relu"]}]
-    for base in (SAESpec(), SAESpec(tokens=5000, batch=100, lr=1e-3, expansion=4)):
+    for base in (TopKSpec(), TopKSpec(tokens=5000, batch=100, lr=1e-3, expansion=4)):
         found = variants_of(base, both)
         assert [spec.kind for spec in found.values()] == ["jumprelu", "relu"]
         for spec in found.values():
@@ -409,7 +409,7 @@ def test_presets_as_variants_share_the_stream_and_what_sae_says_itself() -> None
             assert spec.lr == (1e-3 if base.expansion == 4 else 7e-5) and spec.expansion == base.expansion
             assert (spec.sparsity_warmup, spec.init) == (10_000 / 320_000, "independent")
     # What the variant says itself wins over both.
-    (wide,) = variants_of(SAESpec(expansion=4), [{"preset": "fast-relu", "expansion": 2}]).values()
+    (wide,) = variants_of(TopKSpec(expansion=4), [{"preset": "fast-relu", "expansion": 2}]).values()
     assert wide.expansion == 2
     # A preset as the base says nothing beside itself, and another one replaces it.
     base = SAESpec.from_dict({"preset": "fast-jumprelu", "tokens": 5000})
@@ -420,15 +420,15 @@ def test_presets_as_variants_share_the_stream_and_what_sae_says_itself() -> None
 
 def test_trap_31_what_sae_says_and_a_preset_cannot_honour_is_an_error() -> None:
     with pytest.raises(UnweaveError, match=r"preset fast-relu does not go with what sae says itself \(k\).*no effect"):
-        variants_of(SAESpec(k=8), [{"preset": "fast-relu"}])
-    (spec,) = variants_of(SAESpec(k=8), [{"preset": "fast-relu", "k": 32}]).values()
+        variants_of(TopKSpec(k=8), [{"preset": "fast-relu"}])
+    (spec,) = variants_of(TopKSpec(k=8), [{"preset": "fast-relu", "k": 32}]).values()
     assert spec.sparsity == PRESETS["fast-relu"]["sparsity"]
     with pytest.raises(UnweaveError, match="no preset 'fast'"):
-        variants_of(SAESpec(k=8), [{"preset": "fast"}])
+        variants_of(TopKSpec(k=8), [{"preset": "fast"}])
 
 
 def test_a_variant_of_a_list_is_a_list_of_lists() -> None:
-    base = SAESpec(kind="matryoshka")
+    base = MatryoshkaSpec()
     with pytest.raises(UnweaveError, match=r"groups is a list itself[\s\S]*groups: \[\[0\.5, 0\.5\]\]"):
         variants_of(base, [{"groups": [0.5, 0.5]}])
     found = variants_of(base, [{"groups": [[0.5, 0.5], [0.25, 0.75]]}])
@@ -450,7 +450,7 @@ def test_doctor_lists_what_training_would_refuse(home: Path, tmp_path: Path) -> 
     elsewhere = doctor.run(doctor_of(replace(base, start=tmp_path / "other")), tmp_path).result.problems
     assert any("is of resid_post.0, not of resid_post.1" in problem for problem in elsewhere)
     random_sae(100, read=SITE).save(tmp_path / "uneven")
-    uneven = replace(base, start=tmp_path / "uneven", sae=replace(base.sae, expansion=SAESpec().expansion))
+    uneven = replace(base, start=tmp_path / "uneven", sae=replace(base.sae, expansion=TopKSpec().expansion))
     found = doctor.run(doctor_of(uneven), tmp_path).result
     assert found.problems == () and found.cost is not None and found.cost.latents == 100
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from unweave.methods.train import init, objectives
-from unweave.methods.train.trainer import SAESpec, SAETrainer
+from unweave.methods.train.kinds import SAESpec
+from unweave.methods.train.trainer import SAETrainer
 from unweave.sae.sparse import kernels, products
 
 
@@ -95,7 +96,8 @@ def measure(kind: str, x: Tensor, *, batch: int, latents: int, k: int, steps: in
             torch.cuda.synchronize()
 
     width = x.shape[1]
-    spec = SAESpec(kind=kind, k=k, expansion=latents // width, batch=batch, tokens=10**9, aux_weight=0.0)  # type: ignore[arg-type]
+    size = {"kind": kind, "k": k, "expansion": latents // width}
+    spec = SAESpec.from_dict(size | {"batch": batch, "tokens": 10**9, "aux_weight": 0.0})
     trainer = SAETrainer(spec, width, init_x=x[:batch])
     W, b, out = torch.randn(latents, width).to(x), torch.zeros(latents).to(x), x.new_empty(batch, latents)
     spent: dict[str, float] = defaultdict(float)

@@ -7,7 +7,8 @@ import worker
 
 from unweave import SAE
 from unweave.core.site import Site
-from unweave.methods.train.trainer import SAESpec, SAETrainer
+from unweave.methods.train.kinds import SAESpec
+from unweave.methods.train.trainer import SAETrainer
 from unweave.sae.activations import JumpReLU, ReLU
 
 
@@ -27,13 +28,12 @@ def prepare(setting: worker.Setting):
     }  # fmt: skip
     if setting.start:
         more = {"penalty": "step", "bandwidth": setting.bandwidth} if setting.kind == "jumprelu" else {}
-        spec = SAESpec(
-            **common, **more, sparsity=setting.sparsity, lr=setting.lr, schedule="constant", warmup=0.0,
-            centre="none", normalise=False,
-        )  # fmt: skip
+        fixed = {"sparsity": setting.sparsity, "lr": setting.lr, "schedule": "constant", "warmup": 0.0}
+        scaling = {"centre": "none", "normalise": False}
+        spec = SAESpec.from_dict(common | more | fixed | scaling)
         trainer = SAETrainer(spec, width, init_x=setting.rows(0), start=given(setting))
     else:
-        trainer = SAETrainer(SAESpec(**common, k=setting.k), width, init_x=setting.rows(0))
+        trainer = SAETrainer(SAESpec.from_dict(common | {"k": setting.k}), width, init_x=setting.rows(0))
 
     def reconstruct(x: torch.Tensor) -> tuple[torch.Tensor, float]:
         sae = trainer.to_sae()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from unweave.core.dist import Group
-from unweave.methods.train.kinds import Found
 from unweave.methods.train.scaling import Affine
+from unweave.methods.train.state import Observed
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Attempt:
     """which latents are active anywhere, bool [F]"""
     active: Tensor
     """how many latents are active, over all rows, int64 []"""
-    found: Found
+    observed: Observed
     dead: int
     output: Affine
 
@@ -60,7 +60,7 @@ class Tally:
     error: Tensor
     goal_sum: Tensor
     goal_square: Tensor
-    found: Found
+    observed: Observed
     inputs: tuple[Tensor, ...]
     """the attempts' rows [n, D], of one's own"""
 
@@ -70,14 +70,15 @@ class Tally:
         error = torch.linalg.vector_norm(attempt.scaled.detach() - goal).square()
         square = torch.linalg.vector_norm(goal).square()
         return cls(
-            1, loss, attempt.fired, attempt.active, len(goal), error, goal.sum(0), square, attempt.found, (attempt.x,)
+            1, loss, attempt.fired, attempt.active, len(goal), error, goal.sum(0), square, attempt.observed,
+            (attempt.x,),
         )  # fmt: skip
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
             self.attempts + other.attempts, self.loss + other.loss, self.fired | other.fired,
             self.active + other.active, self.rows + other.rows, self.error + other.error,
-            self.goal_sum + other.goal_sum, self.goal_square + other.goal_square, self.found.joined(other.found),
+            self.goal_sum + other.goal_sum, self.goal_square + other.goal_square, self.observed.joined(other.observed),
             self.inputs + other.inputs,
         )  # fmt: skip
 
@@ -89,7 +90,7 @@ class Tally:
         sums = group.sum(torch.cat([counts, counts.new_tensor([self.rows]), self.goal_sum.double()]))
         fired = group.max(self.fired.to(torch.uint8)).bool()
         return Tally(
-            self.attempts, self.loss, fired, sums[0], int(sums[3]), sums[1], sums[4:], sums[2], self.found,
+            self.attempts, self.loss, fired, sums[0], int(sums[3]), sums[1], sums[4:], sums[2], self.observed,
             self.inputs,
         )  # fmt: skip
 

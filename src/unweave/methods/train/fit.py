@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
-from unweave.methods.train import kinds
-from unweave.methods.train.sae_spec import SAESpec, changed
+from unweave.methods.train.kinds import SAESpec, changed, default_of
 from unweave.sae.activations import JumpReLU, TopK
 from unweave.sae.module import SAE
 
 _SAME = 1e-4
-"""relative differences below which numbers that should be one are taken to be"""
+"""relative differences below which norms are taken to be equal"""
 
 
 def latents(spec: SAESpec, d_in: int, d_out: int | None = None, start: SAE | None = None) -> int:
@@ -21,14 +20,7 @@ def latents(spec: SAESpec, d_in: int, d_out: int | None = None, start: SAE | Non
     Raises UnweaveError where spec, widths and the SAE to start from do not go together.
     """
     count = spec.expansion * d_in if start is None else _latents_of(start, spec, d_in)
-    if spec.kind == "matryoshka":
-        kinds.group_sizes(spec, count)
-    if spec.aims and spec.k > count:
-        raise UnweaveError(
-            f"k must be at most the number of latents: k = {spec.k} of only {count} latents",
-            where="sae.k",
-            remedy="lower k or raise expansion",
-        )
+    spec.refuse_size(count)
     if spec.skip != "none" and d_out is None:
         raise UnweaveError("a skip without a target would be the identity", where="sae.skip", remedy="leave skip out")
     if start is not None:
@@ -46,7 +38,7 @@ def _latents_of(start: SAE, spec: SAESpec, d_in: int) -> int:
         raise UnweaveError(
             f"the SAE to start from has {start.d_sae} latents, which is no multiple of its width {d_in}: "
             f"expansion {spec.expansion} cannot be meant",
-            remedy=f"leave expansion out, or set it to {SAESpec().expansion}: it then says nothing",
+            remedy=f"leave expansion out, or set it to {default_of(spec, 'expansion')}: it then says nothing",
         )
     return start.d_sae
 
@@ -54,12 +46,10 @@ def _latents_of(start: SAE, spec: SAESpec, d_in: int) -> int:
 def _refuse_idle(spec: SAESpec, start: SAE) -> None:
     """Trap 31: what would have no effect on weights that are there already."""
     given = changed(spec)
-    idle = ("init", "bias_init", "threshold_by_norm")
-    idle = idle if spec.resample_every else (*idle, "threshold_init")
-    for name in (name for name in idle if name in given):
+    for name in (name for name in spec.begun() if name in given):
         raise UnweaveError(
             f"{name} = {given[name]!r} would have no effect: weights are those of the SAE to start from",
-            remedy=f"leave {name} out; beside a preset, set it to {str(getattr(SAESpec(), name)).lower()}",
+            remedy=f"leave {name} out; beside a preset, set it to {str(default_of(spec, name)).lower()}",
         )
     if spec.skip == "fit" and start.W_skip is not None:
         raise UnweaveError(
@@ -88,8 +78,9 @@ def _refuse_unfit(spec: SAESpec, start: SAE, wanted: tuple[int, int, int]) -> No
 @torch.no_grad()
 def _refuse_other_kind(spec: SAESpec, start: SAE) -> None:
     norms = start.W_dec.double().norm(dim=1)
-    possible = _kinds_of(spec, start, torch.where(norms > 0, norms, 1.0))
-    if spec.kind not in possible:
+    if not _goes_on(spec, start, norms):
+        others = [kind() for kind in SAESpec.kinds() if not isinstance(spec, kind)]
+        possible = [other.kind for other in others if _goes_on(other, start, norms)]
         raise UnweaveError(
             f"a {start.kind} SAE cannot go on as {spec.kind}", where="start", remedy=f"use kind {' or '.join(possible)}"
         )
@@ -97,21 +88,14 @@ def _refuse_other_kind(spec: SAESpec, start: SAE) -> None:
         _refuse_other_topk(start.activation.k, spec.k, norms)
 
 
-def _kinds_of(spec: SAESpec, start: SAE, norms: Tensor) -> list[str]:
-    """The kinds whose inference form ``start`` can be, once its decoder ``norms`` [F] are moved to the encoder."""
-    if isinstance(start.activation, TopK):
-        return ["topk"]
+def _goes_on(spec: SAESpec, start: SAE, norms: Tensor) -> bool:
+    """Whether the kind has ``start`` as an inference form, once its decoder ``norms`` [F] are moved to the encoder."""
+    if isinstance(start.activation, TopK) or spec.topk() is not None:
+        return isinstance(start.activation, TopK) and spec.topk() is not None
     threshold = torch.zeros_like(norms)
     if isinstance(start.activation, JumpReLU):
-        threshold = start.activation.threshold.double().clamp_min(0) * norms
-    possible = ["gated"]
-    if spec.threshold_parameter == "plain" or bool((threshold > 0).all()):
-        possible.append("jumprelu")
-    if not bool(threshold.any()):
-        return ["relu", "p-anneal", *possible]
-    if float(threshold.max() - threshold.min()) <= _SAME * float(threshold.max()):
-        possible += ["batchtopk", "matryoshka"]
-    return possible
+        threshold = start.activation.threshold.double().clamp_min(0) * torch.where(norms > 0, norms, 1.0)
+    return spec.continues(threshold)
 
 
 def _refuse_other_topk(k: int, wanted: int, norms: Tensor) -> None:

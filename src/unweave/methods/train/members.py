@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.lm.model import LM
-from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.kinds import SAESpec
 from unweave.methods.train.spec import TrainSpec
 from unweave.methods.train.variants import variants_of
 
@@ -58,7 +58,7 @@ def _refuse_end_to_end(found: list[Member]) -> None:
             where="sites",
             remedy="make it one training run per site",
         )
-    if any(member.spec.kind == "matryoshka" or member.spec.multi_topk > 0 for member in found):
+    if any(member.spec.nested for member in found):
         raise UnweaveError(
             "nested reconstructions (matryoshka's groups, multi_topk) take no part in end-to-end training",
             where="objective",

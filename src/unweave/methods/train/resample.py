@@ -7,8 +7,8 @@ from torch import Tensor
 
 from unweave.core.dist import Group
 from unweave.methods.train import init
-from unweave.methods.train.sae_spec import SAESpec
-from unweave.methods.train.weights import Weights, first_threshold
+from unweave.methods.train.kinds import SAESpec
+from unweave.methods.train.parameters import Weights
 
 _QUIET = 0.2
 """norm of a new encoder row, as a share of the living ones' mean: it takes part, but does not take over"""
@@ -49,18 +49,21 @@ def begin_anew(
     size = float(alive.mean()) if len(alive) else 1.0
     weights.W_enc[which] = init.unit_rows(inputs) * (_QUIET * size)
     weights.W_dec[which] = init.unit_rows(goals)
-    for vector in (weights.b_enc, weights.r_mag, weights.b_mag):
-        if vector is not None:
-            vector[which] = 0
-    if weights.plain_threshold is not None:
-        weights.plain_threshold[which] = first_threshold(spec)
-    if weights.log_threshold is not None:
-        weights.log_threshold[which] = torch.tensor(first_threshold(spec)).log().to(weights.log_threshold)
+    weights.b_enc[which] = 0
+    for name, value in spec.renewed().items():
+        own = weights.own[name]
+        own[which] = torch.as_tensor(value).to(own)
     for name, parameter in weights.named().items():
         if name not in ("b_dec", "W_skip"):
             for memory in optimiser.state[parameter].values():
                 if memory.shape == parameter.shape:
                     memory[which] = 0
+
+
+def due(spec: SAESpec, before: int, after: int) -> bool:
+    """Whether a multiple of ``resample_every`` tokens lies in (before, after], other than the end of training."""
+    every = spec.resample_every
+    return every > 0 and before // every < after // every and after < spec.tokens
 
 
 def _rows_at(t: Tensor, places: Tensor, own: Tensor) -> Tensor:

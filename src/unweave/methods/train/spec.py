@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import Content
-from unweave.core.spec import Spec, operational, require
+from unweave.core.rules import above, not_empty
+from unweave.core.spec import Spec, operational
 from unweave.data.spec import DEFAULT_MODEL, DEFAULT_SOURCES, DataSpec, ModelRef, StreamSpec
+from unweave.methods.train.kinds import SAESpec, TopKSpec
 from unweave.methods.train.result import Checkup, Training
-from unweave.methods.train.sae_spec import SAESpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +26,14 @@ class TrainSpec(Spec):
     """What the model computes in. The autoencoder is always trained in float32."""
     device: str | None = operational(None)
     """cpu, cuda, cuda:1...; by default a GPU where there is one."""
-    sites: tuple[str, ...] = ("resid_post.9",)
+    sites: Annotated[tuple[str, ...], not_empty()] = ("resid_post.9",)
     """Where to read activations, also by pattern: resid_post.*, mlp_add.{4,9,14}; mlp_in.*->mlp_add.* for transcoders.
     All sites share every forward pass."""
     data: DataSpec = DataSpec(sources=DEFAULT_SOURCES)
     """Which text, and how it becomes tokens."""
     stream: StreamSpec = StreamSpec()
     """Which tokens count, and how activations are mixed."""
-    sae: SAESpec = SAESpec()
+    sae: SAESpec = TopKSpec()
     """The autoencoder and its training."""
     variants: tuple[dict[str, Any], ...] = ()
     """Several autoencoders per site: fields of sae to change; a list of values stands for one variant each, as in
@@ -44,7 +45,7 @@ class TrainSpec(Spec):
     folder, site by site."""
     accept_mismatch: str | None = field(default=None, metadata={"result": False})
     """Go on training an autoencoder of another model, for this reason; what was measured is recorded."""
-    epochs: float = 4.0
+    epochs: Annotated[float, above(0)] = 4.0
     """How often each distinct token may be trained on at most; a larger sae.tokens is refused."""
     seed: int = 0
     """Order of activations. Initial weights have a seed of their own, sae.seed."""
@@ -52,7 +53,7 @@ class TrainSpec(Spec):
     """How often to write a checkpoint, from which training goes on exactly."""
 
     def __post_init__(self) -> None:
-        require(self, {"sites": len(self.sites) > 0, "epochs": self.epochs > 0})
+        super().__post_init__()
         if self.accept_mismatch is not None and self.start is None:
             raise UnweaveError(
                 "accept_mismatch has nothing to accept", where=type(self).__name__, remedy="it goes with start"

@@ -2,7 +2,7 @@
 
 1. Activations are centred and scaled to a mean squared norm of 1, both measured once on ``init_x``; the finished SAE
    has this folded into its weights, its decoder rows keep norm 1, and its latents are in units of the data.
-2. A batch is encoded: the kind (``kinds``) selects entries of the pre-activations, and goes on with those alone.
+2. A batch is encoded: its kind (``kinds``) selects entries of the pre-activations, and ``coding`` goes on with those.
 3. The terms are summed and differentiated; what the gradient of a decoder row has along the row itself is removed (it
    would only change the norm that is set back), Adam moves, decoder rows return to norm 1.
 4. Latents that have not fired for ``dead_after`` tokens are dead: AuxK teaches them the residual until they fire again,
@@ -25,10 +25,12 @@ from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
-from unweave.methods.train import fit, init, kinds, objectives, resample, schedule, weights, window
+from unweave.methods.train import coding, fit, init, objectives, resample, weights, window
 from unweave.methods.train.attempt import Attempt, Tally
-from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.kinds import SAESpec
 from unweave.methods.train.scaling import Affine
+from unweave.methods.train.selection import every
+from unweave.methods.train.state import State
 from unweave.sae.module import SAE
 from unweave.sae.sparse import kernels
 
@@ -80,7 +82,7 @@ class SAETrainer:
         self.d_out = d_in if target is None else target.shape[1]
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.tokens_seen, self.steps = 0, 0
-        self.state = kinds.State.first(spec)
+        self.state = spec.first_state()
         self._window = x.new_empty(0, d_in)  # batchtopk kinds: rows of the last batches, in the scaled space
         self._begin(self._input(x), None if target is None else self._output(target), start)
         self.dead_for = torch.zeros(self.d_sae, dtype=torch.int64, device=self.device)
@@ -115,11 +117,11 @@ class SAETrainer:
         single factor is <y, x> / <y, y>.
         """
         w = self.weights
-        dense = _FIT_ROWS if self.spec.winners else kernels.chunk_rows(self.d_sae, x.element_size())
+        dense = _FIT_ROWS if self.spec.by_rank else kernels.chunk_rows(self.d_sae, x.element_size())
         x, goal = x[: min(_FIT_ROWS, dense)], goal[: min(_FIT_ROWS, dense)]
         base = w.base(x)
-        entries = kinds.choose(self.spec, w, x, kinds.State.first(self.spec), SOLO) or kinds.every(w, x)
-        y = entries.decode(kinds.latents(self.spec, w, entries), w.W_dec)
+        entries = self.spec.select(w, x, self.spec.first_state(), SOLO) or every(w, x)
+        y = entries.decode(self.spec.latents(w, entries), w.W_dec)
         factor = float((y * (goal - base)).sum() / y.square().sum().clamp_min(1e-30))
         if math.isfinite(factor) and factor > 0:
             w.W_enc.mul_(factor)
@@ -138,7 +140,7 @@ class SAETrainer:
 
     def learning_rate(self) -> float:
         """What the next step uses."""
-        return schedule.learning_rate(self.spec, self.tokens_seen)
+        return self.spec.learning_rate(self.tokens_seen)
 
     def step(self, x: Tensor, target: Tensor | None = None) -> dict[str, float]:
         """One optimiser step on activations x [N, d_in] (and targets [N, d_out] of a transcoder).
@@ -164,12 +166,12 @@ class SAETrainer:
         goal = x if target is None else self._output(target.to(self.device))
         rows = int(group.sum(torch.tensor([len(x)], device=self.device))) if group.size > 1 else len(x)
         dead = self.dead
-        coded = kinds.code(spec, w, x, goal, dead, self.state, rows, group)
+        coded = coding.code(spec, w, x, goal, dead, self.state, rows, group)
         share = len(x) / rows
-        terms = [weight * share * objectives.reconstruction(y, goal) for weight, y in coded.said]
+        terms = [weight * share * objectives.reconstruction(y, goal) for weight, y in coded.reconstructions]
         reconstruction = objectives.total(torch.stack(terms).sum(), group)
-        y = coded.said[-1][1]
-        other, found = kinds.penalty(spec, coded, self.state, self.tokens_seen, group)
+        y = coded.reconstructions[-1][1]
+        other, observed = coding.penalty(spec, coded, self.state, self.tokens_seen, group)
         penalty = reconstruction.new_zeros(()) if other is None else other
         if spec.aux_weight > 0 and len(dead) > 0:
             residual = goal.detach() - y.detach()
@@ -177,7 +179,7 @@ class SAETrainer:
             penalty = penalty + spec.aux_weight * aux
         return Attempt(
             loss=reconstruction + penalty, reconstruction=reconstruction, penalty=penalty, scaled=y, x=x.detach(),
-            goal=goal.detach(), rows=rows, fired=coded.fired, active=coded.active, found=found, dead=len(dead),
+            goal=goal.detach(), rows=rows, fired=coded.fired, active=coded.active, observed=observed, dead=len(dead),
             output=self._output,
         )  # fmt: skip
 
@@ -216,14 +218,14 @@ class SAETrainer:
         self._move(lr, over)
         l0 = float(tally.active) / tally.rows
         self.dead_for = (self.dead_for + tally.rows).masked_fill_(tally.fired, 0)  # trap 29: clocks in tokens
-        self.state.follow(self.spec, tally.found, l0, self.d_sae, self.tokens_seen)
+        coding.follow(self.spec, self.state, tally.observed, l0, self.d_sae, self.tokens_seen)
         if self.spec.one_threshold:
             self._window = window.extended(self._window, tally.inputs, tally.rows, self.group)
         before = self.tokens_seen
         self.tokens_seen += tally.rows
         self.steps += 1
         self._gathered = None
-        if schedule.resampling_due(self.spec, before, self.tokens_seen):
+        if resample.due(self.spec, before, self.tokens_seen):
             silent = self.dead_for > self.spec.resample_every / 2
             resample.begin_anew(
                 self.spec, self.weights, self.optimiser, silent, last.x, last.goal, last.scaled.detach(),
@@ -252,6 +254,7 @@ class SAETrainer:
                 options["lr"] = lr
             self.optimiser.step()
             self.weights.constrain()
+            self.spec.constrain(self.weights)
 
     def _diverged(self, x: Tensor, value: float) -> UnweaveError:
         where = f"training step {self.steps} ({self.tokens_seen} tokens)"
@@ -299,7 +302,7 @@ class SAETrainer:
         self._output = self._input if tied else Affine(centre_out.to(self.device), scale_out)
         self.dead_for = state["dead_for"].to(self.device).clone()
         self.tokens_seen, self.steps = state["tokens_seen"], state["steps"]
-        self.state = kinds.State.from_dict(state["kind"])
+        self.state = State.from_dict(state["kind"])
         self._window = state["window"].to(self.device).clone()
         self.generator.set_state(state["generator"])
         self._gathered = None
@@ -343,6 +346,3 @@ def _copied(value: Any) -> Any:
 def _check_width(x: Tensor, width: int, name: str) -> None:
     if x.ndim != 2 or x.shape[1] != width:
         raise UnweaveError(f"{name} has shape {list(x.shape)}, not [tokens, {width}]", where="SAETrainer")
-
-
-__all__ = ["Attempt", "SAESpec", "SAETrainer"]

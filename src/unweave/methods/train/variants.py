@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from unweave.core.errors import UnweaveError
-from unweave.methods.train.sae_spec import SAESpec, said_beside_presets
+from unweave.methods.train.kinds import SAESpec, changed
+from unweave.methods.train.presets import PRESETS
 
 
 def variants_of(base: SAESpec, variants: Sequence[Mapping[str, Any]]) -> dict[str, SAESpec]:
@@ -24,30 +26,31 @@ def variants_of(base: SAESpec, variants: Sequence[Mapping[str, Any]]) -> dict[st
     found: dict[str, SAESpec] = {}
     for number, variant in enumerate(variants):
         where = f"variants[{number}]"
-        lists = [_values(base, name, value, where) for name, value in variant.items()]
+        lists = [_values(name, value, where) for name, value in variant.items()]
         if not variant or not all(lists):
             raise UnweaveError("a variant changes nothing", where=where, remedy="name fields of sae and their values")
         for values in itertools.product(*lists):
-            changed = dict(zip(variant, values, strict=True))
-            spec = _spec(base, changed, where)
+            change = dict(zip(variant, values, strict=True))
+            spec = _spec(base, change, where)
             if (spec.tokens, spec.batch) != (base.tokens, base.batch):
                 raise UnweaveError(
                     "variants share one stream, so they cannot differ in tokens or batch",
                     where=where,
                     remedy="set these in sae, or make it a training run of its own",
                 )
-            name = _name(changed)
+            name = _name(change)
             if name in found or spec in found.values():
                 raise UnweaveError(f"two variants are the same: {name}", where=where, remedy="name each one once")
             found[name] = spec
     return found
 
 
-def _values(base: SAESpec, name: str, value: Any, where: str) -> Sequence[Any]:
+def _values(name: str, value: Any, where: str) -> Sequence[Any]:
     """The values that a field takes in turn."""
     if not isinstance(value, (list, tuple)):
         return [value]
-    if isinstance(getattr(base, name, None), tuple) and not all(isinstance(one, (list, tuple)) for one in value):
+    is_list = any(isinstance(getattr(kind, name, None), tuple) for kind in SAESpec.kinds())
+    if is_list and not all(isinstance(one, (list, tuple)) for one in value):
         raise UnweaveError(
             f"{name} is a list itself, and the values of a variant are one SAE each",
             where=where,
@@ -56,25 +59,37 @@ def _values(base: SAESpec, name: str, value: Any, where: str) -> Sequence[Any]:
     return value
 
 
-def _spec(base: SAESpec, changed: Mapping[str, Any], where: str) -> SAESpec:
-    if "preset" not in changed:
-        return SAESpec.from_dict(changed, where=where, base=base)
+def _spec(base: SAESpec, change: Mapping[str, Any], where: str) -> SAESpec:
+    if "preset" not in change:
+        return SAESpec.from_dict(change, where=where, base=base)
     shared = {"tokens": base.tokens, "batch": base.batch}
-    alone = SAESpec.from_dict({**shared, **changed}, where=where)
-    kept = {name: value for name, value in said_beside_presets(base).items() if name not in {**shared, **changed}}
+    alone = SAESpec.from_dict({**shared, **change}, where=where)
+    kept = {name: value for name, value in _said_beside_presets(base).items() if name not in {**shared, **change}}
     if not kept:
         return alone
     try:
-        return SAESpec.from_dict({**shared, **kept, **changed}, where=where)
+        return SAESpec.from_dict({**shared, **kept, **change}, where=where)
     except UnweaveError as error:
         raise UnweaveError(
-            f"preset {changed['preset']} does not go with what sae says itself ({', '.join(kept)}): {error.what}",
+            f"preset {change['preset']} does not go with what sae says itself ({', '.join(kept)}): {error.what}",
             where=where,
             remedy="name fewer fields in sae, or give them other values in the variant",
         ) from error
 
 
-def _name(changed: Mapping[str, Any]) -> str:
+def _name(change: Mapping[str, Any]) -> str:
     """``relu-k32-seed1``: the values of kind and preset say enough by themselves."""
-    words = [str(value) if key in ("kind", "preset") else f"{key}{value}" for key, value in changed.items()]
+    words = [str(value) if key in ("kind", "preset") else f"{key}{value}" for key, value in change.items()]
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(words))
+
+
+def _said_beside_presets(spec: SAESpec) -> dict[str, Any]:
+    """What is left to say of a spec that begins with the defaults, or with a preset where that leaves less to say."""
+    given = changed(spec)
+    for preset in PRESETS:
+        other = SAESpec.from_dict({"preset": preset})
+        if all(hasattr(spec, name) for name in changed(other)):
+            pairs = {f.name: getattr(other, f.name, f.default) for f in fields(spec)}
+            left = {name: getattr(spec, name) for name, value in pairs.items() if getattr(spec, name) != value}
+            given = min(given, left, key=len)
+    return given

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from unweave.core.dist import Group
-from unweave.methods.train.sae_spec import SAESpec
-from unweave.methods.train.weights import Weights
+from unweave.methods.train.kinds import SAESpec
+from unweave.methods.train.parameters import Weights
 from unweave.sae.sparse import kernels
 
 PER_STEP = 512

@@ -12,7 +12,7 @@ from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 from unweave.data.spec import DEFAULT_MODEL, DataSpec, StreamSpec
 from unweave.methods.shift.biographies import TEMPLATED
-from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.kinds import BatchTopKSpec
 from unweave.methods.train.spec import TrainSpec
 from unweave.papers.feature_circuits.spec import MODELS, FeatureCircuitsSpec
 from unweave.tasks.agreement import STRUCTURES
@@ -62,8 +62,7 @@ def _smoke(spec: FeatureCircuitsSpec) -> Plan:
         # layer 27's MLP undoes the first token's attention sink with vectors of 7 medians, which would swamp its SAE
         stream=StreamSpec(max_norm_ratio=5.0),
         # The page's figures are of these settings, not of what the defaults have become since.
-        sae=SAESpec(
-            kind="batchtopk",
+        sae=BatchTopKSpec(
             expansion=8,
             k=64,
             tokens=999_424,

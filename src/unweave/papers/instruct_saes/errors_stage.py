@@ -10,8 +10,8 @@ from unweave.data.batches import store_batches
 from unweave.inputs.inputs import load_lm, token_store
 from unweave.methods.special_tokens.errors import special_token_errors
 from unweave.methods.train import stage as train
+from unweave.methods.train.kinds import SAESpec
 from unweave.methods.train.members import Member, members
-from unweave.methods.train.sae_spec import SAESpec
 from unweave.papers.instruct_saes.result import RECIPES, Measured, Recipe, RecipeErrors
 from unweave.papers.instruct_saes.spec import RecipeErrorsSpec
 from unweave.sae.module import SAE
@@ -55,4 +55,4 @@ def run(spec: RecipeErrorsSpec, ctx: Context) -> RecipeErrors:
 
 def aimed_at(spec: SAESpec) -> int | None:
     """The L0 that a training aims at; None where a fixed coefficient decides."""
-    return spec.k if spec.sparsity is None or spec.winners else None
+    return spec.k if spec.aims else None

@@ -8,7 +8,7 @@ from typing import Any
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 from unweave.data.spec import DataSpec, StreamSpec
-from unweave.methods.train.sae_spec import SAESpec
+from unweave.methods.train.kinds import SAESpec, TopKSpec
 from unweave.methods.train.spec import TrainSpec
 from unweave.papers.instruct_saes.result import Recipe
 from unweave.papers.instruct_saes.spec import LAYERS, InstructSaesSpec
@@ -81,7 +81,7 @@ def _smoke(spec: InstructSaesSpec) -> Plan:
         data=chat,
         stream=StreamSpec(special_tokens="include", max_norm_ratio=None),
         # The page's figures are of these settings, not of what the defaults have become since.
-        sae=SAESpec(
+        sae=TopKSpec(
             expansion=4,
             k=MATCHED_L0,
             tokens=tokens,
