@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import build_tiny, build_tiny_tokenizer
-from unweave.circuits.about import About, Node
+from unweave.circuits.about import About, Judged, Node
 from unweave.circuits.graph import Circuit
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
@@ -303,12 +303,12 @@ def test_of_a_classifiers_circuit_come_the_latents_that_its_run_judges(
 ) -> None:
     support = torch.zeros(1, 65)
     support[0, [5, 6, 7, 8, 64]] = torch.tensor([0.5, -0.9, 0.1, 0.3, 0.7])
-    about = About("which label", of="classifier")
+    about = About("which label", of="classifier", judged=Judged(0.05, 2))
     Circuit({SITE: support}, {}, False, 4, about).save(tmp_path / "circuit-0.safetensors")
     neurons = replace(about, neurons=True)
     Circuit({SITE: support}, {}, False, 4, neurons).save(tmp_path / "neurons-0.safetensors")
     known = json.loads((home / "found" / "spec.json").read_text())["spec"]
-    (tmp_path / "spec.json").write_text(json.dumps({"spec": known | {"top": 2, "threshold": 0.05}}))
+    (tmp_path / "spec.json").write_text(json.dumps({"spec": known}))
 
     def asked(*words: str) -> list[str]:
         out = str(tmp_path / "none.jsonl")

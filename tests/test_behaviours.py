@@ -17,22 +17,35 @@ import scipy.sparse as sp
 import torch
 
 from unweave.attribute.attribution import node_effects
+from unweave.circuits.about import Counts as NodeCounts
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
-from unweave.core.result import to_plain
+from unweave.core.result import as_read, as_written
 from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.data.pack import Row
 from unweave.data.tokens import TokenStore
+from unweave.inputs.subject import Subject
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
-from unweave.methods.behaviours import behaviours, cluster
+from unweave.methods.behaviours import behaviours as algorithm
+from unweave.methods.behaviours import cluster, contexts, view
 from unweave.methods.behaviours import stage as job
-from unweave.methods.behaviours.behaviours import Confidence, Example, repeated
+from unweave.methods.behaviours.contexts import Example, repeated
 from unweave.methods.behaviours.gradients import blocks, parameters, projected_gradients, projection_block
-from unweave.methods.behaviours.spec import CircuitBehavioursSpec
-from unweave.methods.behaviours.vectors import vectors
-from unweave.methods.behaviours.view import Card, Latent, page
+from unweave.methods.behaviours.result import (
+    Answer,
+    Behaviour,
+    BehavioursResult,
+    Cluster,
+    Context,
+    Counts,
+    Promoted,
+    StrongLatent,
+    VectorsResult,
+)
+from unweave.methods.behaviours.spec import BehaviourOptions, CircuitBehavioursSpec, ContextOptions, VectorOptions
+from unweave.methods.behaviours.vectors import from_tensors, to_tensors, vectors
 from unweave.sae.activations import ReLU
 from unweave.sae.module import SAE
 from unweave.tasks.answers import AnswerLoss
@@ -96,10 +109,10 @@ def test_losses_are_those_of_the_whole_logits(
 ) -> None:
     """Gemma 2 caps its logits after the unembedding; a few positions at a time must give what all at once do."""
     lm = tiny_lm(name)
-    monkeypatch.setattr(behaviours, "_LOGIT_ELEMENTS", 5 * lm.vocab_size)
+    monkeypatch.setattr(contexts, "_LOGIT_ELEMENTS", 5 * lm.vocab_size)
     rows = random_rows([13, 9])
     tokens = Tokens.pad([(row, [Role.TEXT.value] * len(row)) for row in rows], lm.pad_id)
-    found = behaviours.next_token_losses(lm, tokens)
+    found = contexts.next_token_losses(lm, tokens)
     for row, losses in zip(rows, found, strict=True):
         logits = lm(torch.tensor([row]))
         assert logits is not None
@@ -136,8 +149,8 @@ def test_sure_tokens_are_those_of_brute_force(tiny_lm: LMs, tmp_path: Path) -> N
             logits = lm(torch.tensor([row[start:at] or row[:1]]), keep_logits=1)
             assert logits is not None
             row[at] = int(logits[0, -1].argmax())
-    options = Confidence(max_loss=0.6, context=10, min_context=2, per_document=1000)
-    found = behaviours.find(lm, make_store(tmp_path / "store", rows), options)
+    options = ContextOptions(max_loss=0.6, context=10, min_context=2, per_document=1000)
+    found = contexts.find(lm, make_store(tmp_path / "store", rows), options)
     wanted = brute_force(lm, rows, 10, 2, 0.6)
     assert {(*e.ids, e.answer) for e in found.examples} == wanted and len(wanted) >= 10
     flat = [token for row in rows for token in row]
@@ -145,9 +158,9 @@ def test_sure_tokens_are_those_of_brute_force(tiny_lm: LMs, tmp_path: Path) -> N
         assert flat[example.place] == example.answer and flat[example.place - 1] == example.ids[-1]
         assert 2 <= len(example.ids) <= 10 and example.loss < 0.6
     assert (
-        found.counts["kept"]
+        found.counts.kept
         == len(found.examples)
-        == sum(found.counts[name] * sign for name, sign in (("sure", 1), ("repeated", -1), ("same", -1)))
+        == sum(getattr(found.counts, name) * sign for name, sign in (("sure", 1), ("repeated", -1), ("same", -1)))
     )
 
 
@@ -157,37 +170,37 @@ def sure_of_everything(lm: LM, tokens: Tokens) -> torch.Tensor:
 
 def test_options_choose_among_sure_tokens(tiny_lm: LMs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm()
-    monkeypatch.setattr(behaviours, "next_token_losses", sure_of_everything)
+    monkeypatch.setattr(contexts, "next_token_losses", sure_of_everything)
     rows = random_rows([30, 30, 30], high=90)
     roles = [[Role.TEXT.value] * 30 for _ in rows]
     rows[0][12], roles[1][12] = 1, Role.SPECIAL.value  # a special token, and one of the template
     store = make_store(tmp_path / "store", rows, roles)
-    every = Confidence(context=29, min_context=5, per_document=1000, repeats="answer")
-    whole = behaviours.find(lm, store, every)
-    assert whole.counts["scanned"] == 3 * 25 - 2
+    every = ContextOptions(context=29, min_context=5, per_document=1000, repeats="answer")
+    whole = contexts.find(lm, store, every)
+    assert whole.counts.scanned == 3 * 25 - 2
     assert not {12, 42} & {e.place for e in whole.examples}
     assert all(e.answer not in e.ids for e in whole.examples)
-    some = behaviours.find(lm, store, dataclasses.replace(every, per_document=4))
+    some = contexts.find(lm, store, dataclasses.replace(every, per_document=4))
     documents = [e.document for e in some.examples]
     assert sorted(set(documents)) == [0, 1, 2] and all(documents.count(d) == 4 for d in set(documents))
-    assert some.counts["crowded"] == len(whole.examples) - 12
-    few = behaviours.find(lm, store, dataclasses.replace(every, limit=7))
-    assert len(few.examples) == 7 and few.counts["surplus"] == len(whole.examples) - 7
-    again = behaviours.find(lm, store, dataclasses.replace(every, limit=7))
-    other = behaviours.find(lm, store, dataclasses.replace(every, limit=7, seed=1))
+    assert some.counts.crowded == len(whole.examples) - 12
+    few = contexts.find(lm, store, dataclasses.replace(every, limit=7))
+    assert len(few.examples) == 7 and few.counts.surplus == len(whole.examples) - 7
+    again = contexts.find(lm, store, dataclasses.replace(every, limit=7))
+    other = contexts.find(lm, store, dataclasses.replace(every, limit=7), seed=1)
     assert again == few and other.examples != few.examples
     assert {e.place for e in few.examples} <= {e.place for e in whole.examples}
     path = tmp_path / "contexts.jsonl"
-    behaviours.save(path, few)
-    assert behaviours.load(path) == few
+    contexts.save(path, few)
+    assert contexts.load(path) == few
 
 
 def test_the_same_context_counts_once(tiny_lm: LMs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(behaviours, "next_token_losses", sure_of_everything)
+    monkeypatch.setattr(contexts, "next_token_losses", sure_of_everything)
     row = list(range(10, 22))
     store = make_store(tmp_path / "store", [row, [*row[:9], 80, 81, 82]])
-    found = behaviours.find(tiny_lm(), store, Confidence(context=20, min_context=6, per_document=1000))
-    assert found.counts["same"] == 3  # tokens 6, 7 and 8 of both; what follows differs
+    found = contexts.find(tiny_lm(), store, ContextOptions(context=20, min_context=6, per_document=1000))
+    assert found.counts.same == 3  # tokens 6, 7 and 8 of both; what follows differs
     assert [e.place for e in found.examples] == [6, 7, 8, 9, 10, 11, 21, 22, 23]
 
 
@@ -196,10 +209,10 @@ def test_every_window_begins_with_the_rows_bos(
 ) -> None:
     """Trap 6: a model that is used to BOS must not see contexts without it."""
     lm = LM(tiny("llama"), make_tokenizer(add_bos=True))
-    monkeypatch.setattr(behaviours, "next_token_losses", sure_of_everything)
+    monkeypatch.setattr(contexts, "next_token_losses", sure_of_everything)
     rows = [[0, *random_rows([30], low=5)[0]]]
-    options = Confidence(context=9, min_context=3, per_document=1000)
-    found = behaviours.find(lm, make_store(tmp_path / "store", rows), options).examples
+    options = ContextOptions(context=9, min_context=3, per_document=1000)
+    found = contexts.find(lm, make_store(tmp_path / "store", rows), options).examples
     assert all(e.ids[0] == 0 and 0 not in e.ids[1:] and len(e.ids) <= 9 for e in found)
     assert any(e.place > 20 for e in found) and all(rows[0][e.place] == e.answer for e in found)
 
@@ -207,12 +220,12 @@ def test_every_window_begins_with_the_rows_bos(
 def test_no_sure_token_is_an_error_that_says_what_there_was(tiny_lm: LMs, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", random_rows([20]))
     with pytest.raises(UnweaveError, match=r"sure of none of 12 tokens .*below 0\.0001 nats"):
-        behaviours.find(tiny_lm(), store, Confidence(max_loss=1e-4))
-    with pytest.raises(UnweaveError, match="no context can be chosen"):
-        Confidence(max_loss=0.8)
+        contexts.find(tiny_lm(), store, ContextOptions(max_loss=1e-4))
+    with pytest.raises(UnweaveError, match=r"max_loss = 0\.8"):
+        ContextOptions(max_loss=0.8)
     (tmp_path / "bad.jsonl").write_text('{"counts": {}}\n{"ids": 3\n')
     with pytest.raises(UnweaveError, match="cannot read the contexts"):
-        behaviours.load(tmp_path / "bad.jsonl")
+        contexts.load(tmp_path / "bad.jsonl")
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
@@ -303,7 +316,7 @@ def test_effects_of_latents_are_attribution_with_ablation(name: str, tiny_lm: LM
     saes = {lm.site(site): make_sae(site, lm, seed) for seed, site in enumerate(SITES)}
     examples = some_examples()
     made = {
-        positions: vectors(lm, saes, examples, positions=positions, max_tokens=17)
+        positions: vectors(lm, saes, examples, VectorOptions(positions=positions), max_tokens=17)
         for positions in ("sum", "last", "last-5")
     }
     assert all(isinstance(found, sp.csr_array) for found in made.values())
@@ -326,10 +339,11 @@ def test_dense_vectors_and_latents_by_hand(tiny_lm: LMs) -> None:
     sae = make_sae("resid_post.1", lm)
     (site,) = saes = {lm.site("resid_post.1"): sae}
     examples = some_examples()
-    dense = {p: vectors(lm, saes, examples, kind="activations", positions=p) for p in ("sum", "last")}
-    sparse = vectors(lm, saes, examples, kind="latents", positions="last")
-    gradient = vectors(lm, saes, examples, kind="effects-dense", positions="last")
-    whole = vectors(lm, saes, examples, kind="activations", skip_first=0)
+    places: tuple[Any, ...] = ("sum", "last")
+    dense = {p: vectors(lm, saes, examples, VectorOptions(kind="activations", positions=p)) for p in places}
+    sparse = vectors(lm, saes, examples, VectorOptions(kind="latents", positions="last"))
+    gradient = vectors(lm, saes, examples, VectorOptions(kind="effects-dense", positions="last"))
+    whole = vectors(lm, saes, examples, VectorOptions(kind="activations"), skip_first=0)
     for i, example in enumerate(examples):
         with lm.taps(read=[site]) as seen:
             lm(torch.tensor([example.ids]))
@@ -359,12 +373,12 @@ def test_vectors_refuse_what_they_cannot_do(tiny_lm: LMs) -> None:
     sae = make_sae("resid_post.1", lm)
     with pytest.raises(UnweaveError, match="no contexts"):
         vectors(lm, sae, [])
-    with pytest.raises(UnweaveError, match="no vectors are made"):
-        vectors(lm, sae, some_examples(), kind="words")  # type: ignore[arg-type]
+    with pytest.raises(UnweaveError, match="'words' is not one of"):
+        VectorOptions.from_dict({"kind": "words"})
     with torch.no_grad():
         lm.model.get_submodule("model.layers.0.mlp.down_proj").weight[0] = math.nan
     with pytest.raises(UnweaveError, match="NaN"):
-        vectors(lm, {}, some_examples(), kind="gradients", dimensions=10, density=0.5)
+        vectors(lm, {}, some_examples(), VectorOptions(kind="gradients", dimensions=10, density=0.5))
 
 
 # -- clusters ---------------------------------------------------------------------------------------------------------
@@ -473,70 +487,118 @@ def folder(tiny: Any, make_tokenizer: Any, tmp_path_factory: pytest.TempPathFact
 
 
 def asked(folder: Path, **fields: Any) -> CircuitBehavioursSpec:
+    """The usual question; fields by dotted name."""
     values: dict[str, Any] = {
         "saes": [str(folder / "saes")],
         "model": str(folder / "model"),
         "data": {"sources": [{"path": str(folder / "text.jsonl")}], "pack": {"context": 64}},
         "tokens": 800,
-        "max_loss": 0.6,
-        "context": 16,
-        "min_context": 4,
-        "clusters": 4,
-        "min_size": 3,
+        "contexts": {"max_loss": 0.6, "context": 16, "min_context": 4},
+        "clusters": {"number": 4, "min_size": 3},
+        "circuit": {"examples": 4, "steps": 2, "node_threshold": 0.01, "edge_threshold": 0.001},
         "behaviours": 3,
-        "examples": 4,
-        "steps": 2,
-        "node_threshold": 0.01,
-        "edge_threshold": 0.001,
         "records_tokens": 0,
         "accept_mismatch": "a test",
     }
-    return CircuitBehavioursSpec.from_dict(values | fields)
+    for name, value in fields.items():
+        group, _, inner = name.partition("__")
+        values[group] = values.get(group, {}) | {inner: value} if inner else value
+    return CircuitBehavioursSpec.from_dict(values)
+
+
+def runs_of(kind: str, runs: Path) -> set[str]:
+    return {path.name for path in runs.glob(f"circuit-{kind}-*")}
 
 
 def test_from_a_text_to_circuits_and_an_index(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part is made once: after a crash, and when more behaviours or another threshold is asked for."""
-    runs, made = tmp_path, list[int]()
-    whole = job.find_circuit
+    runs, calls = tmp_path, list[int]()
+    whole = algorithm.find_circuit
 
     def counted(*args: Any, **named: Any) -> Any:
-        if len(made) == 2:
-            made.append(-1)
+        if len(calls) == 2:
+            calls.append(-1)
             raise KeyboardInterrupt
-        made.append(len(made))
+        calls.append(len(calls))
         return whole(*args, **named)
 
-    monkeypatch.setattr(job, "find_circuit", counted)
+    monkeypatch.setattr(algorithm, "find_circuit", counted)
     with pytest.raises(KeyboardInterrupt):
         job.run(asked(folder), runs)
-    made.append(0)
-    monkeypatch.setattr(behaviours, "find", None)  # contexts and vectors are there: neither is made again
+    calls.append(0)
+    monkeypatch.setattr(job, "find", None)  # contexts, vectors and clusters are there: none is made again
     monkeypatch.setattr(job, "vectors", None)
+    grouping = cluster.cluster
+    monkeypatch.setattr(cluster, "cluster", None)
     run = job.run(asked(folder), runs)
-    assert made.count(-1) == 1 and len(made) == 5  # two before, the one that was cut short, the mark, one after
+    assert calls.count(-1) == 1 and len(calls) == 5  # two before, the one that was cut short, the mark, one after
+    monkeypatch.setattr(cluster, "cluster", grouping)
     result = run.result
-    assert result["behaviours"] == 3 and len(list(runs.glob("circuit-behaviour-*"))) == 3
-    assert not list(runs.glob("circuit-behaviour-*/parts*")), "parts of what is finished are of no use"
-    told = json.loads((run.path / "behaviours.json").read_text())
-    assert [entry["size"] >= 3 for entry in told] == [True] * 3 and len(result["parts"]) == 5
-    for entry in told:
-        circuit = Circuit.load(runs / entry["run"] / "circuit.safetensors")
-        assert not circuit.positions and circuit.n_examples == min(4, entry["size"]) and len(circuit.nodes) == 3
-        assert to_plain(circuit.counts(0.01)) == {name: entry["facts"][name] for name in ("latents", "errors")}
-        examples = behaviours.load(runs / entry["run"] / "contexts.jsonl").examples
-        few = behaviours.batches(LM.load(str(folder / "model")), examples)
-        assert sum(len(clean) for clean, _, _ in few) == len(examples)
+    assert len(result.behaviours) == 3 and len(runs_of("behaviour", runs)) == 3
+    assert not list(runs.glob("circuit-*/parts*")), "parts of what is finished are of no use"
+    for one in result.behaviours:
+        size = result.clusters[one.place].size
+        assert size >= 3
+        circuit = Circuit.load(runs / one.run / "circuit.safetensors")
+        assert not circuit.positions and circuit.n_examples == one.examples == min(4, size) and len(circuit.nodes) == 3
+        assert circuit.counts(0.01) == NodeCounts(one.latents, one.errors)
+        assert [sums.site for sums in one.sums] == sorted(circuit.nodes)
+        ids = Run.at(runs / one.run).spec["contexts"]
+        few = contexts.batches(LM.load(str(folder / "model")), [Example(tuple(r[:-1]), r[-1], 0, 0, 0) for r in ids])
+        assert sum(len(clean) for clean, _, _ in few) == len(ids) == one.examples
     again = job.run(asked(folder), runs)
-    assert again.reused and len(made) == 5
-    more = job.run(asked(folder, behaviours=4, min_size=1), runs)
-    assert len(made) == 6 and more.result["behaviours"] == 4
-    assert set(result["parts"]) < set(more.result["parts"])
-    shown = job.run(asked(folder, behaviours=4, min_size=1, records_tokens=300), runs)
-    assert len(made) == 6 and 'uw-peak" title' in (shown.path / "index.html").read_text()
+    assert again.reused and len(calls) == 5
+    more = job.run(asked(folder, behaviours=4, clusters__min_size=1), runs)
+    assert len(calls) == 6 and len(more.result.behaviours) == 4
+    assert {one.run for one in result.behaviours} < {one.run for one in more.result.behaviours}
+    shown = job.run(asked(folder, behaviours=4, clusters__min_size=1, records_tokens=300), runs)
+    assert len(calls) == 6 and 'uw-peak" title' in (shown.path / "index.html").read_text()
+    job.run(asked(folder, circuit__node_threshold=0.02), runs)
+    assert [len(runs_of(kind, runs)) for kind in ("contexts", "vectors")] == [1, 1]
     html = (more.path / "index.html").read_text()
     assert 'uw-peak" title' not in html
-    assert html.count("<article") == 4 and html.count("<mark") >= 4 and "<svg" in html and 'id="find"' in html
+    assert html.count("<article") == 4 and html.count("<mark") >= 4 and "<svg" in html and 'class="uw-find"' in html
     assert "default-src 'none'" in html and not re.search(r'(?:src|href)="(?!#|data:)', html)
+
+
+def test_the_result_is_read_back_and_a_finished_question_loads_nothing(
+    folder: Path, whole: Run[BehavioursResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = whole.result
+    assert as_read(BehavioursResult, json.loads(json.dumps(as_written(result))), "here") == result
+    assert [row[0] for row in result.rows()][:3] == ["behaviour 1", "behaviour 2", "behaviour 3"]
+    html = result._repr_html_()
+    assert html.count("<article") == 3 and all(latent.name in html for latent in result.behaviours[0].strongest)
+    for kind in (LM, SAE):
+        monkeypatch.setattr(kind, "load", None)
+    assert job.run(asked(folder), whole.path.parent).reused
+
+
+def test_it_works_in_a_notebook(folder: Path, whole: Run[BehavioursResult]) -> None:
+    """Texts and handles in, a result out: the stage's, but for what its runs hold."""
+    lm = LM.load(str(folder / "model"))
+    saes = {lm.site(place.name): SAE.load(place) for place in (folder / "saes").iterdir()}
+    texts = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text().splitlines()]
+    spec = asked(folder)
+    assert spec.data is not None
+    store = job.token_store(lm, str(folder / "model"), spec.data, "train", 800, whole.path.parent)[0]
+    options = BehaviourOptions.from_dict({f.name: getattr(spec, f.name) for f in dataclasses.fields(BehaviourOptions)})
+    found = algorithm.behaviours(lm, saes, store, options)
+    bare = [dataclasses.replace(one, run="", drawing=None) for one in whole.result.behaviours]
+    assert list(found.behaviours) == bare and found.clusters == whole.result.clusters
+    assert found.counts == whole.result.counts
+    own = algorithm.behaviours(lm, saes, texts, options)
+    assert own.counts.scanned > found.counts.scanned and len(own.behaviours) == 3
+    assert "svg" not in own._repr_html_().partition("<article")[2] and own._repr_html_().count("<article") == 3
+
+
+def test_texts_in_memory_are_read_as_a_store_is(folder: Path, tmp_path: Path) -> None:
+    lm = LM.load(str(folder / "model"))
+    texts = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text().splitlines()]
+    memory = contexts.Texts(lm, [*texts, ""])
+    store = make_store(tmp_path / "store", [lm.tokenize(text).ids[0].tolist() for text in texts])
+    options = ContextOptions(max_loss=0.6, context=16, min_context=4)
+    assert contexts.find(lm, memory, options) == contexts.find(lm, store, options)
 
 
 def quick(calls: list[Any]) -> Callable[..., Circuit]:
@@ -552,59 +614,55 @@ def quick(calls: list[Any]) -> Callable[..., Circuit]:
 
 
 @pytest.fixture(scope="module")
-def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[Any]]:
-    """Where the usual question was asked, the parts it has, and what ``find_circuit`` was asked."""
+def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Where the usual question was asked, and what ``find_circuit`` was asked."""
     runs, calls = tmp_path_factory.mktemp("runs"), list[Any]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "find_circuit", quick(calls))
-        return runs, job.run(asked(folder), runs).result["parts"], calls
+        patch.setattr(algorithm, "find_circuit", quick(calls))
+        job.run(asked(folder), runs)
+        return runs, calls
 
 
 @pytest.mark.parametrize(
     ("field", "value", "parts"),
     [
-        ("max_loss", 0.5, "contexts"),
-        ("min_context", 6, "contexts"),
-        ("context", 12, "contexts"),
-        ("repeats", "answer", "contexts"),
-        ("per_document", 1, "contexts"),
-        ("contexts", 30, "contexts"),
+        ("contexts__max_loss", 0.5, "contexts"),
+        ("contexts__min_context", 6, "contexts"),
+        ("contexts__context", 12, "contexts"),
+        ("contexts__repeats", "answer", "contexts"),
+        ("contexts__per_document", 1, "contexts"),
+        ("contexts__limit", 30, "contexts"),
         ("seed", 1, "contexts"),
-        ("vectors", "latents", "vectors"),
-        ("positions", "last", "vectors"),
+        ("vectors__kind", "latents", "vectors"),
+        ("vectors__positions", "last", "vectors"),
         ("skip_first", 2, "vectors"),
-        ("clusters", 3, "clusters"),
-        ("clustering", "kmeans", "clusters"),
-        ("rank", "size", "clusters"),
-        ("examples", 2, "circuits"),
+        ("clusters__number", 3, "clusters"),
+        ("clusters__method", "kmeans", "clusters"),
+        ("clusters__rank", "size", "clusters"),
+        ("circuit__examples", 2, "circuits"),
     ],
 )
 def test_every_option_changes_what_is_asked_of_circuits(
     folder: Path,
-    plain: tuple[Path, list[str], list[Any]],
+    plain: tuple[Path, list[Any]],
     monkeypatch: pytest.MonkeyPatch,
     field: str,
     value: Any,
     parts: str,
 ) -> None:
     """Trap 31: an option that is accepted and not used."""
-    runs, before, first = plain
+    runs, first = plain
     calls: list[Any] = []
-    monkeypatch.setattr(job, "find_circuit", quick(calls))
-    after = job.run(asked(folder, **{field: value}), runs).result["parts"]
-    same = [a == b for a, b in zip(before[:2], after[:2], strict=True)]
+    monkeypatch.setattr(algorithm, "find_circuit", quick(calls))
+    before = [runs_of(kind, runs) for kind in ("contexts", "vectors")]
+    job.run(asked(folder, **{field: value}), runs)
+    same = [runs_of(kind, runs) == there for kind, there in zip(("contexts", "vectors"), before, strict=True)]
     assert same == {"contexts": [False, False], "vectors": [True, False]}.get(parts, [True, True])
     assert [ids for _, _, ids in calls] and [ids for _, _, ids in calls] != [ids for _, _, ids in first]
 
 
-def found_by(run: Run) -> list[dict[str, Any]]:
-    """What is told of each behaviour, but for the names of runs."""
-    told = json.loads((run.path / "behaviours.json").read_text())
-    return [{name: value for name, value in entry.items() if name not in ("run", "folder")} for entry in told]
-
-
 @pytest.fixture(scope="module")
-def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run[BehavioursResult]:
     return job.run(asked(folder), tmp_path_factory.mktemp("whole"))
 
 
@@ -612,48 +670,61 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     ("field", "value"),
     [
         ("split", "heldout"),
-        ("min_size", None),
+        ("clusters__min_size", None),
         ("behaviours", 1),
-        ("method", "attribution"),
-        ("rule", "left"),
-        ("steps", 5),
-        ("metric", "neg-logit"),
-        ("node_threshold", 0.5),
-        ("edge_threshold", 0.1),
+        ("circuit__method", "attribution"),
+        ("circuit__rule", "left"),
+        ("circuit__steps", 5),
+        ("circuit__metric", "neg-logit"),
+        ("circuit__node_threshold", 0.5),
+        ("circuit__edge_threshold", 0.1),
     ],
 )
-def test_every_option_changes_what_is_found(folder: Path, whole: Run, field: str, value: Any) -> None:
+def test_every_option_changes_what_is_found(folder: Path, whole: Run[BehavioursResult], field: str, value: Any) -> None:
     """Trap 31: an option that is accepted and not used."""
-    more: dict[str, Any] = {"steps": 4} if field == "method" else {}  # attribution has none but the default
-    before, runs = found_by(whole), whole.path.parent
+    more: dict[str, Any] = {"circuit__steps": 4} if value == "attribution" else {}  # it has none but the default
+    before, runs, least = found_by(whole.result), whole.path.parent, 0
     if field == "split":
         more = {"data": asked(folder).to_dict()["data"] | {"heldout": 0.5}, "tokens": 400}
-        before = found_by(job.run(asked(folder, **more), runs))
-    if field == "min_size":
-        value = 1 + min(entry["size"] for entry in before)
-    after = found_by(job.run(asked(folder, **more | {field: value}), runs))
+        before = found_by(job.run(asked(folder, **more), runs).result)
+    if field == "clusters__min_size":
+        value = least = 1 + min(whole.result.clusters[one.place].size for one in before)
+    result = job.run(asked(folder, **more | {field: value}), runs).result
+    after = found_by(result)
     assert before and after and after != before
-    if field == "min_size":
-        assert all(entry["size"] >= value for entry in after)
-    if field == "edge_threshold":
-        assert sum(e["facts"]["edges"] for e in after) < sum(e["facts"]["edges"] for e in before)
+    if field == "clusters__min_size":
+        assert all(result.clusters[one.place].size >= least for one in after)
+    if field == "circuit__edge_threshold":
+        assert sum(one.edges for one in after) < sum(one.edges for one in before)
 
 
-def test_parts_belong_to_their_examples(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def found_by(result: BehavioursResult) -> list[Behaviour]:
+    """What is known of each behaviour, but for where it lies."""
+    return [dataclasses.replace(one, run="", drawing=None) for one in result.behaviours]
+
+
+def test_parts_belong_to_their_examples(
+    folder: Path, whole: Run[BehavioursResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Interrupted work may go on with other batches, whose parts have the same numbers of batches and rows."""
-    seen: list[tuple[Path, list[Any]]] = []
+    find = algorithm.find_circuit
 
-    def stopped(_lm: Any, _saes: Any, batches: Any, _options: Any, *, pieces: Any) -> Circuit:
-        seen.append((pieces.folder, [batch[0].ids.tolist() for batch in batches]))
+    def stopped(*args: Any, **named: Any) -> Circuit:
+        find(*args, **named)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "find_circuit", stopped)
-    for max_tokens in (2048, 20, 4096):
+    monkeypatch.setattr(algorithm, "find_circuit", stopped)
+    for max_tokens in (40, 20):
         with pytest.raises(KeyboardInterrupt):
             job.run(asked(folder, max_tokens=max_tokens), tmp_path)
-    first, few, many = seen
-    assert few[1] != first[1] == many[1] and few[0] != first[0] == many[0]
-    assert few[0].parent == first[0].parent, "one question, whatever fits into memory"
+    (part,) = tmp_path.glob("circuit-behaviour-*")
+    assert len(list((part / "parts").iterdir())) > 2, "one question, whatever fits into memory"
+    monkeypatch.setattr(algorithm, "find_circuit", find)
+    after = job.run(asked(folder), tmp_path).result.behaviours[0]
+    before = whole.result.behaviours[0]
+    assert [one.name for one in after.strongest] == [one.name for one in before.strongest]
+    expected = [one.effect for one in before.strongest]
+    assert [one.effect for one in after.strongest] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_changed_text_is_looked_through_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -661,53 +732,67 @@ def test_a_changed_text_is_looked_through_again(folder: Path, tmp_path: Path, mo
     lines = (folder / "text.jsonl").read_text().splitlines()
     path.write_text("\n".join(lines))
     spec = asked(folder, data={"sources": [{"path": str(path)}], "pack": {"context": 64}})
-    monkeypatch.setattr(job, "find_circuit", quick([]))
+    monkeypatch.setattr(algorithm, "find_circuit", quick([]))
     before = job.run(spec, tmp_path)
     assert job.run(spec, tmp_path).reused
     path.write_text("\n".join(lines[:30]))
     after = job.run(spec, tmp_path)
     assert after.path != before.path and not after.reused
-    assert after.result["counts"] != before.result["counts"] and after.result["parts"][0] != before.result["parts"][0]
-    vectors_run = before.result["parts"][1].rpartition("-")[2]
-    assert (before.path / f"clusters-{vectors_run}.npz").exists(), "clusters belong to their vectors"
+    assert after.result.counts != before.result.counts and len(runs_of("contexts", tmp_path)) == 2
 
 
 def test_gradients_have_options_of_their_own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "find_circuit", quick([]))
-    few = {"vectors": "gradients", "contexts": 12, "clusters": 2, "density": 0.3, "dimensions": 30}
-    found = job.run(asked(folder, **few), tmp_path).result
-    rows = np.load(tmp_path / found["parts"][1] / "00000.npz", allow_pickle=False)["rows"]
-    assert rows.shape == (12, 30)
-    for more in ({"dimensions": 20}, {"density": 0.1}):
-        other = job.run(asked(folder, **few | more), tmp_path).result
-        assert other["parts"][0] == found["parts"][0] and other["parts"][1] != found["parts"][1]
+    monkeypatch.setattr(algorithm, "find_circuit", quick([]))
+    few = {"vectors__kind": "gradients", "contexts__limit": 12, "clusters__number": 2}
+    few |= {"vectors__density": 0.3, "vectors__dimensions": 30}
+    job.run(asked(folder, **few), tmp_path)
+    (name,) = runs_of("vectors", tmp_path)
+    done = job.Run.at(tmp_path / name, VectorsResult)
+    assert (done.result.contexts, done.result.width) == job._rows(done).shape == (12, 30)
+    for number, more in enumerate(({"vectors__dimensions": 20}, {"vectors__density": 0.1}), 2):
+        job.run(asked(folder, **few | more), tmp_path)
+        assert [len(runs_of(kind, tmp_path)) for kind in ("contexts", "vectors")] == [1, number]
+    job.run(asked(folder, **few, sites=["resid_post.1"]), tmp_path)
+    assert len(runs_of("vectors", tmp_path)) == 3, "gradients are of the model alone"
     with pytest.raises(UnweaveError, match="dimensions = 20 would have no effect"):
-        asked(folder, dimensions=20)
+        asked(folder, vectors__dimensions=20)
     with pytest.raises(UnweaveError, match="positions = 'last' would have no effect"):
-        asked(folder, vectors="gradients", positions="last")
+        asked(folder, vectors__kind="gradients", vectors__positions="last")
+
+
+@pytest.mark.parametrize("rows", [np.arange(6, dtype=np.float32).reshape(2, 3), sp.csr_array(np.eye(3, 5)[:2])])
+def test_vectors_in_a_file_are_the_same(rows: Any) -> None:
+    again = from_tensors(to_tensors(rows))
+    assert type(again) is type(rows) and again.shape == rows.shape and abs(again - rows).max() == 0
 
 
 def test_what_the_job_cannot_do_is_clear(folder: Path, tmp_path: Path) -> None:
     runs = tmp_path
+    few = {"contexts__limit": 60, "contexts__per_document": 1, "clusters__number": 60}
     with pytest.raises(UnweaveError, match=r"60 clusters of \d+ contexts cannot be made"):
-        job.run(asked(folder, contexts=60, per_document=1, clusters=60), runs)
+        job.run(asked(folder, **few), runs)
     with pytest.raises(UnweaveError, match=r"no cluster has 900 contexts; the largest has \d+"):
-        job.run(asked(folder, min_size=900), runs)
+        job.run(asked(folder, clusters__min_size=900), runs)
     with pytest.raises(UnweaveError, match="sure of none of"):
-        job.run(asked(folder, max_loss=1e-9), runs)
+        job.run(asked(folder, contexts__max_loss=1e-9), runs)
     with pytest.raises(UnweaveError, match="do not say which text"):
         job.run(dataclasses.replace(asked(folder), data=None), runs)
-    for wrong in ({"max_loss": 0.9}, {"context": 3}, {"clusters": 2000}, {"skip_first": 4}, {"behaviours": 0}):
-        with pytest.raises(UnweaveError, match=f"{next(iter(wrong))} = .* makes no sense"):
-            asked(folder, **wrong)
+    for field, value in {"contexts__max_loss": 0.9, "contexts__context": 3, "skip_first": 4, "behaviours": 0}.items():
+        with pytest.raises(UnweaveError, match=f"{field.rpartition('__')[2]} = .* makes no sense"):
+            asked(folder, **{field: value})
+    with pytest.raises(UnweaveError, match="1000 contexts cannot make 2000 clusters"):
+        asked(folder, clusters__number=2000)
 
 
 def test_the_index_escapes_what_texts_hold() -> None:
     bad = '<script>alert("1")</script>'
-    card = Card(
-        "behaviour 0", 0, [(bad, 3)], 9, 8, 0.5, 0.2, 0.01, [([bad, "\n", " x"], bad, 0.1)],
-        [Latent(bad, -0.5, [(bad, 1.0)])], {"latents": 1, "errors": 0, "edges": 1}, 4, "", bad,
+    latent = StrongLatent(Site("embed"), 3, -0.5, (Promoted(bad, 1.0),))
+    one = Behaviour(
+        0, 8, (Answer(bad, 3),), (Context((bad, "\n", " x"), bad, 0.1),), 4, 1, 0, 1, (latent,), (), run=bad
     )  # fmt: skip
-    counts = {"scanned": 9, "sure": 8, "repeated": 1, "kept": 7}
-    html = page([card], {"model": bad, "counts": counts, "clusters": 2, "by": "x", "stability": None})
+    result = BehavioursResult(
+        Subject(bad, "", (), {}), Counts(9, 8, 1, 0, 0, 0, 7), "latents", "ig", 1, (Cluster(9, 0.5, 0.2, 0.01),), None,
+        (one,),
+    )  # fmt: skip
+    html = view.section(result).body
     assert "<script>alert" not in html and html.count("&lt;script&gt;") >= 7 and "1 latent, 0 errors, 1 edge" in html

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,8 +19,10 @@ from unweave.core.errors import UnweaveError
 from unweave.core.run import Run
 from unweave.core.site import Site, matching
 from unweave.inputs.subject import SAEInfo, Subject
+from unweave.methods.behaviours.result import Answer, Behaviour, BehavioursResult, Cluster
+from unweave.methods.behaviours.result import Counts as behaviour_counts
 from unweave.methods.circuits.result import CircuitSearch, Errors, Faithfulness, Reached, Row, Sweep, Used
-from unweave.methods.shift.view import MEASURES, METHODS
+from unweave.methods.shift.result import METHODS, Accuracies, Judgement, Method, Seed, Share, ShiftResult, TableRow
 from unweave.papers.feature_circuits import page, plan, recipe
 from unweave.papers.feature_circuits.plan import nearest_l0, plan_of
 from unweave.papers.feature_circuits.recipe import Parts
@@ -35,7 +38,7 @@ def test_the_smoke_scale_trains_at_attention_mlp_and_stream_of_consecutive_layer
     assert len(sites) == len(set(sites)) == 13
     layers = sorted({site.layer for site in sites if site.layer is not None})
     assert layers == list(range(layers[0], layers[0] + 4)) and found.start_layer == layers[0]
-    assert found.shift["probe"] == f"resid_post.{layers[-1]}" and found.behaviours["behaviours"] == 20
+    assert found.shift["classifier"]["site"] == f"resid_post.{layers[-1]}" and found.behaviours["behaviours"] == 20
 
 
 def test_the_paper_scale_takes_the_published_saes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +115,7 @@ def test_every_stage_can_be_asked_at_every_scale(
         assert shift.judge == ("file" if "annotations" in more else "rule")
         assert shift.biographies == more.get("biographies", chosen.shift["biographies"])
         assert (found.data is not None) == (chosen.training is None)
-        assert found.behaviours <= found.clusters
+        assert found.behaviours <= found.clusters.number
         specs.clear()
 
 
@@ -163,21 +166,20 @@ def parts_of(
         measured = Faithfulness(subject, "x", structure, used, 0.8, reached, curves, *paths)
         evaluated[structure] = finished(folder / structure, "evaluate", measured, {"faithfulness.png": b"p"})
         drawn[structure] = finished(folder / structure, "draw", {}, {"circuit.svg": "<svg><title>x</title></svg>"})
-    worst = dict.fromkeys(METHODS, 0.2)
-    worst |= {"SHIFT": shift, "SHIFT + retrain": retrain, "random latents": random, "oracle": oracle}
-    table = {m: {k: {"mean": worst[m] if k == "worst" else 0.5, "std": None} for k in MEASURES} for m in METHODS}
-    gap = oracle - 0.2
-    back = {name: (worst[name] - 0.2) / gap for name in ("SHIFT", "SHIFT + retrain", "random latents")}
-    said = {"note": "templated text", "warnings": ["a <warning>"], "summary": [["SHIFT", "x", "y"]]}
-    files = {"table.md": "| Method |\n", "accuracies.png": b"p"}
-    shifted = finished(folder, "shift", {"table": table, "recovered": back, "gap": gap, **said}, files)
-    discovered = {
-        "behaviours": 2,
-        "clusters": 9,
-        "coherence": {"clusters": 0.4, "random": 0.1},
-        "page": "index.html",
-        "summary": [["behaviour 1", "a <b>", "12 contexts"]],
-    }
+    worst: dict[Method, float] = dict.fromkeys(METHODS, 0.2)
+    worst |= {"shift": shift, "retrain": retrain, "random": random, "oracle": oracle}
+    half, whole = Share(1, 2), Share(100, 100)
+    rows = tuple(
+        TableRow(method, 0, Accuracies(half, half, (Share(round(100 * share), 100), whole, whole, whole)))
+        for method, share in worst.items()
+    )
+    seed = Seed((), rows, (), ())  # where nothing is ablated, which the page must say
+    tabled = ShiftResult(subject, sites[1], "templated", "templated text", Judgement("rule", ()), (seed,))
+    shifted = finished(folder, "shift", tabled, {})
+    one = Behaviour(0, 3, (Answer("a <b>", 3),), (), 4, 1, 0, 0, (), ())
+    counts = behaviour_counts(9, 8, 1, 0, 0, 0, 7)
+    clusters = (Cluster(12, 0.4, 0.1, 0.01),) * 9
+    discovered = BehavioursResult(subject, counts, "latents", "ig", 8, clusters, None, (one,) * 2)
     return Parts(None, found, evaluated, drawn, shifted, finished(folder, "behaviours", discovered, {}))
 
 
@@ -200,10 +202,12 @@ def test_the_page_says_what_the_parts_found(tmp_path: Path, numbers: dict[str, A
     assert [claims[i]["verdict"] for i in (0, 1, 3)] == verdicts
     assert f"{numbers.get('without', 0.4):.2f}" in claims[1]["ours"] and "1.00" in claims[1]["ours"]
     assert claims[2]["verdict"] == "as claimed" and "1 latents are in both" in claims[2]["ours"]
-    assert "a <warning>" in claims[3]["ours"]
+    assert "nothing was ablated" in claims[3]["ours"] and "templated text" in claims[3]["ours"]
+    assert "2 behaviours" in claims[4]["ours"] and "clusters 0.400, random 0.100" in claims[4]["ours"]
     html = (tmp_path / "report.html").read_text()
     assert "tiny &lt;model&gt; (random)" in html and "a &lt;b&gt;" in html and "<svg>" in html
-    assert "templated text" in html and "default-src 'none'" in html and "http" not in html.split("</style>")[1]
+    assert "templated text" in html and "default-src 'none'" in html
+    assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", html.split("</style>", 1)[1])
     text = (tmp_path / "table.md").read_text()
     first = "never (of 900)" if "features" in numbers else "30"
     assert f"| simple | {first} | never (of 900) |" in text and "| Method |" in text
@@ -215,7 +219,7 @@ def test_a_page_of_other_parts_is_written_anew(tmp_path: Path, monkeypatch: pyte
     other = first.shifted.path.with_name("shift-0123456789ab")
     shutil.copytree(first.shifted.path, other)
     monkeypatch.setattr(recipe, "plan_of", lambda spec: replace(plan_of(spec), training=None, saes=("x",)))
-    asked = iter([first, first, replace(first, shifted=Run.at(other))])
+    asked = iter([first, first, replace(first, shifted=Run.at(other, ShiftResult))])
     monkeypatch.setattr(recipe, "_parts", lambda *_: next(asked))
     runs = [recipe.run(FeatureCircuitsSpec(), tmp_path / "runs") for _ in range(3)]
     assert [run.reused for run in runs] == [False, True, False]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,16 +15,18 @@ from conftest import N_LAYERS, build_tiny, build_tiny_tokenizer
 from unweave.circuits.support import strongest
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
+from unweave.inputs.subject import Subject
 from unweave.judge.scripted import Scripted
 from unweave.latents.annotations import Annotation
 from unweave.latents.records import Context, LatentRecord
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
-from unweave.methods.shift import relevance, shift
+from unweave.methods.shift import relevance, supporting
 from unweave.methods.shift.concepts import concept_vectors, describe
 from unweave.methods.shift.pooled import Pooled, pool, pooled_positions
 from unweave.methods.shift.probe import Probe, Recipe, accuracies, fit
-from unweave.methods.shift.relevance import Verdict
+from unweave.methods.shift.result import Accuracies, Judgement, Method, Seed, Share, ShiftResult, TableRow, Verdict
+from unweave.methods.shift.spec import RuleOptions, SupportOptions
 from unweave.sae.activations import JumpReLU
 from unweave.sae.module import SAE, ReLU
 
@@ -128,8 +130,8 @@ def test_accuracies_by_hand() -> None:
     wanted = [1, 1, 1, 0, 0, 0, 0, 0]
     unwanted = [1, 1, 0, 0, 1, 1, 0, 0]
     found = accuracies(logits, wanted, unwanted)
-    assert found.by_group == {(0, 0): 1.0, (0, 1): 0.0, (1, 0): 1.0, (1, 1): 0.5}
-    assert (found.n, found.wanted, found.unwanted, found.worst) == (8, 5 / 8, 6 / 8, 0.0)
+    assert [group.value for group in found.groups] == [1.0, 0.0, 1.0, 0.5]
+    assert (found.profession, found.gender, found.worst.value) == (Share(5, 8), Share(6, 8), 0.0)
     with pytest.raises(UnweaveError, match=r"\(1, 0\)"):
         accuracies(torch.tensor([1.0, 1.0, 1.0]), [0, 0, 1], [0, 1, 1])
 
@@ -162,7 +164,7 @@ def test_edits_begin_at_their_block_and_equal_whole_passes(tiny_lm: Any, family:
     lm = tiny_lm(family)
     sites = ("mlp_add.1", "resid_post.1", "attn_add.2")
     saes = {lm.site(s): random_sae(lm, s, seed=i) for i, s in enumerate(sites)}
-    edits = shift.ablation(saes, [(lm.site(s), j) for s in sites for j in (3, 1, 7)])
+    edits = supporting.ablation(saes, [(lm.site(s), j) for s in sites for j in (3, 1, 7)])
     texts = Pooled(lm, TEXTS, Site.parse("resid_post.2"), begin=1, batch_tokens=48)
     texts.edited(edits, [0])  # the first time, every autoencoder is verified by passes of its own
     ran: list[int] = []
@@ -185,7 +187,7 @@ def attention_of(lm: LM, layer: int) -> Any:
 def test_edits_of_the_embedding_run_everything(tiny_lm: Any) -> None:
     lm = tiny_lm("llama")
     saes = {Site("embed"): random_sae(lm, "embed"), Site("resid_post", 1): random_sae(lm, "resid_post.1")}
-    edits = shift.ablation(saes, [(Site("embed"), 2), (Site("embed"), 5), (Site("resid_post", 1), 0)])
+    edits = supporting.ablation(saes, [(Site("embed"), 2), (Site("embed"), 5), (Site("resid_post", 1), 0)])
     texts = Pooled(lm, TEXTS, Site("resid_post", 1), begin=1)
     found = texts.edited(edits)
     whole = Pooled(lm, TEXTS, Site("resid_post", 1)).edited(edits)
@@ -221,7 +223,7 @@ def test_effects_at_the_probes_site_are_what_each_latent_writes_into_the_logit(t
     lm = tiny_lm("llama")
     site = Site("resid_post", 1)
     saes, texts, probe = setting(lm, ("resid_post.1",), "resid_post.1")
-    found = shift.logit_effects(lm, saes, texts, [3, 0], probe, steps=1)[site]
+    found = supporting.logit_effects(lm, saes, texts, [3, 0], probe, options=SupportOptions(steps=1))[site]
     sae = saes[site]
     for place, row in enumerate([3, 0]):
         with lm.taps(read=[site]) as seen:
@@ -239,7 +241,7 @@ def test_effects_of_a_site_add_up_to_ablating_it(tiny_lm: Any, family: str) -> N
     """Integrated gradients are complete: all latents and the error share out the logit's change, and nothing else."""
     lm = tiny_lm(family)
     saes, texts, probe = setting(lm, ("embed", "mlp_add.1", "resid_post.1", "resid_post.2"), "resid_post.1")
-    found = shift.logit_effects(lm, saes, texts, range(len(TEXTS)), probe, steps=60)
+    found = supporting.logit_effects(lm, saes, texts, range(len(TEXTS)), probe, options=SupportOptions(steps=60))
     assert set(found) == {Site("embed"), Site("mlp_add", 1), Site("resid_post", 1)}, "none behind the probe"
     for site, effects in found.items():
         for row, text in enumerate(TEXTS):
@@ -262,9 +264,9 @@ def test_support_has_the_sign_of_the_label_and_strongest_leaves_errors_out() -> 
         site: torch.tensor([[1.0, -2.0, 9.0], [3.0, 4.0, 9.0]]),
         other: torch.tensor([[0.0, 6.0, 0.0], [0, 0, 0]]),
     }
-    mean = shift.support(effects, [0, 1])  # the logit speaks for label 1: raising it by ablation supports label 0
+    mean = supporting.support(effects, [0, 1])  # the logit speaks for label 1: raising it by ablation supports label 0
     assert mean[site].tolist() == [-1.0, -3.0, 0.0] and mean[other].tolist() == [0.0, 3.0, 0.0]
-    mean = shift.support(effects, [1, 0])
+    mean = supporting.support(effects, [1, 0])
     assert [(s.name, s.effect) for s in strongest(mean)] == [("resid_post.0/1", 3.0), ("resid_post.0/0", 1.0)]
     assert [s.latent for s in strongest(mean, threshold=1.0)] == [1]
     mean[site][-1] = 100.0
@@ -278,12 +280,12 @@ def test_random_latents_are_as_many_active_and_others() -> None:
     for values in mean.values():
         values[::2] = 0.0
     chosen = [Verdict(sites[0], 1, True, ""), *(Verdict(sites[1], j, True, "") for j in range(1, 41, 2))]
-    drawn = shift.random_latents(mean, chosen, seed=0)
+    drawn = supporting.random_latents(mean, chosen, seed=0)
     assert Counter(site for site, _ in drawn) == {sites[0]: 1, sites[1]: 20}
     assert all(latent % 2 == 1 and latent != 100 for _, latent in drawn), "active ones, no errors"
     assert not {(v.site, v.latent) for v in chosen} & set(drawn)
     assert len(set(drawn)) == len(drawn)
-    assert drawn == shift.random_latents(mean, chosen, seed=0) != shift.random_latents(mean, chosen, seed=1)
+    assert drawn == supporting.random_latents(mean, chosen, seed=0) != supporting.random_latents(mean, chosen, seed=1)
 
 
 def test_ablation_is_the_explicit_edit_at_all_positions_or_the_policys(tiny_lm: Any) -> None:
@@ -301,7 +303,7 @@ def test_ablation_is_the_explicit_edit_at_all_positions_or_the_policys(tiny_lm: 
     for where in ("all", "policy"):
         kept = torch.ones_like(tokens.mask) if where == "all" else ~torch.isin(tokens.ids, tokens.ids[0, 2])
         expected = x - (f[..., [2, 9]] @ sae.W_dec[[2, 9]]) * kept.unsqueeze(-1)
-        with lm.taps(read=[site], edit=shift.ablation({site: sae}, [(site, 9), (site, 2)], where)) as seen:
+        with lm.taps(read=[site], edit=supporting.ablation({site: sae}, [(site, 9), (site, 2)], where)) as seen:
             lm(tokens)
         torch.testing.assert_close(seen[site], expected, rtol=1e-4, atol=1e-4)
 
@@ -310,7 +312,7 @@ def test_mean_ablation_sets_coordinates_to_the_texts_mean(tiny_lm: Any) -> None:
     lm = tiny_lm("gpt2")
     site = Site("mlp_act", 1)
     texts = Pooled(lm, TEXTS, Site("resid_post", 1), begin=1)
-    (edit,) = shift.mean_ablation(lm, texts, [0, 2], [(site, 5), (site, 3)])
+    (edit,) = supporting.mean_ablation(lm, texts, [0, 2], [(site, 5), (site, 3)])
     means = []
     for row in (0, 2):
         with lm.taps(read=[site]) as seen:
@@ -327,13 +329,31 @@ def test_mean_ablation_sets_coordinates_to_the_texts_mean(tiny_lm: Any) -> None:
     for row in range(2):
         expected[row, 1 : int(tokens.mask[row].sum()), [3, 5]] = mean[[3, 5]]
     torch.testing.assert_close(x, expected)
-    assert shift.mean_ablation(lm, texts, [0], []) == []
+    assert supporting.mean_ablation(lm, texts, [0], []) == []
+
+
+def table_with(original: int, shifted: int, oracle: int) -> ShiftResult:
+    """A result of one seed with these worst groups, in percent."""
+    rows = []
+    for method, percent in {"original": original, "shift": shifted, "oracle": oracle}.items():
+        groups = (Share(percent, 100), *[Share(100, 100)] * 3)
+        rows.append(TableRow(cast(Method, method), 0, Accuracies(Share(1, 2), Share(1, 2), groups)))
+    seed = Seed((), tuple(rows), (), ())
+    return ShiftResult(Subject("m", "", (), {}), SITE, "x", "", Judgement("rule", ()), (seed,))
 
 
 def test_recovered_share() -> None:
-    assert shift.recovered(0.2, 0.6, 1.0) == pytest.approx(0.5)
-    assert shift.recovered(0.9, 0.9, 0.9) is None
-    assert shift.recovered(0.8, 0.95, 0.85) is None  # three times a gap that is none
+    assert table_with(20, 60, 100).recovered("shift") == pytest.approx(0.5)
+    assert table_with(90, 90, 90).recovered("shift") is None
+    assert table_with(80, 95, 85).recovered("shift") is None  # three times a gap that is none
+
+
+@pytest.mark.parametrize(("right", "of"), [(0, 6), (6, 6), (3, 6), (171, 300)])
+def test_intervals_are_wilsons(right: int, of: int) -> None:
+    from scipy.stats import binomtest
+
+    expected = binomtest(right, of).proportion_ci(0.95, method="wilson")
+    assert Share(right, of).interval == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 # -- a case where it must work ------------------------------------------------------------------------------------
@@ -381,11 +401,11 @@ def test_shift_removes_what_one_latent_carries(planted: Any) -> None:
         return accuracies(classifier(x), *zip(*(groups[i] for i in test), strict=True))
 
     original = measured(probe, texts.clean[test])
-    assert original.unwanted > 0.9 and original.worst < 0.3
-    effects = shift.logit_effects(lm, saes, texts, train[:40], probe, steps=6)
-    strong = strongest(shift.support(effects, [groups[i][0] for i in train[:40]]))
+    assert original.gender.value > 0.9 and original.worst.value < 0.3
+    effects = supporting.logit_effects(lm, saes, texts, train[:40], probe, options=SupportOptions(steps=6))
+    strong = strongest(supporting.support(effects, [groups[i][0] for i in train[:40]]))
     assert strong[0].name == "embed/0", "gender's latent is found first"
-    edits = shift.ablation(saes, [(Site("embed"), 0)])
+    edits = supporting.ablation(saes, [(Site("embed"), 0)])
     x = texts.edited(edits)
 
     # For the ablated model m and f are one letter: a text says the same as its twin of the other gender.
@@ -395,10 +415,12 @@ def test_shift_removes_what_one_latent_carries(planted: Any) -> None:
     both = torch.cat([probe(x[test]), probe(mirrored[test])])
     wanted, unwanted = zip(*(groups[i] for i in test), strict=True)
     after = accuracies(both, wanted * 2, (*unwanted, *(1 - g for g in unwanted)))
-    assert after.unwanted == pytest.approx(0.5)
+    assert after.gender.value == pytest.approx(0.5)
     retrained = measured(fit(x[train], labels, recipe), x[test])
-    assert retrained.worst > 0.9
-    others = shift.random_latents(shift.support(effects, [0] * 40), [Verdict(Site("embed"), 0, True, "")], seed=0)
+    assert retrained.worst.value > 0.9
+    others = supporting.random_latents(
+        supporting.support(effects, [0] * 40), [Verdict(Site("embed"), 0, True, "")], seed=0
+    )
     assert others and others != [(Site("embed"), 0)]
 
 
@@ -450,9 +472,11 @@ def test_the_rule_reads_strongest_words_and_promoted_tokens() -> None:
     assert "'she'" in found[0].why and "promotes 'his', 'him'" in found[2].why and "elizabeth" in found[3].why
     assert found[5].irrelevant is False and "never fires" in found[5].why
     assert found[4].name == "resid_post.3/4"
-    strict = {v.latent for v in relevance.by_rule(RECORDS, context_share=1.0, promoted_share=0.3) if v.irrelevant}
+    strict = {
+        v.latent for v in relevance.by_rule(RECORDS, RuleOptions(context_share=1.0, promoted_share=0.3)) if v.irrelevant
+    }
     assert strict == {3}
-    assert {v.latent for v in relevance.by_rule(RECORDS, {"sea"}) if v.irrelevant} == {1, 2}
+    assert {v.latent for v in relevance.by_rule(RECORDS, words={"sea"}) if v.irrelevant} == {1, 2}
 
 
 def test_first_names_count_with_a_capital_only() -> None:
@@ -488,9 +512,10 @@ def test_annotations_decide_where_somebody_said_something() -> None:
 
 def test_a_chat_model_sees_contexts_and_promoted_tokens_and_failures_are_counted() -> None:
     judge = Scripted(["answer: [[yes]]", "I think answer: [[No]].", "yes", None, "answer: [[yes]] answer: [[no]]"])
-    found, failures = relevance.by_chat(RECORDS, judge)
+    found = relevance.by_chat(RECORDS, judge)
     assert [v.irrelevant for v in found] == [True, False, None, None, None, None]
-    assert failures == {
+    assert Counter(v.why for v in found if v.irrelevant is None) == {
+        relevance.SILENT: 1,
         "no answer of the form asked for": 1,
         "scripted failure": 1,
         "more than one answer": 1,

@@ -22,6 +22,7 @@ from unweave.lm.model import LM
 from unweave.lm.shown import pieces
 from unweave.methods.rubric import rubric
 from unweave.methods.shift import relevance
+from unweave.methods.shift.spec import RuleOptions
 from unweave.methods.steer.themes import themes
 from unweave.sae.activations import ReLU
 from unweave.sae.module import SAE
@@ -229,7 +230,7 @@ def test_the_word_at_a_token_is_the_texts_word_and_not_its_neighbours_too(
     records, _ = _records(lm, texts, RecordsSpec(top=3))
     found = sorted(relevance.word_at(context) for context in records.latent(0).top)
     assert found == ["grandmothers", "mother", "she"]
-    (verdict,) = relevance.by_rule({(_sae().read, 0): records.latent(0)}, promoted_share=2.0)  # type: ignore[dict-item]
+    (verdict,) = relevance.by_rule({(_sae().read, 0): records.latent(0)}, RuleOptions(promoted_share=1.0))  # type: ignore[dict-item]
     assert verdict.irrelevant and "'mother'" in verdict.why
 
 

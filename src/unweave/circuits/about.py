@@ -132,6 +132,16 @@ class Search:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """Which latents of a classifier's circuit are judged: those that support its labels, the strongest."""
+
+    threshold: float = 0.0
+    """they support the labels by more than this, in logits"""
+    top: int | None = None
+    """so many at most"""
+
+
+@dataclass(frozen=True)
 class About:
     """What a circuit is of, and what was measured to find it."""
 
@@ -139,6 +149,8 @@ class About:
     """what the examples are, in words, for titles"""
     of: Literal["model", "classifier"] = "model"
     """what the metric reads: the model's output, or a classifier's on its activations, whose label effects support"""
+    judged: Judged | None = None
+    """of a classifier's circuit"""
     neurons: bool = False
     """whether all nodes are coordinates of activations, which no SAE explains"""
     subject: Subject | None = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from unweave.core.contents import content_of
+from unweave.core.files import read_json
 from unweave.core.spec import digest
 
 _OWN = ("cfg.json", "sae_weights.safetensors")
@@ -26,6 +28,15 @@ def sae(name: str | Path) -> str:
     registry.detect(source)
     named = [source.origin] if source.facts else list(source.path.resolve().parts[-3:])
     return digest([named, *([str(path.relative_to(source.folder)), content_of(path)] for path in source.files())])
+
+
+def provenance_of(name: str | Path) -> dict[str, Any]:
+    """What an SAE of our own form says of where it comes from, without its weights; nothing for other forms."""
+    path = Path(name) / _OWN[0]
+    config = read_json(path) if os.path.isfile(path) else {}
+    own = config.get("metadata", {}).get("unweave", {}) if isinstance(config, dict) else {}
+    found = own.get("provenance", {}) if isinstance(own, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def saes(written: tuple[str, ...]) -> str:

@@ -29,6 +29,7 @@ from unweave.core.spec import Spec, digest
 from unweave.data.spec import DataSpec, StreamSpec
 from unweave.data.stream import ActivationSource
 from unweave.data.tokens import TokenStore
+from unweave.inputs.identity import provenance_of
 from unweave.inputs.inputs import activation_source, data_of, stamps, token_store, tokens_for_records
 from unweave.inputs.saes import Opened, named_saes
 from unweave.inputs.spec import OfSAEsSpec
@@ -103,7 +104,7 @@ def text_stamps(spec: OfSAEsSpec, data: DataSpec | None) -> dict[str, str]:
         return stamps(spec.model, data)
     found: dict[str, str] = {}
     for _, name in named_saes(spec.saes):
-        told = SAE.load(name).provenance.get("train", {})
+        told = provenance_of(name).get("train", {})
         model = spec.model or told.get("model")
         if model is not None and (data is not None or "data" in told):
             found |= stamps(model, data if data is not None else DataSpec.from_dict(told["data"]))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from unweave.circuits.about import Judged
 from unweave.circuits.opened import FILE, StoredCircuit, open_circuit
 from unweave.circuits.picture import threshold_for
 from unweave.circuits.support import means, strongest
@@ -128,9 +129,9 @@ def _of_classifier(asked: Asked, stored: StoredCircuit) -> Mapping[tuple[Site, i
             where=str(stored.path),
             remedy="annotate the circuit-0.safetensors beside it",
         )
-    known = stored.asked
-    threshold = float(known.get("threshold", 0.0)) if asked.threshold is None else asked.threshold
-    strong = strongest(means(stored.circuit), threshold=threshold, top=asked.top or known.get("top"))
+    judged = stored.circuit.about.judged or Judged()
+    threshold = judged.threshold if asked.threshold is None else asked.threshold
+    strong = strongest(means(stored.circuit), threshold=threshold, top=asked.top or judged.top)
     if not strong:
         raise UnweaveError(
             f"no latent supports the label by more than {threshold:g}",

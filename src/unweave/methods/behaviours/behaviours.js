@@ -1,8 +1,9 @@
 /* Finds behaviours by the words of their contexts, answers and latents, and puts them in another order. */
 "use strict";
-(() => {
-  const box = document.getElementById("find"), order = document.getElementById("order"), told = document.getElementById("found");
-  const list = document.getElementById("main"), cards = [...list.querySelectorAll("[data-place]")];
+for (const tools of document.querySelectorAll("form[data-behaviours]")) {
+  const list = tools.nextElementSibling;
+  const [box, order, told] = ["input", "select", "output"].map((name) => tools.querySelector(name));
+  const cards = [...list.querySelectorAll("[data-place]")];
   const words = new Map(cards.map((card) => [card, card.dataset.text.toLowerCase()]));
   const show = () => {
     const asked = box.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -19,8 +20,7 @@
   };
   box.addEventListener("input", show);
   order.addEventListener("change", sort);
-  const tools = document.getElementById("tools");
   tools.addEventListener("submit", (event) => event.preventDefault());
   tools.hidden = false;
   show();
-})();
+}

@@ -1,330 +1,242 @@
-"""Where a model is sure of the next token, and not because it has just seen it (Marks et al. 2024, app. G.1).
+"""Behaviours that nobody named: sure tokens of a text, clustered by what the model does with them, a circuit for each.
 
-1. Rows of a token store are cut into windows, so that every token has a context of the same beginning and at most so
-   many tokens: what is measured on a context here is measured on the same context later.
-2. One forward pass of a window gives the loss of all its tokens; logits are made for a few positions at a time.
-3. Kept are tokens of low loss whose context does not hold the answer as a repetition. What else was dropped is counted.
+    behaviours(lm, saes, ["some text", ...])        # in a notebook: shows itself as the index
+
+1. ``contexts.find``: which tokens the model is sure of, without repetition (Marks et al. 2024, app. G.1).
+2. ``vectors.vectors``: what the model does with each one's context, as a vector (app. G.2).
+3. ``clustered``, ``chosen``: clusters by direction, the best of them with their most typical contexts (app. G.3).
+4. ``circuit_of``: each one's circuit, by ablation.
+5. ``described``: all of it in plain values, with what the strongest latents fire on.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from unweave.attribute.runner import Batch
+from unweave.circuits.about import Node, Options
+from unweave.circuits.find import find_circuit
+from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
-from unweave.core.files import lines, parse_json
+from unweave.core.pieces import Held, Pieces
 from unweave.core.progress import task
-from unweave.core.run import atomic_write
 from unweave.core.site import Site
 from unweave.data.tokens import TokenStore
-from unweave.lm.chat import Role
-from unweave.lm.model import LM, Side, Tokens
-from unweave.tasks.answers import AnswerLoss, AnswerMetric
+from unweave.inputs.saes import info_of
+from unweave.inputs.subject import Subject
+from unweave.latents.records import Records
+from unweave.latents.view import entry_of
+from unweave.lm.model import LM
+from unweave.methods.behaviours import cluster
+from unweave.methods.behaviours.contexts import Contexts, Example, Texts, batches, find
+from unweave.methods.behaviours.result import (
+    Answer,
+    Behaviour,
+    BehavioursResult,
+    Cluster,
+    Context,
+    Firing,
+    Promoted,
+    StrongLatent,
+)
+from unweave.methods.behaviours.spec import BehaviourOptions, CircuitOptions
+from unweave.methods.behaviours.vectors import vectors
+from unweave.sae.module import SAE
 
-Repeats = Literal["bigram", "word", "answer"]
-_LOGIT_ELEMENTS = 1 << 25
-"""so many logits are held at a time: 128 MB"""
-_BATCH_TOKENS = 2048
-_SPREAD = 1.5
-"""how many times longer than its shortest a batch's longest context may be"""
+RecordsOf = Callable[[Mapping[Site, Sequence[int]]], Mapping[Site, Records]]
+"""The records of some latents of each site."""
+_CONTEXTS, _ANSWERS, _LATENTS, _PROMOTED = 24, 6, 10, 5
+"""the most that is listed of a behaviour and of a latent"""
 
 
 @dataclass(frozen=True)
-class Example:
-    """A context and the token that the model is sure will follow. ``loss`` is -log p(answer) in nats."""
+class Group:
+    """A cluster that is a behaviour: its place among the clusters, and its contexts, the most typical first."""
 
-    ids: tuple[int, ...]
-    answer: int
-    loss: float
-    document: int
-    """which document of the store it comes from"""
     place: int
-    """the answer's index in the store"""
-
-
-@dataclass(frozen=True)
-class Confidence:
-    """Which tokens count as a behaviour."""
-
-    max_loss: float = 0.3
-    """cross-entropy in nats below which the model is sure (the paper: 0.1 or 0.3)"""
-    context: int = 64
-    """a context has at most so many tokens"""
-    min_context: int = 8
-    """and at least so many"""
-    repeats: Repeats = "bigram"
-    """what is left out as repetition; see ``repeated``"""
-    per_document: int = 4
-    """at most so many tokens of one document are kept, drawn at random"""
-    limit: int | None = None
-    """at most so many are kept in all, drawn at random"""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        fine = 0 < self.max_loss < 0.69 and 1 <= self.min_context <= self.context and self.per_document >= 1
-        if not fine or (self.limit is not None and self.limit < 1) or self.repeats not in ("bigram", "word", "answer"):
-            raise UnweaveError(
-                f"no context can be chosen by {self}",
-                remedy="give a max_loss between 0 and 0.69 (above, another token may be likelier), "
-                "1 <= min_context <= context, and numbers from 1 on",
-            )
-
-
-@dataclass(frozen=True)
-class Found:
-    """The examples that were kept, in the order of the text, and what became of the other tokens."""
-
     examples: tuple[Example, ...]
-    counts: dict[str, int] = field(default_factory=dict)
-    """scanned: tokens with a context long enough; sure: of them, with a low loss; repeated: of them, left out as
-    repetition; same: left out because another document begins alike; crowded: left out because their document had
-    enough; surplus: left out by ``limit``; kept: the examples"""
-
-
-def repeated(ids: Sequence[int], rule: Repeats, key: Callable[[int], object] | None = None) -> np.ndarray:
-    """For every token whether it repeats what stands before it in ``ids``: bool [n], False at the first token.
-
-    ``bigram``: the pair (token before, token) occurred before, the paper's filter against induction. ``word``: the
-    same when case and leading blanks do not count (``key`` gives what is compared instead of an id); it leaves out
-    what ``bigram`` does too. ``answer``: the token itself occurred before.
-    """
-    same: list[object] = [key(i) for i in ids] if rule == "word" and key is not None else list(ids)
-    out = np.zeros(len(same), dtype=bool)
-    seen: set[object] = set()
-    if rule == "answer":
-        for place, token in enumerate(same):
-            out[place] = token in seen
-            seen.add(token)
-        return out
-    for place in range(1, len(same)):
-        pair = (same[place - 1], same[place])
-        out[place] = pair in seen
-        seen.add(pair)
-    return out
-
-
-def next_token_losses(lm: LM, tokens: Tokens) -> Tensor:
-    """-log p(token) of every token from the second on, float32 [B, P - 1] on the CPU; 0 at padding.
-
-    Logits are made for a few positions at a time, from what the final norm puts out. Padding must be on the right.
-    """
-    batch, norm = tokens.to(lm.device), Site("final_norm")
-    with lm.taps(read=[norm], stop=norm) as seen:
-        lm(batch)
-    wanted = batch.mask[:, 1:]
-    hidden, answers = seen[norm][:, :-1][wanted], batch.ids[:, 1:][wanted]
-    head = lm.model.get_output_embeddings()
-    cap = getattr(lm.model.config, "final_logit_softcapping", None)
-    step = max(1, _LOGIT_ELEMENTS // lm.vocab_size)
-    parts = [hidden.new_zeros(0, dtype=torch.float32)]
-    with torch.no_grad():
-        for start in range(0, len(hidden), step):
-            logits = head(hidden[start : start + step]).float()
-            if cap is not None:
-                logits = torch.tanh(logits / cap) * cap
-            chosen = logits.gather(1, answers[start : start + step, None])[:, 0]
-            parts.append(logits.logsumexp(-1) - chosen)
-    losses = torch.zeros(wanted.shape, device=lm.device)
-    losses[wanted] = torch.cat(parts)
-    return losses.cpu()
-
-
-def find(lm: LM, store: TokenStore, options: Confidence) -> Found:
-    """All tokens of the store of which the model is sure, without repetitions, thinned out as ``options`` says.
-
-    Special tokens and those of a chat template are never answers. Raises UnweaveError when no token is left, and for
-    NaN losses.
-    """
-    key = _speller(lm)
-    special = np.asarray(lm.special_ids, dtype=np.int64)
-    counts: dict[str, int] = {"scanned": 0, "sure": 0, "repeated": 0}
-    kept: list[Example] = []
-    batches = _batches_of(_windows(lm, store, options))
-    with task("find sure tokens", total=store.n_tokens, unit="tokens") as shown:
-        for batch in batches:
-            rows = [(window.ids.tolist(), [Role.TEXT.value] * len(window.ids)) for window in batch]
-            losses = next_token_losses(lm, Tokens.pad(rows, lm.pad_id)).numpy()
-            for window, of_row in zip(batch, losses, strict=True):
-                loss = np.concatenate([[np.inf], of_row[: len(window.ids) - 1]])
-                if np.isnan(loss).any():
-                    raise UnweaveError(
-                        "the model's loss is NaN",
-                        where=f"document {window.document} of the text",
-                        remedy="load the model in float32 or bfloat16",
-                    )
-                able = ~np.isin(window.ids, special) & (window.roles != Role.SPECIAL.value)
-                able[: options.min_context] = False
-                sure = able & (loss < options.max_loss)
-                again = sure & repeated(window.ids.tolist(), options.repeats, key)
-                for name, marks in (("scanned", able), ("sure", sure), ("repeated", again)):
-                    counts[name] += int(marks.sum())
-                kept += [window.example(int(at), float(loss[at])) for at in np.flatnonzero(sure & ~again)]
-                shown.advance(len(window.ids))
-    if not kept:
-        raise UnweaveError(
-            f"the model is sure of none of {counts['scanned']:,} tokens without repetition "
-            f"({counts['sure']:,} have a loss below {options.max_loss} nats, {counts['repeated']:,} of them repeat)",
-            remedy="raise max_loss, allow longer contexts, or give more text",
-        )
-    return _thinned(kept, options, counts)
-
-
-def _thinned(kept: list[Example], options: Confidence, counts: dict[str, int]) -> Found:
-    """Each context once, and at most so many of each document and in all, drawn at random."""
-    rng = np.random.default_rng(options.seed)
-    held: dict[int, int] = {}
-    chosen: list[Example] = []
-    first: dict[tuple[tuple[int, ...], int], Example] = {}
-    for example in sorted(kept, key=lambda example: example.place):
-        first.setdefault((example.ids, example.answer), example)
-    in_order = list(first.values())
-    for index in rng.permutation(len(in_order)).tolist():
-        example = in_order[index]
-        held[example.document] = held.get(example.document, 0) + 1
-        if held[example.document] <= options.per_document:
-            chosen.append(example)
-    left = chosen[: options.limit]
-    counts = counts | {
-        "same": len(kept) - len(first),
-        "crowded": len(first) - len(chosen),
-        "surplus": len(chosen) - len(left),
-        "kept": len(left),
-    }
-    return Found(tuple(sorted(left, key=lambda example: example.place)), counts)
-
-
-# -- windows ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Window:
-    """A stretch of a row, with the row's BOS in front where it has one. ``start``: its first token's place."""
+class Explained:
+    """A group's circuit, and where it and its drawing lie, if anywhere."""
 
-    ids: np.ndarray
-    roles: np.ndarray
-    start: int
-    lead: int
-    document: int
-
-    def example(self, at: int, loss: float) -> Example:
-        ids = tuple(self.ids[:at].tolist())
-        return Example(ids, int(self.ids[at]), loss, self.document, self.start + at - self.lead)
+    group: Group
+    circuit: Circuit
+    run: str = ""
+    drawing: Path | None = None
 
 
-def _windows(lm: LM, store: TokenStore, options: Confidence) -> list[_Window]:
-    bos = getattr(lm.tokenizer, "bos_token_id", None)
-    found = []
-    for row in range(store.n_rows):
-        ids, roles = store.row(row)
-        # BOS opens a row as the tokenizer does it; ChatML's BOS, which opens every turn, is no such mark.
-        lead = int(bos is not None and ids[0] == bos and bos not in ids[1:])
-        size = options.context + 1 - lead
-        for start in range(lead, len(ids), size):
-            part = slice(start, start + size)
-            if len(ids[part]) + lead <= options.min_context:
-                continue
-            found.append(
-                _Window(
-                    np.concatenate([ids[:lead], ids[part]]),
-                    np.concatenate([roles[:lead], roles[part]]),
-                    int(store.starts[row]) + start,
-                    lead,
-                    int(store.documents[row]),
-                )
-            )
-    return found
-
-
-def _batches_of(windows: list[_Window]) -> Iterator[list[_Window]]:
-    """Windows of like length together."""
-    ordered = sorted(windows, key=lambda window: (-len(window.ids), window.start))
-    at = 0
-    while at < len(ordered):
-        n = max(1, _BATCH_TOKENS // len(ordered[at].ids))
-        yield ordered[at : at + n]
-        at += n
-
-
-def _speller(lm: LM) -> Callable[[int], object]:
-    """What a token says without case and blanks around it; its id where that is nothing, or without a tokenizer."""
-    known: dict[int, object] = {}
-
-    def spelled(token: int) -> object:
-        if token not in known:
-            text = "" if lm.tokenizer is None else lm.token_strings([token])[0].strip().casefold()
-            known[token] = text or token
-        return known[token]
-
-    return spelled
-
-
-# -- examples as input of the methods ---------------------------------------------------------------------------------
-
-
-def batches(
+def behaviours(
     lm: LM,
-    examples: Sequence[Example],
+    saes: Mapping[Site, SAE],
+    texts: TokenStore | Sequence[str],
+    options: BehaviourOptions | None = None,
     *,
-    metric: AnswerMetric = "neg-log-p",
-    side: Side = "right",
-    max_tokens: int = 2048,
-) -> list[Batch]:
-    """Examples as batches without patch (zero ablation), contexts of like length together, in the order of
-    ``order_of``.
+    records: RecordsOf | None = None,
+    pieces: Pieces | None = None,
+) -> BehavioursResult:
+    """Behaviours in some texts, each with the latents that cause its predictions; ``records`` of these are shown.
 
-    Padded on the left, all answers stand at one position, and methods that run a batch many times make few logits.
+    Raises UnweaveError where the model is sure of nothing, and where no cluster is large enough.
     """
-    out: list[Batch] = []
-    for part in _grouped(examples, max_tokens):
-        few = [examples[i] for i in part]
-        rows = [(example.ids, [Role.TEXT.value] * len(example.ids)) for example in few]
-        answers = torch.tensor([example.answer for example in few])
-        out.append((Tokens.pad(rows, lm.pad_id, side), None, AnswerLoss(answers, metric)))
-    return out
+    options, pieces = options or BehaviourOptions(), pieces or Pieces(None)
+    store = texts if isinstance(texts, TokenStore) else Texts(lm, texts)
+    contexts = find(lm, store, options.contexts, seed=options.seed)
+    rows = vectors(
+        lm,
+        saes,
+        contexts.examples,
+        options.vectors,
+        skip_first=options.skip_first,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+    )
+    clusters = clustered(rows, options, pieces)
+    explained = []
+    groups = chosen(rows, clusters, contexts, options)
+    with task("circuits of behaviours", total=len(groups), unit="behaviours") as shown:
+        for group in groups:
+            examples = group.examples[: options.circuit.examples]
+            circuit = circuit_of(lm, saes, examples, options.circuit, options.skip_first, options.max_tokens)
+            explained.append(Explained(group, circuit))
+            shown.advance()
+    subject = Subject(lm.name, lm.note, tuple(info_of(sae) for sae in saes.values()), {})
+    return described(lm, subject, contexts, clusters, explained, options, records)
 
 
-def order_of(examples: Sequence[Example], *, max_tokens: int = 2048) -> list[int]:
-    """Which example each row of ``batches`` is, batch after batch."""
-    return [i for part in _grouped(examples, max_tokens) for i in part]
+# -- the steps --------------------------------------------------------------------------------------------------------
 
 
-def _grouped(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
-    ordered = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), i))
-    parts: list[list[int]] = []
-    for i in ordered:
-        n = len(examples[i].ids)
-        if not parts or (len(parts[-1]) + 1) * n > max_tokens or n > _SPREAD * len(examples[parts[-1][0]].ids):
-            parts.append([])
-        parts[-1].append(i)
-    return parts
+def clustered(rows: cluster.Vectors, options: BehaviourOptions, pieces: Pieces) -> cluster.Clusters:
+    """The clusters of vectors, from the pieces where they are finished."""
+
+    def work() -> Held:
+        told = options.clusters
+        new = cluster.cluster(rows, told.number, method=told.method, rank=told.rank, seed=options.seed)
+        stability = np.asarray(np.nan if new.stability is None else new.stability)
+        arrays = {field.name: getattr(new, field.name) for field in fields(new)} | {"stability": stability}
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+    held = {name: tensor.numpy() for name, tensor in pieces.tensors("clusters", work).items()}
+    stability = held.pop("stability").item()
+    return cluster.Clusters(**held, stability=None if np.isnan(stability) else stability)
 
 
-def save(path: Path, found: Found) -> None:
-    """Writes the counts and one JSON line per example."""
-    written = [json.dumps({"counts": found.counts}), *(json.dumps(asdict(example)) for example in found.examples)]
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in written), encoding="utf-8")
-
-
-def load(path: Path) -> Found:
-    """Reads what ``save`` wrote. UnweaveError when it is missing or damaged."""
-    try:
-        first, *rest = (parse_json(line, f"{path}, line {number}") for number, line in lines(path))
-        return Found(tuple(_example(values) for values in rest), first["counts"])
-    except (UnweaveError, ValueError, KeyError, TypeError) as error:
-        reason = error.what if isinstance(error, UnweaveError) else error
+def chosen(
+    rows: cluster.Vectors, clusters: cluster.Clusters, contexts: Contexts, options: BehaviourOptions
+) -> list[Group]:
+    """The first clusters that are large enough, each with its contexts, the most typical first."""
+    least = options.clusters.min_size
+    large = [place for place in range(len(clusters)) if clusters.sizes[place] >= least][: options.behaviours]
+    if not large:
         raise UnweaveError(
-            f"cannot read the contexts: {reason}", where=str(path), remedy="delete the file and ask again"
-        ) from error
+            f"no cluster has {least} contexts; the largest has {int(clusters.sizes.max())}",
+            where="clusters.min_size",
+            remedy="ask for fewer clusters or a smaller min_size, or find more contexts",
+        )
+    members = {place: cluster.typical(rows, clusters.members(place)).tolist() for place in large}
+    return [Group(place, tuple(contexts.examples[i] for i in some)) for place, some in members.items()]
 
 
-def _example(values: dict[str, Any]) -> Example:
-    return Example(**{**values, "ids": tuple(values["ids"])})
+def circuit_of(
+    lm: LM,
+    saes: Mapping[Site, SAE],
+    examples: Sequence[Example],
+    options: CircuitOptions,
+    skip_first: int = 1,
+    max_tokens: int = 2048,
+    pieces: Pieces | None = None,
+) -> Circuit:
+    """The circuit behind the answers to some contexts: every node ablated to zero, effects summed over positions."""
+    asked = Options(
+        method=options.method,
+        steps=options.steps,
+        rule=options.rule,
+        summed="positions",
+        skip_first=skip_first,
+        node_threshold=options.node_threshold,
+        edge_threshold=options.edge_threshold,
+        max_tokens=max_tokens,
+    )
+    few = batches(lm, examples, metric=options.metric, side="left", max_tokens=max_tokens)
+    return find_circuit(lm, saes, few, asked, pieces=pieces)
+
+
+# -- in plain values --------------------------------------------------------------------------------------------------
+
+
+def described(
+    lm: LM,
+    subject: Subject,
+    contexts: Contexts,
+    clusters: cluster.Clusters,
+    explained: Sequence[Explained],
+    options: BehaviourOptions,
+    records: RecordsOf | None = None,
+) -> BehavioursResult:
+    """The result."""
+    strongest = [_strongest(one.circuit) for one in explained]
+    chosen: dict[Site, set[int]] = {}
+    for node in (node for nodes in strongest for node in nodes):
+        chosen.setdefault(node.site, set()).add(node.slot)
+    known = records({site: sorted(some) for site, some in sorted(chosen.items())}) if records and chosen else {}
+    return BehavioursResult(
+        subject=subject,
+        counts=contexts.counts,
+        vectors=options.vectors.kind,
+        method=options.circuit.method,
+        min_size=options.clusters.min_size,
+        clusters=tuple(
+            Cluster(int(size), *map(float, rest))
+            for size, *rest in zip(clusters.sizes, clusters.coherence, clusters.control, clusters.spread, strict=True)
+        ),
+        stability=clusters.stability,
+        behaviours=tuple(
+            _behaviour(lm, one, options.circuit, tuple(_latent(node, known) for node in nodes))
+            for one, nodes in zip(explained, strongest, strict=True)
+        ),
+    )
+
+
+def _strongest(circuit: Circuit) -> list[Node]:
+    latents = [node for node in circuit.above(0.0) if not node.is_error]
+    return sorted(latents, key=lambda node: -abs(node.effect))[:_LATENTS]
+
+
+def _latent(node: Node, records: Mapping[Site, Records]) -> StrongLatent:
+    if node.site not in records:
+        return StrongLatent(node.site, node.slot, node.effect)
+    entry = entry_of(records[node.site].latent(node.slot), kinds=("top",))
+    promoted = tuple(Promoted(text, float(value)) for text, value in entry.promoted[:_PROMOTED])
+    top = max(entry.contexts, key=lambda context: context.activations[context.peak], default=None)
+    firing = None if top is None else Firing(tuple(top.tokens), tuple(map(float, top.activations)), top.peak)
+    return StrongLatent(node.site, node.slot, node.effect, promoted, firing)
+
+
+def _behaviour(lm: LM, one: Explained, options: CircuitOptions, strongest: tuple[StrongLatent, ...]) -> Behaviour:
+    examples, circuit = one.group.examples, one.circuit
+    counts = circuit.counts(options.node_threshold)
+    answers = Counter(example.answer for example in examples).most_common(_ANSWERS)
+    texts = lm.token_strings([token for token, _ in answers])
+    return Behaviour(
+        place=one.group.place,
+        documents=len({example.document for example in examples}),
+        answers=tuple(Answer(text, count) for text, (_, count) in zip(texts, answers, strict=True)),
+        contexts=tuple(
+            Context(tuple(lm.pieces(e.ids)), lm.token_strings([e.answer])[0], e.loss) for e in examples[:_CONTEXTS]
+        ),
+        examples=circuit.n_examples,
+        latents=counts.latents,
+        errors=counts.errors,
+        edges=len(circuit.edges_above(options.node_threshold, options.edge_threshold)),
+        strongest=strongest,
+        sums=circuit.about.sums,
+        run=one.run,
+        drawing=one.drawing,
+    )

@@ -61,8 +61,8 @@ def cluster(
 
     Raises UnweaveError for more clusters than vectors with a direction, NaN, and too many vectors for ``spectral``.
     """
-    units, kept = unit_rows(vectors)
-    n = len(kept)
+    units, places = unit_rows(vectors)
+    n = len(places)
     if not 1 <= n_clusters <= n:
         raise UnweaveError(
             f"{n_clusters} clusters of {n} contexts cannot be made"
@@ -77,9 +77,9 @@ def cluster(
             remedy=f"use kmeans, or at most {_SPECTRAL_MOST:,} contexts",
         )
     groups = _Groups(units, n_clusters, method)
-    found = groups.find(seed)
-    agree = _agreement(found, groups.find(seed + 1)) if stability and n_clusters > 1 else None
-    return _ranked(units, kept, vectors.shape[0], found, rank, seed, agree)
+    labels = groups.find(seed)
+    agree = _agreement(labels, groups.find(seed + 1)) if stability and n_clusters > 1 else None
+    return _ranked(units, places, vectors.shape[0], labels, rank, seed, agree)
 
 
 def angular_similarity(vectors: Vectors) -> np.ndarray:
@@ -100,8 +100,8 @@ def unit_rows(vectors: Vectors) -> tuple[Vectors, np.ndarray]:
     values = vectors.data if sp.issparse(vectors) else np.asarray(vectors)
     if not np.isfinite(values).all():
         raise UnweaveError("vectors to cluster hold NaN or infinity", remedy="load the model in float32")
-    kept = np.flatnonzero(_lengths(vectors) > 0)
-    return _normalised(vectors[kept]), kept
+    places = np.flatnonzero(_lengths(vectors) > 0)
+    return _normalised(vectors[places]), places
 
 
 def _lengths(vectors: Vectors) -> np.ndarray:
@@ -162,16 +162,16 @@ def typical(vectors: Vectors, members: np.ndarray) -> np.ndarray:
 
 
 def _ranked(
-    units: Vectors, kept: np.ndarray, n: int, found: np.ndarray, rank: str, seed: int, agree: float | None
+    units: Vectors, places: np.ndarray, n: int, raw: np.ndarray, rank: str, seed: int, agree: float | None
 ) -> Clusters:
     """Clusters numbered anew from the best on; k-means can leave some empty, which are dropped."""
     rng = np.random.default_rng(seed)
-    names = np.unique(found)
-    sizes = np.array([(found == name).sum() for name in names])
-    own = np.array([coherence(units[np.flatnonzero(found == name)]) for name in names])
+    names = np.unique(raw)
+    sizes = np.array([(raw == name).sum() for name in names])
+    own = np.array([coherence(units[np.flatnonzero(raw == name)]) for name in names])
     chance: dict[int, tuple[float, float]] = {}
     for size in np.unique(sizes).tolist():
-        draws = [coherence(units[rng.choice(len(found), size, replace=False)]) for _ in range(_CONTROLS)]
+        draws = [coherence(units[rng.choice(len(raw), size, replace=False)]) for _ in range(_CONTROLS)]
         chance[size] = (float(np.mean(draws)), float(np.std(draws)))
     control, spread = (np.array([chance[int(size)][i] for size in sizes]) for i in (0, 1))
     # A single context is always wholly coherent: its excess says nothing, so such clusters come last.
@@ -179,5 +179,5 @@ def _ranked(
     best = np.lexsort((names, -excess, -sizes)) if rank == "size" else np.lexsort((names, -sizes, -excess))
     place = {int(names[old]): new for new, old in enumerate(best)}
     labels = np.full(n, -1, dtype=np.int64)
-    labels[kept] = [place[int(name)] for name in found]
+    labels[places] = [place[int(name)] for name in raw]
     return Clusters(labels, sizes[best], own[best], control[best], spread[best], agree)

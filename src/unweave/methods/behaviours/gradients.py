@@ -49,23 +49,23 @@ def parameters(lm: LM) -> list[Parameter]:
     from transformers.pytorch_utils import Conv1D
 
     head = lm.model.get_output_embeddings()
-    found = []
+    chosen = []
     for path, module in lm.model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if not own or module is head or isinstance(module, nn.Embedding):
             continue
         if isinstance(module, (nn.Linear, Conv1D)):
             kind = "weight" if isinstance(module, nn.Linear) else "transposed"
-            found.append(Parameter(f"{path}.weight", path, module.weight.shape[0], module.weight.shape[1], kind))
+            chosen.append(Parameter(f"{path}.weight", path, module.weight.shape[0], module.weight.shape[1], kind))
             if module.bias is not None:
-                found.append(Parameter(f"{path}.bias", path, 1, len(module.bias), "bias"))
+                chosen.append(Parameter(f"{path}.bias", path, 1, len(module.bias), "bias"))
         elif any(parameter.ndim > 1 for parameter in own.values()):
             raise UnweaveError(
                 f"gradients of {type(module).__name__} are not known",
                 where=path,
                 remedy="use other vectors: activations, latents or effects",
             )
-    return found
+    return chosen
 
 
 def projection_block(
@@ -127,14 +127,14 @@ def projected_gradients(
     _require(dimensions, density)
     chosen = parameters(lm)
     inputs, outputs = _outer_factors(lm, sorted({p.module for p in chosen}), tokens, metric)
-    made = np.zeros((len(tokens), dimensions), dtype=np.float32)
+    projected = np.zeros((len(tokens), dimensions), dtype=np.float32)
     for number, parameter in enumerate(chosen):
         x, delta = inputs[parameter.module], outputs[parameter.module]
         for block, rows in enumerate(blocks(parameter, dimensions, density)):
             gradient = _block(parameter, rows, x, delta).flatten(1).float().cpu().numpy()
             projection = projection_block(seed, number, block, gradient.shape[1], dimensions, density)
-            made += (projection.T @ np.ascontiguousarray(gradient.T)).T
-    return made
+            projected += (projection.T @ np.ascontiguousarray(gradient.T)).T
+    return projected
 
 
 def _block(parameter: Parameter, rows: slice, x: Tensor, delta: Tensor) -> Tensor:
@@ -156,14 +156,14 @@ def _outer_factors(
     rows = torch.arange(len(tokens), device=tokens.ids.device)
     width = tokens.ids.shape[1]
     keep = width - int(last.min())
-    found: dict[Site, Tensor] = {}
+    values: dict[Site, Tensor] = {}
 
     def leaf(x: Tensor, _at: At) -> Tensor:
         return x.detach().requires_grad_()
 
     def probe(x: Tensor, at: At) -> Tensor:
-        found[at.site] = x.view_as(x)  # a node of its own, whatever the model does with its output
-        return found[at.site]
+        values[at.site] = x.view_as(x)  # a node of its own, whatever the model does with its output
+        return values[at.site]
 
     edits: dict[Site, Any] = {Site("embed"): leaf} | dict.fromkeys(outs.values(), probe)
     with torch.enable_grad():
@@ -171,7 +171,7 @@ def _outer_factors(
             logits = lm(tokens, keep_logits=keep)
         assert logits is not None
         value = metric(logits[rows, last - (width - keep)].float(), rows).sum()
-    gradients = torch.autograd.grad(value, [found[outs[name]] for name in modules])
+    gradients = torch.autograd.grad(value, [values[outs[name]] for name in modules])
     inputs = {name: seen[ins[name]].detach() for name in modules}
     return inputs, dict(zip(modules, gradients, strict=True))
 

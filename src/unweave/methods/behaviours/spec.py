@@ -5,24 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from unweave.core.spec import operational, require
-from unweave.data.spec import DataSpec
-from unweave.inputs.spec import OfSAEsSpec, unused
+from unweave.core.command import Command
+from unweave.core.errors import UnweaveError
+from unweave.core.refs import FileRef
+from unweave.core.spec import Spec, operational, require
+from unweave.data.spec import DataSpec, ModelRef
+from unweave.inputs.spec import OfSAEsSpec, SAERefs, unused
+from unweave.methods.behaviours.result import BehavioursResult, VectorKind
 
 
 @dataclass(frozen=True, kw_only=True)
-class CircuitBehavioursSpec(OfSAEsSpec):
-    """Discovering behaviours in a text, and the circuit of each."""
+class ContextOptions(Spec):
+    """Which tokens of a text are looked at: those that the model is sure of, without repetition."""
 
-    data: DataSpec | None = None
-    """The text to look through; by default that of the autoencoders' training: each document's beginning, two
-    windows long."""
-    split: Literal["train", "heldout"] = "train"
-    """Which documents of that text: those to train on, or those held out."""
-    tokens: int = 40_000
-    """How many tokens to look through."""
     max_loss: float = 0.3
-    """The model is sure of a token whose cross-entropy is below this, in nats; the paper has 0.1 or 0.3."""
+    """The model is sure of a token whose cross-entropy is below this, in nats; the paper has 0.1 or 0.3. Below 0.69:
+    above, another token may be likelier."""
     context: int = 64
     """The most tokens of a context. Documents are cut into windows, from whose beginning contexts count."""
     min_context: int = 8
@@ -32,29 +30,57 @@ class CircuitBehavioursSpec(OfSAEsSpec):
     as in the paper; or also where it did in another case; or where the answer itself did."""
     per_document: int = 8
     """The most tokens of one document, drawn at random."""
-    contexts: int = 1000
-    """The most contexts to cluster, drawn at random."""
-    vectors: Literal["activations", "latents", "effects-dense", "effects-latents", "gradients"] = "effects-latents"
-    """What contexts are compared by: dense or sparse activations, dense or sparse linear effects, or the projected
-    gradient of the model's parameters."""
+    limit: int = 1000
+    """The most contexts in all, drawn at random."""
+
+    def __post_init__(self) -> None:
+        fine = {name: getattr(self, name) > 0 for name in ("min_context", "per_document", "limit")}
+        require(self, fine | {"max_loss": 0 < self.max_loss < 0.69, "context": self.context >= self.min_context})
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorOptions(Spec):
+    """What contexts are compared by."""
+
+    kind: VectorKind = "effects-latents"
+    """Dense or sparse activations, dense or sparse linear effects, or the projected gradient of the model's
+    parameters."""
     positions: Literal["last", "last-5", "sum"] = "sum"
     """At which positions vectors are taken; gradients have none."""
     dimensions: int = 30_000
     """Dimensions of projected gradients."""
     density: float = 32 / 30_000
     """Share of the projection's entries that are not zero."""
-    clustering: Literal["spectral", "kmeans"] = "spectral"
-    """Spectral clustering on angular similarity, for up to about 8,192 contexts, or k-means in small batches."""
-    clusters: int = 40
+
+    def __post_init__(self) -> None:
+        require(self, {"dimensions": self.dimensions > 0, "density": 0 < self.density <= 1})
+        gradients = self.kind == "gradients"
+        unused(self, {"dimensions": gradients, "density": gradients, "positions": not gradients})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions(Spec):
+    """How contexts are grouped."""
+
+    number: int = 40
     """How many clusters."""
+    method: Literal["spectral", "kmeans"] = "spectral"
+    """Spectral clustering on angular similarity, for up to about 8,192 contexts, or k-means in small batches."""
     rank: Literal["coherence", "size"] = "coherence"
     """Which clusters come first: those most coherent beside clusters drawn at random, or the largest."""
     min_size: int = 8
     """Smaller clusters are no behaviours."""
-    behaviours: int = 20
-    """How many clusters, from the first, get a circuit."""
+
+    def __post_init__(self) -> None:
+        require(self, {"number": self.number > 0, "min_size": self.min_size > 0})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitOptions(Spec):
+    """How the circuit of a behaviour is found."""
+
     examples: int = 12
-    """On how many contexts of a cluster, the most typical ones, its circuit is found; the paper has up to 100."""
+    """On how many contexts of a cluster, the most typical ones; the paper has up to 100."""
     method: Literal["ig", "attribution"] = "ig"
     """Integrated gradients, or attribution patching, which is one step of it."""
     steps: int = 4
@@ -68,30 +94,130 @@ class CircuitBehavioursSpec(OfSAEsSpec):
     """Nodes whose mean effect is larger, in either direction, are in a circuit."""
     edge_threshold: float = 0.01
     """Edges of larger weight, in either direction, are kept."""
+
+    def __post_init__(self) -> None:
+        least = {name: getattr(self, name) >= 0 for name in ("node_threshold", "edge_threshold")}
+        require(self, {"examples": self.examples > 0, "steps": self.steps > 0} | least)
+        unused(self, {"steps": self.method == "ig", "rule": self.method == "ig"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BehaviourOptions(Spec):
+    """How behaviours are discovered in a text."""
+
+    contexts: ContextOptions = ContextOptions()
+    """Which tokens of the text."""
+    vectors: VectorOptions = VectorOptions()
+    """What their contexts are compared by."""
+    clusters: ClusterOptions = ClusterOptions()
+    """How they are grouped."""
+    circuit: CircuitOptions = CircuitOptions()
+    """How a group's circuit is found."""
+    behaviours: int = 20
+    """How many clusters, from the first, get a circuit."""
     skip_first: int = 1
     """How many first tokens of a context are left as they are: the first is often an attention sink."""
-    records_tokens: int = 50_000
-    """How many tokens to take contexts of the strongest latents from, for the index; 0 shows none. They are those of
-    the autoencoders' training, whose activations serve again where they are kept, unless data names others."""
     seed: int = 0
     """Choice of contexts, projection and clustering."""
     max_tokens: int = operational(2048)
     """Tokens that go through the model at once at most; halved while memory is too small for them."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        sizes = "tokens min_context per_document contexts dimensions clusters min_size behaviours examples steps"
-        fine = {name: getattr(self, name) > 0 for name in [*sizes.split(), "max_tokens"]}
-        least = ("node_threshold", "edge_threshold", "skip_first", "records_tokens")
-        fine |= {name: getattr(self, name) >= 0 for name in least}
-        fine |= {
-            "max_loss": 0 < self.max_loss < 0.69,
-            "context": self.context >= self.min_context,
-            "skip_first": self.skip_first < self.min_context,
-            "density": 0 < self.density <= 1,
-            "clusters": 0 < self.clusters <= self.contexts,
-        }
-        require(self, fine)
-        gradients = self.vectors == "gradients"
-        uses = {"dimensions": gradients, "density": gradients, "positions": not gradients}
-        unused(self, uses | {"steps": self.method == "ig", "rule": self.method == "ig"})
+        fine = {"behaviours": self.behaviours > 0, "max_tokens": self.max_tokens > 0}
+        require(self, fine | {"skip_first": 0 <= self.skip_first < self.contexts.min_context})
+        if self.clusters.number > self.contexts.limit:
+            raise UnweaveError(
+                f"{self.contexts.limit} contexts cannot make {self.clusters.number} clusters",
+                where="clusters.number",
+                remedy="ask for fewer clusters, or for more contexts",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitBehavioursSpec(BehaviourOptions, OfSAEsSpec):
+    """Discovering behaviours in a text, and the circuit of each."""
+
+    data: DataSpec | None = None
+    """The text to look through; by default that of the autoencoders' training: each document's beginning, two
+    windows long."""
+    split: Literal["train", "heldout"] = "train"
+    """Which documents of that text: those to train on, or those held out."""
+    tokens: int = 40_000
+    """How many tokens to look through."""
+    records_tokens: int = 50_000
+    """How many tokens to take contexts of the strongest latents from, for the index; 0 shows none. They are those of
+    the autoencoders' training, whose activations serve again where they are kept, unless data names others."""
+
+    def __post_init__(self) -> None:
+        OfSAEsSpec.__post_init__(self)
+        BehaviourOptions.__post_init__(self)
+        require(self, {"tokens": self.tokens > 0, "records_tokens": self.records_tokens >= 0})
+
+
+# -- what several questions share: runs of their own ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextsSpec(Spec):
+    """Which contexts of a text the model is sure of."""
+
+    model: ModelRef
+    dtype: str
+    data: DataSpec
+    split: Literal["train", "heldout"]
+    tokens: int
+    options: ContextOptions
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfContextsSpec(Spec):
+    """What is asked about contexts: the model and the SAEs at work."""
+
+    model: ModelRef
+    dtype: str
+    saes: SAERefs
+    neurons: tuple[str, ...]
+    sites: tuple[str, ...]
+    """where the SAEs and neurons that are used lie; none, like SAEs, where they do not matter"""
+    skip_first: int
+    max_tokens: int = operational(2048)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorsSpec(OfContextsSpec):
+    """The vectors of contexts."""
+
+    contexts: FileRef
+    options: VectorOptions
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BehaviourSpec(OfContextsSpec):
+    """The circuit of one behaviour: of its contexts, wherever they come from."""
+
+    contexts: tuple[tuple[int, ...], ...]
+    """token ids, the answer last"""
+    options: CircuitOptions
+
+
+COMMAND = Command(
+    words="circuit behaviours",
+    spec=CircuitBehavioursSpec,
+    result=BehavioursResult,
+    stage="unweave.methods.behaviours.stage:run",
+    summary="Discover what a model does in a text without naming it first, and find the circuit of each behaviour.",
+    about="Takes the tokens that the model is sure of and that do not repeat what stands before them, and clusters "
+    "their contexts by what the model does with them: activations, latents, their effects on the answer, or gradients "
+    "of the parameters. Each of the best clusters gets a circuit by ablation, and index.html shows them all. "
+    "Contexts, vectors and every circuit are kept by themselves: asking for more behaviours, or another threshold, "
+    "makes only what is new.",
+    examples=(
+        "unweave circuit behaviours --saes runs/train-0123456789ab/sae",
+        "unweave circuit behaviours --saes runs/train-0123456789ab/sae --tokens 400_000 --contexts.limit 8192 "
+        "--clusters.number 750 --behaviours 100 --circuit.examples 100 --circuit.steps 10",
+        "unweave circuit behaviours --saes runs/train-0123456789ab/sae --vectors.kind gradients "
+        "--vectors.dimensions 1000 --clusters.method kmeans",
+    ),
+)

@@ -26,13 +26,13 @@ from unweave.core.progress import task
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At
-from unweave.methods.behaviours.behaviours import Example, batches, order_of
-from unweave.methods.behaviours.gradients import DENSITY, DIMENSIONS, projected_gradients
+from unweave.methods.behaviours.cluster import Vectors
+from unweave.methods.behaviours.contexts import Example, batches, order_of
+from unweave.methods.behaviours.gradients import projected_gradients
+from unweave.methods.behaviours.spec import VectorOptions
 from unweave.sae.module import SAE
 
-Kind = Literal["activations", "latents", "effects-dense", "effects-latents", "gradients"]
 Positions = Literal["last", "last-5", "sum"]
-KINDS: tuple[Kind, ...] = ("activations", "latents", "effects-dense", "effects-latents", "gradients")
 SPARSE = ("latents", "effects-latents")
 _FEW = 5
 
@@ -41,28 +41,25 @@ def vectors(
     lm: LM,
     saes: SAEs,
     examples: Sequence[Example],
+    options: VectorOptions | None = None,
     *,
-    kind: Kind = "effects-latents",
-    positions: Positions = "sum",
     skip_first: int = 1,
-    dimensions: int = DIMENSIONS,
-    density: float = DENSITY,
     seed: int = 0,
     max_tokens: int = 1024,
-) -> Any:
+) -> Vectors:
     """One row per example, in their order: float32 [N, D], as a SciPy CSR array for latents and effects of latents.
 
     D is the sum over sites (in execution order) of the site's width or its number of latents, five times that for
     ``last-5`` (the last position first; zeros where a context is shorter), and ``dimensions`` for gradients.
     ``skip_first`` tokens of a context count nothing in a sum: the first is often an attention sink, whose values dwarf
-    all others. ``dimensions``, ``density`` and ``seed`` are for gradients. ``max_tokens`` bounds one forward pass.
+    all others. ``seed`` is of the projection. ``max_tokens`` bounds one forward pass.
 
-    Raises UnweaveError for unknown kinds, no examples, and NaN.
+    Raises UnweaveError for no examples, and NaN.
     """
-    if kind not in KINDS or positions not in ("last", "last-5", "sum"):
-        raise UnweaveError(f"no vectors are made of {kind!r} at {positions!r}", remedy=f"kinds: {', '.join(KINDS)}")
     if not examples:
         raise UnweaveError("there are no contexts to make vectors of", remedy="find some first")
+    options = options or VectorOptions()
+    kind = options.kind
     order = order_of(examples, max_tokens=max_tokens)
     whole = batches(lm, examples, max_tokens=max_tokens)
     by_site = by_site_of(lm, saes) if kind != "gradients" else {}
@@ -71,21 +68,46 @@ def vectors(
         for clean, _, metric in whole:
             tokens = clean.to(lm.device)
             if kind == "gradients":
-                made = projected_gradients(lm, tokens, metric, dimensions=dimensions, density=density, seed=seed)
+                new = projected_gradients(
+                    lm, tokens, metric, dimensions=options.dimensions, density=options.density, seed=seed
+                )
             else:
-                made = _of_sites(lm, by_site, tokens, metric, kind, positions, skip_first)
-            values = made.data if sp.issparse(made) else made
+                new = _of_sites(lm, by_site, tokens, metric, options, skip_first)
+            values = new.data if sp.issparse(new) else new
             if not np.isfinite(values).all():
                 raise UnweaveError(f"the {kind} of a context hold NaN or infinity", remedy="load the model in float32")
-            parts.append(made)
+            parts.append(new)
             shown.advance(len(tokens))
-    back = np.argsort(np.asarray(order))
-    return sp.csr_array(sp.vstack(parts, format="csr"))[back] if kind in SPARSE else np.concatenate(parts)[back]
+    return joined(parts)[np.argsort(np.asarray(order))]
+
+
+def joined(parts: Sequence[Vectors]) -> Vectors:
+    """Rows of several, one below the other."""
+    if sp.issparse(parts[0]):
+        return sp.csr_array(sp.vstack(parts, format="csr"))
+    return np.concatenate(parts)
+
+
+def to_tensors(rows: Vectors) -> dict[str, Tensor]:
+    """Rows as tensors, for files."""
+    if not sp.issparse(rows):
+        return {"rows": torch.from_numpy(np.ascontiguousarray(rows))}
+    columns = {"values": rows.data, "columns": rows.indices, "starts": rows.indptr, "shape": np.asarray(rows.shape)}
+    return {name: torch.from_numpy(array) for name, array in columns.items()}
+
+
+def from_tensors(held: Mapping[str, Tensor]) -> Vectors:
+    """What ``to_tensors`` was given."""
+    arrays = {name: tensor.numpy() for name, tensor in held.items()}
+    if "rows" in arrays:
+        return arrays["rows"]
+    return sp.csr_array((arrays["values"], arrays["columns"], arrays["starts"]), shape=tuple(arrays["shape"].tolist()))
 
 
 def _of_sites(
-    lm: LM, by_site: Mapping[Site, SAE], tokens: Tokens, metric: Any, kind: Kind, positions: Positions, skip_first: int
-) -> Any:
+    lm: LM, by_site: Mapping[Site, SAE], tokens: Tokens, metric: Any, options: VectorOptions, skip_first: int
+) -> Vectors:
+    kind, positions = options.kind, options.positions
     reads = {reads_of(sae, site) for site, sae in by_site.items()} if kind in SPARSE else set()
     if kind.startswith("effects"):
         values, gradients = _with_gradients(lm, list(by_site), reads, tokens, metric)
@@ -98,15 +120,15 @@ def _of_sites(
         if kind in SPARSE:
             source = _at(values[reads_of(sae, site)], where)
             with torch.no_grad():
-                kept = sae.policy.keep(source, tokens.ids.gather(1, where), counted)
-                found = sae.encode(source) * kept.unsqueeze(-1)
+                counting = sae.policy.keep(source, tokens.ids.gather(1, where), counted)
+                vector = sae.encode(source) * counting.unsqueeze(-1)
         else:
-            found = x
+            vector = x
         if gradients:
-            g = _at(gradients[site], where).to(found.dtype)
-            found = -found * (g @ sae.W_dec.T if kind in SPARSE else g)
-        found = (found * counted.unsqueeze(-1)).float()
-        block = (found.sum(1) if positions == "sum" else found.flatten(1)).cpu().numpy()
+            g = _at(gradients[site], where).to(vector.dtype)
+            vector = -vector * (g @ sae.W_dec.T if kind in SPARSE else g)
+        vector = (vector * counted.unsqueeze(-1)).float()
+        block = (vector.sum(1) if positions == "sum" else vector.flatten(1)).cpu().numpy()
         blocks.append(sp.csr_array(block) if kind in SPARSE else block)
     return sp.hstack(blocks, format="csr") if kind in SPARSE else np.concatenate(blocks, 1)
 
@@ -138,15 +160,15 @@ def _with_gradients(
     lm: LM, sites: list[Site], reads: set[Site], tokens: Tokens, metric: Any
 ) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
     """Values of all sites, and the metric's gradients [B, P, D] at ``sites`` from one backward pass."""
-    found: dict[Site, Tensor] = {}
+    held: dict[Site, Tensor] = {}
 
     def probe(x: Tensor, at: At) -> Tensor:
         # A node of its own: the model may use the same tensor elsewhere too.
-        found[at.site] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        return found[at.site]
+        held[at.site] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        return held[at.site]
 
     def look(x: Tensor, at: At) -> None:
-        found[at.site] = x
+        held[at.site] = x
 
     last = tokens.mask.sum(1) - 1
     width = tokens.ids.shape[1]
@@ -157,5 +179,5 @@ def _with_gradients(
             logits = lm(tokens, keep_logits=keep)
         assert logits is not None
         value = metric(logits[rows, last - (width - keep)].float(), rows).sum()
-    gradients = torch.autograd.grad(value, [found[site] for site in sites])
-    return {site: x.detach() for site, x in found.items()}, dict(zip(sites, gradients, strict=True))
+    gradients = torch.autograd.grad(value, [held[site] for site in sites])
+    return {site: x.detach() for site, x in held.items()}, dict(zip(sites, gradients, strict=True))

@@ -1,118 +1,113 @@
-"""The index of behaviours: one self-contained HTML page with a card for each, which a reader can search."""
+"""Behaviours as rows, and as an index with a card for each, which a reader can search. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from pathlib import Path
 
+from unweave.attribute.result import incomplete
+from unweave.core.result import Row
+from unweave.core.run import atomic_write
+from unweave.methods.behaviours.result import Behaviour, BehavioursResult, Context, StrongLatent, VectorKind
 from unweave.show.model import ContextEntry
-from unweave.show.pieces import context_html, esc, number, split_blank, threads, token_chip, visible
-from unweave.show.theme import asset, palette_css
+from unweave.show.page import ALONE, Around, Section, page
+from unweave.show.pieces import context_html, esc, number, split_blank, token_chip, visible
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+INDEX = "index.html"
 _FIRST = 6
 """contexts shown without a click"""
 _TAIL = 40
 """tokens of a context shown before the answer"""
+_BY: dict[VectorKind, str] = {
+    "activations": "the activations behind them",
+    "latents": "the latents behind them",
+    "effects-dense": "the effects of activations on them",
+    "effects-latents": "the effects of latents on them",
+    "gradients": "their gradients in parameter space",
+}
+_ORDERS = {
+    "place": "best first",
+    "size": "largest first",
+    "coherence": "most alike first",
+    "nodes": "most nodes first",
+}
 
 
-@dataclass(frozen=True)
-class Latent:
-    """One latent of a circuit: ``resid_post.9/12``, its mean effect, and what its record says where there is one."""
-
-    name: str
-    effect: float
-    promoted: Sequence[tuple[str, float]] = ()
-    context: ContextEntry | None = None
-    """where it fires most strongly"""
+def rows(result: BehavioursResult) -> list[Row]:
+    """Each behaviour with its commonest answers and its size; effects that do not add up."""
+    return [*listing(result), *(("warning", "", warning) for warning in warnings(result))]
 
 
-@dataclass(frozen=True)
-class Card:
-    """One behaviour. ``contexts`` are (tokens, answer, loss), the most typical first; ``facts`` counts the circuit's
-    latents, errors and edges; ``svg`` is its drawing and ``folder`` the run that holds it."""
-
-    name: str
-    place: int
-    answers: Sequence[tuple[str, int]]
-    size: int
-    documents: int
-    coherence: float
-    control: float
-    spread: float
-    contexts: Sequence[tuple[Sequence[str], str, float]]
-    latents: Sequence[Latent]
-    facts: Mapping[str, int]
-    examples: int
-    svg: str
-    folder: str
-
-    @property
-    def label(self) -> str:
-        """The commonest answers, e.g. " of"; they say more than a number."""
-        return ", ".join(f"“{visible(text.strip(' ') or text)}”" for text, _ in self.answers[:3])
+def listing(result: BehavioursResult) -> list[Row]:
+    """Each behaviour with its commonest answers and its size."""
+    return [(name(one), label(one), f"{result.clusters[one.place].size} contexts") for one in result.behaviours]
 
 
-def page(cards: Sequence[Card], about: Mapping[str, Any]) -> str:
-    """The index as a complete HTML document: equal data gives an equal string. ``about``: see ``_deck``."""
-    styles = palette_css() + asset("pieces.css") + asset("page.css") + _own("behaviours.css")
-    return (
-        '<!DOCTYPE html>\n<html lang="en" class="uw"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>Behaviours of {esc(about['model'])}</title><style>{styles}</style></head><body>"
-        f'<a class="uw-skip" href="#main">Skip to the behaviours</a>{_top(cards, about)}'
-        f'<div class="uw-bar"><div>{_tools()}'
-        '<button type="button" class="uw-button" id="uw-theme" hidden>Colours: auto</button></div></div>'
-        '<main><section><div class="uw-wide uw-behaviours" id="main">'
-        f"{''.join(map(_card, cards))}</div></section></main>"
-        '<footer class="uw-foot"><p>Made with Unweave. This file is complete in itself and loads nothing.</p></footer>'
-        f"<script>{asset('page.js')}{_own('behaviours.js')}</script></body></html>\n"
-    )
+def name(behaviour: Behaviour) -> str:
+    """ "behaviour 3" """
+    return f"behaviour {behaviour.place + 1}"
 
 
-def _own(name: str) -> str:
-    return resources.files("unweave.methods.behaviours").joinpath(name).read_text(encoding="utf-8")
+def label(behaviour: Behaviour) -> str:
+    """The commonest answers, e.g. " of"; they say more than a number."""
+    return ", ".join(f"“{visible(answer.text.strip(' ') or answer.text)}”" for answer in behaviour.answers[:3])
 
 
-def _tools() -> str:
-    choices = {
-        "place": "best first",
-        "size": "largest first",
-        "coherence": "most alike first",
-        "nodes": "most nodes first",
-    }
-    options = "".join(f'<option value="{key}">{esc(text)}</option>' for key, text in choices.items())
-    return (
-        '<form class="uw-find" id="tools" hidden>'
-        '<input id="find" type="search" aria-label="Find behaviours" '
-        'placeholder="Find by answer, context or latent: of, united, mlp_add.25/12">'
-        f'<select id="order" aria-label="Order">{options}</select><output id="found"></output></form>'
-    )
+def warnings(result: BehavioursResult) -> list[str]:
+    """Circuits whose effects do not add up, though integrated gradients promise it."""
+    if result.method != "ig":
+        return []
+    return [f"{name(one)}: {problem}" for one in result.behaviours if (problem := incomplete(one.sums))]
 
 
-def _top(cards: Sequence[Card], about: Mapping[str, Any]) -> str:
-    counts = about["counts"]
-    what = (
-        f"{esc(about['model'])} read {counts['scanned']:,} tokens and was sure of {counts['sure']:,}; "
-        f"{counts['repeated']:,} of these repeat what stood before. Of the others {counts['kept']:,} were grouped into "
-        f"{about['clusters']:,} clusters by {esc(about['by'])}. Here are {len(cards)} of them, each with the latents "
-        "that cause its predictions."
-    )
+def save(folder: Path, result: BehavioursResult) -> None:
+    """Writes index.html; drawings lie in ``folder``."""
+    title = f"Behaviours of {result.subject.model}"
+    html = page(title, _deck(result), [section(result, Around(folder))])
+    with atomic_write(folder / INDEX) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+def section(result: BehavioursResult, around: Around = ALONE) -> Section:
+    """How contexts were taken and grouped, and a card for each behaviour."""
     read = (
         "A context ends where the model is sure of the next token, which is marked. Contexts are alike to the degree "
         "of their mean cosine with the cluster’s mean, beside which stands what as many contexts drawn at random have. "
     )
-    if about["stability"] is not None:
+    if result.stability is not None:
         read += (
-            f"Clustered again with another seed, contexts group {_steady(about['stability'])} "
-            f"(adjusted Rand index {number(about['stability'], 2)}; 1 is the same, 0 is chance)."
+            f"Clustered again with another seed, contexts group {_steady(result.stability)} "
+            f"(adjusted Rand index {number(result.stability, 2)}; 1 is the same, 0 is chance)."
         )
+    cards = "".join(_card(result, one, around.folder) for one in result.behaviours)
+    problems = "".join(f"<p>{esc(warning)}.</p>" for warning in warnings(result))
+    body = f'<p>{_deck(result)}</p><p>{read}</p>{problems}{_tools()}<div class="uw-wide uw-behaviours">{cards}</div>'
+    styles, scripts = (_own("behaviours.css"),), (_own("behaviours.js"),)
+    notes = result.subject.notes
+    return Section("Behaviours", "Behaviours that nobody named", body, styles=styles, scripts=scripts, notes=notes)
+
+
+def _own(file: str) -> str:
+    return resources.files("unweave.methods.behaviours").joinpath(file).read_text(encoding="utf-8")
+
+
+def _tools() -> str:
+    options = "".join(f'<option value="{key}">{esc(text)}</option>' for key, text in _ORDERS.items())
     return (
-        f'<header class="uw-top">{threads()}<h1>Behaviours that nobody named</h1>'
-        f'<p class="uw-deck">{what}</p><p>{read}</p></header>'
+        '<form class="uw-find" data-behaviours hidden>'
+        '<input type="search" aria-label="Find behaviours" '
+        'placeholder="Find by answer, context or latent: of, united, mlp_add.25/12">'
+        f'<select aria-label="Order">{options}</select><output></output></form>'
+    )
+
+
+def _deck(result: BehavioursResult) -> str:
+    counts = result.counts
+    return (
+        f"{esc(result.subject.named_model)} read {counts.scanned:,} tokens and was sure of {counts.sure:,}; "
+        f"{counts.repeated:,} of these repeat what stood before. Of the others {counts.kept:,} were grouped into "
+        f"{len(result.clusters):,} clusters by {_BY[result.vectors]}. Here are {len(result.behaviours)} of them, each "
+        "with the latents that cause its predictions."
     )
 
 
@@ -120,32 +115,32 @@ def _steady(index: float) -> str:
     return "much the same" if index > 0.8 else "in part the same" if index > 0.4 else "differently"
 
 
-def _card(card: Card) -> str:
-    latents, errors, edges = (card.facts[name] for name in ("latents", "errors", "edges"))
+def _card(result: BehavioursResult, one: Behaviour, folder: Path | None) -> str:
+    cluster = result.clusters[one.place]
     facts = (
-        f"{card.size:,} contexts from {_several(card.documents, 'document')}; alike {number(card.coherence, 2)}, "
-        f"random {number(card.control, 2)} ± {number(card.spread, 1)}; circuit on {card.examples} of them: "
-        f"{_several(latents, 'latent')}, {_several(errors, 'error')}, {_several(edges, 'edge')}"
+        f"{cluster.size:,} contexts from {_several(one.documents, 'document')}; alike {number(cluster.coherence, 2)}, "
+        f"random {number(cluster.control, 2)} ± {number(cluster.spread, 1)}; circuit on {one.examples} of them: "
+        f"{_several(one.latents, 'latent')}, {_several(one.errors, 'error')}, {_several(one.edges, 'edge')}"
     )
-    chips = "".join(f'<span class="uw-times">{token_chip(text)} {count}</span>' for text, count in card.answers)
-    lines = [_context(tokens, answer, loss) for tokens, answer, loss in card.contexts]
+    chips = "".join(f'<span class="uw-times">{token_chip(a.text)} {a.count}</span>' for a in one.answers)
+    lines = [_context(context) for context in one.contexts]
     more = "".join(lines[_FIRST:])
     words = " ".join(
-        [card.name]
-        + [text for text, _ in card.answers]
-        + ["".join([*tokens, answer]) for tokens, answer, _ in card.contexts]
-        + [latent.name for latent in card.latents]
+        [name(one)]
+        + [answer.text for answer in one.answers]
+        + ["".join([*context.tokens, context.answer]) for context in one.contexts]
+        + [latent.name for latent in one.strongest]
     )
     return (
-        f'<article class="uw-card" id="behaviour-{card.place}" data-place="{card.place}" data-size="{card.size}" '
-        f'data-coherence="{card.coherence:.4f}" data-nodes="{latents + errors}" data-text="{esc(words)}">'
-        f'<header><h2><a href="#behaviour-{card.place}">{card.place + 1}</a>{esc(card.label)}</h2>'
+        f'<article class="uw-card" id="behaviour-{one.place}" data-place="{one.place}" data-size="{cluster.size}" '
+        f'data-coherence="{cluster.coherence:.4f}" data-nodes="{one.latents + one.errors}" data-text="{esc(words)}">'
+        f'<header><h3><a href="#behaviour-{one.place}">{one.place + 1}</a>{esc(label(one))}</h3>'
         f'<p class="uw-facts">{esc(facts)}</p></header>'
         f'<dl class="uw-logits"><dt>Answers</dt><dd>{chips}</dd></dl>'
         f'<p class="uw-kind">The most typical contexts</p>{"".join(lines[:_FIRST])}'
         + (f"<details><summary>{len(lines) - _FIRST} more contexts</summary>{more}</details>" if more else "")
-        + _latents(card.latents)
-        + _circuit(card)
+        + _latents(one.strongest)
+        + _circuit(one, folder)
         + "</article>"
     )
 
@@ -154,11 +149,11 @@ def _several(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def _context(tokens: Sequence[str], answer: str, loss: float) -> str:
-    shown = "".join(_text(token) for token in tokens[-_TAIL:])
-    blank, text = split_blank(answer)
-    before = "…" if len(tokens) > _TAIL else ""
-    title = f"{len(tokens)} tokens before it; −log p = {loss:.3f}"
+def _context(context: Context) -> str:
+    shown = "".join(_text(token) for token in context.tokens[-_TAIL:])
+    blank, text = split_blank(context.answer)
+    before = "…" if len(context.tokens) > _TAIL else ""
+    title = f"{len(context.tokens)} tokens before it; −log p = {context.loss:.3f}"
     return (
         f'<p class="uw-context">{before}{esc(shown)}{" " if blank else ""}'
         f'<mark title="{esc(title)}">{esc(text)}</mark></p>'
@@ -169,29 +164,34 @@ def _text(token: str) -> str:
     return token if token.strip(" ") == "" else (" " if token.startswith(" ") else "") + split_blank(token)[1]
 
 
-def _latents(latents: Sequence[Latent]) -> str:
+def _latents(latents: tuple[StrongLatent, ...]) -> str:
     if not latents:
         return ""
-    rows = []
+    lines = []
     for latent in latents:
         sign = "uw-more" if latent.effect > 0 else "uw-less"
-        said = " ".join(token_chip(text, value) for text, value in latent.promoted)
-        if latent.context is not None:
-            said += context_html(latent.context, max(latent.context.activations))
-        rows.append(
-            f'<b>{esc(latent.name)}</b><span class="uw-num {sign}">{number(latent.effect, 2)}</span><div>{said}</div>'
+        words = " ".join(token_chip(one.text, one.value) for one in latent.promoted)
+        if latent.firing is not None:
+            firing = latent.firing
+            entry = ContextEntry("top", firing.tokens, firing.activations, firing.peak)
+            words += context_html(entry, max(firing.activations))
+        lines.append(
+            f'<b>{esc(latent.name)}</b><span class="uw-num {sign}">{number(latent.effect, 2)}</span><div>{words}</div>'
         )
     return (
         f"<details><summary>The {len(latents)} strongest latents: what ablating each costs, in units of the metric"
-        f'</summary><div class="uw-latents">{"".join(rows)}</div></details>'
+        f'</summary><div class="uw-latents">{"".join(lines)}</div></details>'
     )
 
 
-def _circuit(card: Card) -> str:
-    if not card.svg:
-        return f'<p class="uw-facts">No node is above the threshold. Kept in <code>{esc(card.folder)}</code>.</p>'
+def _circuit(one: Behaviour, folder: Path | None) -> str:
+    place = f" Kept in <code>{esc(one.run)}</code>." if one.run else ""
+    if not one.latents + one.errors:
+        return f'<p class="uw-facts">No node is above the threshold.{place}</p>'
+    if folder is None or one.drawing is None or not (folder / one.drawing).is_file():
+        return f'<p class="uw-facts">{place}</p>' if place else ""
+    svg = (folder / one.drawing).read_text(encoding="utf-8")
     return (
-        "<details><summary>The circuit</summary>"
-        f'<div class="uw-drawing">{card.svg}</div>'
-        f'<p class="uw-facts">Kept in <code>{esc(card.folder)}</code>.</p></details>'
+        f'<details><summary>The circuit</summary><div class="uw-drawing">{svg}</div>'
+        f'<p class="uw-facts">{place}</p></details>'
     )

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from unweave.core.contents import tree_of
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.data.rows import hub_rows, json_rows, parquet_rows, without_halves
@@ -100,6 +101,11 @@ def sets(source: str, *, pool: int, test: int, seed: int = 0) -> Sets:
     return Sets(drawn, parts["test"], source, note)
 
 
+def content_of_source(source: str) -> str:
+    """Twelve digits over a local file of biographies; empty for others."""
+    return "" if source == TEMPLATED else tree_of(source)
+
+
 def ambiguous(train: Mapping[Group, Sequence[Biography]], n: int, seed: int) -> list[Biography]:
     """``n`` male professors and female nurses, half and half, drawn and shuffled with a seed."""
     return _drawn(train, AMBIGUOUS, n, seed)
@@ -120,9 +126,9 @@ def _drawn(train: Mapping[Group, Sequence[Biography]], groups: Sequence[Group], 
             remedy=f"ask for a multiple of {len(groups)}, up to {fewest * len(groups)}",
         )
     rng = random.Random(f"biographies {seed}")
-    found = [biography for group in groups for biography in rng.sample(list(train[group]), each)]
-    rng.shuffle(found)
-    return found
+    chosen = [biography for group in groups for biography in rng.sample(list(train[group]), each)]
+    rng.shuffle(chosen)
+    return chosen
 
 
 # -- real ones ----------------------------------------------------------------------------------------------------
@@ -137,24 +143,24 @@ def read(
     fields, and for a group that is too small.
     """
     drawn: dict[Group, list[tuple[float, str]]] = {group: [] for group in GROUPS}
-    kept: set[str] = set()
+    texts_drawn: set[str] = set()
     with task(f"biographies ({split})", total=0, unit="rows") as shown:
         for row, where in _rows(source, split):
             shown.advance()
             biography = _biography(row, where)
-            if biography is None or biography.text in kept or biography.text in without:
+            if biography is None or biography.text in texts_drawn or biography.text in without:
                 continue
             if not source.startswith("hub:") and _split_of(biography.text) != split:
                 continue
             # The texts of the smallest hashes are a random draw in which every text counts once, in bounded memory.
             heap, entry = drawn[biography.group], (-_hash(f"draw {seed}|{biography.text}"), biography.text)
-            kept.add(biography.text)
+            texts_drawn.add(biography.text)
             if len(heap) < n:
                 heapq.heappush(heap, entry)
             else:
-                kept.remove(heapq.heappushpop(heap, entry)[1])
-    found = {group: [Biography(text, *group) for _, text in sorted(heap)] for group, heap in drawn.items()}
-    short = {group: len(texts) for group, texts in found.items() if len(texts) < n}
+                texts_drawn.remove(heapq.heappushpop(heap, entry)[1])
+    by_group = {group: [Biography(text, *group) for _, text in sorted(heap)] for group, heap in drawn.items()}
+    short = {group: len(texts) for group, texts in by_group.items() if len(texts) < n}
     if short:
         there = ", ".join(f"{count} {group_name(group)}" for group, count in short.items())
         raise UnweaveError(
@@ -162,7 +168,7 @@ def read(
             where=source,
             remedy="ask for fewer, or give more biographies",
         )
-    return _in_turn(found, seed)
+    return _in_turn(by_group, seed)
 
 
 def _rows(source: str, split: Split) -> Iterator[tuple[Any, str]]:
@@ -215,7 +221,7 @@ def templated(n: int, *, split: Split, seed: int = 0) -> list[Biography]:
     """
     if split not in ("train", "test"):
         raise UnweaveError(f"unknown split {split!r}", remedy="use train or test")
-    found: dict[Group, list[Biography]] = {group: [] for group in GROUPS}
+    by_group: dict[Group, list[Biography]] = {group: [] for group in GROUPS}
     seen: set[str] = set()
     for group in GROUPS:
         rng = random.Random(f"biographies {seed} {split} {group}")
@@ -223,20 +229,20 @@ def templated(n: int, *, split: Split, seed: int = 0) -> list[Biography]:
             text = _written(rng, group, split)
             if text not in seen:
                 seen.add(text)
-                found[group].append(Biography(text, *group))
-            if len(found[group]) == n:
+                by_group[group].append(Biography(text, *group))
+            if len(by_group[group]) == n:
                 break
         else:
             raise UnweaveError(
                 f"the patterns give fewer than {n} {group_name(group)}", where=split, remedy="ask for fewer"
             )
-    return _in_turn(found, seed)
+    return _in_turn(by_group, seed)
 
 
-def _in_turn(found: Mapping[Group, list[Biography]], seed: int) -> list[Biography]:
-    for group, texts in found.items():
+def _in_turn(by_group: Mapping[Group, list[Biography]], seed: int) -> list[Biography]:
+    for group, texts in by_group.items():
         random.Random(f"in turn {seed} {group}").shuffle(texts)
-    return [biography for four in zip(*found.values(), strict=True) for biography in four]
+    return [biography for four in zip(*by_group.values(), strict=True) for biography in four]
 
 
 def _written(rng: random.Random, group: Group, split: Split) -> str:

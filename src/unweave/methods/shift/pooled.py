@@ -125,10 +125,10 @@ class Pooled:
             out.append(([place[row] for row in group], pool(seen[self.site], tokens, self.skip_first).cpu()))
             shown.advance(len(group))
         width = out[0][1].shape[1]
-        found = out[0][1].new_zeros(len(rows), width)
+        pooled = out[0][1].new_zeros(len(rows), width)
         for places, values in out:
-            found[places] = values
-        return found
+            pooled[places] = values
+        return pooled
 
     def _begin_site(self) -> Site:
         assert self.begin is not None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unweave.core.errors import UnweaveError
+from unweave.methods.shift.result import Accuracies, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,32 +84,22 @@ def _trained(x: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> tuple[Tens
     return weight.detach(), bias.detach()
 
 
-@dataclass(frozen=True)
-class Accuracies:
-    """Shares of a test set. ``wanted`` and ``unwanted``: how often the classifier says the one label, and the other.
-
-    ``by_group`` {(wanted label, unwanted label): share in which the wanted label is said}; ``worst`` is the least.
-    """
-
-    n: int
-    wanted: float
-    unwanted: float
-    worst: float
-    by_group: dict[tuple[int, int], float]
-
-
-def accuracies(logits: Tensor, wanted: Sequence[int], unwanted: Sequence[int]) -> Accuracies:
-    """How right logits [N] are, with the wanted and the unwanted label of each example.
+def accuracies(logits: Tensor, professions: Sequence[int], genders: Sequence[int]) -> Accuracies:
+    """How right logits [N] are, with the profession and the gender (0 or 1) of each example.
 
     Raises UnweaveError unless all four combinations of labels occur.
     """
-    said = (logits > 0).long().cpu()
-    labels = torch.tensor([list(wanted), list(unwanted)])
-    right = (said == labels).double()
-    groups: dict[tuple[int, int], float] = {}
+    predicted = (logits > 0).long().cpu()
+    labels = torch.tensor([list(professions), list(genders)])
+    right = predicted == labels
+    groups = []
     for group in ((0, 0), (0, 1), (1, 0), (1, 1)):
         here = (labels == torch.tensor(group).unsqueeze(1)).all(0)
         if not bool(here.any()):
             raise UnweaveError(f"no test example has the labels {group}", remedy="test on all four groups")
-        groups[group] = float(right[0, here].mean())
-    return Accuracies(len(said), float(right[0].mean()), float(right[1].mean()), min(groups.values()), groups)
+        groups.append(_share(right[0, here]))
+    return Accuracies(_share(right[0]), _share(right[1]), tuple(groups))
+
+
+def _share(right: Tensor) -> Share:
+    return Share(int(right.sum()), len(right))

@@ -4,8 +4,8 @@ SHIFT ablates the latents of a classifier's circuit that are about something els
 sec. 4, step 2). The paper's authors looked at contexts and at the tokens that a latent promotes; so do the rule and the
 chat model here. None of them sees a label, or anything of the classifier.
 
-Rule: of the latent's strongest contexts (one per document), at least ``CONTEXT_SHARE`` have a word for gender at the
-token on which the latent is strongest; or at least ``PROMOTED_SHARE`` of the tokens that it promotes most are such
+Rule: of the latent's strongest contexts (one per document), at least ``context_share`` have a word for gender at the
+token on which the latent is strongest; or at least ``promoted_share`` of the tokens that it promotes most are such
 words. ``GENDER_WORDS`` are pronouns, titles, kinship and other words for women and men, and common first names. Names
 count with a capital only: mark, bill, rose and grace are other words.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 
 from unweave.core.errors import UnweaveError
@@ -24,11 +23,13 @@ from unweave.judge.base import Conversation, Judge, Reply
 from unweave.latents.annotations import Annotation, name_of
 from unweave.latents.records import Context, LatentRecord
 from unweave.lm.shown import is_letter
+from unweave.methods.shift.result import Verdict
+from unweave.methods.shift.spec import RuleOptions
 
 Latent = tuple[Site, int]
 
-CONTEXT_SHARE = 0.4
-PROMOTED_SHARE = 0.25
+SILENT = "never fires in the text looked at"
+"""why nothing can be said of a latent without contexts"""
 
 
 def _set(text: str) -> frozenset[str]:
@@ -71,65 +72,44 @@ _EXAMPLES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """``irrelevant`` True: about something else than the task, to be ablated; None: nobody knows. ``why`` in words."""
-
-    site: Site
-    latent: int
-    irrelevant: bool | None
-    why: str
-
-    @property
-    def name(self) -> str:
-        return name_of(self.site, self.latent)
-
-
 def by_annotation(latents: Sequence[Latent], annotations: Mapping[str, Annotation]) -> list[Verdict]:
-    """What people said: ``relevant`` false means irrelevant; None where they said nothing.
+    """What people wrote: ``relevant`` false means irrelevant; None where they wrote nothing.
 
-    Raises UnweaveError when nothing was said about any of the latents.
+    Raises UnweaveError when nothing was written about any of the latents.
     """
-    found = []
+    verdicts = []
     for site, latent in latents:
-        said = annotations.get(name_of(site, latent))
-        relevant = None if said is None else said.relevant
-        why = "not annotated" if said is None else (said.annotation or said.notes or "annotated")
-        found.append(Verdict(site, latent, None if relevant is None else not relevant, why))
-    if latents and all(verdict.irrelevant is None for verdict in found):
+        annotation = annotations.get(name_of(site, latent))
+        relevant = None if annotation is None else annotation.relevant
+        why = "not annotated" if annotation is None else (annotation.annotation or annotation.notes or "annotated")
+        verdicts.append(Verdict(site, latent, None if relevant is None else not relevant, why))
+    if latents and all(verdict.irrelevant is None for verdict in verdicts):
         raise UnweaveError(
             f"no annotation says of any of the {len(latents)} latents whether it is relevant",
             where="annotations",
             remedy="annotate the latents of this circuit, with relevant true or false",
         )
-    return found
+    return verdicts
 
 
 def by_rule(
-    records: Mapping[Latent, LatentRecord],
-    words: Collection[str] = GENDER_WORDS,
-    *,
-    context_share: float = CONTEXT_SHARE,
-    promoted_share: float = PROMOTED_SHARE,
+    records: Mapping[Latent, LatentRecord], rule: RuleOptions | None = None, words: Collection[str] = GENDER_WORDS
 ) -> list[Verdict]:
     """The rule of the module's first lines, for every latent's record."""
-    return [
-        _ruled(site, latent, record, words, context_share, promoted_share) for (site, latent), record in records.items()
-    ]
+    rule = rule or RuleOptions()
+    return [_ruled(site, latent, record, rule, words) for (site, latent), record in records.items()]
 
 
-def _ruled(
-    site: Site, latent: int, record: LatentRecord, words: Collection[str], context_share: float, promoted_share: float
-) -> Verdict:
-    found = [_written_at(context) for context in record.top]
-    hits = [word for word in found if _among(word, words)]
-    at = [word.lower() for word in found]
-    said = [_bare(text).lower() for text, _ in record.promoted if _among(_bare(text), words)]
-    by_context = bool(at) and len(hits) >= context_share * len(at)
-    by_promoted = bool(record.promoted) and len(said) >= promoted_share * len(record.promoted)
-    reasons = [f"strongest on {_listed(at)}" if at else "never fires in the text looked at"]
-    if said:
-        reasons.append(f"promotes {_listed(said)}")
+def _ruled(site: Site, latent: int, record: LatentRecord, rule: RuleOptions, words: Collection[str]) -> Verdict:
+    written = [_written_at(context) for context in record.top]
+    hits = [word for word in written if _among(word, words)]
+    at = [word.lower() for word in written]
+    promoted = [_bare(text).lower() for text, _ in record.promoted if _among(_bare(text), words)]
+    by_context = bool(at) and len(hits) >= rule.context_share * len(at)
+    by_promoted = bool(record.promoted) and len(promoted) >= rule.promoted_share * len(record.promoted)
+    reasons = [f"strongest on {_listed(at)}" if at else SILENT]
+    if promoted:
+        reasons.append(f"promotes {_listed(promoted)}")
     return Verdict(site, latent, by_context or by_promoted, "; ".join(reasons))
 
 
@@ -168,25 +148,25 @@ def _listed(words: Sequence[str]) -> str:
 # -- a chat model -------------------------------------------------------------------------------------------------
 
 
-def by_chat(records: Mapping[Latent, LatentRecord], judge: Judge) -> tuple[list[Verdict], dict[str, int]]:
-    """A chat model's answers, and how often each reason kept it from answering; those latents' verdict is None.
+def by_chat(records: Mapping[Latent, LatentRecord], judge: Judge) -> list[Verdict]:
+    """A chat model's answers; without one the verdict is None, and ``why`` is the reason.
 
     Latents that never fire are not asked about. Raises UnweaveError when no answer could be used.
     """
     asked = [key for key, record in records.items() if record.top]
     replies = dict(zip(asked, judge.ask([question(records[key]) for key in asked]), strict=True))
     failures: Counter[str] = Counter()
-    found = []
+    verdicts = []
     for site, latent in records:
         reply = replies.get((site, latent))
         if reply is None:
-            found.append(Verdict(site, latent, None, "never fires in the text looked at"))
+            verdicts.append(Verdict(site, latent, None, SILENT))
             continue
         irrelevant, failure = _read(reply)
         if failure:
             failures[failure] += 1
         strongest = f"strongest on {_listed([word_at(context) for context in records[site, latent].top])}"
-        found.append(Verdict(site, latent, irrelevant, failure or strongest))
+        verdicts.append(Verdict(site, latent, irrelevant, failure or strongest))
     if asked and sum(failures.values()) == len(asked):
         reason = failures.most_common(1)[0][0]
         raise UnweaveError(
@@ -194,7 +174,7 @@ def by_chat(records: Mapping[Latent, LatentRecord], judge: Judge) -> tuple[list[
             where=judge.name,
             remedy="use another judge",
         )
-    return found, dict(failures)
+    return verdicts
 
 
 def _read(reply: Reply) -> tuple[bool | None, str]:

@@ -1,210 +1,298 @@
-"""SHIFT: taking out of a classifier what it should not rely on (Marks et al. 2024, sec. 4).
+"""SHIFT with its baselines, over several seeds: the paper's Table 2 (Marks et al. 2024, sec. 4).
 
-1. ``logit_effects`` finds, for every example, what each latent of the model does to the classifier's logit: integrated
-   gradients with ablation to zero, summed over the tokens that the classifier averages over.
-2. ``support`` turns that into how much each latent supports the labels given, averaged over examples; ``strongest``
-   takes the latents above a threshold. These are the circuit.
-3. Somebody says which of them are irrelevant (``methods/shift/relevance.py``).
-4. ``ablation`` sets those to 0 wherever the model runs, keeping every autoencoder's error. The same classifier on the
-   ablated model is SHIFT; one trained anew on the ablated model's activations is SHIFT + retrain.
+    people = biographies.sets("templated", pool=160, test=75)
+    shift(lm, saes, people, judge.by_rule(records))             # in a notebook: shows itself as the table
 
-Controls and skylines: ``random_latents`` draws as many others that are active; the same functions with labels of gender
-on balanced examples give the feature skyline, and with neurons, set to their mean (``mean_ablation``), the neuron one.
+1. Biographies are read once by the model; all seeds and baselines share their averaged activations.
+2. Seed by seed: training examples, the classifier, its circuit; the same with labels of gender, and with neurons.
+3. One judgement of all circuits' latents together: which of them are irrelevant to the task.
+4. Seed by seed every row: the classifier on the model without those latents (SHIFT), one trained anew there (retrain),
+   a concept bottleneck, random latents; with labels of gender the strongest latents and neurons; and an oracle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from unweave.attribute.attribution import Rule, node_effects
 from unweave.attribute.completeness import Completeness
-from unweave.circuits.support import Strong
+from unweave.attribute.result import SiteSum
+from unweave.circuits.about import About, Judged
+from unweave.circuits.graph import Circuit
+from unweave.circuits.support import Strong, strongest
 from unweave.core.errors import UnweaveError
-from unweave.core.progress import task
+from unweave.core.pieces import Held, Pieces
 from unweave.core.site import Site
-from unweave.lm.model import LM, Tokens
-from unweave.lm.taps import At
-from unweave.methods.shift.pooled import Edit, Pooled, pool, pooled_positions
-from unweave.methods.shift.probe import Probe
-from unweave.sae.edits import Where
+from unweave.core.spec import digest
+from unweave.inputs.saes import info_of
+from unweave.inputs.subject import Subject
+from unweave.lm.model import LM
+from unweave.methods.shift import biographies
+from unweave.methods.shift.biographies import Biography, Sets
+from unweave.methods.shift.concepts import concept_vectors, describe
+from unweave.methods.shift.pooled import Edit, Pooled
+from unweave.methods.shift.probe import Probe, Recipe, accuracies, fit
+from unweave.methods.shift.result import Accuracies, Judgement, Method, Seed, ShiftResult, Supporting, TableRow
+from unweave.methods.shift.spec import ShiftOptions
+from unweave.methods.shift.supporting import ablation, before, logit_effects, mean_ablation, random_latents, support
 from unweave.sae.module import SAE
+from unweave.sae.neurons import neurons
 
-if TYPE_CHECKING:
-    from unweave.methods.shift.relevance import Verdict
-
-_EFFECT_TOKENS = 512
-"""tokens per batch of examples whose effects [token, latent] are held for all sites at a time"""
+Judging = Callable[[Sequence[tuple[Site, int]]], Judgement]
+"""Says of latents whether they are relevant to the task; ``judge.py`` has a rule, a file, and a chat model."""
 
 
-@dataclass(frozen=True)
-class ProbeLogit:
-    """The metric: a probe's logit of pooled activations. For ``node_effects`` with ``metric_at`` the probe's site."""
-
-    probe: Probe
-    examples: Tokens
-    skip_first: int
-
-    def __call__(self, out: Tensor, rows: Tensor) -> Tensor:
-        """Logits [R] of activations [R, P, D] of the examples ``rows`` [R]."""
-        whole = self.examples
-        here = rows.to(whole.mask.device)
-        batch = Tokens(whole.ids[here], whole.mask[here], whole.roles[here]).to(out.device)
-        weighted = Probe(self.probe.weight.to(out.device), self.probe.bias.to(out.device))
-        return weighted(pool(out, batch, self.skip_first))
-
-
-def logit_effects(
+def shift(
     lm: LM,
     saes: Mapping[Site, SAE],
-    texts: Pooled,
-    rows: Sequence[int],
-    probe: Probe,
+    people: Sets,
+    judge: Judging,
+    options: ShiftOptions | None = None,
     *,
-    method: Literal["attribution", "ig"] = "ig",
-    steps: int = 10,
-    rule: Rule = "midpoint",
-    max_tokens: int = 2048,
-    name: str = "effects",
-    complete: Completeness | None = None,
-) -> dict[Site, Tensor]:
-    """How the logit of each text of ``rows`` would change if a latent (slots 0 to F-1) or error (slot F) were 0.
+    pieces: Pieces | None = None,
+    folder: Path | None = None,
+) -> ShiftResult:
+    """Every method of Table 2 on every seed. ``pieces`` holds what is finished; every seed's circuits go to ``folder``
+    as ``circuit-0.safetensors`` and so on, where one is given.
 
-    {site: [n, F + 1]}, on the CPU, summed over the tokens that are averaged over. Only sites up to the probe's.
-    ``complete`` learns what ablating all nodes of a site really changes, which costs a pass more a site.
+    Raises UnweaveError where no SAE lies at or before the classifier's site, and where no latent supports the labels.
     """
-    used = {site: sae for site, sae in saes.items() if site <= texts.site}
-    if not used:
+    options, pieces = options or ShiftOptions(), pieces or Pieces(None)
+    study = _Study(lm, saes, people, options)
+    circuits = [study.circuits(seed, pieces) for seed in range(options.seeds)]
+    latents = {(one.site, one.latent) for of_seed in circuits for one in of_seed.strong}
+    if not latents:
         raise UnweaveError(
-            f"no autoencoder lies at or before {texts.site}",
-            where="the classifier's site",
-            remedy="read the classifier's activations at a later site",
+            "no latent supports the classifier's labels",
+            where="circuit.threshold",
+            remedy=f"lower the threshold of {options.circuit.threshold}",
         )
-    place = {row: i for i, row in enumerate(rows)}
-    found = {site: torch.zeros(len(rows), sae.d_sae + 1) for site, sae in used.items()}
-    with task(name, total=len(rows), unit="texts") as shown:
-        for group in _groups(texts, rows):
-            tokens = texts.tokens(group)
-            effects = node_effects(
-                lm,
-                used,
-                tokens,
-                None,
-                ProbeLogit(probe, tokens, texts.skip_first),
-                method=method,
-                steps=steps,
-                rule=rule,
-                positions=pooled_positions(tokens, texts.skip_first),
-                metric_at=texts.site,
-                max_tokens=max_tokens,
-                measure=complete is not None,
-            )
-            places = [place[row] for row in group]
-            for site, here in effects.items():
-                if complete is not None:
-                    complete.add(site, here)
-                latents, error = here.over_positions()
-                found[site][places] = torch.cat([latents, error.unsqueeze(-1)], -1).float().cpu()
-            shown.advance(len(group))
-    return found
-
-
-def _groups(texts: Pooled, rows: Sequence[int]) -> list[list[int]]:
-    """Batches of similar length with at most ``_EFFECT_TOKENS`` tokens each, however large the texts' own are."""
-    copies = max(1, texts.batch_tokens // _EFFECT_TOKENS)
-    return list(texts.batches(rows, copies))
-
-
-def support(effects: Mapping[Site, Tensor], labels: Sequence[int]) -> dict[Site, Tensor]:
-    """How much each slot supports the examples' labels, {site: [F + 1]}: the mean over examples of the change that
-    ablating it makes to the logit of the other label. Positive: the classifier says the label because of it.
-
-    The metric is the logit for label 0 and its negative for label 1, as in the released code.
-    """
-    sign = 1.0 - 2.0 * torch.tensor(list(labels), dtype=torch.float32)
-    return {site: (sign.unsqueeze(1) * values).mean(0) for site, values in effects.items()}
-
-
-def random_latents(
-    mean: Mapping[Site, Tensor], chosen: Sequence[Strong | Verdict], seed: int
-) -> list[tuple[Site, int]]:
-    """As many latents at each site as ``chosen`` has there, drawn from the others that are active in the examples.
-
-    Fewer where a site has fewer. A latent is active where its effect {site: [F + 1]} is not exactly 0.
-    """
-    taken: dict[Site, set[int]] = {}
-    for each in chosen:
-        taken.setdefault(each.site, set()).add(each.latent)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for site in sorted(taken):
-        active = mean[site][:-1].nonzero()[:, 0].tolist()
-        others = sorted(set(active) - taken[site])
-        order = torch.randperm(len(others), generator=generator)[: len(taken[site])]
-        drawn += [(site, others[i]) for i in sorted(order.tolist())]
-    return drawn
-
-
-def ablation(saes: Mapping[Site, SAE], latents: Sequence[tuple[Site, int]], where: Where = "all") -> list[Edit]:
-    """Edits that set latents to 0 and keep every error: x - sum_j f_j(x) d_j at each site."""
-    by_site: dict[Site, list[int]] = {}
-    for site, latent in latents:
-        by_site.setdefault(site, []).append(latent)
-    return [saes[site].ablate(sorted(chosen), where=where) for site, chosen in sorted(by_site.items())]
+    judgement = judge(sorted(latents))
+    seeds = []
+    for number, of_seed in enumerate(circuits):
+        if folder is not None:
+            of_seed.save(folder, number, options)
+        rows = study.rows(number, of_seed, judgement, pieces)
+        seeds.append(Seed(of_seed.strong, rows, of_seed.sums, of_seed.neuron_sums))
+    subject = Subject(lm.name, lm.note, tuple(info_of(sae) for sae in saes.values()), {})
+    return ShiftResult(subject, study.site, people.source, people.note, judgement, tuple(seeds))
 
 
 @dataclass(frozen=True)
-class MeanAblation:
-    """Sets some coordinates [S] of a site to fixed means [S], at every token of a text but its first ``skip_first``."""
+class _Circuits:
+    """One seed's support by slot {site: [F + 1]}: by latents of the ambiguous examples' professions, by latents of the
+    balanced examples' genders, and the latter by neurons; and whether effects add up."""
 
-    site: Site
-    coordinates: Tensor
-    means: Tensor
-    skip_first: int
+    profession: dict[Site, Tensor]
+    gender: dict[Site, Tensor]
+    neurons: dict[Site, Tensor]
+    strong: tuple[Supporting, ...]
+    sums: tuple[SiteSum, ...]
+    neuron_sums: tuple[SiteSum, ...]
 
-    @property
-    def needs(self) -> tuple[Site, ...]:
-        return ()
-
-    def verify(self, lm: LM) -> None:
-        """Refuses a model without the site."""
-        lm.site(self.site)
-
-    def __call__(self, x: Tensor, at: At) -> Tensor:
-        new = x.clone()
-        new[..., self.coordinates.to(x.device)] = self.means.to(x)
-        counted = at.mask & (at.mask.cumsum(1) > self.skip_first)
-        return torch.where(counted.unsqueeze(-1), new, x)
-
-
-def mean_ablation(lm: LM, texts: Pooled, rows: Sequence[int], neurons: Sequence[tuple[Site, int]]) -> list[Edit]:
-    """Edits that set neurons to their mean over the tokens of the texts ``rows`` (each text counting the same)."""
-    by_site: dict[Site, list[int]] = {}
-    for site, neuron in neurons:
-        by_site.setdefault(site, []).append(neuron)
-    if not by_site:
-        return []
-    sites = sorted(by_site)
-    sums = {site: torch.zeros(len(by_site[site]), dtype=torch.float64) for site in sites}
-    for group in texts.batches(rows):
-        tokens = texts.tokens(group).to(lm.device)
-        with lm.taps(read=sites, stop=sites[-1]) as seen:
-            lm(tokens)
-        for site in sites:
-            means = pool(seen[site], tokens, texts.skip_first)[:, by_site[site]]
-            sums[site] += means.double().sum(0).cpu()
-    return [MeanAblation(site, torch.tensor(by_site[site]), sums[site] / len(rows), texts.skip_first) for site in sites]
+    def save(self, folder: Path, seed: int, options: ShiftOptions) -> None:
+        """A file for each of the three."""
+        told = options.circuit
+        files = {
+            "circuit": ("profession", self.profession, self.sums),
+            "gender": ("gender", self.gender, self.sums),
+            "neurons": ("gender, by neurons", self.neurons, self.neuron_sums),
+        }
+        for name, (label, mean, sums) in files.items():
+            about = About(
+                f"support for the label: {label}",
+                of="classifier",
+                judged=Judged(told.threshold, told.top),
+                neurons=name == "neurons",
+                sums=sums,
+            )
+            nodes = {place: values.unsqueeze(0) for place, values in mean.items()}
+            Circuit(nodes, {}, False, told.examples, about).save(folder / f"{name}-{seed}.safetensors")
 
 
-LEAST_GAP = 0.2
-"""between the original's and the oracle's worst group; a smaller one is made up of the test set's chance"""
+@dataclass(frozen=True)
+class _Examples:
+    """One seed's training examples, as rows of the texts, and its classifier."""
+
+    ambiguous: list[int]
+    balanced: list[int]
+    probe: Probe
 
 
-def recovered(original: float, shifted: float, oracle: float) -> float | None:
-    """What share of the way from the original's to the oracle's worst group is made up; None where that is short."""
-    gap = oracle - original
-    return None if gap < LEAST_GAP else (shifted - original) / gap
+class _Study:
+    """What all seeds share."""
+
+    def __init__(self, lm: LM, saes: Mapping[Site, SAE], people: Sets, options: ShiftOptions) -> None:
+        self.lm, self.sets, self.options = lm, people, options
+        self.site = _site_of(lm, saes, options.classifier.site)
+        self.used = before(saes, self.site)
+        self.pool = [biography for group in biographies.GROUPS for biography in people.train[group]]
+        self.people: list[Biography] = [*self.pool, *people.test]
+        self.test = list(range(len(self.pool), len(self.people)))
+        told = options.classifier
+        self.recipe = Recipe(lr=told.lr, epochs=told.epochs, standardise=told.standardise)
+
+    @cached_property
+    def texts(self) -> Pooled:
+        layers = [s.layer for site, sae in self.used.items() for s in (site, sae.read) if s is not None]
+        inner = [layer for layer in layers if layer is not None]
+        return Pooled(
+            self.lm,
+            [biography.text for biography in self.people],
+            self.site,
+            begin=min(inner) if inner else None,
+            skip_first=self.options.classifier.skip_first,
+            max_length=self.options.classifier.max_length,
+            batch_tokens=self.options.batch_tokens,
+        )
+
+    def professions(self, rows: Sequence[int]) -> list[int]:
+        return [self.people[row].profession for row in rows]
+
+    def genders(self, rows: Sequence[int]) -> list[int]:
+        return [self.people[row].gender for row in rows]
+
+    def fitted(self, x: Tensor, rows: Sequence[int], seed: int) -> Probe:
+        return fit(x, torch.tensor(self.professions(rows)), self.recipe, seed=seed)
+
+    def examples(self, seed: int) -> _Examples:
+        place, n = {biography.text: row for row, biography in enumerate(self.pool)}, self.options.classifier.train
+        ambiguous = [place[b.text] for b in biographies.ambiguous(self.sets.train, n, seed)]
+        balanced = [place[b.text] for b in biographies.balanced(self.sets.train, n, seed)]
+        return _Examples(ambiguous, balanced, self.fitted(self.texts.clean[ambiguous], ambiguous, seed))
+
+    def _of(self, seed: int) -> str:
+        return f"seed {seed + 1} of {self.options.seeds}"
+
+    # -- circuits -------------------------------------------------------------------------------------------------
+
+    def circuits(self, seed: int, pieces: Pieces) -> _Circuits:
+        """One seed's, from the pieces where they are finished."""
+        held = pieces.tensors(f"circuits-{seed}", lambda: self._circuits(seed))
+        profession, gender, by_neurons, sums, neuron_sums = (
+            {Site.parse(name.partition("/")[2]): value for name, value in held.items() if name.startswith(f"{kind}/")}
+            for kind in ("profession", "gender", "neurons", "sums", "neuron_sums")
+        )
+        told = self.options.circuit
+        strong = tuple(
+            Supporting(one.site, one.latent, one.effect)
+            for one in strongest(profession, threshold=told.threshold, top=told.top)
+        )
+        return _Circuits(profession, gender, by_neurons, strong, _rows(sums), _rows(neuron_sums))
+
+    def _circuits(self, seed: int) -> Held:
+        chosen, half, quarter = (
+            self.examples(seed),
+            self.options.circuit.examples // 2,
+            self.options.circuit.examples // 4,
+        )
+        group = {g: [row for row in chosen.ambiguous if self.people[row].group == g] for g in biographies.AMBIGUOUS}
+        others = {
+            g: [row for row in chosen.balanced if self.people[row].group == g][:quarter]
+            for g in biographies.GROUPS
+            if g not in group
+        }
+        ambiguous = [row for rows in group.values() for row in rows[:half]]
+        balanced = [row for rows in (*group.values(), *others.values()) for row in rows[:quarter]]
+        rows = list(dict.fromkeys([*ambiguous, *balanced]))
+        complete, of_neurons = Completeness(), Completeness()
+        effects = self._effects(self.used, rows, chosen.probe, f"effects of latents, {self._of(seed)}", complete)
+        coordinates = {site: neurons(self.lm, site) for site in self.used}
+        name = f"effects of neurons, {self._of(seed)}"
+        by_neurons = self._effects(coordinates, balanced, chosen.probe, name, of_neurons)
+        at = {row: i for i, row in enumerate(rows)}
+
+        def among(examples: Sequence[int]) -> dict[Site, Tensor]:
+            return {site: values[[at[row] for row in examples]] for site, values in effects.items()}
+
+        kinds = {
+            "profession": support(among(ambiguous), self.professions(ambiguous)),
+            "gender": support(among(balanced), self.genders(balanced)),
+            "neurons": support(by_neurons, self.genders(balanced)),
+            "sums": {site: torch.tensor(sums, dtype=torch.float64) for site, sums in complete.sums.items()},
+            "neuron_sums": {site: torch.tensor(sums, dtype=torch.float64) for site, sums in of_neurons.sums.items()},
+        }
+        return {f"{kind}/{site}": value for kind, values in kinds.items() for site, value in values.items()}
+
+    def _effects(
+        self, saes: Mapping[Site, SAE], rows: Sequence[int], probe: Probe, name: str, complete: Completeness
+    ) -> dict[Site, Tensor]:
+        told = self.options.circuit
+        return logit_effects(self.lm, saes, self.texts, rows, probe, options=told, name=name, complete=complete)
+
+    # -- the table ------------------------------------------------------------------------------------------------
+
+    def rows(self, seed: int, circuits: _Circuits, judgement: Judgement, pieces: Pieces) -> tuple[TableRow, ...]:
+        """One seed's rows. The piece's name says what was ablated: asked again, a chat model may answer where it failed
+        before."""
+        ablated = judgement.ablated(circuits.strong)
+        name = f"rows-{seed}-{digest([one.name for one in ablated])}"
+        return pieces.value(name, tuple[TableRow, ...], lambda: self._rows(seed, circuits, ablated))
+
+    def _rows(self, seed: int, circuits: _Circuits, ablated: Sequence[Supporting]) -> tuple[TableRow, ...]:
+        clean, test, chosen, of = self.texts.clean, self.test, self.examples(seed), self._of(seed)
+        concepts = describe(clean, concept_vectors(self.lm, self.site))
+        bottleneck = self.fitted(concepts[chosen.ambiguous], chosen.ambiguous, seed)
+        oracle = self.fitted(clean[chosen.balanced], chosen.balanced, seed)
+        x = self.texts.edited(self._ablation(_places(ablated)), [*chosen.ambiguous, *test], of)
+        n = len(chosen.ambiguous)
+        retrained = self.fitted(x[:n], chosen.ambiguous, seed)
+        single: dict[Method, Accuracies] = {
+            "original": self._accuracies(chosen.probe, clean[test]),
+            "concepts": self._accuracies(bottleneck, concepts[test]),
+            "shift": self._accuracies(chosen.probe, x[n:]),
+            "retrain": self._accuracies(retrained, x[n:]),
+            "neurons": self._tested(chosen.probe, self._neuron_edits(circuits, chosen, len(ablated)), f"neurons, {of}"),
+            "features": self._tested(
+                chosen.probe,
+                self._ablation(_places(strongest(circuits.gender, top=len(ablated)))),
+                f"feature skyline, {of}",
+            ),
+            "oracle": self._accuracies(oracle, clean[test]),
+        }
+        rows = [TableRow(method, 0, reached) for method, reached in single.items()]
+        for draw in range(self.options.random):
+            others = random_latents(circuits.profession, ablated, seed * self.options.random + draw)
+            reached = self._tested(chosen.probe, self._ablation(others), f"random latents, {of}")
+            rows.append(TableRow("random", draw, reached))
+        return tuple(rows)
+
+    def _neuron_edits(self, circuits: _Circuits, chosen: _Examples, n: int) -> list[Edit]:
+        examples = chosen.balanced[: self.options.circuit.examples]
+        return mean_ablation(self.lm, self.texts, examples, _places(strongest(circuits.neurons, top=n)))
+
+    def _ablation(self, latents: Sequence[tuple[Site, int]]) -> list[Edit]:
+        return ablation(self.used, latents, self.options.where)
+
+    def _tested(self, probe: Probe, edits: Sequence[Edit], name: str) -> Accuracies:
+        return self._accuracies(probe, self.texts.edited(edits, self.test, name))
+
+    def _accuracies(self, probe: Probe, x: Tensor) -> Accuracies:
+        return accuracies(probe(x), self.professions(self.test), self.genders(self.test))
+
+
+def _places(latents: Sequence[Supporting] | Sequence[Strong]) -> list[tuple[Site, int]]:
+    return [(one.site, one.latent) for one in latents]
+
+
+def _rows(sums: Mapping[Site, Tensor]) -> tuple[SiteSum, ...]:
+    return Completeness({site: values.tolist() for site, values in sums.items()}).rows()
+
+
+def _site_of(lm: LM, saes: Mapping[Site, SAE], asked: str | None) -> Site:
+    """The classifier's site: the one asked for, else the last residual one with an SAE."""
+    if asked is not None:
+        return lm.site(asked)
+    streams = [site for site in saes if site.point == "resid_post"]
+    if not streams:
+        raise UnweaveError(
+            "no autoencoder is at a residual site",
+            where="classifier.site",
+            remedy="name the classifier's site with --classifier.site",
+        )
+    return max(streams)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from unweave.circuits.graph import Circuit
 from unweave.circuits.opened import FILE
 from unweave.core.run import Run, atomic_write
+from unweave.methods.behaviours import view as behaviours_view
+from unweave.methods.behaviours.result import BehavioursResult
 from unweave.methods.circuits.figures import curve_name
 from unweave.methods.circuits.result import Errors, Faithfulness, Reached
-from unweave.methods.shift.shift import LEAST_GAP
-from unweave.methods.shift.view import FEATURES as FEATURE_SKYLINE
-from unweave.methods.shift.view import METHODS, ORACLE, ORIGINAL, RANDOM, RETRAIN, SHIFT
-from unweave.methods.shift.view import NEURONS as NEURON_SKYLINE
+from unweave.methods.shift import view as shift_view
+from unweave.methods.shift.result import LEAST_GAP, Method, ShiftResult
 from unweave.papers.claims import Claim, Verdict, markdown
 from unweave.papers.feature_circuits.plan import Plan
 from unweave.papers.feature_circuits.spec import FeatureCircuitsSpec
@@ -40,9 +40,10 @@ def write(folder: Path, spec: FeatureCircuitsSpec, plan: Plan, parts: Parts) -> 
     limits = (plan.thresholds["across_rc"][0], plan.thresholds["across_pp"][0])
     shared = overlap(circuits["across_rc"], circuits["across_pp"], limits)
     measured = {name: run.result for name, run in parts.evaluated.items()}
-    claims = [*_agreement_claims(measured, shared), *_shift_claims(parts.shifted), _behaviour_claim(parts)]
+    claims = [*_agreement_claims(measured, shared), _shift_claim(parts.shifted.result)]
+    claims.append(_behaviour_claim(parts.behaviours.result))
     heads, rows = ["structure", *_reached_heads()], [[name, *_reached(result)] for name, result in measured.items()]
-    text = _markdown_table(heads, rows) + "\n" + parts.shifted.file("table.md").read_text(encoding="utf-8")
+    text = _markdown_table(heads, rows) + "\n" + shift_view.markdown(parts.shifted.result)
     _write_text(folder / "table.md", text)
     _write_text(folder / "claims.md", markdown(claims))
     sections = {
@@ -52,7 +53,7 @@ def write(folder: Path, spec: FeatureCircuitsSpec, plan: Plan, parts: Parts) -> 
         "The circuit across a prepositional phrase": parts.drawn["across_pp"]
         .file("circuit.svg")
         .read_text(encoding="utf-8"),
-        "SHIFT": _shift_html(parts.shifted),
+        "SHIFT": shift_view.section(parts.shifted.result).body,
         "Behaviours": _behaviours_html(parts.behaviours),
     }
     subject = parts.found["across_pp"].result.subject
@@ -186,65 +187,46 @@ def _curve_figure(run: Run, structure: str) -> str:
 # -- SHIFT ------------------------------------------------------------------------------------------------------------
 
 
-def _shift_claims(run: Run) -> list[Claim]:
-    found = run.result
-    worst = {method: found["table"][method]["worst"] for method in METHODS}
-
-    def words(method: str) -> str:
-        value = worst[method]
-        spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
-        return f"{method} {100 * value['mean']:.1f}{spread}"
-
-    back, gap = found["recovered"], found["gap"]
-    shown = (ORIGINAL, RANDOM, SHIFT, RETRAIN, FEATURE_SKYLINE, NEURON_SKYLINE, ORACLE)
-    said = "worst group, %: " + ", ".join(map(words, shown))
-    share = "-" if back[SHIFT] is None else f"{100 * back[SHIFT]:.0f} %"
-    said += f"; SHIFT makes good {share} of the gap of {100 * gap:.0f} points"
-    notes = [note for note in (found["note"], *found["warnings"]) if note]
-    random = back[RANDOM] or 0.0
+def _shift_claim(result: ShiftResult) -> Claim:
+    shown: tuple[Method, ...] = ("original", "random", "shift", "retrain", "features", "neurons", "oracle")
+    worst = ", ".join(f"{shift_view.NAMES[name]} {shift_view.accuracy(result, name, 'worst')}" for name in shown)
+    back, random = result.recovered("shift"), result.recovered("random") or 0.0
+    share = "-" if back is None else f"{100 * back:.0f} %"
+    ours = f"worst group, %: {worst}; SHIFT makes good {share} of the gap of {100 * result.gap:.0f} points"
+    notes = [note for note in (result.biographies_note, *shift_view.warnings(result)) if note]
+    better = result.mean("retrain", "worst") >= result.mean("shift", "worst")
     verdict: Verdict = "partly"
-    if gap < LEAST_GAP or back[SHIFT] is None:
+    if result.gap < LEAST_GAP or back is None:
         verdict = "not measured"  # nothing to recover
-    elif back[SHIFT] <= 2 * random:
+    elif back <= 2 * random:
         verdict = "not as claimed"
-    elif back[SHIFT] >= 0.5 and worst[RETRAIN]["mean"] >= worst[SHIFT]["mean"] and random < _RANDOM_AT_MOST:
+    elif back >= 0.5 and better and random < _RANDOM_AT_MOST:
         verdict = "as claimed"
     claim = (
         "SHIFT lifts the worst group's accuracy from 24.4 % to 76.0 %, with retraining to 89.0 % (Pythia-70M); random "
         "latents do not"
     )
-    return [Claim(claim, said + (f" ({'; '.join(notes)})" if notes else ""), verdict)]
-
-
-def _shift_html(run: Run) -> str:
-    found = run.result["table"]
-    rows = []
-    for method in METHODS:
-        values = found[method].values()
-        rows.append([esc(method), *(f"{100 * v['mean']:.1f} ± {100 * (v['std'] or 0):.1f}" for v in values)])
-    picture = figure(run.file("accuracies.png").read_bytes(), "Accuracies, mean and standard deviation over seeds.")
-    note = f"<p>{esc(run.result['note'])}.</p>" if run.result["note"] else ""
-    return table(["method", "profession", "gender", "worst group"], rows) + note + picture
+    return Claim(claim, ours + (f" ({'; '.join(notes)})" if notes else ""), verdict)
 
 
 # -- behaviours -------------------------------------------------------------------------------------------------------
 
 
-def _behaviour_claim(parts: Parts) -> Claim:
-    found = parts.behaviours.result
-    means = found["coherence"] or {}
-    said = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+def _behaviour_claim(result: BehavioursResult) -> Claim:
+    means = result.coherence()
+    coherence = "" if means is None else f"clusters {means[0]:.3f}, random {means[1]:.3f}"
     return Claim(
         "circuits are found without supervision for thousands of behaviours that clustering discovers",
-        f"{found['behaviours']} behaviours with a circuit each, of {found['clusters']} clusters; coherence: {said}",
+        f"{len(result.behaviours)} behaviours with a circuit each, of {len(result.clusters)} clusters; coherence: "
+        f"{coherence}",
         "not measured",  # how clear the clusters are was judged by people in the paper, and by nobody here
     )
 
 
-def _behaviours_html(run: Run) -> str:
-    rows = [[esc(cell) for cell in row] for row in run.result["summary"]]
+def _behaviours_html(run: Run[BehavioursResult]) -> str:
+    rows = [[esc(cell) for cell in row] for row in behaviours_view.listing(run.result)]
     return table(["behaviour", "what comes next", "size"], rows) + (
-        f"<p>Contexts and circuits of each: <code>{esc(run.path.name)}/{esc(run.result['page'])}</code>.</p>"
+        f"<p>Contexts and circuits of each: <code>{esc(run.path.name)}/{behaviours_view.INDEX}</code>.</p>"
     )
 
 
@@ -262,6 +244,11 @@ def _summary(parts: Parts, shared: Overlap) -> list[list[Any]]:
         features, random, neurons, _ = _reached(run.result)
         rows.append([f"nodes for {_LEVEL:g}: {name}", features, f"random: {random}; neurons: {neurons}"])
     rows.append(["latents in both across RC and PP", shared.shared, f"of {shared.sizes[0]} and {shared.sizes[1]}"])
-    rows += [row for row in parts.shifted.result["summary"] if row[0] in (ORIGINAL, SHIFT, RETRAIN, RANDOM, ORACLE)]
-    rows.append(["behaviours", parts.behaviours.result["behaviours"], f"page: {parts.behaviours.path.name}/index.html"])
+    methods: tuple[Method, ...] = ("original", "random", "shift", "retrain", "oracle")
+    names = [shift_view.NAMES[method] for method in methods]
+    rows += [list(row) for row in parts.shifted.result.rows() if row[0] in names]
+    discovered = parts.behaviours
+    rows.append(
+        ["behaviours", len(discovered.result.behaviours), f"page: {discovered.path.name}/{behaviours_view.INDEX}"]
+    )
     return rows

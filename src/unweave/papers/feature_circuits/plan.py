@@ -82,7 +82,7 @@ def _smoke(spec: FeatureCircuitsSpec) -> Plan:
         sites=sites,
         start_layer=_SMOKE_LAYERS[0],
         thresholds=dict.fromkeys(STRUCTURES, (0.1, 0.01)),
-        shift={"probe": f"resid_post.{_SMOKE_LAYERS[-1]}", "biographies": TEMPLATED},
+        shift={"classifier": {"site": f"resid_post.{_SMOKE_LAYERS[-1]}"}, "biographies": TEMPLATED},
         behaviours={"behaviours": 20},
     )
 
@@ -98,33 +98,22 @@ _PILE = DataSpec(
 _PAPER_BEHAVIOURS: dict[str, Any] = {
     "data": _PILE.to_dict(),
     "tokens": 2_000_000,
-    "contexts": 8192,
-    "clusters": 750,
+    "contexts": {"limit": 8192},
+    "clusters": {"number": 750},
     "behaviours": 750,
-    "examples": 100,
-    "steps": 10,
-    "rule": "left",
-    "node_threshold": 0.4,
-    "edge_threshold": 0.04,
+    "circuit": {"examples": 100, "steps": 10, "rule": "left", "node_threshold": 0.4, "edge_threshold": 0.04},
 }
 
 
-def _paper_shift(probe: str, *, threshold: float, skip_first: int) -> dict[str, Any]:
+def _paper_shift(site: str, *, threshold: float, skip_first: int) -> dict[str, Any]:
     """Its classifier reads activations as they are, and everything above the threshold is judged."""
     return {
-        "probe": probe,
         "biographies": "hub:LabHC/bias_in_bios",
         "data": _PILE.to_dict(),
         "pool": 1000,
-        "train": 2000,
         "test": 400,
-        "standardise": False,
-        "examples": 100,
-        "steps": 10,
-        "rule": "left",
-        "threshold": threshold,
-        "top": None,
-        "skip_first": skip_first,
+        "classifier": {"site": site, "train": 2000, "standardise": False, "skip_first": skip_first},
+        "circuit": {"examples": 100, "steps": 10, "rule": "left", "threshold": threshold, "top": None},
     }
 
 

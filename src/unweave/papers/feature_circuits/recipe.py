@@ -13,6 +13,7 @@ from typing import Any
 
 from unweave.core.run import Run
 from unweave.methods.behaviours import stage as behaviours
+from unweave.methods.behaviours.result import BehavioursResult
 from unweave.methods.behaviours.spec import CircuitBehavioursSpec
 from unweave.methods.circuits import stage_draw as draw
 from unweave.methods.circuits import stage_evaluate as evaluate
@@ -20,6 +21,7 @@ from unweave.methods.circuits import stage_find as find
 from unweave.methods.circuits.result import CircuitSearch, Drawing, Faithfulness
 from unweave.methods.circuits.spec import CircuitDrawSpec, CircuitEvaluateSpec, CircuitFindSpec
 from unweave.methods.shift import stage as shift
+from unweave.methods.shift.result import ShiftResult
 from unweave.methods.shift.spec import CircuitShiftSpec
 from unweave.methods.train import stage as train
 from unweave.papers.feature_circuits import page
@@ -38,8 +40,8 @@ class Parts:
     found: Mapping[str, Run[CircuitSearch]]
     evaluated: Mapping[str, Run[Faithfulness]]
     drawn: Mapping[str, Run[Drawing]]
-    shifted: Run
-    behaviours: Run
+    shifted: Run[ShiftResult]
+    behaviours: Run[BehavioursResult]
 
     def all(self) -> dict[str, Run]:
         """Every run by a name for people."""

@@ -1,0 +1,183 @@
+"""What SHIFT holds: every row of the paper's Table 2, seed by seed, and why latents were ablated. Knows no torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Literal
+
+from unweave.attribute.result import SiteSum
+from unweave.core.result import Result
+from unweave.core.site import Site
+from unweave.inputs.subject import Subject
+from unweave.latents.annotations import name_of
+
+Method = Literal["original", "concepts", "random", "shift", "retrain", "neurons", "features", "oracle"]
+METHODS: tuple[Method, ...] = ("original", "concepts", "random", "shift", "retrain", "neurons", "features", "oracle")
+"""In the order of the paper's Table 2."""
+Measure = Literal["profession", "gender", "worst"]
+MEASURES: tuple[Measure, ...] = ("profession", "gender", "worst")
+
+LEAST_GAP = 0.2
+"""between the original's and the oracle's worst group; a smaller one is made up of the test set's chance"""
+_Z = 1.959964  # of a two-sided 95 % interval
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of how many."""
+
+    right: int
+    of: int
+
+    @property
+    def value(self) -> float:
+        return self.right / self.of
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share."""
+        p, n = self.value, self.of
+        middle, half = p + _Z**2 / (2 * n), _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n))
+        scale = 1 + _Z**2 / n
+        return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """How often a classifier of professions says a test text's profession, and how often its gender."""
+
+    profession: Share
+    gender: Share
+    groups: tuple[Share, ...]
+    """the profession, by (profession, gender) = (0, 0), (0, 1), (1, 0), (1, 1)"""
+
+    @property
+    def worst(self) -> Share:
+        """The group with the least."""
+        return min(self.groups, key=lambda share: share.value)
+
+    def share(self, measure: Measure) -> Share:
+        """One of the three numbers of the table."""
+        return getattr(self, measure)
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """What one method reaches with one seed."""
+
+    method: Method
+    draw: int
+    """which draw of random latents; 0 for all other methods"""
+    accuracies: Accuracies
+
+
+@dataclass(frozen=True)
+class Supporting:
+    """A latent that supports the classifier's labels, and by how much, in logits."""
+
+    site: Site
+    latent: int
+    effect: float
+
+    @property
+    def name(self) -> str:
+        return name_of(self.site, self.latent)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``irrelevant`` True: about something else than the task, to be ablated; None: nobody knows. ``why`` in words."""
+
+    site: Site
+    latent: int
+    irrelevant: bool | None
+    why: str
+
+    @property
+    def name(self) -> str:
+        return name_of(self.site, self.latent)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Verdicts on all latents of all seeds' circuits, and whose they are."""
+
+    by: Literal["rule", "file", "chat"]
+    verdicts: tuple[Verdict, ...]
+    model: str = ""
+    """the chat model's name"""
+    note: str = ""
+    """what readers must know of the chat model"""
+
+    def ablated(self, circuit: tuple[Supporting, ...]) -> tuple[Supporting, ...]:
+        """Those of a circuit's latents that are irrelevant, strongest first."""
+        irrelevant = {(v.site, v.latent) for v in self.verdicts if v.irrelevant}
+        return tuple(one for one in circuit if (one.site, one.latent) in irrelevant)
+
+    def count(self, irrelevant: bool | None) -> int:
+        """How many verdicts say so."""
+        return sum(verdict.irrelevant is irrelevant for verdict in self.verdicts)
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Everything with one choice of training examples, first weights and random latents."""
+
+    circuit: tuple[Supporting, ...]
+    """the classifier's circuit, strongest first"""
+    rows: tuple[TableRow, ...]
+    sums: tuple[SiteSum, ...]
+    """whether the effects of latents add up"""
+    neuron_sums: tuple[SiteSum, ...]
+    """likewise of neurons, for their skyline"""
+
+    def of(self, method: Method) -> tuple[Accuracies, ...]:
+        """What a method reaches: one, or one a draw."""
+        return tuple(row.accuracies for row in self.rows if row.method == method)
+
+
+@dataclass(frozen=True)
+class ShiftResult(Result):
+    """Table 2 of Marks et al. 2024: what ablating the latents for gender does to a classifier of professions."""
+
+    subject: Subject
+    site: Site
+    """where the classifier reads"""
+    biographies: str
+    """what they were asked for as: templated, hub:..., a file"""
+    biographies_note: str
+    """what a reader must know of them; empty for real ones"""
+    judgement: Judgement
+    seeds: tuple[Seed, ...]
+
+    def values(self, method: Method, measure: Measure) -> list[float]:
+        """Each seed's share, averaged over draws where there are several."""
+        by_seed = [[one.share(measure).value for one in seed.of(method)] for seed in self.seeds]
+        return [statistics.fmean(draws) for draws in by_seed]
+
+    def mean(self, method: Method, measure: Measure) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.values(method, measure))
+
+    def spread(self, method: Method, measure: Measure) -> float | None:
+        """The standard deviation over seeds; None for one."""
+        values = self.values(method, measure)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    @property
+    def gap(self) -> float:
+        """Between the original's and the oracle's worst group."""
+        return self.mean("oracle", "worst") - self.mean("original", "worst")
+
+    def recovered(self, method: Method) -> float | None:
+        """What share of the gap a method makes up; None where it is too small to say."""
+        if self.gap < LEAST_GAP:
+            return None
+        return (self.mean(method, "worst") - self.mean("original", "worst")) / self.gap
+
+    @property
+    def ablated(self) -> list[int]:
+        """How many latents were ablated, by seed."""
+        return [len(self.judgement.ablated(seed.circuit)) for seed in self.seeds]
