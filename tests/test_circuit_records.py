@@ -29,6 +29,7 @@ from unweave.latents.spec import LatentsSpec
 from unweave.methods.train import stage as train
 from unweave.methods.train.kinds import TopKSpec
 from unweave.methods.train.spec import TrainSpec
+from unweave.sae.module import SAE
 
 TOKENS = 2500
 SITES = (Site("mlp_add", 1), Site("resid_post", 1))
@@ -207,8 +208,9 @@ def test_a_changed_text_is_read_again(home: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("circuit-records-*"))) == 2
 
 
-def test_what_is_stamped_for_the_text(home: Path, opened: Opened) -> None:
-    """The model and every training's text; or the text that is named."""
+def test_what_is_stamped_for_the_text(home: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model and every training's text; or the text that is named. No weights are read."""
+    monkeypatch.setattr(SAE, "load", None)
     asked = OfSAEsSpec(saes=tuple(opened.names.values()), device="cpu")
     own = text_stamps(asked, None)
     assert set(own) == {"model", str(home / "text")}
