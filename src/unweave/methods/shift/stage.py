@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from unweave.core.contents import tree_of
 from unweave.core.errors import UnweaveWarning
 from unweave.core.run import atomic_write
 from unweave.core.stage import Context, stage
@@ -24,11 +23,9 @@ from unweave.methods.shift.spec import CircuitShiftSpec
 
 
 def _also(spec: CircuitShiftSpec, handle: Any) -> Mapping[str, str]:
-    """The text that latents are judged by, and a chat model that runs here."""
+    """The text that latents are judged by, where none is named."""
     del handle
-    texts = text_stamps(spec, spec.data) if spec.judge != "file" else {}
-    chat = tree_of(spec.chat.model) if spec.judge == "chat" and spec.chat.base_url is None else ""
-    return texts | ({"chat": chat} if chat else {})
+    return text_stamps(spec, spec.data) if spec.judge != "file" else {}
 
 
 @stage("circuit-shift", version=5, also=_also)
