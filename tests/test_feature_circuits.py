@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from unweave.circuits.about import Options, Search
 from unweave.circuits.graph import Circuit
 from unweave.circuits.opened import FILE
 from unweave.core.errors import UnweaveError
+from unweave.core.result import as_read, as_written
 from unweave.core.run import Run
 from unweave.core.site import Site, matching
 from unweave.inputs.subject import SAEInfo, Subject
@@ -23,9 +25,11 @@ from unweave.methods.behaviours.result import Answer, Behaviour, BehavioursResul
 from unweave.methods.behaviours.result import Counts as behaviour_counts
 from unweave.methods.circuits.result import CircuitSearch, Errors, Faithfulness, Reached, Row, Sweep, Used
 from unweave.methods.shift.result import METHODS, Accuracies, Judgement, Method, Seed, Share, ShiftResult, TableRow
-from unweave.papers.feature_circuits import page, plan, recipe
+from unweave.papers.feature_circuits import plan, recipe
+from unweave.papers.feature_circuits.claims import claims as claims_of
 from unweave.papers.feature_circuits.plan import nearest_l0, plan_of
 from unweave.papers.feature_circuits.recipe import Parts
+from unweave.papers.feature_circuits.result import FeatureCircuits
 from unweave.papers.feature_circuits.spec import MODELS, FeatureCircuitsSpec
 from unweave.tasks.agreement import STRUCTURES
 
@@ -85,10 +89,10 @@ def circuit_of(slots: Mapping[tuple[str, int], float]) -> Circuit:
 def test_overlap_is_of_latents_whatever_the_position() -> None:
     a = circuit_of({("resid_post.1", 0): 1.0, ("resid_post.1", 3): -1.0, ("embed", 4): 0.3, ("embed", 0): 0.01})
     b = circuit_of({("resid_post.1", 3): 0.5, ("resid_post.1", 2): 0.5, ("resid_post.1", 1): 0.4, ("embed", 4): 0.3})
-    found = page.overlap(a, b, (0.1, 0.1))
+    found = recipe.overlap(a, b, (0.1, 0.1))
     assert (found.sizes, found.shared, found.with_errors, found.share) == ((2, 3), 1, 2, 0.5)
-    assert page.overlap(a, b, (0.1, 0.45)).sizes == (2, 2)
-    assert page.overlap(a, circuit_of({("embed", 4): 1.0}), (0.1, 0.1)).share is None
+    assert recipe.overlap(a, b, (0.1, 0.45)).sizes == (2, 2)
+    assert recipe.overlap(a, circuit_of({("embed", 4): 1.0}), (0.1, 0.1)).share is None
 
 
 @pytest.mark.parametrize("asked", [{}, *({"scale": "paper", "model": model} for model in MODELS)])
@@ -165,7 +169,7 @@ def parts_of(
         paths = (Path("faithfulness.png"), Path("faithfulness.csv"))
         measured = Faithfulness(subject, "x", structure, used, 0.8, reached, curves, *paths)
         evaluated[structure] = finished(folder / structure, "evaluate", measured, {"faithfulness.png": b"p"})
-        drawn[structure] = finished(folder / structure, "draw", {}, {"circuit.svg": "<svg><title>x</title></svg>"})
+        drawn[structure] = finished(folder, f"draw-{structure}", {}, {"circuit.svg": "<svg><title>x</title></svg>"})
     worst: dict[Method, float] = dict.fromkeys(METHODS, 0.2)
     worst |= {"shift": shift, "retrain": retrain, "random": random, "oracle": oracle}
     half, whole = Share(1, 2), Share(100, 100)
@@ -197,21 +201,23 @@ def parts_of(
 def test_the_page_says_what_the_parts_found(tmp_path: Path, numbers: dict[str, Any], verdicts: list[str]) -> None:
     spec = FeatureCircuitsSpec()
     parts = parts_of(tmp_path, **numbers)
-    result = page.write(tmp_path, spec, plan_of(spec), parts)
-    claims = result["claims"]
-    assert [claims[i]["verdict"] for i in (0, 1, 3)] == verdicts
-    assert f"{numbers.get('without', 0.4):.2f}" in claims[1]["ours"] and "1.00" in claims[1]["ours"]
-    assert claims[2]["verdict"] == "as claimed" and "1 latents are in both" in claims[2]["ours"]
-    assert "nothing was ablated" in claims[3]["ours"] and "templated text" in claims[3]["ours"]
-    assert "2 behaviours" in claims[4]["ours"] and "clusters 0.400, random 0.100" in claims[4]["ours"]
-    html = (tmp_path / "report.html").read_text()
+    done = recipe.together(spec, tmp_path, parts)
+    claims = claims_of(done.result)
+    assert [claims[i].verdict for i in (0, 1, 3)] == verdicts
+    assert f"{numbers.get('without', 0.4):.2f}" in claims[1].ours and "1.00" in claims[1].ours
+    assert claims[2].verdict == "as claimed" and "1 latents are in both" in claims[2].ours
+    assert "nothing was ablated" in claims[3].ours and "templated text" in claims[3].ours
+    assert "2 behaviours" in claims[4].ours and "clusters 0.400, random 0.100" in claims[4].ours
+    html = (done.path / "report.html").read_text()
     assert "tiny &lt;model&gt; (random)" in html and "a &lt;b&gt;" in html and "<svg>" in html
     assert "templated text" in html and "default-src 'none'" in html
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", html.split("</style>", 1)[1])
-    text = (tmp_path / "table.md").read_text()
+    text = (done.path / "table.md").read_text()
     first = "never (of 900)" if "features" in numbers else "30"
     assert f"| simple | {first} | never (of 900) |" in text and "| Method |" in text
-    assert set(parts.all()) >= {"find simple", "evaluate across_pp", "SHIFT", "behaviours"}
+    named = {(one.part, one.structure) for one in done.result.runs}
+    assert named >= {("find", "simple"), ("evaluate", "across_pp"), ("shift", None), ("behaviours", None)}
+    assert as_read(FeatureCircuits, json.loads(json.dumps(as_written(done.result))), "") == done.result
 
 
 def test_a_page_of_other_parts_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,4 +229,4 @@ def test_a_page_of_other_parts_is_written_anew(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(recipe, "_parts", lambda *_: next(asked))
     runs = [recipe.run(FeatureCircuitsSpec(), tmp_path / "runs") for _ in range(3)]
     assert [run.reused for run in runs] == [False, True, False]
-    assert len({run.path for run in runs}) == 1
+    assert [run.path == runs[0].path for run in runs] == [True, True, False]

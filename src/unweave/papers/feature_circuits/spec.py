@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.spec import Spec, operational
+from unweave.papers.feature_circuits.result import FeatureCircuits
 
 MODELS = ("EleutherAI/pythia-70m-deduped", "google/gemma-2-2b")
 """The paper's models."""
@@ -39,3 +41,22 @@ class FeatureCircuitsSpec(Spec):
             raise UnweaveError(
                 f"{self.model!r} is not one of the paper's models", where="model", remedy=f"models: {', '.join(MODELS)}"
             )
+
+
+COMMAND = Command(
+    words="paper feature-circuits",
+    spec=FeatureCircuitsSpec,
+    result=FeatureCircuits,
+    stage="unweave.papers.feature_circuits.recipe:run",
+    summary="Sparse feature circuits: agreement, SHIFT, and behaviours found without supervision.",
+    about=(
+        "Trains SAEs at attention, MLP and residual stream of four layers and the embedding; finds the circuits "
+        "of subject-verb agreement in four structures and measures how faithful they are beside neurons; makes a "
+        "classifier forget gender (SHIFT); finds behaviours and their circuits. Writes tables, figures and "
+        "report.html. Finished parts are kept: after an interruption the same command goes on."
+    ),
+    examples=(
+        "unweave paper feature-circuits --scale smoke    # about an hour and a half on two cores",
+        "unweave paper feature-circuits --scale paper --model EleutherAI/pythia-70m-deduped --device cuda",
+    ),
+)
