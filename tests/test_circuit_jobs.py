@@ -246,6 +246,9 @@ def test_a_circuit_is_evaluated_on_other_texts_beside_neurons(home: Path, found:
     units = curves["neurons"].rows[0]
     assert units.errors == 0
     assert units.latents == sum(int((e != 0).sum()) for site, e in nodes.items() if site.layer == 1)
+    found_units = Run.at(neuron_run, CircuitSearch).result
+    assert found_units.neurons and found_units.rows()[5][0] == "neurons" and found_units.errors == 0
+    assert view.section(found_units).heading.startswith("Circuit of neurons")
     asked = Run.at(neuron_run).spec
     assert (asked["steps"], asked["rule"], asked["seed"]) == (2, "midpoint", 0)
     assert evaluate.run(spec, home / "runs").reused

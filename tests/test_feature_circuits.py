@@ -164,7 +164,9 @@ def parts_of(
     found, evaluated, drawn = {}, {}, {}
     for structure in STRUCTURES:
         circuit = circuit_of({("resid_post.1", 0): 1.0}).save(folder / "circuit.safetensors").read_bytes()
-        searched = CircuitSearch(subject, structure, used, search, (), 0, (), (), Path(FILE), Path("circuit.json"))
+        searched = CircuitSearch(
+            subject, structure, False, used, search, (), 0, (), (), Path(FILE), Path("circuit.json")
+        )
         found[structure] = finished(folder / structure, "find", searched, {FILE: circuit})
         paths = (Path("faithfulness.png"), Path("faithfulness.csv"))
         measured = Faithfulness(subject, "x", structure, used, 0.8, reached, curves, *paths)

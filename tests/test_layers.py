@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -287,3 +288,15 @@ def test_keyword_dumps_and_prints_are_found() -> None:
     assert keyword_dumps(tree) == ["line 2: A.f(**options)", "line 3: g(**kw)"]
     assert prints(tree) == ["line 4: print"]
     assert foreign_imports(ast.parse("def f():\n    from transformers import AutoModel"), "core", "unweave.core.x")
+
+
+def test_results_are_shown_without_torch() -> None:
+    """Every method's specs, results and views are imported by themselves."""
+    code = (
+        "import sys, importlib\n"
+        "from unweave.methods import METHODS\n"
+        "for name in METHODS:\n"
+        "    importlib.import_module(f'unweave.{name}.view')\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -63,6 +63,8 @@ class CircuitSearch(Result):
     subject: Subject
     task: str
     """what the examples are, in words"""
+    neurons: bool
+    """whether its nodes are neurons"""
     used: Used
     search: Search
     sums: tuple[SiteSum, ...]

@@ -87,6 +87,7 @@ def _result(spec: CircuitFindSpec, opened: Opened, circuit: Circuit, examples: E
     return CircuitSearch(
         subject=opened.subject,
         task=circuit.about.task,
+        neurons=circuit.about.neurons,
         used=replace(used, examples=circuit.n_examples),
         search=search,
         sums=circuit.about.sums,

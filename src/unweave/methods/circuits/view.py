@@ -87,7 +87,7 @@ def _(result: CircuitSearch) -> list[Row]:
         *_used_rows(result.used),
         ("metric", metric, "mean"),
         *_sum_rows(result),
-        ("latents", result.latents, f"with a mean effect above {options.node_threshold:g}"),
+        (_noun(result), result.latents, f"with a mean effect above {options.node_threshold:g}"),
         ("errors", result.errors, "the same of what autoencoders leave unexplained"),
     ]
     if result.edges is not None:
@@ -99,6 +99,10 @@ def _(result: CircuitSearch) -> list[Row]:
         (str(site), best[site].name, f"the strongest of its nodes: {best[site].effect:+.3f}") for site in sorted(best)
     ]
     return lines
+
+
+def _noun(result: CircuitSearch) -> str:
+    return "neurons" if result.neurons else "latents"
 
 
 def incomplete_of(result: CircuitSearch) -> str | None:
@@ -130,7 +134,7 @@ def _(result: CircuitSearch, around: Around = ALONE) -> Section:
     nodes = [(esc(node.name), number(node.effect)) for node in sorted(result.strongest, key=lambda n: -abs(n.effect))]
     parts = [
         _lead(result.task, result.used),
-        f"<p>{result.latents:,} latents and {result.errors:,} errors have a mean effect on the metric above "
+        f"<p>{result.latents:,} {_noun(result)} and {result.errors:,} errors have a mean effect on the metric above "
         f"{options.node_threshold:g}, in either direction"
         + (f"; {result.edges:,} edges between them a weight above {options.edge_threshold:g}" if result.edges else "")
         + f".{f' Edges to the metric are {esc(ends_note(result))}.' if ends_note(result) else ''}</p>",
@@ -144,9 +148,12 @@ def _(result: CircuitSearch, around: Around = ALONE) -> Section:
         ]
         parts.append(table(("From", "To", "Weight"), edges, (2,), "The strongest edges"))
     problem = result.used.accuracy.problem if result.used.accuracy is not None else None
-    tile = Tile(f"{result.latents:,}", "latents in the circuit", f"Of {result.task}, above {options.node_threshold:g}.")
+    tile = Tile(
+        f"{result.latents:,}", f"{_noun(result)} in the circuit", f"Of {result.task}, above {options.node_threshold:g}."
+    )
     notes = _notes(result.subject, problem, incomplete_of(result))
-    return Section("Circuit", f"Circuit: {esc(result.task)}", "".join(parts), tiles=(tile,), notes=notes)
+    heading = f"Circuit{' of neurons' if result.neurons else ''}: {esc(result.task)}"
+    return Section("Circuit", heading, "".join(parts), tiles=(tile,), notes=notes)
 
 
 def _site_table(result: CircuitSearch) -> str:
@@ -155,7 +162,7 @@ def _site_table(result: CircuitSearch) -> str:
         (str(row.site), f"{row.latents:,}", f"{row.errors:,}", *_sum_cells(sums.get(row.site)))
         for row in result.search.above
     ]
-    head = ("Site", "Latents", "Errors", "Sum of all effects", "Measured change")
+    head = ("Site", _capital(_noun(result)), "Errors", "Sum of all effects", "Measured change")
     return table(head, lines, (1, 2, 3, 4), "Nodes above the threshold, and whether effects add up")
 
 
