@@ -4,6 +4,8 @@
 
 harvest        chunks of ``ActivationSource`` (one site, five sites) against the model alone, stopped at the same layer
 forward        a full forward pass under an edit against the bare one
+evaluation     all numbers of ``evaluate`` (four variants of the model) against one bare forward pass; of SAEs that
+               count every token, and that leave special tokens out
 generation     greedy generation under an edit against the bare one
 
 Each round times the bare run and the others right after one another; the table shows the median over rounds of the
@@ -28,8 +30,10 @@ from rich.table import Table
 from unweave import LM, SAE, Site
 from unweave.data.corpus import Source, documents
 from unweave.data.pack import PackSpec, pack
+from unweave.data.policy import TokenPolicy
 from unweave.data.stream import ActivationSource
 from unweave.data.tokens import TokenStore
+from unweave.methods.evaluate.evaluate import evaluate
 from unweave.sae.activations import JumpReLU, TopK
 
 LAYER, LATENTS = 9, 4608
@@ -148,6 +152,12 @@ def main() -> None:
             lambda: lm(tokens), {n: lambda e=e: forward(e) for n, e in edits.items()}, options.rounds
         )
         add("forward", "tokens", seconds, tokens.n_tokens, found)
+        saes = {"every token": random_sae("topk", lm.d_model), "no special tokens": random_sae("topk", lm.d_model)}
+        saes["no special tokens"].policy = TokenPolicy(lm.special_ids)
+        seconds, found = ratios(
+            lambda: lm(tokens), {n: lambda s=s: evaluate(lm, s, [tokens]) for n, s in saes.items()}, options.rounds
+        )
+        add("evaluation", "tokens", seconds, tokens.n_tokens, found)
         prompt = lm.chat(
             [[{"role": "user", "content": "Tell me about the sea."}]], side="left", add_generation_prompt=True
         )

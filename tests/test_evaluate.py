@@ -387,7 +387,9 @@ def test_trap_07_excluded_tokens_do_not_enter_the_reconstruction(llama: Any, sca
 
 def test_splice_and_ablations_leave_excluded_tokens_alone(llama: Any) -> None:
     lm, rows = llama
-    sae = make_sae("relu", policy=TokenPolicy((SPECIAL,)))
+    # Each row's second token is left out too: then no two rows are alike once they are ablated, and all are run.
+    left_out = sorted({SPECIAL, *(row[1] for row in rows)})
+    sae = make_sae("relu", policy=TokenPolicy(tuple(left_out)))
     seen: list[Tensor] = []
     batch = batch_of(rows)
 
@@ -399,7 +401,7 @@ def test_splice_and_ablations_leave_excluded_tokens_alone(llama: Any) -> None:
     evaluate(lm, sae, [batch])
     handle.remove()
     clean, *edited = seen  # the first pass stops before this block
-    excluded = (batch.ids == SPECIAL) & batch.mask
+    excluded = torch.isin(batch.ids, torch.tensor(left_out)) & batch.mask
     assert len(edited) == 3 and excluded.any()
     counted = batch.mask & ~excluded
     for x in edited:
@@ -514,7 +516,7 @@ def precise(model: Any) -> LM:
 
 def assert_equals_whole_passes(lm: LM, sae: SAE, rows: list[Row]) -> None:
     batches = [batch_of(rows[:4]), batch_of(rows[4:7], "left"), batch_of(rows[7:])]
-    measured = evaluate(lm, sae, batches).to_dict()
+    measured = vars(evaluate(lm, sae, batches))
     assert sae.read is not None and sae.write is not None
     values = []
     for batch in batches:
@@ -549,7 +551,7 @@ def test_numbers_do_not_depend_on_tiles_or_on_where_logits_come_from(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, rows = llama
-    sae = make_sae("topk", policy=TokenPolicy((SPECIAL,)))
+    sae = sae_of(lm, "mlp_add.1", policy=TokenPolicy((SPECIAL,)))
     expected = evaluate(lm, sae, [batch_of(rows)])
     monkeypatch.setitem(passes._TILES, "cpu", (3, 10))
     assert_same(expected, evaluate(lm, sae, [batch_of(rows)]), rel=1e-6)
@@ -605,6 +607,28 @@ def test_blocks_run_only_where_something_changes(
         assert len(counts["logits"]) == (4 if sites[0].startswith("path") else 0)
 
 
+@pytest.mark.parametrize(("side", "in_block_2"), [("right", [3, 3, 1, 1, 3, 3]), ("left", [3, 3, 2, 2, 3, 3, 2, 2])])
+def test_rows_that_ablation_makes_equal_are_run_once(llama: Any, side: str, in_block_2: list[int]) -> None:
+    """Clean, with the SAE, with means, with zeros: of all tokens but the first, which is the same in every row.
+
+    Rows of padding on the right are alike whatever their lengths; on the left those of the same length are.
+    """
+    lm, _ = llama
+    long = [[SPECIAL, *row[1:]] for row in sample(lm.model, 20) if len(row) >= 8 and SPECIAL not in row[1:]]
+    rows = [row[:n] for row, n in zip(long, (8, 6, 8, 8, 5, 7), strict=False)]
+    assert len(rows) == 6
+    batches = [batch_of(rows[:3], side), batch_of(rows[3:], side)]
+    sae = make_sae("relu", policy=TokenPolicy((SPECIAL,)))
+    mean = torch.cat([run_row(lm.model, row)[0][1:] for row in rows]).double().mean(0)
+    passes.knows(lm)  # finds out once how logits are made
+    with computed(lm) as counts:
+        measured = vars(evaluate(lm, sae, batches))
+    assert counts["2"] == in_block_2
+    for name, expected in four_whole_passes(lm, sae, batches, mean).items():
+        if name != "kl_clean":
+            assert measured[name] == pytest.approx(expected, rel=1e-5), name
+
+
 def test_what_is_held_is_limited_over_all_batches(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, rows = llama
     sae = make_sae("relu")
@@ -623,7 +647,7 @@ def test_other_peoples_taps_are_seen_by_every_pass(llama: Any) -> None:
     batch = batch_of(rows)
     edits = {"resid_post.0": lambda x, at: 1.5 * x, "logits": lambda x, at: 0.5 * x}
     with lm.taps(edit=edits):
-        measured = evaluate(lm, sae, [batch]).to_dict()
+        measured = vars(evaluate(lm, sae, [batch]))
         with lm.taps(read=[SITE]) as seen:
             lm(batch)
         x = seen[SITE][sae.policy.keep(seen[SITE], batch.ids, batch.mask)]

@@ -30,7 +30,7 @@ from unweave.core.progress import task
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.methods.evaluate.metrics import METRIC_SET, CoreMetrics, density_histogram, drift, recovered_share
-from unweave.methods.evaluate.passes import Passes
+from unweave.methods.evaluate.passes import Passes, Row
 
 if TYPE_CHECKING:
     from unweave.core.codes import Codes
@@ -228,6 +228,7 @@ def _measure(passes: Passes, sae: SAE, pieces: Sequence[Tokens], told: _Counted)
         return _Sums(0, zeros, 0.0, torch.zeros(sae.d_sae, dtype=torch.int64, device=zeros.device))
 
     measured = _Measured(empty(), empty(), 0, {name: _Loss() for name in ("clean", "sae", "mean", "zero")})
+    known: tuple[list[Row], ...] = ([], [], [])  # of each edited pass, the rows of the last batch
     total = len(measured.losses) * sum(piece.n_tokens for piece in pieces)
     with task("evaluate", total=total, unit="tokens") as progress:
         for first_row, piece, keep, low in zip(_rows_before(pieces), pieces, told.keeps, told.low, strict=False):
@@ -236,10 +237,14 @@ def _measure(passes: Passes, sae: SAE, pieces: Sequence[Tokens], told: _Counted)
             progress.advance(batch.n_tokens)
             x, y = seen[passes.read], seen[passes.write]
             xhat = _reconstruct(sae, measured, x, y, keep, batch.mask, first_row, passes.write)
-            ends = [end]
-            for value in (xhat, told.mean, torch.zeros_like(told.mean)):
+            ends, stream = [end], None if passes.stream is None else seen[passes.stream]
+            zero = torch.zeros_like(told.mean)
+            variants = ((xhat, zero), (told.mean, told.mean), (zero, zero))
+            for (value, padding), rows in zip(variants, known, strict=True):
                 edited = y.masked_scatter(keep[..., None], value.to(y.dtype).expand(int(keep.sum()), -1))
-                ends.append(passes.edited(batch, edited, None if passes.stream is None else seen[passes.stream]))
+                # Nothing sees what padding holds; filled alike, rows of several lengths are alike.
+                edited = edited.where(batch.mask[..., None], padding.to(y.dtype))
+                ends.append(passes.edited(batch, edited, stream, rows))
                 progress.advance(batch.n_tokens)
             _add_losses(measured, passes, ends, batch, first_row)
     if measured.predictions == 0:

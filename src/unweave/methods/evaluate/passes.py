@@ -2,7 +2,8 @@
 
 1. Below the SAE nothing changes. So a pass with other values begins at the residual stream below where the SAE writes
    (``lm.taps(start=...)``), and the clean pass goes on from where an earlier one stopped.
-2. A pass ends at the final norm. Logits are computed for some tokens and one tile of the vocabulary at a time, of all
+2. Rows that begin alike end alike, and are run once: ablation often leaves nothing that differs (``Row``).
+3. A pass ends at the final norm. Logits are computed for some tokens and one tile of the vocabulary at a time, of all
    passes at once. With running maxima their log-sum-exp and divergence are summed up over the tiles, in float64:
 
        CE = lse(z) - z[target]          KL(p || q) = sum_v p_v (z_v - w_v) - (lse(z) - lse(w))
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor
 
 from unweave.core.site import Site
+from unweave.lm.model import LM, Tokens
 from unweave.lm.unembed import knows, unembed
 
 if TYPE_CHECKING:
-    from unweave.lm.model import LM, Tokens
-    from unweave.lm.taps import EditFn
+    from unweave.lm.taps import EditFn, Start
 
 _TILES = {"cpu": (256, 512)}
 """Tokens and ids whose logits are computed at a time: on a processor, few enough to stay in its cache."""
@@ -74,13 +75,26 @@ class Passes:
             logits = self.lm(batch)
         return seen, self._ended(seen, logits)
 
-    def edited(self, batch: Tokens, value: Tensor, stream: Tensor | None) -> Tensor:
+    def edited(self, batch: Tokens, value: Tensor, stream: Tensor | None, known: list[Row]) -> Tensor:
         """The end [B, P, D or V] of a pass with ``value`` [B, P, d_out] where the SAE writes; ``stream`` [B, P, D] is
-        what the clean pass has at ``stream``."""
-        edits: dict[Site, EditFn] = {self.write: lambda x, at: value}
-        begin = None if self.stream is None or stream is None else (self.stream, stream)
-        if begin is not None and self.stream == self.write:
-            edits, begin = {}, (self.write, value)
+        what the clean pass has at ``stream``. ``known`` holds rows of earlier batches, and then those of this one."""
+        if self.stream is None or stream is None:
+            return self._run(batch, {self.write: lambda x, at: value}, None)
+        if self.stream != self.write:
+            return self._run(batch, {self.write: lambda x, at: value}, (self.stream, stream))
+        rows: list[Row] = []
+        for one, mask in zip(value, batch.mask, strict=True):
+            alike = (row for row in (*known, *rows) if row.is_like(one, mask, whole_mask=bool(self.lm.rotaries)))
+            rows.append(next(alike, None) or Row(one, mask))
+        places = [place for place, row in enumerate(rows) if row.end is None and row not in rows[:place]]
+        if places:
+            new = Tokens(batch.ids[places], batch.mask[places], batch.roles[places])
+            for place, end in zip(places, self._run(new, {}, (self.write, value[places])), strict=True):
+                rows[place].end = end
+        known[:] = dict.fromkeys(rows)
+        return torch.stack([row.end for row in rows if row.end is not None])
+
+    def _run(self, batch: Tokens, edits: Mapping[Site, EditFn], begin: Start | None) -> Tensor:
         with self.lm.taps(read=[self.end] if self.end else [], edit=edits, stop=self.end, start=begin) as seen:
             logits = self.lm(batch)
         return self._ended(seen, logits)
@@ -110,6 +124,29 @@ class Passes:
             found.append(tally.losses())
         ce, kl = (torch.cat(values, 1) for values in zip(*found, strict=True))
         return (rows, positions), ce, kl
+
+
+@dataclass(eq=False)
+class Row:
+    """A row of tokens: the stream that its pass begins with, [P, D], and once it has run the end, [P, D or V].
+
+    Ablation makes tokens equal, often all but a first one that is the same in every row; the rest of the pass is then
+    the same too, whatever the tokens were.
+    """
+
+    value: Tensor
+    mask: Tensor
+    end: Tensor | None = None
+
+    def is_like(self, value: Tensor, mask: Tensor, *, whole_mask: bool) -> bool:
+        """Whether a row that begins with ``value`` and holds tokens where ``mask`` ends as this one.
+
+        Padding on the right changes nothing for the tokens before it, but where positions depend on a row's length
+        (``whole_mask``).
+        """
+        if value.shape != self.value.shape or not torch.equal(value, self.value):
+            return False
+        return torch.equal(mask, self.mask) or (not whole_mask and bool(mask[0]) and bool(self.mask[0]))
 
 
 class _Tally:
