@@ -29,8 +29,9 @@ from unweave.data.policy import TokenPolicy
 from unweave.data.stream import ActivationSource
 from unweave.data.tokens import TokenStore
 from unweave.latents import contexts as finder
+from unweave.latents.collect import collect
 from unweave.latents.contexts import KINDS, Contexts, RecordsSpec, find_contexts
-from unweave.latents.records import Records, build, collect, logit_effects
+from unweave.latents.records import Records, build, logit_effects
 from unweave.lm.chat import Role, encode_text
 from unweave.lm.model import LM
 from unweave.methods.evaluate.evaluate import evaluate as evaluate_core

@@ -23,7 +23,7 @@ from unweave.data.policy import TokenPolicy
 from unweave.data.spec import DataSpec
 from unweave.judge.scripted import Scripted
 from unweave.judge.spec import JudgeSpec
-from unweave.latents.collect_many import records_of
+from unweave.latents.stage import records_of
 from unweave.lm.model import LM
 from unweave.methods.shift import biographies, view
 from unweave.methods.shift import judge as shift_judge
@@ -166,7 +166,7 @@ def test_it_works_in_a_notebook(judged: Run[ShiftResult], home: Path, tmp_path: 
     found = algorithm.shift(lm, saes, people, judge, options)
     assert found.seeds == judged.result.seeds[:1] and not list(tmp_path.iterdir())
     opened = shift.open_saes(spec_of(home))
-    records = records_of(opened, data(home), 900, tmp_path, model=str(home / "model"))
+    records = records_of(opened, data(home), 900, tmp_path)
     again = algorithm.shift(lm, saes, people, shift_judge.by_rule(shift_judge.of(records)), options)
     assert again.judgement.by == "rule" and again.seeds[0].circuit == found.seeds[0].circuit
 

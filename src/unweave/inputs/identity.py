@@ -9,6 +9,8 @@ from typing import Any
 from unweave.core.contents import content_of
 from unweave.core.files import read_json
 from unweave.core.spec import digest
+from unweave.data.spec import DataSpec
+from unweave.inputs.spec import OfSAEsSpec
 
 _OWN = ("cfg.json", "sae_weights.safetensors")
 
@@ -37,6 +39,25 @@ def provenance_of(name: str | Path) -> dict[str, Any]:
     own = config.get("metadata", {}).get("unweave", {}) if isinstance(config, dict) else {}
     found = own.get("provenance", {}) if isinstance(own, dict) else {}
     return found if isinstance(found, dict) else {}
+
+
+def texts_of(spec: OfSAEsSpec, data: DataSpec | None) -> dict[str, str]:
+    """The content of what is local of the model and of the text that is read: ``data``, or every SAE's training text.
+
+    For the identity of runs that read it, without loading a model or weights.
+    """
+    from unweave.inputs.inputs import stamps
+    from unweave.inputs.saes import named_saes
+
+    if data is not None and spec.model is not None:
+        return stamps(spec.model, data)
+    found: dict[str, str] = {}
+    for _, name in named_saes(spec.saes):
+        told = provenance_of(name).get("train", {})
+        model = spec.model or told.get("model")
+        if model is not None and (data is not None or "data" in told):
+            found |= stamps(model, data if data is not None else DataSpec.from_dict(told["data"]))
+    return found
 
 
 def saes(written: tuple[str, ...]) -> str:

@@ -34,6 +34,8 @@ class Opened:
     """the name that the model was loaded by"""
     accepted: dict[str, Any]
     """what was measured of SAEs of another model, by site"""
+    asked: OfSAEsSpec
+    """the question that they were opened for"""
 
     @property
     def sae(self) -> SAE:
@@ -79,7 +81,10 @@ def open_one(spec: UseSpec) -> Opened:
         sae.verify(lm)
     place = sae.write or sae.read  # an SAE that only encodes writes nowhere
     assert place is not None  # else there was nothing to verify
-    return Opened(lm, {place: sae}, {place: str(spec.sae)}, model, accepted)
+    asked = OfSAEsSpec(
+        saes=(str(spec.sae),), model=spec.model, device=spec.device, accept_mismatch=spec.accept_mismatch
+    )
+    return Opened(lm, {place: sae}, {place: str(spec.sae)}, model, accepted, asked)
 
 
 def split_name(written: str) -> tuple[Site | None, str]:
@@ -187,4 +192,4 @@ def _placed(spec: OfSAEsSpec, lm: LM, model: str, loaded: Mapping[tuple[Site, st
         if site in saes:
             raise UnweaveError(f"both an SAE and neurons are asked for at {site}", where="neurons", remedy="name one")
         saes[site], names[site] = neurons(lm, site), f"neurons of {site}"
-    return Opened(lm, dict(sorted(saes.items())), dict(sorted(names.items())), model, accepted)
+    return Opened(lm, dict(sorted(saes.items())), dict(sorted(names.items())), model, accepted, spec)

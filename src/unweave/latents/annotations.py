@@ -15,7 +15,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,30 @@ def parse_name(name: str) -> tuple[Site, int | None]:
     if not slash or not (inner == ERROR or re.fullmatch("[0-9]{1,18}", inner)):
         raise UnweaveError(f"{name!r} names no latent", remedy="write SITE/NUMBER, e.g. resid_post.24/3036")
     return Site.parse(site), None if inner == ERROR else int(inner)
+
+
+def parse_latents(names: Sequence[str], sites: Collection[Site]) -> list[tuple[Site, int]]:
+    """(site, latent) of each of ``names``; a number alone is a latent of the only site.
+
+    UnweaveError for numbers where there are several sites, and for errors, which are no latents.
+    """
+    found: list[tuple[Site, int]] = []
+    for word in names:
+        only = next(iter(sites))
+        if re.fullmatch("[0-9]{1,18}", word):
+            if len(sites) != 1:
+                raise UnweaveError(
+                    f"latent {word} of which of {len(sites)} autoencoders?",
+                    where="--latents",
+                    remedy=f"write {name_of(only, int(word))}",
+                )
+            found.append((only, int(word)))
+            continue
+        site, latent = parse_name(word)
+        if latent is None:
+            raise UnweaveError(f"{word} is an error, which has no contexts", where="--latents", remedy="name latents")
+        found.append((site, latent))
+    return found
 
 
 def load(path: str | Path, sites: Iterable[Site] = ()) -> dict[str, Annotation]:

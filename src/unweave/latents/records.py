@@ -24,7 +24,6 @@ from unweave.core.contents import listing as file_listing
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.files import read_json
 from unweave.core.memory import refuse_if_memory
-from unweave.core.progress import task
 from unweave.core.run import atomic_write, write_json
 from unweave.latents.contexts import KINDS, Array, Chosen, Contexts, RecordsSpec, find_contexts
 from unweave.latents.latent_record import Context, LatentRecord
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 _VERSION = 2
 _SPECIAL_SHARE = 0.25
 
-__all__ = ["Context", "LatentRecord", "Records", "RecordsSpec", "build", "collect", "logit_effects"]
+__all__ = ["Context", "LatentRecord", "Records", "RecordsSpec", "build", "logit_effects"]
 
 
 class Source(Protocol):
@@ -242,43 +241,6 @@ class Records:
             first_texts={int(i): text for i, text in about["first_texts"].items()},
             latents=None if about.get("all_latents", True) else latents.column("latent").to_numpy().astype(np.int64),
         )
-
-
-def collect(
-    lm: LM,
-    sae: SAE,
-    source: Source,
-    store: TokenStore,
-    spec: RecordsSpec | None = None,
-    *,
-    max_tokens: int | None = None,
-) -> Records:
-    """Encodes the source's chunks, without another pass of the model where they are cached, and makes the records.
-
-    Only tokens that the SAE's policy keeps are counted. ``max_tokens`` ends after the chunk that reaches so many.
-    Memory: 12 bytes per non-zero latent (77 MB for 200,000 tokens at L0 32) and what ``latents/contexts.py`` says.
-    """
-    if sae.read is None:
-        raise UnweaveError("this SAE does not say which site it reads", remedy='name it: sae.at("resid_post.9")')
-    sae.verify(lm)
-    ids = np.asarray(store.ids)
-    parts, places, seen = [], [], 0
-    with task("encode", total=source.n_chunks, unit="chunks") as progress:
-        for i in range(source.n_chunks):
-            chunk = source.chunk(i)
-            x, where = chunk.x[sae.read], torch.as_tensor(chunk.where).cpu()
-            token_ids = torch.from_numpy(ids[where.numpy()].astype(np.int64)).to(x.device)
-            keep = sae.policy.keep(x, token_ids)
-            codes = sae.codes(x[keep].to(sae.W_enc.device))
-            parts.append(Codes(codes.offsets.cpu(), codes.indices.cpu(), codes.values.cpu(), codes.n_latents))
-            places.append(where[keep.cpu()])
-            seen += codes.n_rows
-            progress.advance()
-            if max_tokens is not None and seen >= max_tokens:
-                break
-    if not seen:
-        raise UnweaveError("there are no tokens to collect records from", remedy="give text with ordinary tokens")
-    return build(lm, sae, Codes.cat(parts), torch.cat(places), store, spec)
 
 
 def build(

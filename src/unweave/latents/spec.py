@@ -6,16 +6,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unweave.core.command import Command
+from unweave.core.errors import UnweaveError
 from unweave.core.spec import require
 from unweave.data.spec import DataSpec
-from unweave.inputs.spec import UseSpec
+from unweave.inputs.spec import OfSAEsSpec, SAERef
 from unweave.latents.result import LatentRecords
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentsSpec(UseSpec):
-    """Collecting what each latent responds to."""
+class LatentsSpec(OfSAEsSpec):
+    """Collecting what each latent responds to, of one SAE (sae) or of many with one pass of the model (saes)."""
 
+    sae: SAERef | None = None
+    """The SAE's folder, as `train` printed it, or any other SAE that can be read: docs/formats.md. Its content, not its
+    path, decides which run is reused."""
+    latents: tuple[str, ...] = ()
+    """Only these: numbers of the only SAE's latents, else names such as resid_post.9/123; by default all."""
     data: DataSpec | None = None
     """Other text to look at; by default the training text."""
     split: Literal["train", "heldout"] = "train"
@@ -27,6 +33,10 @@ class LatentsSpec(UseSpec):
 
     def __post_init__(self) -> None:
         require(self, {"tokens": self.tokens is None or self.tokens > 0})
+        if self.sae is None:
+            super().__post_init__()
+        elif self.saes or self.neurons or self.sites:
+            raise UnweaveError("sae names one SAE, saes, neurons and sites say which of many", where="sae")
 
 
 COMMAND = Command(
@@ -35,6 +45,12 @@ COMMAND = Command(
     result=LatentRecords,
     stage="unweave.latents.stage:run",
     summary="Collect each latent's record: contexts it fires on, how often, and what it writes to the logits.",
-    about=("Top, quantile and random contexts, the firing rate, the tokens it promotes and suppresses."),
-    examples=("unweave latents --sae runs/train-0123456789ab/sae",),
+    about=(
+        "Top, quantile and random contexts, the firing rate, the tokens it promotes and suppresses; of one SAE, or of "
+        "many from one pass of the model."
+    ),
+    examples=(
+        "unweave latents --sae runs/train-0123456789ab/sae",
+        "unweave latents --saes runs/train-0123456789ab/sae    # all that lie below it",
+    ),
 )

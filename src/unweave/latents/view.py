@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from unweave.core.result import Row
-from unweave.latents.result import LatentRecords
+from unweave.latents.result import LatentRecords, SiteRecords
 from unweave.show.explorer import explorer_html, payload
 from unweave.show.model import ContextEntry, LatentEntry
 from unweave.show.page import ALONE, Around, Section, Tile
-from unweave.show.pieces import percent
+from unweave.show.pieces import esc, percent, table
 from unweave.show.theme import asset
 
 if TYPE_CHECKING:
@@ -41,33 +41,53 @@ def _context(kind: str, context: Context) -> ContextEntry:
 
 def rows(result: LatentRecords) -> list[Row]:
     """How many latents fire, on how much text."""
-    return [
-        ("model", result.subject.named_model, ""),
-        ("latents", result.latents, f"{result.alive:,} of them fire"),
-        ("alive latents", result.alive_fraction, f"fire somewhere in {result.tokens:,} tokens"),
-        ("special tokens", result.special_share, "share of the tokens that latents fire most strongly on"),
-    ]
+    lines: list[Row] = [("model", result.subject.named_model, "")]
+    for one in result.saes:
+        about = "" if len(result.saes) == 1 else f"{one.site}: "
+        lines += [
+            (f"{about}latents", one.latents, f"{one.alive:,} of them fire"),
+            (f"{about}alive latents", one.alive_fraction, f"fire somewhere in {one.tokens:,} tokens"),
+            (f"{about}special tokens", one.special_share, "share of the tokens that latents fire most strongly on"),
+        ]
+    return lines
 
 
 def section(result: LatentRecords, around: Around = ALONE) -> Section:
-    """A list of the latents in ``around.entries`` to look around in."""
+    """How many latents fire; of one SAE, a list of those in ``around.entries`` to look around in."""
+    if len(result.saes) != 1:
+        lines = [
+            (
+                esc(one.site),
+                f"{one.latents:,}",
+                percent(one.alive_fraction),
+                percent(one.special_share),
+                f"{one.tokens:,}",
+            )
+            for one in result.saes
+        ]  # fmt: skip
+        head = ("SAE", "Latents", "Alive", "Strongest on special tokens", "Tokens read")
+        words = (
+            "<p><code>Records.load(folder).latent(number)</code> shows any one, in each SAE's folder of records.</p>"
+        )
+        notes = result.subject.notes
+        return Section("Latents", "Latents of many SAEs", words + table(head, lines, (1, 2, 3, 4)), notes=notes)
     words = (
         "<p>Each latent is a direction that the SAE found useful. What it means shows in the text it fires on: the "
         "deeper a token's colour, the stronger the latent there, and the underlined token is the one the passage was "
         "chosen for. <i>Raises</i> and <i>lowers</i> name the next tokens that its direction makes more and less "
         "likely. Search for a word, or follow a latent's number from anywhere on this page.</p>"
     )
-    shown = _shown(around)
-    if result.latents > len(shown):
+    shown, latents = _shown(around), result.only.latents
+    if latents > len(shown):
         words += (
-            f"<p>These are {len(shown):,} of {result.latents:,} latents, the first by number and those that this "
+            f"<p>These are {len(shown):,} of {latents:,} latents, the first by number and those that this "
             "page names elsewhere, so that the page stays small. <code>unweave report --latents none</code> shows all "
             "of them, and <code>Records.load(folder).latent(number)</code> any one.</p>"
         )
     explorer = explorer_html(payload(shown, around.tags), around.name)
     body = f'{words}<div class="uw-wide">{explorer}</div>'
     scripts = (asset("explorer.js"),)
-    return Section("Latents", "Every latent", body, (asset("explorer.css"),), scripts, _tiles(result))
+    return Section("Latents", "Every latent", body, (asset("explorer.css"),), scripts, _tiles(result.only))
 
 
 def _shown(around: Around) -> list[LatentEntry]:
@@ -76,7 +96,7 @@ def _shown(around: Around) -> list[LatentEntry]:
     return [around.entries[j] for j in sorted(first | (named & set(around.entries)))]
 
 
-def _tiles(result: LatentRecords) -> tuple[Tile, ...]:
-    share = percent(result.alive_fraction)
-    words = f"{share} of the latents fired somewhere in {result.tokens:,} tokens; 1 means that none is wasted."
+def _tiles(one: SiteRecords) -> tuple[Tile, ...]:
+    share = percent(one.alive_fraction)
+    words = f"{share} of the latents fired somewhere in {one.tokens:,} tokens; 1 means that none is wasted."
     return (Tile(share, "of latents alive", words),)

@@ -16,8 +16,8 @@ from unweave.core.site import Site
 from unweave.inputs.saes import Opened, open_saes
 from unweave.inputs.spec import OfSAEsSpec
 from unweave.latents import annotations as notes
-from unweave.latents.annotations import Annotation, name_of, parse_name
-from unweave.latents.collect_many import records_of
+from unweave.latents.annotations import Annotation, name_of
+from unweave.latents.stage import records_of
 from unweave.methods.annotate.annotating import Question, in_circuit
 
 Effects = Sequence[tuple[int | None, float]]
@@ -63,7 +63,7 @@ def questions(asked: Asked, out: Path, runs: Path) -> tuple[list[Question], int]
     chosen: dict[Site, list[int]] = {}
     for site, latent in left:
         chosen.setdefault(site, []).append(latent)
-    records = records_of(opened, None, asked.tokens, runs, chosen, model=asked.model or spec.model)
+    records = records_of(opened, None, asked.tokens, runs, chosen)
     digests = {site: opened.saes[site].digest() for site in chosen}
     made = [
         Question(name_of(site, latent), digests[site], records[site].latent(latent), tuple(wanted[site, latent]))
@@ -146,22 +146,8 @@ def _of_names(asked: Asked, opened: Opened) -> Mapping[tuple[Site, int], Effects
         raise UnweaveError("a threshold needs a circuit's effects", where="--threshold", remedy="name latents instead")
     if not asked.latents:
         raise UnweaveError("no latents are named", where="--latents", remedy="write --latents 12 34")
-    wanted: dict[tuple[Site, int], Effects] = {}
-    for word in asked.latents:
-        if word.isdigit():
-            if len(opened.saes) != 1:
-                raise UnweaveError(
-                    f"latent {word} of which of {len(opened.saes)} autoencoders?",
-                    where="--latents",
-                    remedy=f"write {name_of(next(iter(opened.saes)), int(word))}",
-                )
-            wanted[next(iter(opened.saes)), int(word)] = ()
-            continue
-        site, latent = parse_name(word)
-        if latent is None:
-            raise UnweaveError(f"{word} is an error, which has no contexts", where="--latents", remedy="name latents")
-        wanted[site, latent] = ()
-    return dict(list(wanted.items())[: asked.top])
+    wanted = list(dict.fromkeys(notes.parse_latents(asked.latents, opened.saes)))
+    return dict.fromkeys(wanted[: asked.top], ())
 
 
 def _check(said: Mapping[str, Annotation], opened: Opened, out: Path) -> None:

@@ -21,7 +21,8 @@ from unweave.data.pack import PackSpec
 from unweave.data.spec import DataSpec
 from unweave.inputs.inputs import token_store
 from unweave.inputs.saes import Opened, open_saes
-from unweave.latents.collect_many import records_of, text_stamps
+from unweave.inputs.identity import texts_of
+from unweave.latents.stage import records_of
 from unweave.latents.records import Records
 from unweave.lm.model import LM
 from unweave.methods.behaviours import view
@@ -49,7 +50,7 @@ _CIRCUIT = "circuit.safetensors"
 def _also(spec: CircuitBehavioursSpec, handle: Any) -> Mapping[str, str]:
     """The autoencoders' own text, where none is named."""
     del handle
-    return text_stamps(spec, spec.data)
+    return texts_of(spec, spec.data)
 
 
 @stage("circuit-behaviours", version=4, also=_also)
@@ -214,6 +215,6 @@ def _records(spec: CircuitBehavioursSpec, opened: Opened, runs: Path) -> Any:
     tokens, split = min([spec.records_tokens, *there]), spec.split if spec.data is not None else "train"
 
     def records(latents: Mapping[Site, Sequence[int]]) -> Mapping[Site, Records]:
-        return records_of(opened, spec.data, tokens, runs, latents, split=split, model=spec.model)
+        return records_of(opened, spec.data, tokens, runs, latents, split=split)
 
     return records

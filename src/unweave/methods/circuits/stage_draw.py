@@ -21,7 +21,7 @@ from unweave.inputs.saes import named_saes, open_saes
 from unweave.inputs.spec import OfSAEsSpec
 from unweave.latents import annotations as annotated
 from unweave.latents.annotations import Annotation
-from unweave.latents.collect_many import records_of
+from unweave.latents.stage import records_of
 from unweave.latents.records import Records
 from unweave.methods.circuits.result import Drawing
 from unweave.methods.circuits.spec import CircuitDrawSpec
@@ -99,7 +99,7 @@ def _records(
     """What the latents among nodes respond to."""
     opened = open_saes(of)
     annotated.refuse_strangers(notes, {s: sae.digest() for s, sae in opened.saes.items()}, str(spec.annotations))
-    return records_of(opened, None, spec.tokens, runs, latents_of(nodes), model=of.model)
+    return records_of(opened, None, spec.tokens, runs, latents_of(nodes))
 
 
 def latents_of(nodes: Sequence[Node]) -> dict[Site, list[int]]:

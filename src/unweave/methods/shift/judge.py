@@ -9,7 +9,7 @@ from unweave.core.site import Site
 from unweave.inputs.saes import Opened
 from unweave.judge.base import REPLIES, Judge, open_judge
 from unweave.latents import annotations as annotated
-from unweave.latents.collect_many import records_of
+from unweave.latents.stage import records_of
 from unweave.latents.records import LatentRecord, Records
 from unweave.methods.shift import relevance
 from unweave.methods.shift.relevance import Latent
@@ -62,7 +62,7 @@ def judge_of(spec: CircuitShiftSpec, opened: Opened, runs: Path) -> Judging:
         by_site: dict[Site, list[int]] = {}
         for site, latent in latents:
             by_site.setdefault(site, []).append(latent)
-        return of(records_of(opened, spec.data, spec.latents_tokens, runs, by_site, model=spec.model))(latents)
+        return of(records_of(opened, spec.data, spec.latents_tokens, runs, by_site))(latents)
 
     if spec.judge == "rule":
         return by_rule(records, spec.gender)

@@ -14,7 +14,7 @@ from unweave.core.run import atomic_write
 from unweave.core.stage import Context, stage
 from unweave.inputs.saes import open_saes
 from unweave.judge.base import check_judge
-from unweave.latents.collect_many import text_stamps
+from unweave.inputs.identity import texts_of
 from unweave.methods.shift import biographies, view
 from unweave.methods.shift.judge import judge_of
 from unweave.methods.shift.result import ShiftResult
@@ -25,7 +25,7 @@ from unweave.methods.shift.spec import CircuitShiftSpec
 def _also(spec: CircuitShiftSpec, handle: Any) -> Mapping[str, str]:
     """The text that latents are judged by, where none is named."""
     del handle
-    return text_stamps(spec, spec.data) if spec.judge != "file" else {}
+    return texts_of(spec, spec.data) if spec.judge != "file" else {}
 
 
 @stage("circuit-shift", version=5, also=_also)
