@@ -54,23 +54,8 @@ def rows(result: LatentRecords) -> list[Row]:
 
 def section(result: LatentRecords, around: Around = ALONE) -> Section:
     """How many latents fire; of one SAE, a list of those in ``around.entries`` to look around in."""
-    if len(result.saes) != 1:
-        lines = [
-            (
-                esc(one.site),
-                f"{one.latents:,}",
-                percent(one.alive_fraction),
-                percent(one.special_share),
-                f"{one.tokens:,}",
-            )
-            for one in result.saes
-        ]  # fmt: skip
-        head = ("SAE", "Latents", "Alive", "Strongest on special tokens", "Tokens read")
-        words = (
-            "<p><code>Records.load(folder).latent(number)</code> shows any one, in each SAE's folder of records.</p>"
-        )
-        notes = result.subject.notes
-        return Section("Latents", "Latents of many SAEs", words + table(head, lines, (1, 2, 3, 4)), notes=notes)
+    if len(result.saes) != 1 or not around.entries:
+        return Section("Latents", "Latents", _summary(result), notes=result.subject.notes)
     words = (
         "<p>Each latent is a direction that the SAE found useful. What it means shows in the text it fires on: the "
         "deeper a token's colour, the stronger the latent there, and the underlined token is the one the passage was "
@@ -88,6 +73,16 @@ def section(result: LatentRecords, around: Around = ALONE) -> Section:
     body = f'{words}<div class="uw-wide">{explorer}</div>'
     scripts = (asset("explorer.js"),)
     return Section("Latents", "Every latent", body, (asset("explorer.css"),), scripts, _tiles(result.only))
+
+
+def _summary(result: LatentRecords) -> str:
+    lines = []
+    for one in result.saes:
+        shares = percent(one.alive_fraction), percent(one.special_share)
+        lines.append((esc(one.site), f"{one.latents:,}", *shares, f"{one.tokens:,}"))
+    head = ("SAE", "Latents", "Alive", "Strongest on special tokens", "Tokens read")
+    words = "<p><code>Records.load(folder).latent(number)</code> shows any one.</p>"
+    return words + table(head, lines, (1, 2, 3, 4))
 
 
 def _shown(around: Around) -> list[LatentEntry]:

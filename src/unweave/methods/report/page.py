@@ -53,8 +53,8 @@ def _entries(one: Shown, wanted: set[int], limit: int | None) -> dict[int, Laten
     stage = import_module("unweave.latents.stage")
     view = import_module("unweave.latents.view")
     records = stage.load(one.run)
-    first = range(len(records) if limit is None else min(limit, len(records)))
-    return {j: view.entry_of(records.latent(j)) for j in sorted({*first, *wanted}) if j < len(records)}
+    there = list(range(len(records))) if records.latents is None else records.latents.tolist()
+    return {j: view.entry_of(records.latent(j)) for j in sorted({*there[:limit], *(wanted & set(there))})}
 
 
 def _deck(shown: Sequence[Shown]) -> str:

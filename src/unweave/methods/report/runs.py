@@ -15,6 +15,7 @@ from unweave.core.files import printable
 from unweave.core.result import Result
 from unweave.core.run import Run
 from unweave.core.spec import digest
+from unweave.inputs.subject import Subject
 from unweave.methods import command_of
 
 ABOUT_AN_SAE = ("eval", "latents", "trace", "steer")
@@ -32,7 +33,8 @@ class Shown:
     @property
     def sae(self) -> str:
         """The digest of the one SAE that it is about; empty where it is not about one."""
-        return str(self.run.asked["inputs"].get("sae", ""))
+        subject = getattr(self.result, "subject", None)
+        return subject.saes[0].digest if isinstance(subject, Subject) and len(subject.saes) == 1 else ""
 
 
 def content(folders: Sequence[Path]) -> str:
