@@ -136,7 +136,7 @@ def test_every_stage_runs_on_it_and_the_report_shows_them(trained: Run, runs: Pa
         SAE.load(folder).provenance["reference"]["unexplained_variance"], rel=0.5
     )
     found = latents.run(LatentsSpec(sae=folder, tokens=3000, device="cpu"), runs)
-    assert found.result.latents == 128 and found.result.alive > 10
+    assert found.result.only.latents == 128 and found.result.only.alive > 10
     made = report.run(ReportSpec(sae=folder), runs)
     assert made.result.not_run == ("trace", "steer")
     page = (made.path / made.result.report).read_text()
@@ -440,7 +440,7 @@ def test_more_tokens_than_there_are_for_the_records(trained: Run, runs: Path) ->
     with pytest.raises(UnweaveError, match="6,000"):
         latents.run(LatentsSpec(sae=trained.path / "sae", tokens=50_000, device="cpu"), runs)
     found = latents.run(LatentsSpec(sae=trained.path / "sae", device="cpu"), runs)
-    assert 4000 < found.result.tokens <= 6000
+    assert 4000 < found.result.only.tokens <= 6000
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.core.spec import Spec
 from unweave.inputs.subject import SAEInfo, Subject
-from unweave.latents.result import LatentRecords
+from unweave.latents.result import LatentRecords, SiteRecords
 from unweave.latents.view import section as latents_section
 from unweave.methods import command_of
 from unweave.methods.evaluate.numbers import MEASURES, sentence
@@ -159,7 +159,7 @@ def steering() -> Steering:
 
 
 def records(n: int = 8) -> LatentRecords:
-    return LatentRecords(SUBJECT, 200_000, n, n - 1, 0.1, Path("records"))
+    return LatentRecords(SUBJECT, (SiteRecords(SITE, 200_000, n, n - 1, 0.1, Path("records")),))
 
 
 RESULTS: dict[str, Callable[[], Result]] = {
