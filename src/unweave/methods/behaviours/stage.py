@@ -19,11 +19,11 @@ from unweave.core.site import Site
 from unweave.core.stage import Context, stage
 from unweave.data.pack import PackSpec
 from unweave.data.spec import DataSpec
+from unweave.inputs.identity import texts_of
 from unweave.inputs.inputs import token_store
 from unweave.inputs.saes import Opened, open_saes
-from unweave.inputs.identity import texts_of
-from unweave.latents.stage import records_of
 from unweave.latents.records import Records
+from unweave.latents.stage import records_of
 from unweave.lm.model import LM
 from unweave.methods.behaviours import view
 from unweave.methods.behaviours.behaviours import Explained, Group, chosen, circuit_of, clustered, described

@@ -21,8 +21,8 @@ from unweave.inputs.saes import named_saes, open_saes
 from unweave.inputs.spec import OfSAEsSpec
 from unweave.latents import annotations as annotated
 from unweave.latents.annotations import Annotation
-from unweave.latents.stage import records_of
 from unweave.latents.records import Records
+from unweave.latents.stage import records_of
 from unweave.methods.circuits.result import Drawing
 from unweave.methods.circuits.spec import CircuitDrawSpec
 from unweave.methods.circuits.view import example_words

@@ -9,8 +9,8 @@ from unweave.core.site import Site
 from unweave.inputs.saes import Opened
 from unweave.judge.base import REPLIES, Judge, open_judge
 from unweave.latents import annotations as annotated
-from unweave.latents.stage import records_of
 from unweave.latents.records import LatentRecord, Records
+from unweave.latents.stage import records_of
 from unweave.methods.shift import relevance
 from unweave.methods.shift.relevance import Latent
 from unweave.methods.shift.result import Judgement

@@ -12,9 +12,9 @@ from typing import Any
 from unweave.core.errors import UnweaveWarning
 from unweave.core.run import atomic_write
 from unweave.core.stage import Context, stage
+from unweave.inputs.identity import texts_of
 from unweave.inputs.saes import open_saes
 from unweave.judge.base import check_judge
-from unweave.inputs.identity import texts_of
 from unweave.methods.shift import biographies, view
 from unweave.methods.shift.judge import judge_of
 from unweave.methods.shift.result import ShiftResult
