@@ -20,10 +20,11 @@ import pytest
 from unweave.cli import stages
 from unweave.cli.app import main
 from unweave.cli.fields import field_docs, leaves
-from unweave.cli.output import in_words, table_rows
+from unweave.cli.output import in_words
 from unweave.cli.progress import PLAIN_INTERVAL, PlainTask, in_time, short, show_progress
 from unweave.core import progress
 from unweave.core.errors import UnweaveError
+from unweave.core.result import Result, Row
 from unweave.core.run import Run
 from unweave.core.spec import Spec, operational
 from unweave.inputs.spec import OfSAESpec, OfSAEsSpec
@@ -52,6 +53,19 @@ class DataSpec(Spec):
     max_norm: float | None = None
     """Activations longer than this
     are left out, see `TokenPolicy`."""
+
+
+@dataclass(frozen=True)
+class Pretended(Result):
+    """What the pretend stage finds."""
+
+    fvu: float
+    tokens: int
+    spec: dict[str, Any]
+    report: Path
+
+    def rows(self) -> list[Row]:
+        return [("fvu", self.fvu, ""), ("tokens", self.tokens, "with a meaning"), ("missing", None, "")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +101,13 @@ def pretend(spec: PretendSpec, runs: Path) -> Run:
         os.kill(os.getpid(), signal.SIGINT)
     if spec.failure:
         raise failures[spec.failure]()
-    with Run.open(runs, "pretend", spec) as run:
+    with Run.open(runs, "pretend", spec, kind=Pretended) as run:
         if not run.done:
             print("a library prints this")
             os.system("echo a child process prints this")
             with progress.task("count", total=10, unit="things") as task:
                 task.advance(10)
-            run.finish({"fvu": 0.123456, "tokens": 1234567, "spec": spec.to_dict(), "report": "report.html"})
+            run.finish(Pretended(0.123456, 1234567, spec.to_dict(), Path("report.html")))
     return run
 
 
@@ -344,10 +358,10 @@ def test_people_see_a_table_the_run_directory_and_the_report(train: Callable[...
     assert f"run directory (reused): {run[1]}" in train("--model", "m")[1]
 
 
-def test_a_stage_can_say_what_matters() -> None:
-    result = {"summary": [["variance", 0.25, "a quarter is missed"], ["L0", 32]], "detail": {"x": 1}}
-    assert list(table_rows(result)) == [("variance", "0.25", "a quarter is missed"), ("L0", "32", "")]
-    assert list(table_rows({"a": {"b": None}, "c": [1, 2]})) == [("a.b", "-", ""), ("c", "1, 2", "")]
+def test_a_stage_says_what_matters_by_the_rows_of_its_result(train: Callable[..., tuple[int, str, str]]) -> None:
+    _, out, _ = train("--model", "m")
+    assert re.search(r"tokens\s+1,234,567\s+with a meaning", out)
+    assert re.search(r"missing\s+-", out)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plain_result import Plain
 from unweave.core import run as run_module
 from unweave.core.codes import Codes
 from unweave.core.dist import SOLO, Group, world
@@ -137,14 +138,14 @@ def test_spec_file_and_overrides(tmp_path: Path) -> None:
 
 
 def test_run_is_named_by_what_was_asked_and_finished_once(tmp_path: Path) -> None:
-    with Run.open(tmp_path, "train", Outer(name="x")) as run:
+    with Run.open(tmp_path, "train", Outer(name="x"), kind=Plain) as run:
         assert not run.done
         with pytest.raises(UnweaveError, match="not finished"):
             _ = run.result
         run.log("step", {"loss": 1.0})
-        run.finish({"loss": 0.5})
-    with Run.open(tmp_path, "train", Outer(name="x", speed=5)) as again:
-        assert again.path == run.path and again.reused and again.result == {"loss": 0.5}
+        run.finish(Plain({"loss": 0.5}))
+    with Run.open(tmp_path, "train", Outer(name="x", speed=5), kind=Plain) as again:
+        assert again.path == run.path and again.reused and again.result == Plain({"loss": 0.5})
         assert [line["loss"] for line in again.events("step")] == [1.0]
     for other in (
         Run.open(tmp_path, "train", Outer(name="y")),

@@ -27,6 +27,7 @@ from unweave.methods.circuits import stage_find as find
 from unweave.methods.circuits.result import Sweep
 from unweave.methods.evaluate import stage as evaluation
 from unweave.methods.evaluate.spec import EvalSpec
+from unweave.methods.report.result import Report
 from unweave.methods.steer.spec import SteerSpec
 from unweave.methods.trace.spec import TraceSpec
 from unweave.methods.train import checkpoint
@@ -125,7 +126,7 @@ def test_a_report_of_runs_that_lost_a_file(name: str, copy: Path, capfd: pytest.
     path.unlink()
     status, told = _asked(copy, capfd)
     if name == "DONE":  # then it has not finished, and the page says so
-        assert status == 0 and "eval" in Run.at(next(copy.glob("report-*"))).result["value"]["not_run"]
+        assert status == 0 and "eval" in Run.at(next(copy.glob("report-*")), Report).result.not_run
     else:
         assert status == 2 and path.parent.name in told["where"]
 

@@ -517,7 +517,7 @@ def test_a_finished_run_that_lost_something_is_made_anew(
     if how != "deleted":
         path.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
     with pytest.raises(UnweaveError, match=f"damaged: {lost}") as caught:
-        Run.at(trained.path).result  # noqa: B018
+        Run.at(trained.path, Training).result  # noqa: B018
     assert "run the same command again" in caught.value.remedy
     with pytest.warns(UnweaveWarning, match="is made anew"):
         again = train.run(spec_of(home), runs)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from plain_result import Plain
 from test_jobs import home, runs, spec_of, trained  # noqa: F401  (fixtures)
 from unweave.circuits.opened import _moved
 from unweave.cli.app import main
@@ -179,11 +180,13 @@ import sys, time
 from pathlib import Path
 from unweave.core.run import Run
 from unweave.core.spec import Spec
+sys.path.insert(0, sys.argv[3])
+from plain_result import Plain
 with Run.open(Path(sys.argv[1]), "part", Spec()) as run:
     print("held", flush=True)
     sys.stdin.readline()
     if sys.argv[2] == "finish":
-        run.finish({"found": 1})
+        run.finish(Plain({"found": 1}))
     print("finished", flush=True)
     sys.stdin.readline()
 """
@@ -191,7 +194,10 @@ with Run.open(Path(sys.argv[1]), "part", Spec()) as run:
 
 def _holder(folder: Path, way: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(folder), way], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _HOLD, str(folder), way, str(Path(__file__).parent)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
@@ -214,8 +220,8 @@ def test_a_finished_run_is_read_while_another_process_is_still_in_it(tmp_path: P
     with pytest.raises(UnweaveError, match="another process is working"), Run.open(tmp_path, "part", Spec()):
         pass
     _say(process)
-    with Run.open(tmp_path, "part", Spec()) as run:
-        assert run.reused and run.result == {"found": 1}
+    with Run.open(tmp_path, "part", Spec(), kind=Plain) as run:
+        assert run.reused and run.result == Plain({"found": 1})
     _end(process)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ class Outcome(Protocol):
     def path(self) -> Path: ...
 
     @property
-    def result(self) -> Any: ...
+    def result(self) -> Result: ...
 
 
 LONG_LIST = 6
@@ -39,36 +39,19 @@ def show_outcome(stage: str, outcome: Outcome) -> None:
 
     console = Console(highlight=False, soft_wrap=False)
     result = outcome.result
-    if rows := list(table_rows(result)):
-        console.print(_table(stage, rows))
+    console.print(_table(stage, [(name, in_words(value), meaning) for name, value, meaning in result.rows()]))
     # Paths are printed plainly, so that they are never wrapped and can be copied.
     print(plain(f"run directory ({'reused' if was_reused(outcome) else 'made'}): {outcome.path}"))
     if not was_reused(outcome) and (seconds := float(getattr(outcome, "seconds", 0.0))):
         print(f"time: {seconds:.1f} s" if seconds < 60 else f"time: {seconds / 60:.1f} min")
-    report = result.get("report") if isinstance(result, Mapping) else getattr(result, "report", None)
-    if isinstance(report, (str, Path)):
+    report = getattr(result, "report", None)
+    if isinstance(report, Path):
         print(plain(f"report: {os.path.normpath(Path(outcome.path, report))}"))
 
 
 def was_reused(outcome: Outcome) -> bool:
     """Whether the run had finished before it was asked for."""
     return bool(getattr(outcome, "reused", False))
-
-
-def table_rows(result: Result | Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(name, value, meaning). A stage says what matters by ``summary``, a list of [name, value, meaning] rows;
-    without one every value of the result is shown under its dotted name."""
-    if isinstance(result, Result):
-        for name, value, meaning in result.rows():
-            yield name, in_words(value), meaning
-        return
-    summary = result.get("summary")
-    if isinstance(summary, Sequence) and not isinstance(summary, str):
-        for name, value, *meaning in summary:
-            yield str(name), in_words(value), str(meaning[0]) if meaning else ""
-    else:
-        for name, value in _flat(result):
-            yield name, in_words(value), ""
 
 
 def in_words(value: Any) -> str:
@@ -110,15 +93,6 @@ def nothing_on_stdout() -> Iterator[None]:
         finally:
             os.dup2(kept, 1)
             os.close(kept)
-
-
-def _flat(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in result.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}.")
-        else:
-            yield name, value
 
 
 def _table(stage: str, rows: Sequence[tuple[str, str, str]]) -> Any:

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, ClassVar, Generic, Self, TypeVar, cast
+from typing import IO, Any, ClassVar, Generic, Self, TypeVar
 
 from unweave.core import contents
 from unweave.core.errors import UnweaveError, UnweaveWarning
@@ -136,7 +136,7 @@ def peak_memory_gb() -> float:
     return round(kilobytes * (1024 if sys.platform != "darwin" else 1) / 1e9, 2)
 
 
-R = TypeVar("R")
+R = TypeVar("R", bound=Result)
 
 
 class Run(Generic[R]):
@@ -148,7 +148,7 @@ class Run(Generic[R]):
     _held: ClassVar[set[Path]] = set()
     """the runs that this process is working in"""
 
-    def __init__(self, path: Path, identity: str, kind: type[R] | type[dict[str, Any]] = dict) -> None:
+    def __init__(self, path: Path, identity: str, kind: type[R] | None = None) -> None:
         self.path = path
         self.kind = kind
         self.digest = identity
@@ -165,7 +165,7 @@ class Run(Generic[R]):
         *,
         version: int = 1,
         inputs: Mapping[str, str] | None = None,
-        kind: type[R] | type[dict[str, Any]] = dict,
+        kind: type[R] | None = None,
     ) -> Self:
         """The run directory for a spec under ``root``; made if new.
 
@@ -184,7 +184,7 @@ class Run(Generic[R]):
         return run
 
     @classmethod
-    def at(cls, path: Path, kind: type[R] | type[dict[str, Any]] = dict) -> Self:
+    def at(cls, path: Path, kind: type[R] | None = None) -> Self:
         """A finished or unfinished run that already has a directory; ``kind`` is the class of its result."""
         path = Path(os.path.realpath(printable(path)))
         if not os.path.isfile(path / "spec.json"):
@@ -354,12 +354,10 @@ class Run(Generic[R]):
                 where=str(self.path),
                 remedy="run the same command again, which makes it anew",
             )
-        written = read_json(self.path / "result.json")
-        if issubclass(self.kind, Result):
-            return cast(R, as_read(self.kind, written, str(self.path / "result.json")))
-        if not isinstance(written, dict):
-            raise UnweaveError("result.json holds no result", where=str(self.path), remedy="delete the run directory")
-        return cast(R, written)
+        if self.kind is None:
+            raise TypeError("a run that is opened without the class of its result has none to give")
+        place = self.path / "result.json"
+        return as_read(self.kind, read_json(place), str(place))
 
     def log(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
         """Appends one line to ``log.jsonl``. What is logged must hold no secrets."""
@@ -379,13 +377,12 @@ class Run(Generic[R]):
                     found.append(line)
         return found
 
-    def finish(self, result: R | Mapping[str, Any]) -> None:
+    def finish(self, result: Result) -> None:
         """Writes the result and then, last of all, ``DONE`` with the listing of every output.
 
         What was measured of time and memory belongs in ``costs.json``, not in the result.
         """
-        written = as_written(result) if isinstance(result, Result) else dict(cast(Mapping[str, Any], result))
-        write_json(self.path / "result.json", written)
+        write_json(self.path / "result.json", as_written(result))
         self._count_costs()
         write_json(self.path / "DONE", contents.listing(self.path, leave_out=(*_NO_OUTPUTS, *_PIECES)))
         self._remove_pieces()

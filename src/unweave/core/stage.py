@@ -25,6 +25,7 @@ from typing import Any, Generic, TypeVar
 
 from unweave.core.dist import SOLO, Group, world
 from unweave.core.refs import contents_of
+from unweave.core.result import Result
 from unweave.core.run import Run
 from unweave.core.spec import Spec
 
@@ -32,7 +33,7 @@ if typing.TYPE_CHECKING:
     from unweave.core.pieces import Pieces
 
 S = TypeVar("S", bound=Spec)
-R = TypeVar("R")
+R = TypeVar("R", bound=Result)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 
 from unweave.core.errors import UnweaveError
 from unweave.core.files import printable
-from unweave.core.refs import contents_of
 from unweave.core.site import Site, matching
 from unweave.inputs.inputs import load_lm
 from unweave.inputs.spec import OfSAEsSpec, UseSpec
@@ -42,13 +41,6 @@ class Opened:
         """The only SAE."""
         (only,) = self.saes.values()
         return only
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """As ``subject``, for results that are not typed yet."""
-        told: dict[str, Any] = {"model": self.lm.name, "model_note": self.lm.note}
-        told["sites"] = [str(site) for site in sorted(self.saes)]
-        return told | ({"accepted": self.accepted} if self.accepted else {})
 
     @cached_property
     def subject(self) -> Subject:
@@ -124,11 +116,6 @@ def named_saes(names: Sequence[str]) -> list[tuple[Site | None, str]]:
         else:
             found += [(None, str(path)) for path in inner]
     return found
-
-
-def digest_of(spec: OfSAEsSpec) -> dict[str, str]:
-    """The content of everything that is read, for the run's identity; for stages that are not typed yet."""
-    return contents_of(spec)
 
 
 def open_saes(spec: OfSAEsSpec, lm: LM | None = None) -> Opened:
