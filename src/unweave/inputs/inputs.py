@@ -80,8 +80,8 @@ def load_lm(model: str, dtype: str, device: str | None) -> LM:
 
 def stamps(model: str, data: DataSpec) -> dict[str, str]:
     """The content of everything local that tokens come from."""
-    found = {"model": tree_of(model)} | {source.path: tree_of(source.path) for source in data.sources}
-    return {name: value for name, value in found.items() if value}
+    contents = {"model": tree_of(model)} | {source.path: tree_of(source.path) for source in data.sources}
+    return {name: value for name, value in contents.items() if value}
 
 
 def token_store(
@@ -90,8 +90,8 @@ def token_store(
     """At least ``tokens`` tokens of the train or heldout split (None: as many as the text's spec says), written once
     and shared by every stage that asks."""
     budget, unit = budget_of(data, split, tokens)
-    asked = TokensSpec(model=model, data=data, split=split, tokens=budget if unit == "tokens" else None)
-    run = tokenised(asked, runs, lm)
+    spec = TokensSpec(model=model, data=data, split=split, tokens=budget if unit == "tokens" else None)
+    run = tokenised(spec, runs, lm)
     store = TokenStore.open(run.path / "store")
     store.require_tokenizer(lm.tokenizer_fingerprint() or "")
     return store, run
@@ -104,15 +104,15 @@ def budget_of(data: DataSpec, split: str, tokens: int | None = None) -> tuple[in
     return tokens or (data.tokens if split == "train" else data.heldout_tokens), "tokens"
 
 
-def tokens_for_records(data: DataSpec, split: str, wanted: int | None, *, own: bool) -> tuple[int | None, int | None]:
+def tokens_for_records(data: DataSpec, split: str, tokens: int | None, *, own: bool) -> tuple[int | None, int | None]:
     """How many tokens to store and how many of those to read for latents' records; None: all that the text names.
 
     Of the SAEs' ``own`` text the whole is stored, as their training did. Raises UnweaveError where it is shorter.
     """
     there = data.tokens if split == "train" else data.heldout_tokens
     if split == "heldout" and data.heldout_documents is not None:
-        return (None if own else wanted), wanted
-    read = min(USUAL_TOKENS, there) if wanted is None else wanted
+        return (None if own else tokens), tokens
+    read = min(USUAL_TOKENS, there) if tokens is None else tokens
     if own and read > there:
         raise UnweaveError(
             f"{read:,} tokens were asked for, the SAE's text has {there:,} ({split})",
@@ -159,8 +159,8 @@ def activation_source(
 ) -> ActivationSource:
     """Activations of a token store, cached under ``runs`` unless told otherwise."""
     excluded = lm.special_ids if stream.special_tokens == "exclude" else ()
-    asked = [[str(s) for s in sites], dtype, stream.chunk_tokens, list(excluded), stream.nonfinite]
-    identity = digest([_CACHE_VERSION, store_run.digest, *asked])
+    settings = [[str(s) for s in sites], dtype, stream.chunk_tokens, list(excluded), stream.nonfinite]
+    identity = digest([_CACHE_VERSION, store_run.digest, *settings])
     cache = Path(runs).resolve() / f"activations-{identity}" if stream.cache else None
     return ActivationSource(
         lm,
@@ -179,10 +179,10 @@ def data_of(sae: SAE, data: DataSpec | None) -> DataSpec:
     """The text asked for, or the SAE's own."""
     if data is not None:
         return data
-    asked: Mapping[str, Any] = sae.provenance.get("train", {})
-    if "data" not in asked:
+    training: Mapping[str, Any] = sae.provenance.get("train", {})
+    if "data" not in training:
         raise UnweaveError("this SAE does not say which text it was trained on", remedy="name some with --data.sources")
-    return DataSpec.from_dict(asked["data"])
+    return DataSpec.from_dict(training["data"])
 
 
 def stream_of(sae: SAE) -> StreamSpec:

@@ -59,13 +59,13 @@ def info_of(sae: SAE) -> SAEInfo:
 def open_one(spec: UseSpec) -> Opened:
     """The SAE of a question about one, and the model to use it in; refused where they do not belong together."""
     sae = SAE.load(spec.sae)
-    asked = sae.provenance.get("train", {})
-    model = spec.model or asked.get("model")
+    training = sae.provenance.get("train", {})
+    model = spec.model or training.get("model")
     if model is None:
         raise UnweaveError(
             "this SAE does not say which model it belongs to", where=str(spec.sae), remedy="name it with --model"
         )
-    lm = load_lm(model, asked.get("dtype", "float32"), spec.device)
+    lm = load_lm(model, training.get("dtype", "float32"), spec.device)
     sae, accepted = sae.to(lm.device), {}
     if spec.accept_mismatch is not None:
         accepted[str(sae.write or sae.read)] = sae.accept(lm, spec.accept_mismatch)
@@ -103,19 +103,19 @@ def named_saes(names: Sequence[str]) -> list[tuple[Site | None, str]]:
 
     Raises UnweaveError for a folder without any.
     """
-    found: list[tuple[Site | None, str]] = []
+    named: list[tuple[Site | None, str]] = []
     for written in names:
         site, name = split_name(written)
         if site is not None:
-            found.append((site, name))
+            named.append((site, name))
             continue
         folder = Path(written)
         inner = sorted(p.parent for p in folder.rglob("cfg.json")) if os.path.isdir(folder) else []
         if not os.path.isdir(folder) or folder in inner or not inner:
-            found.append((None, written))
+            named.append((None, written))
         else:
-            found += [(None, str(path)) for path in inner]
-    return found
+            named += [(None, str(path)) for path in inner]
+    return named
 
 
 def open_saes(spec: OfSAEsSpec, lm: LM | None = None) -> Opened:
@@ -155,12 +155,12 @@ def _model_of(spec: OfSAEsSpec, loaded: Mapping[tuple[Site, str], SAE]) -> tuple
 
 def _placed(spec: OfSAEsSpec, lm: LM, model: str, loaded: Mapping[tuple[Site, str], SAE]) -> Opened:
     """The SAEs on the model's device, by site, with neurons at the other sites that were asked for."""
-    wanted = {site for pattern in spec.sites for _, site in matching(pattern, lm.sites())}
+    chosen = {site for pattern in spec.sites for _, site in matching(pattern, lm.sites())}
     saes: dict[Site, SAE] = {}
     names: dict[Site, str] = {}
     accepted: dict[str, Any] = {}
     for (site, name), sae in loaded.items():
-        if spec.sites and site not in wanted:
+        if spec.sites and site not in chosen:
             continue
         if site in saes:
             raise UnweaveError(f"two SAEs are at {site}", where=f"{names[site]}, {name}", remedy="name one per site")
@@ -170,7 +170,7 @@ def _placed(spec: OfSAEsSpec, lm: LM, model: str, loaded: Mapping[tuple[Site, st
         else:
             sae.verify(lm)
         saes[site], names[site] = sae, name
-    missing = wanted - set(saes)
+    missing = chosen - set(saes)
     if missing:
         there = ", ".join(map(str, sorted(saes)))
         names_of = ", ".join(map(str, sorted(missing)))

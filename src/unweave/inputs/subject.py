@@ -47,9 +47,9 @@ class Subject:
     @property
     def notes(self) -> tuple[str, ...]:
         """Caveats for a reader, in sentences."""
-        found = []
+        notes = []
         if self.note:
-            found.append(f"The model's weights are {self.note}: results are of them, not of the original ones.")
+            notes.append(f"The model's weights are {self.note}: results are of them, not of the original ones.")
         for site, evidence in self.accepted.items():
-            found.append(f"The SAE at {site} was used in another model than it was trained on: {evidence}")
-        return tuple(found)
+            notes.append(f"The SAE at {site} was used in another model than it was trained on: {evidence}")
+        return tuple(notes)

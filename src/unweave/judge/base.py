@@ -134,22 +134,22 @@ class CachedJudge:
         asking again goes on from there.
         """
         keys = [self._key(conversation) for conversation in conversations]
-        found: dict[str, Reply] = {}
+        replies: dict[str, Reply] = {}
         missing: dict[str, Conversation] = {}
         for key, conversation in zip(keys, conversations, strict=True):
-            if key not in found and key not in missing:
-                kept = self._load(key)
-                if kept is None:
+            if key not in replies and key not in missing:
+                cached = self._load(key)
+                if cached is None:
                     missing[key] = conversation
                 else:
-                    found[key] = kept
-        with task("judge", total=len(found) + len(missing), unit="replies", done=len(found)) as progress:
+                    replies[key] = cached
+        with task("judge", total=len(replies) + len(missing), unit="replies", done=len(replies)) as progress:
             for key, reply in self._answers(missing):
-                found[key] = reply
+                replies[key] = reply
                 progress.advance()
-            if len(found) < len(set(keys)):
-                raise self._spent(sum(reply.text is not None for reply in found.values()), len(set(keys)))
-        return [found[key] for key in keys]
+            if len(replies) < len(set(keys)):
+                raise self._spent(sum(reply.text is not None for reply in replies.values()), len(set(keys)))
+        return [replies[key] for key in keys]
 
     def _answers(self, missing: Mapping[str, Conversation]) -> Iterator[tuple[str, Reply]]:
         """New replies as they come, kept before they are passed on."""
@@ -167,10 +167,10 @@ class CachedJudge:
                 )
             yield keys[i], reply
 
-    def _spent(self, have: int, wanted: int) -> UnweaveError:
+    def _spent(self, have: int, needed: int) -> UnweaveError:
         used = f"{self.budget.requests:,} prompts and {self.budget.tokens:,} tokens"
         return UnweaveError(
-            f"the judge's budget is spent ({used}) with {have:,} of {wanted:,} replies there",
+            f"the judge's budget is spent ({used}) with {have:,} of {needed:,} replies there",
             where=self.name,
             remedy="ask again to go on with as much once more, or raise judge.budget_requests or judge.budget_tokens; "
             "replies are kept",
@@ -178,7 +178,7 @@ class CachedJudge:
 
     # -- the kept replies -----------------------------------------------------------------------------------------
 
-    def _asked(self, conversation: Conversation) -> dict[str, Any]:
+    def _request(self, conversation: Conversation) -> dict[str, Any]:
         messages = [{"role": message["role"], "content": message["content"]} for message in conversation]
         return {
             "version": _VERSION,
@@ -188,7 +188,7 @@ class CachedJudge:
         }
 
     def _key(self, conversation: Conversation) -> str:
-        text = json.dumps(self._asked(conversation), sort_keys=True, allow_nan=False)
+        text = json.dumps(self._request(conversation), sort_keys=True, allow_nan=False)
         return sha256(text.encode()).hexdigest()
 
     def _path(self, key: str) -> Path | None:
@@ -200,8 +200,8 @@ class CachedJudge:
         if path is None or not path.is_file():
             return None
         try:
-            kept = read_json(path)["reply"]
-            text, *counts, cut = (kept[n] for n in ("text", "prompt_tokens", "new_tokens", "cut"))
+            stored = read_json(path)["reply"]
+            text, *counts, cut = (stored[n] for n in ("text", "prompt_tokens", "new_tokens", "cut"))
         except (UnweaveError, KeyError, TypeError):
             return None
         if not isinstance(text, str) or not isinstance(cut, bool):
@@ -214,7 +214,7 @@ class CachedJudge:
         path = self._path(key)
         if path is not None:
             names = ("text", "prompt_tokens", "new_tokens", "cut")
-            write_json(path, self._asked(conversation) | {"reply": {name: getattr(reply, name) for name in names}})
+            write_json(path, self._request(conversation) | {"reply": {name: getattr(reply, name) for name in names}})
 
 
 def check_judge(spec: JudgeSpec) -> None:

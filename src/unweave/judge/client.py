@@ -251,11 +251,11 @@ class ChatServer:
             if isinstance(error.__cause__, _TooMuch):
                 return self._too_much(conversation)
             cause = f": {error.__cause__}" if error.__cause__ else ""
-            raise _Passing(self._said(f"the server cannot be reached: {error}{cause}")) from None
+            raise _Passing(self._shortened(f"the server cannot be reached: {error}{cause}")) from None
         except (OSError, self._openai.OpenAIError) as error:
-            raise _Passing(self._said(f"the server cannot be reached: {error}")) from None
+            raise _Passing(self._shortened(f"the server cannot be reached: {error}")) from None
         except _carrier(self._openai) as error:  # the connection broke in the middle of the answer
-            raise _Passing(self._said(f"the server's answer broke off: {error}"), answered=True) from None
+            raise _Passing(self._shortened(f"the server's answer broke off: {error}"), answered=True) from None
 
     def _too_much(self, conversation: Conversation) -> Reply:
         what = f"the server's answer has more than {_MOST_BYTES:,} bytes"
@@ -266,11 +266,11 @@ class ChatServer:
         status, url = error.status, str(self.settings["base_url"])
         if 300 <= status < 400:
             raise UnweaveError(
-                self._said(f"the server sends on to another address ({status}): {error.headers.get('location')}"),
+                self._shortened(f"the server sends on to another address ({status}): {error.headers.get('location')}"),
                 where=url,
                 remedy="prompts and key go to judge.base_url alone; if you trust that address, give it there",
             ) from None
-        what = self._said(f"the server answered {status}: {_message(error.body)}")
+        what = self._shortened(f"the server answered {status}: {_message(error.body)}")
         if status in _PASSING or status >= 500:
             raise _Passing(what, _seconds(error.headers.get("retry-after"))) from None
         if status in _HOPELESS:
@@ -284,48 +284,48 @@ class ChatServer:
             choice = answer["choices"][0]
             text, reason = choice["message"].get("content"), choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            shown = self._said(body.decode(errors="replace"), 100)
+            shown = self._shortened(body.decode(errors="replace"), 100)
             raise _Passing(f"the server's answer is not a chat completion: {shown!r}", answered=True) from None
         usage = answer.get("usage")
-        said = text if isinstance(text, str) else ""
+        content = text if isinstance(text, str) else ""
         prompt = _count(usage, "prompt_tokens", _estimate(conversation))
-        new = _count(usage, "completion_tokens", _estimate([{"content": said}]) if said else 0)
-        if not said.strip():
-            reason = self._said(reason, 40) if isinstance(reason, str) else "is missing"
+        new = _count(usage, "completion_tokens", _estimate([{"content": content}]) if content else 0)
+        if not content.strip():
+            reason = self._shortened(reason, 40) if isinstance(reason, str) else "is missing"
             return Reply(None, f"the reply is empty (finish_reason {reason})", prompt, new)
-        return Reply(self._clean(said), "", prompt, new, cut=reason == "length")
+        return Reply(self._clean(content), "", prompt, new, cut=reason == "length")
 
     def _clean(self, text: str) -> str:
         """The text without the key, should a server have repeated it, and without what no file can hold."""
         text = text.encode("utf-8", "replace").decode("utf-8")
         return self._secret.clean(text) if self._secret else text
 
-    def _said(self, text: str, at_most: int = 300) -> str:
+    def _shortened(self, text: str, at_most: int = 300) -> str:
         """A server's words as they may be shown: in one line, without the key first of all, and then not too long."""
         return plain(" ".join(self._clean(text[:_READ]).split()))[:at_most]
 
 
 async def _body(response: Any) -> bytes:
     """All of an answer, or _TooMuch."""
-    found = bytearray()
+    body = bytearray()
     async with aclosing(response.aiter_raw()) as chunks:
         async for chunk in chunks:
-            found += chunk
-            if len(found) > _MOST_BYTES:
+            body += chunk
+            if len(body) > _MOST_BYTES:
                 raise _TooMuch
-    return bytes(found)
+    return bytes(body)
 
 
 def _same_place(response: Any) -> bool:
     """Whether a redirect stays with the server that was asked."""
-    asked, location = response.request.url, response.headers.get("location")
+    origin, location = response.request.url, response.headers.get("location")
     if not location:
         return False
     try:
-        to = asked.join(location)
+        to = origin.join(location)
     except Exception:  # whatever the package says of an address that is none
         return False
-    return (to.scheme, to.host, to.port) == (asked.scheme, asked.host, asked.port) and not to.userinfo
+    return (to.scheme, to.host, to.port) == (origin.scheme, origin.host, origin.port) and not to.userinfo
 
 
 def _carrier(openai: Any) -> type[Exception]:
@@ -369,10 +369,10 @@ def _message(body: bytes) -> str:
     try:
         value = json.loads(text)
         inner = value.get("error", value) if isinstance(value, Mapping) else value
-        said = inner.get("message") if isinstance(inner, Mapping) else inner
+        message = inner.get("message") if isinstance(inner, Mapping) else inner
     except (ValueError, RecursionError):
-        said = None
-    return said if isinstance(said, str) else text
+        message = None
+    return message if isinstance(message, str) else text
 
 
 def _count(usage: Any, name: str, estimate: int) -> int:

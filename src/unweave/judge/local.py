@@ -162,13 +162,13 @@ def _has_windows(config: Any) -> bool:
 def _without_specials(conversation: Conversation, tokenizer: Any) -> list[dict[str, str]]:
     """Contents in which no stretch reads as a special token: text about `<|im_end|>` must not end the judge's turn."""
     names = sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len)
-    found = []
+    messages = []
     for message in conversation:
         content = message["content"]
         for name in reversed(names):
             content = content.replace(name, f"{name[:1]} {name[1:]}")
-        found.append({"role": message["role"], "content": content})
-    return found
+        messages.append({"role": message["role"], "content": content})
+    return messages
 
 
 def weights_digest(lm: LM) -> str:

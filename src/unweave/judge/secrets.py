@@ -89,10 +89,10 @@ class _WithoutSecrets(logging.Filter):
         self.secrets: dict[str, Secret] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        said = record.getMessage()
+        message = record.getMessage()
         for secret in self.secrets.values():
-            said = secret.clean(said)
-        record.msg, record.args = said, ()
+            message = secret.clean(message)
+        record.msg, record.args = message, ()
         return True
 
 

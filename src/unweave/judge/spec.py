@@ -46,9 +46,9 @@ class JudgeSpec(Spec):
         limits = ("budget_requests", "budget_tokens", "timeout")
         fine = {name: getattr(self, name) is None or getattr(self, name) > 0 for name in limits}
         require(self, fine | {name: getattr(self, name) > 0 for name in ("max_new_tokens", "at_once")})
-        given = ("dtype",) if self.base_url is not None else ("api_key_env", "timeout")
+        inapplicable = ("dtype",) if self.base_url is not None else ("api_key_env", "timeout")
         kind = "server" if self.base_url is not None else "model that runs here"
-        for name in given:
+        for name in inapplicable:
             if getattr(self, name) is not None:
                 raise UnweaveError(
                     f"{name} means nothing for a {kind}",

@@ -61,8 +61,8 @@ def payload(latents: Sequence[LatentEntry], tags: Mapping[str, Sequence[int]]) -
         peak = _significant(max(context.activations[context.peak], 0.0))
         return [kind, " ".join(codes[token] for token in context.tokens), digits, context.peak, peak]
 
-    def pairs(given: Sequence[tuple[str, float]]) -> list[float | None]:
-        return [part for token, value in given for part in (table[token], _significant(value))]
+    def pairs(weights: Sequence[tuple[str, float]]) -> list[float | None]:
+        return [part for token, value in weights for part in (table[token], _significant(value))]
 
     rows = [
         [

@@ -138,19 +138,19 @@ def pairs(lm: LM | Any, structure: Structure, n: int, *, seed: int = 0, split: S
         raise UnweaveError(f"unknown split {split!r}", remedy="use train or test")
     if n < 1:
         raise UnweaveError(f"{n} pairs were asked for", remedy="ask for at least one")
-    found: list[Pair] = []
+    qualified: list[Pair] = []
     problems: Counter[str] = Counter()
     for pair in _drawn(structure, split, random.Random(seed), _for_tokenizer(tokenizer, structure)):
         problem = problem_of(tokenizer, pair)
         if problem is not None:
             problems[problem] += 1
             continue
-        found.append(pair)
-        if len(found) == n:
-            return found
+        qualified.append(pair)
+        if len(qualified) == n:
+            return qualified
     reasons = "; ".join(f"{count}: {reason}" for reason, count in problems.most_common(3))
     raise UnweaveError(
-        f"{n} {structure} pairs were asked for, but only {len(found)} qualify with this tokenizer",
+        f"{n} {structure} pairs were asked for, but only {len(qualified)} qualify with this tokenizer",
         where=f"{split} split" + (f"; left out {reasons}" if reasons else ""),
         remedy="ask for fewer, use another structure, or bring your own pairs as JSON lines",
     )
@@ -247,14 +247,14 @@ def load(path: str | Path) -> list[Pair]:
     Raises UnweaveError that names the bad line or entry, and the field.
     """
     names = [field.name for field in fields(Pair)]
-    found = []
+    loaded = []
     for where, value in entries(path, "pairs", names[:4]):
-        given = {"case": "", **value}
-        if bad := faults(given, names):
+        filled = {"case": "", **value}
+        if bad := faults(filled, names):
             remedy = f"each pair needs {', '.join(names[:4])}"
             raise UnweaveError(", ".join(bad), where=where, remedy=remedy)
-        found.append(Pair(**{name: given[name] for name in names}))
-    return found
+        loaded.append(Pair(**{name: filled[name] for name in names}))
+    return loaded
 
 
 # -- sentences ------------------------------------------------------------------------------------------------------
@@ -322,15 +322,15 @@ def _drawn(structure: Structure, split: Split, rng: random.Random, form: _Form) 
         total *= size
     # An order of all of them is only worth making when a few draws have not been enough.
     few = rng.sample(range(total), min(total, 20_000))
-    yield from _made(structure, split, form, sizes, few)
+    yield from _pairs_at(structure, split, form, sizes, few)
     if total > len(few):
         seen = set(few)
         rest = [index for index in range(total) if index not in seen]
         rng.shuffle(rest)
-        yield from _made(structure, split, form, sizes, rest)
+        yield from _pairs_at(structure, split, form, sizes, rest)
 
 
-def _made(
+def _pairs_at(
     structure: Structure, split: Split, form: _Form, sizes: Sequence[int], indices: Iterable[int]
 ) -> Iterator[Pair]:
     n_slots = len(form.slots)

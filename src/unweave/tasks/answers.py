@@ -63,11 +63,11 @@ class AnswerLoss:
         return -values.gather(1, ids).squeeze(1)
 
 
-def problem_of(tokenizer: Any, given: Input) -> str | None:
+def problem_of(tokenizer: Any, example: Input) -> str | None:
     """Why an input cannot be used with a tokenizer, or None: its answer must be a single token that leaves the
     context's own tokens as they are."""
-    ids = encode_text(tokenizer, given.context)[0]
-    whole = encode_text(tokenizer, given.context + given.answer)[0]
+    ids = encode_text(tokenizer, example.context)[0]
+    whole = encode_text(tokenizer, example.context + example.answer)[0]
     if not ids:
         return "the context has no tokens"
     if whole[: len(ids)] != ids:
@@ -96,31 +96,31 @@ def batches(
     if max_rows is not None and max_rows < 1:
         raise UnweaveError(f"batches of {max_rows} rows", remedy="give at least one row")
     tokenizer = tokenizer_of(lm)
-    made: list[tuple[tuple[list[int], list[int]], int]] = []
-    for number, given in enumerate(chosen):
-        problem = problem_of(tokenizer, given)
+    encoded: list[tuple[tuple[list[int], list[int]], int]] = []
+    for number, example in enumerate(chosen):
+        problem = problem_of(tokenizer, example)
         if problem is not None:
-            where = f"input {number}: {given.context!r}, {given.answer!r}"
+            where = f"input {number}: {example.context!r}, {example.answer!r}"
             raise UnweaveError(problem, where=where, remedy="keep the good ones: usable(lm, inputs)")
-        answer = encode_text(tokenizer, given.context + given.answer)[0][-1]
-        made.append((encode_text(tokenizer, given.context), answer))
-    made.sort(key=lambda row: len(row[0][0]))
-    found = []
+        answer = encode_text(tokenizer, example.context + example.answer)[0][-1]
+        encoded.append((encode_text(tokenizer, example.context), answer))
+    encoded.sort(key=lambda row: len(row[0][0]))
+    grouped = []
     start = 0
-    while start < len(made):
-        width = len(made[start][0][0])
-        group = made[start : start + (max_rows or len(made))]
+    while start < len(encoded):
+        width = len(encoded[start][0][0])
+        group = encoded[start : start + (max_rows or len(encoded))]
         if not pad:
             group = [row for row in group if len(row[0][0]) == width]
         answers = torch.tensor([answer for _, answer in group])
-        found.append((Tokens.pad([row for row, _ in group], lm.pad_id), None, AnswerLoss(answers, metric)))
+        grouped.append((Tokens.pad([row for row, _ in group], lm.pad_id), None, AnswerLoss(answers, metric)))
         start += len(group)
-    return found
+    return grouped
 
 
 def save(path: str | Path, chosen: Iterable[Input]) -> None:
     """Writes inputs as JSON lines."""
-    lines = [json.dumps(asdict(given), ensure_ascii=False) for given in chosen]
+    lines = [json.dumps(asdict(example), ensure_ascii=False) for example in chosen]
     with atomic_write(Path(path)) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 

@@ -17,13 +17,13 @@ def entries(path: str | Path, what: str, fields: Sequence[str]) -> list[tuple[st
     holds nothing, or holds something else than objects.
     """
     try:
-        found = list(_values(Path(path), fields))
+        objects = list(_values(Path(path), fields))
     except UnweaveError as error:
         reason = error.what.replace("not valid JSON", "not JSON")
         raise UnweaveError(f"cannot read the {what}: {reason}", where=error.where, remedy=error.remedy) from None
-    if not found:
+    if not objects:
         raise UnweaveError(f"the file holds no {what}", where=str(path), remedy="one JSON object a line, or one array")
-    for where, value in found:
+    for where, value in objects:
         if not isinstance(value, Mapping):
             names = ", ".join(fields)
             raise UnweaveError(
@@ -31,7 +31,7 @@ def entries(path: str | Path, what: str, fields: Sequence[str]) -> list[tuple[st
                 where=where,
                 remedy=f"write an object with the fields {names}",
             )
-    return found
+    return objects
 
 
 def kind(value: Any) -> str:

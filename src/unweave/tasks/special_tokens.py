@@ -73,21 +73,21 @@ class SpecialTokens:
 
     def mask(self, tokens: Tokens) -> Tensor:
         """True at special tokens, bool [B, P]; never at padding."""
-        found = torch.isin(tokens.ids, torch.tensor(self.ids, device=tokens.ids.device)) & tokens.mask
-        return found & (tokens.roles == int(Role.SPECIAL)) if self.where == "template" else found
+        special = torch.isin(tokens.ids, torch.tensor(self.ids, device=tokens.ids.device)) & tokens.mask
+        return special & (tokens.roles == int(Role.SPECIAL)) if self.where == "template" else special
 
 
 def special_ids(lm: LM) -> tuple[int, ...]:
     """The tokenizer's special ids, and the ids of which its chat template spells role words (mostly one a word)."""
-    found = set(lm.special_ids)
+    ids = set(lm.special_ids)
     if lm.tokenizer is not None and has_template(lm.tokenizer):
-        found |= _header_words(lm.tokenizer, found)
-    return tuple(sorted(found))
+        ids |= _header_words(lm.tokenizer, ids)
+    return tuple(sorted(ids))
 
 
 def _header_words(tokenizer: Any, special: set[int]) -> set[int]:
     question, answer = {"role": "user", "content": "7"}, {"role": "assistant", "content": "8"}
-    found: set[int] = set()
+    word_ids: set[int] = set()
     for talk in ([question, answer], [{"role": "system", "content": "9"}, question, answer]):
         try:
             ids, roles = render(tokenizer, talk)
@@ -100,5 +100,5 @@ def _header_words(tokenizer: Any, special: set[int]) -> set[int]:
                 if not all(written[first:end]):
                     break
                 if all(texts[first:end]) and "".join(texts[first:end]) in ROLE_WORDS:
-                    found |= set(ids[first:end])
-    return found
+                    word_ids |= set(ids[first:end])
+    return word_ids

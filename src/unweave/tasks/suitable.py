@@ -25,12 +25,12 @@ def suitable(
 ) -> tuple[list[_T], dict[str, int]]:
     """The candidates without a problem, and how many were left out for which reason."""
     tokenizer = tokenizer_of(lm)
-    kept: list[_T] = []
+    usable: list[_T] = []
     problems: Counter[str] = Counter()
     for candidate in candidates:
         problem = problem_of(tokenizer, candidate)
         if problem is None:
-            kept.append(candidate)
+            usable.append(candidate)
         else:
             problems[problem] += 1
-    return kept, dict(problems)
+    return usable, dict(problems)

@@ -66,12 +66,12 @@ def run(spec: DemoSpec, runs: Path) -> Run[Demo]:
     return done
 
 
-def _asked(spec: DemoSpec, handle: object) -> dict[str, str]:
+def _train_digest(spec: DemoSpec, handle: object) -> dict[str, str]:
     del handle
     return {"train": scale_of(spec).train.digest()}
 
 
-@stage("demo", version=3, also=_asked)
+@stage("demo", version=3, also=_train_digest)
 def main_job(spec: DemoSpec, ctx: Context) -> Demo:
     """The main job on the default model and text."""
     steps = _steps(spec, ctx.runs)

@@ -43,9 +43,9 @@ def cross_entropy_bars(clean: float | None, sae: float | None, mean: float | Non
     """Return the model's loss untouched, with the SAE, and under mean and zero ablation as bars, nats per token."""
     import matplotlib
 
-    given = [("Untouched", clean, "mute"), ("SAE in place", sae, "accent")]
-    given += [("Mean ablation", mean, "warm"), ("Zero ablation", zero, "warm")]
-    bars = [(name, value, colour) for name, value, colour in given if finite(value)]
+    losses = [("Untouched", clean, "mute"), ("SAE in place", sae, "accent")]
+    losses += [("Mean ablation", mean, "warm"), ("Zero ablation", zero, "warm")]
+    bars = [(name, value, colour) for name, value, colour in losses if finite(value)]
     values = [value for _, value, _ in bars]
     with matplotlib.rc_context(settings()):
         figure = new_figure(HEIGHT)

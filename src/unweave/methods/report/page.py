@@ -43,18 +43,18 @@ def _around(sae: str, shown: Sequence[Shown], limit: int | None) -> Around:
     entries: dict[int, LatentEntry] = {}
     for one in same:
         if isinstance(one.result, LatentRecords):
-            wanted = {latent for latents in tags.values() for latent in latents}
-            entries |= _entries(one, wanted, limit)
+            tagged = {latent for latents in tags.values() for latent in latents}
+            entries |= _entries(one, tagged, limit)
     return Around(None, entries, tags, limit, f"latents-{sae}" if sae else "latents")
 
 
-def _entries(one: Shown, wanted: set[int], limit: int | None) -> dict[int, LatentEntry]:
+def _entries(one: Shown, tagged: set[int], limit: int | None) -> dict[int, LatentEntry]:
     """The first records, and those of the latents that are named elsewhere."""
     stage = import_module("unweave.latents.stage")
     view = import_module("unweave.latents.view")
     records = stage.load(one.run)
     there = list(range(len(records))) if records.latents is None else records.latents.tolist()
-    return {j: view.entry_of(records.latent(j)) for j in sorted({*there[:limit], *(wanted & set(there))})}
+    return {j: view.entry_of(records.latent(j)) for j in sorted({*there[:limit], *(tagged & set(there))})}
 
 
 def _deck(shown: Sequence[Shown]) -> str:
@@ -104,11 +104,11 @@ def _values(values: Mapping[str, Any]) -> str:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    pairs: list[tuple[str, Any]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"
-        found += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
-    return found
+        pairs += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+    return pairs
 
 
 def _written(value: Any) -> str:

@@ -75,11 +75,11 @@ def of_sae(sae: Path, runs: Path) -> list[Path]:
     for path in Path(runs).glob("*-*"):
         if not (path / "DONE").is_file():
             continue
-        asked = Run.at(path).asked
-        if asked["inputs"].get("sae") == identity and command_of(asked["stage"]) is not None:
-            made = (path / "DONE").stat().st_mtime
-            if asked["stage"] not in newest or made > newest[asked["stage"]][0]:
-                newest[asked["stage"]] = (made, path)
+        question = Run.at(path).asked
+        if question["inputs"].get("sae") == identity and command_of(question["stage"]) is not None:
+            finished = (path / "DONE").stat().st_mtime
+            if question["stage"] not in newest or finished > newest[question["stage"]][0]:
+                newest[question["stage"]] = (finished, path)
     return [*_training(sae), *(path for _, path in newest.values())]
 
 

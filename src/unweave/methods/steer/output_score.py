@@ -85,27 +85,33 @@ def output_scores(
     lens = lens_tokens(lm, sae, latents)
     shift = torch.zeros(len(lens), row.ids.shape[1], sae.d_out, dtype=sae.W_dec.dtype, device=lm.device)
     shift[:, -1] = amount * strongest * sae.subset(latents).directions
-    found: list[OutputScore] = []
-    known = lm.known_ids.to(lm.device)
+    scores: list[OutputScore] = []
+    vocabulary = lm.known_ids.to(lm.device)
     for part, p in _raised(lm, write, row, shift, max_tokens):
         best = p.gather(1, lens[part]).max(1).values
-        ranks = (p[:, known] > best.unsqueeze(1)).sum(1).tolist()
+        ranks = (p[:, vocabulary] > best.unsqueeze(1)).sum(1).tolist()
         for latent, theme, high, rank in zip(latents[part], lens[part], best.tolist(), ranks, strict=True):
             tokens = tuple(lm.token_strings(theme[:_SHOWN]))
-            found.append(OutputScore(int(latent), (1 - rank / len(known)) * high, high, rank, tokens))
-    return found
+            scores.append(OutputScore(int(latent), (1 - rank / len(vocabulary)) * high, high, rank, tokens))
+    return scores
 
 
 def expressions(
-    lm: LM, sae: SAE, found: Sequence[Theme], maxima: Sequence[float], *, strength: float = 2.0, max_tokens: int = 1024
+    lm: LM,
+    sae: SAE,
+    selected: Sequence[Theme],
+    maxima: Sequence[float],
+    *,
+    strength: float = 2.0,
+    max_tokens: int = 1024,
 ) -> list[float]:
     """How much turning each latent up brings out its theme, in nats: sum p' log(p' / p) over the theme's tokens, mean
     over neutral prompts. p is the next-token distribution, p' the one with ``strength`` times the latent's largest
     activation added on all tokens that the SAE was trained on; a rare word that becomes likely counts most."""
     write = _written(lm, sae)
     shift = strength * torch.as_tensor(maxima, dtype=sae.W_dec.dtype, device=sae.W_dec.device).unsqueeze(1)
-    shift = shift * sae.subset([theme.latent for theme in found]).directions
-    total = [0.0] * len(found)
+    shift = shift * sae.subset([theme.latent for theme in selected]).directions
+    total = [0.0] * len(selected)
     for prompt in PROMPTS:
         row = lm.tokenize(prompt)
         reads = sae.read or write
@@ -113,10 +119,10 @@ def expressions(
             logits = lm(row, keep_logits=1)
         assert logits is not None
         before = torch.softmax(logits[0, -1].float(), -1).clamp(min=_TINY)
-        kept = sae.policy.keep(seen[reads], row.ids.to(lm.device), row.mask.to(lm.device)).unsqueeze(-1)
-        for part, p in _raised(lm, write, row, shift.unsqueeze(1) * kept, max_tokens):
+        keep = sae.policy.keep(seen[reads], row.ids.to(lm.device), row.mask.to(lm.device)).unsqueeze(-1)
+        for part, p in _raised(lm, write, row, shift.unsqueeze(1) * keep, max_tokens):
             for place, after in zip(range(part.start, part.stop), p, strict=True):
-                ids = torch.tensor(found[place].token_ids, device=p.device)
+                ids = torch.tensor(selected[place].token_ids, device=p.device)
                 now = after[ids].clamp(min=_TINY)
                 total[place] += float((now * (now / before[ids]).log()).sum()) / len(PROMPTS)
     return total
@@ -125,7 +131,7 @@ def expressions(
 def trials(
     lm: LM,
     sae: SAE,
-    found: Sequence[Theme],
+    selected: Sequence[Theme],
     maxima: Sequence[float],
     *,
     strengths: Sequence[float] = (1.0, 2.0),
@@ -138,25 +144,25 @@ def trials(
     the perplexity under the unedited model is at most twice that of unedited text, else 1 over the number of doublings.
     """
     write = _written(lm, sae)
-    cells = [(i, strength) for i in range(len(found)) for strength in strengths]
+    cells = [(i, strength) for i in range(len(selected)) for strength in strengths]
     scale = torch.tensor([0.0, *(strength * maxima[i] for i, strength in cells)], dtype=sae.W_dec.dtype)
-    latents = torch.tensor([0, *(found[i].latent for i, _ in cells)])
+    latents = torch.tensor([0, *(selected[i].latent for i, _ in cells)])
     shift = scale.unsqueeze(1).to(lm.device) * sae.W_dec[latents.to(lm.device)]
 
     def raised(x: Tensor, at: At) -> Tensor:
-        kept = sae.policy.keep(x, at.ids, at.mask) if sae.read == write else at.mask
-        return x + (shift.unsqueeze(1) * kept.unsqueeze(-1)).to(x.dtype)
+        keep = sae.policy.keep(x, at.ids, at.mask) if sae.read == write else at.mask
+        return x + (shift.unsqueeze(1) * keep.unsqueeze(-1)).to(x.dtype)
 
     rows = prompt_tokens(lm, [prompt] * len(scale), None)
     ids = lm.generate_ids(rows, {write: raised}, max_new_tokens=max_new_tokens)
     written = until_end(lm, ids)
     perplexities = perplexity(lm, rows, ids, written)
     usual = perplexities[0] or 1.0
-    values = [0.0] * len(found)
+    values = [0.0] * len(selected)
     for (i, _), row, n, p in zip(cells, ids[1:], written.tolist()[1:], perplexities[1:], strict=True):
         if p is not None:
             new = row[:n]
-            theme = min(1.0, sum(int(token) in found[i].token_ids for token in new) / 2)
+            theme = min(1.0, sum(int(token) in selected[i].token_ids for token in new) / 2)
             values[i] += theme * distinct(new) / max(1.0, math.log2(p / usual)) / len(strengths)
     return values
 
@@ -170,22 +176,22 @@ def choose_latents(
     order of their trials; the others follow by expression. Raises UnweaveError where no latent has a theme, as in
     records of very little text.
     """
-    found = themes(lm, records)[:candidates]
-    if not found:
+    clearest = themes(lm, records)[:candidates]
+    if not clearest:
         raise UnweaveError(
             "no latent has a theme: words that its contexts share and others lack",
             where=str(sae.write),
             remedy="name the latent to steer with, or collect records on more text",
         )
-    maxima = [float(records.maximum[theme.latent]) for theme in found]
-    values = expressions(lm, sae, found, maxima)
-    order = sorted(range(len(found)), key=lambda i: (-values[i], found[i].latent))
+    maxima = [float(records.maximum[theme.latent]) for theme in clearest]
+    values = expressions(lm, sae, clearest, maxima)
+    order = sorted(range(len(clearest)), key=lambda i: (-values[i], clearest[i].latent))
     best = order[:tried]
-    shown = dict(zip(best, trials(lm, sae, [found[i] for i in best], [maxima[i] for i in best]), strict=True))
+    shown = dict(zip(best, trials(lm, sae, [clearest[i] for i in best], [maxima[i] for i in best]), strict=True))
     order = sorted(order[: max(n, tried)], key=lambda i: (i not in shown, -shown.get(i, 0.0), -values[i]))[:n]
-    scores = output_scores(lm, sae, [found[i].latent for i in order])
+    scores = output_scores(lm, sae, [clearest[i].latent for i in order])
     return [
-        Candidate(found[i].latent, found[i].words, values[i], shown.get(i, 0.0), score.score, score.tokens)
+        Candidate(clearest[i].latent, clearest[i].words, values[i], shown.get(i, 0.0), score.score, score.tokens)
         for i, score in zip(order, scores, strict=True)
     ]
 

@@ -62,8 +62,8 @@ def themes(lm: LM, records: Records, *, min_count: int = 20, max_rate: float = 0
     good = (documents >= _MIN_DOCUMENTS) & usual[pairs[:, 0]] & rare[pairs[:, 1]]
     pairs, documents = pairs[good], documents[good]
     weights = documents * np.log(n_contexts / in_contexts[pairs[:, 1]])
-    found = [_theme(int(j), pairs, weights, words, word_of) for j in np.unique(pairs[:, 0])]
-    return sorted(found, key=lambda theme: (-theme.clarity, theme.latent))
+    all_themes = [_theme(int(j), pairs, weights, words, word_of) for j in np.unique(pairs[:, 0])]
+    return sorted(all_themes, key=lambda theme: (-theme.clarity, theme.latent))
 
 
 def _theme(latent: int, pairs: Array, weights: Array, words: list[str], word_of: Array) -> Theme:

@@ -231,18 +231,20 @@ class _Measured:
 def _measure(
     lm: LM, sae: SAE, pieces: Sequence[Batch], top: list[int], others: list[int], max_tokens: int, shown: Task
 ) -> _Measured:
-    found: list[list[Tensor]] = [[], [], [], [], []]
+    measured: list[list[Tensor]] = [[], [], [], [], []]
     for piece in pieces:
         for place, origin in enumerate(("clean", "patch")):
             each = exact_effects(lm, sae, *piece, [*top, *others], origin=origin, max_tokens=max_tokens)
-            found[place].append(each.double().cpu())
+            measured[place].append(each.double().cpu())
             shown.advance(3)
-        found[2].append(together_effects(lm, sae, *piece, top, max_tokens=max_tokens).double().cpu())
+        measured[2].append(together_effects(lm, sae, *piece, top, max_tokens=max_tokens).double().cpu())
         for place, end in enumerate(endpoints(lm, sae, *piece, max_tokens=max_tokens), 3):
-            found[place].append(end.double().cpu())
+            measured[place].append(end.double().cpu())
         shown.advance()
-    clean, patch = (torch.cat(part, 1).mean(1).tolist() for part in found[:2])
-    return _Measured(clean, patch, float(torch.cat(found[2], 1).mean()), (torch.cat(found[3]), torch.cat(found[4])))
+    clean, patch = (torch.cat(part, 1).mean(1).tolist() for part in measured[:2])
+    return _Measured(
+        clean, patch, float(torch.cat(measured[2], 1).mean()), (torch.cat(measured[3]), torch.cat(measured[4]))
+    )
 
 
 def diagnose(
@@ -264,13 +266,13 @@ def diagnose(
         coarse = _Means(lm, sae, few, "ig", steps, rule, max_tokens, shown).latents[index]
         fine = _Means(lm, sae, few, "ig", fine_steps, "midpoint", max_tokens, shown).latents[index]
         strong = list(latents[:_DIAGNOSED_LATENTS])
-        found: list[list[Tensor]] = [[], [], []]
+        effects: list[list[Tensor]] = [[], [], []]
         for piece in few:
-            found[0].append(exact_effects(lm, sae, *piece, latents, max_tokens=max_tokens))
-            found[1].append(exact_effects(lm, sae, *piece, latents, origin="patch", max_tokens=max_tokens))
-            found[2].append(alone_effects(lm, sae, *piece, strong, steps=_ALONE_STEPS, max_tokens=max_tokens))
+            effects[0].append(exact_effects(lm, sae, *piece, latents, max_tokens=max_tokens))
+            effects[1].append(exact_effects(lm, sae, *piece, latents, origin="patch", max_tokens=max_tokens))
+            effects[2].append(alone_effects(lm, sae, *piece, strong, steps=_ALONE_STEPS, max_tokens=max_tokens))
             shown.advance(20)
-    here, there, alone = (torch.cat(part, 1).double().mean(1).cpu() for part in found)
+    here, there, alone = (torch.cat(part, 1).double().mean(1).cpu() for part in effects)
     alone_error = float((alone - here[: len(strong)]).abs().max() / here.abs().max().clamp(min=1e-30))
     r = [correlations(a, b)["pearson"] for a, b in ((coarse, here), (fine, here), (fine, there), (fine, here + there))]
     sizes = scale(coarse, here), scale(fine, here)
@@ -316,12 +318,12 @@ class _Means:
         self.changed = torch.zeros(sae.d_sae, dtype=torch.int64)
         error, n = 0.0, 0
         for clean, patch, metric in batches:
-            (found,) = node_effects(
+            (effects,) = node_effects(
                 lm, sae, clean, patch, metric, method=method, steps=steps, rule=rule, max_tokens=max_tokens
             ).values()
-            latents, errors = found.over_positions()
+            latents, errors = effects.over_positions()
             self.latents += latents.double().sum(0).cpu()
-            self.changed += (found.latents != 0).any(1).sum(0).cpu()
+            self.changed += (effects.latents != 0).any(1).sum(0).cpu()
             error, n = error + float(errors.double().sum()), n + len(clean)
             shown.advance(steps if method == "ig" else 1)
         self.latents /= n
@@ -360,12 +362,12 @@ def _pieces(batches: Sequence[Batch]) -> list[Batch]:
 
 
 def _first(batches: Sequence[Batch], n: int) -> list[Batch]:
-    found: list[Batch] = []
+    first: list[Batch] = []
     for batch in batches:
         if n > 0:
-            found.append(_part(batch, 0, n))
+            first.append(_part(batch, 0, n))
             n -= len(batch[0])
-    return found
+    return first
 
 
 def _plain(value: Any) -> Any:

@@ -61,8 +61,8 @@ def _correlations(result: Trace, estimate: Estimate, chosen: bool) -> str:
     if not result.agreements:
         return ""
     group: Group = "chosen" if chosen else "random"
-    given = (("r", result.pearson(estimate, group)), ("ρ", result.spearman(estimate, group)))
-    text = ", ".join(f"{sign} = {value:.2f}" for sign, value in given if finite(value))
+    coefficients = (("r", result.pearson(estimate, group)), ("ρ", result.spearman(estimate, group)))
+    text = ", ".join(f"{sign} = {value:.2f}" for sign, value in coefficients if finite(value))
     return f":  {text}" if text else ""
 
 

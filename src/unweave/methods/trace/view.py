@@ -113,9 +113,9 @@ def section(result: Trace, around: Around = ALONE) -> Section:
     parts += [_agreement(result)] if result.agreements else []
     parts.append(f"<p>{esc(finding(result))}</p>")
     parts.append(_effects(chosen, around))
-    known = [effect for effect in chosen if effect.latent in around.entries][:3]
-    if known:
-        cards = "".join(card(strongest_contexts(around.entries[e.latent]), _card_heading(e)) for e in known)
+    recorded = [effect for effect in chosen if effect.latent in around.entries][:3]
+    if recorded:
+        cards = "".join(card(strongest_contexts(around.entries[e.latent]), _card_heading(e)) for e in recorded)
         parts.append(f'<div class="uw-wide uw-cards">{cards}</div>')
     warning = incomplete(result.sums)
     notes = (*result.subject.notes, *([f"{warning[0].upper()}{warning[1:]}."] if warning else []))
