@@ -125,10 +125,10 @@ def node_effects(
         start = take_apart(one, values, clean)[site]
         return start, change_of(by_site[site], start, end, moved)
 
-    found: dict[Site, SiteEffects] = {}
+    effects: dict[Site, SiteEffects] = {}
     if method == "exact":
-        found = {site: _exact_nodes(run, site, sae, *change(site)) for site, sae in by_site.items()}
-        return _measured(run, found, lambda site: _ends_of(*change(site))) if measure else found
+        effects = {site: _exact_nodes(run, site, sae, *change(site)) for site, sae in by_site.items()}
+        return _measured(run, effects, lambda site: _ends_of(*change(site))) if measure else effects
     if method == "ig":
         xs = {site: values[site].to(sae.W_dec.dtype) for site, sae in by_site.items()}
         shifts = {
@@ -140,8 +140,8 @@ def node_effects(
         gradients = _path_means(run, xs, shifts, (fractions(steps, rule), step_lengths(steps, rule)), gradients)
     _check_gradients(gradients)
     for site, sae in by_site.items():
-        found[site] = effects_of(sae, gradients[site], change(site)[1])
-    return _measured(run, found, lambda site: _ends_of(*change(site))) if measure else found
+        effects[site] = effects_of(sae, gradients[site], change(site)[1])
+    return _measured(run, effects, lambda site: _ends_of(*change(site))) if measure else effects
 
 
 def _ends_of(start: State, change: State) -> tuple[Tensor, Tensor]:
@@ -149,19 +149,19 @@ def _ends_of(start: State, change: State) -> tuple[Tensor, Tensor]:
 
 
 def _measured(
-    run: Runner, found: Mapping[Site, SiteEffects], ends: Callable[[Site], tuple[Tensor, Tensor]]
+    run: Runner, effects: Mapping[Site, SiteEffects], ends: Callable[[Site], tuple[Tensor, Tensor]]
 ) -> dict[Site, SiteEffects]:
     """The same effects with what moving all of a site's nodes does to the metric, one more pass a site."""
-    unknown = [site for site in found if run.needs([site]) - run.known]
+    unknown = [site for site in effects if run.needs([site]) - run.known]
     if unknown:
         run.clean_values(unknown, [])
     before: Tensor | None = None
-    made = {}
-    for site, effects in found.items():
+    measured = {}
+    for site, one in effects.items():
         start, end = ends(site)
         before = run.values_at(site, start, None) if before is None else before
-        made[site] = replace(effects, measured=run.values_at(site, end, None) - before)
-    return made
+        measured[site] = replace(one, measured=run.values_at(site, end, None) - before)
+    return measured
 
 
 def effects_of(sae: SAE, gradient: Tensor, change: State) -> SiteEffects:
@@ -194,8 +194,8 @@ def _path_means(
 ) -> dict[Site, Tensor]:
     """The gradients' means over ``points`` (alphas, and how much each counts) on each site's way from clean to patch;
     ``at_clean`` is that at the first of them, where it is known."""
-    known = 1 if at_clean else 0
-    alphas, lengths = points[0][known:], points[1][known:]
+    first = 1 if at_clean else 0
+    alphas, lengths = points[0][first:], points[1][first:]
     means = {site: torch.zeros_like(x) for site, x in xs.items()}
     if alphas:
         paths = [Path(site, x, shifts[site], run.all_rows) for site, x in xs.items()]

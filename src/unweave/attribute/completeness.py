@@ -40,11 +40,11 @@ class Completeness:
 
     def rows(self) -> tuple[SiteSum, ...]:
         """Means over examples, in the order of the model."""
-        made = []
+        rows = []
         for site, (total, change, size, n) in sorted(self.sums.items()):
             complete = abs(total - change) <= TOLERANCE * size
-            made.append(SiteSum(site, total / n, change / n, complete, int(n)))
-        return tuple(made)
+            rows.append(SiteSum(site, total / n, change / n, complete, int(n)))
+        return tuple(rows)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """As ``rows``, in plain values by site."""

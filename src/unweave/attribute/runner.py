@@ -120,14 +120,14 @@ class Runner:
 
     def needs(self, sites: Iterable[Site]) -> set[Site]:
         """The sites whose clean values passes that set ``sites`` begin with."""
-        found: set[Site] = set()
+        needed: set[Site] = set()
         for site in sites:
             begin = self.beginning(site)
             if begin.stream is not None and begin.how != "is":
-                found.add(begin.stream)
+                needed.add(begin.stream)
             if begin.how == "adds":
-                found.add(site)
-        return found
+                needed.add(site)
+        return needed
 
     @property
     def known(self) -> set[Site]:
@@ -219,26 +219,26 @@ class Runner:
         gradients: dict[Site, list[Tensor]] = {site: [] for site in sites}
         values: dict[Site, list[Tensor]] = {site: [] for site in (*sites, *extra)}
         for part in self.chunks(len(self.tokens)):
-            found: dict[Site, Tensor] = {}
+            seen: dict[Site, Tensor] = {}
 
-            def probe(x: Tensor, at: At, found: dict[Site, Tensor] = found) -> Tensor:
+            def probe(x: Tensor, at: At, seen: dict[Site, Tensor] = seen) -> Tensor:
                 # A node of its own, since the model may use the same tensor elsewhere too (the residual stream is also
                 # the MLP's input in post-norm families); at the first site it is the leaf where the graph begins.
-                found[at.site] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-                return found[at.site]
+                seen[at.site] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+                return seen[at.site]
 
-            def look(x: Tensor, at: At, found: dict[Site, Tensor] = found) -> None:
-                found[at.site] = x
+            def look(x: Tensor, at: At, seen: dict[Site, Tensor] = seen) -> None:
+                seen[at.site] = x
 
             edits = dict.fromkeys(extra, look) | dict.fromkeys(sites, probe)
             value = self.metric_of(self.all_rows[part], edits, grad=True)
-            for site, g in zip(sites, _grad(value, [found.get(s) for s in sites], sites), strict=True):
+            for site, g in zip(sites, _grad(value, [seen.get(s) for s in sites], sites), strict=True):
                 gradients[site].append(g)
-            missing = [str(site) for site in extra if site not in found]
+            missing = [str(site) for site in extra if site not in seen]
             if missing:
                 raise UnweaveError(f"the metric does not depend on {', '.join(missing)}", remedy=_BELOW)
             for site in values:
-                values[site].append(found[site].detach())
+                values[site].append(seen[site].detach())
         return _cat(gradients), _cat(values)
 
     def path_gradients(
@@ -314,11 +314,11 @@ class Runner:
     def values_at(self, site: Site, base: Tensor, changed: tuple[Tensor, Callable[[slice], Tensor]] | None) -> Tensor:
         """The metric [N] with the site at ``base`` [B, P, D]; or at ``base[rows] + shift(slice of rows)``, N rows."""
         rows = torch.arange(len(base), device=base.device) if changed is None else changed[0]
-        found = [base.new_zeros(0)]
+        values = [base.new_zeros(0)]
         for part in self.chunks(len(rows)):
             value = base[rows[part]] if changed is None else base[rows[part]] + changed[1](part)
-            found.append(self.with_sites([(site, rows[part], value)], grad=False).to(base.dtype))
-        return torch.cat(found)
+            values.append(self.with_sites([(site, rows[part], value)], grad=False).to(base.dtype))
+        return torch.cat(values)
 
 
 _BELOW = "use sites that lie before what it reads"
@@ -351,18 +351,18 @@ def _segments(places: Sequence[int], sizes: Sequence[int], part: slice) -> Itera
 
 def _grad(value: Tensor, at: Sequence[Tensor | None], sites: Sequence[Site]) -> list[Tensor]:
     reached = [x for x in at if x is not None]
-    found: Sequence[Tensor | None] = []
+    raw: Sequence[Tensor | None] = []
     if len(reached) == len(at) and value.requires_grad:
-        found = torch.autograd.grad(value.sum(), reached, allow_unused=True)
-    gradients = [g for g in found if g is not None]
+        raw = torch.autograd.grad(value.sum(), reached, allow_unused=True)
+    gradients = [g for g in raw if g is not None]
     if len(gradients) < len(at):
-        missing = [str(s) for s, g in zip(sites, found or [None] * len(at), strict=True) if g is None]
+        missing = [str(s) for s, g in zip(sites, raw or [None] * len(at), strict=True) if g is None]
         raise UnweaveError(f"the metric does not depend on {', '.join(missing)}", remedy=_BELOW)
     return gradients
 
 
 def _cat(parts: Mapping[Site, list[Tensor]]) -> dict[Site, Tensor]:
-    return {site: torch.cat(found) for site, found in parts.items()}
+    return {site: torch.cat(tensors) for site, tensors in parts.items()}
 
 
 Batch = tuple[Tokens, "Tokens | None", Metric]

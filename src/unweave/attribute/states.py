@@ -48,16 +48,16 @@ def states(lm: LM, saes: SAEs, tokens: Tokens, *, max_tokens: int = 1024) -> dic
 
 def values_of(lm: LM, sites: Iterable[Site], tokens: Tokens, *, max_tokens: int = 1024) -> dict[Site, Tensor]:
     """The values [B, P, D] of sites on ``tokens``; at most ``max_tokens`` tokens in a forward pass."""
-    wanted = sorted(sites)
+    ordered = sorted(sites)
     # Where a module path lies is not known from its name, so such sites need the whole forward pass.
-    stop = None if any(site.point == "path" for site in wanted) else wanted[-1]
-    keep = 0 if Site("logits") in wanted else 1
+    stop = None if any(site.point == "path" for site in ordered) else ordered[-1]
+    keep = 0 if Site("logits") in ordered else 1
     parts = []
     for rows in chunks(len(tokens), tokens.ids.shape[1], max_tokens):
-        with lm.taps(read=wanted, stop=stop) as seen:
+        with lm.taps(read=ordered, stop=stop) as seen:
             lm(tokens.rows(rows), keep_logits=keep)
-        parts.append({site: seen[site] for site in wanted})
-    return {site: torch.cat([part[site] for part in parts]) for site in wanted}
+        parts.append({site: seen[site] for site in ordered})
+    return {site: torch.cat([part[site] for part in parts]) for site in ordered}
 
 
 def site_of(sae: SAE) -> Site:
@@ -91,8 +91,8 @@ def by_site_of(lm: LM, saes: SAEs) -> dict[Site, SAE]:
 
 def _state(sae: SAE, source: Tensor, x: Tensor, ids: Tensor, mask: Tensor) -> State:
     with torch.no_grad():
-        kept = sae.policy.keep(source, ids, mask).unsqueeze(-1)
-        latents, skip = sae.encode(source) * kept, sae.through_skip(source, kept)
+        keep = sae.policy.keep(source, ids, mask).unsqueeze(-1)
+        latents, skip = sae.encode(source) * keep, sae.through_skip(source, keep)
         return State(x, latents, (x if skip is None else x - skip) - sae.decode(latents), skip)
 
 
