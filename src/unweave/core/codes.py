@@ -44,8 +44,8 @@ class Codes:
     @classmethod
     def from_topk(cls, values: Tensor, indices: Tensor, n_latents: int) -> Self:
         """From the k largest of each row, values and indices [N, k]; zeros are dropped."""
-        kept = values != 0
-        return cls(_offsets(kept.sum(1)), indices[kept].long(), values[kept], n_latents)
+        nonzero = values != 0
+        return cls(_offsets(nonzero.sum(1)), indices[nonzero].long(), values[nonzero], n_latents)
 
     @classmethod
     def cat(cls, parts: Sequence[Codes]) -> Self:
@@ -65,9 +65,9 @@ class Codes:
         place = self.indices.new_full((self.n_latents,), -1)
         place[latents.to(place.device)] = torch.arange(len(latents), device=place.device)
         columns = place[self.indices]
-        kept = columns >= 0
-        lengths = torch.bincount(self.row_of_each()[kept], minlength=self.n_rows)
-        return Codes(_offsets(lengths), columns[kept], self.values[kept], len(latents))
+        keep = columns >= 0
+        lengths = torch.bincount(self.row_of_each()[keep], minlength=self.n_rows)
+        return Codes(_offsets(lengths), columns[keep], self.values[keep], len(latents))
 
     def row_of_each(self) -> Tensor:
         """The row of each stored value, int64 [nnz]."""

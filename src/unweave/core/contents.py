@@ -23,12 +23,12 @@ Listing = dict[str, dict[str, Any]]
 def listing(folder: Path, *, leave_out: Collection[str] = ()) -> Listing:
     """Every file below ``folder`` with its size and digest, but for those whose path, or a folder on it, matches one
     of the patterns ``leave_out``."""
-    found: Listing = {}
+    files: Listing = {}
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if path.is_file() and not any(fnmatch(part, pattern) for part in parts for pattern in leave_out):
-            found["/".join(parts)] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    return found
+            files["/".join(parts)] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return files
 
 
 def sha256(path: Path) -> str:

@@ -100,11 +100,11 @@ def world() -> Group:
     where there are as many. Raises UnweaveError when the environment is only half set.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in names if os.environ.get(name)]
-    if "WORLD_SIZE" not in given or os.environ["WORLD_SIZE"] == "1":
+    present = [name for name in names if os.environ.get(name)]
+    if "WORLD_SIZE" not in present or os.environ["WORLD_SIZE"] == "1":
         return SOLO
-    if len(given) < len(names):
-        missing = ", ".join(name for name in names if name not in given)
+    if len(present) < len(names):
+        missing = ", ".join(name for name in names if name not in present)
         raise UnweaveError(f"{missing} not set", where="environment", remedy="start the processes with torchrun")
     import torch
     import torch.distributed as dist

@@ -58,11 +58,11 @@ class Fields:
         value = self.values.get(name)
         if value is None:
             return None
-        wanted = f"a whole number from {least:,} to {most:,}"
+        expected = f"a whole number from {least:,} to {most:,}"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.wrong(name, wanted)
+            raise self.wrong(name, expected)
         if not least <= value <= most or value != int(value):
-            raise self.wrong(name, wanted)
+            raise self.wrong(name, expected)
         return int(value)
 
     def number(self, name: str, *, above: float = -math.inf, most: float = LARGEST) -> float | None:
@@ -110,10 +110,10 @@ class Fields:
         inner = self._inside(name)
         return tuple(number for key in inner if (number := inner.number(key)) is not None)
 
-    def wrong(self, name: str, wanted: str) -> UnweaveError:
+    def wrong(self, name: str, expected: str) -> UnweaveError:
         """The error for a field of another type or size."""
         return UnweaveError(
-            f"{self._named(name)} is {_shown(self.values.get(name))}, not {wanted}",
+            f"{self._named(name)} is {_shown(self.values.get(name))}, not {expected}",
             where=self.where,
             remedy="restore the file, or correct this field",
         )

@@ -59,7 +59,7 @@ def files_under(folder: Path) -> list[Path]:
 
     Raises UnweaveError for a link that leads back to a folder around it, and for a folder that cannot be read.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     seen: set[Path] = set()
     open_folders = [folder]
     while open_folders:
@@ -82,10 +82,10 @@ def files_under(folder: Path) -> list[Path]:
                         remedy="remove the link, or give the folders one by one",
                     )
             elif child.is_file():
-                found.append(child)
+                files.append(child)
             elif child.is_symlink() and _is_loop(child):
                 raise UnweaveError("a link leads to itself", where=str(child), remedy="remove the link")
-    return sorted(found)
+    return sorted(files)
 
 
 def _is_loop(link: Path) -> bool:
@@ -202,12 +202,12 @@ def _too_deep(where: str) -> UnweaveError:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"the key {twice[:80]!r} stands twice")
-    return made
+    return mapping
 
 
 def _finite(word: str) -> float:

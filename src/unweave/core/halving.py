@@ -26,7 +26,7 @@ def halving(
     """
     if first < 1:
         raise UnweaveError(f"a part cannot hold {first} rows", remedy="begin with at least 1")
-    found: list[T] = []
+    results: list[T] = []
     start, size = 0, first
     while start < n_rows:
         rows = slice(start, min(start + size, n_rows))
@@ -36,7 +36,7 @@ def halving(
             if alone is not None and rows.stop - rows.start == 1:
                 part = _tried(alone, rows)
         if part is not None:
-            found.append(part[0])
+            results.append(part[0])
             start = rows.stop
             continue
         held = rows.stop - rows.start  # the last part may hold less than `size`
@@ -47,7 +47,7 @@ def halving(
                 remedy="use shorter texts, fewer sites or steps, or a machine with more memory",
             )
         size = held // 2
-    return found, size
+    return results, size
 
 
 def _tried(work: Callable[[slice], T], rows: slice) -> tuple[T] | None:

@@ -44,19 +44,19 @@ def content_fields(kind: type) -> dict[str, Content]:
 
 def contents_of(spec: Any, prefix: str = "") -> dict[str, str]:
     """{dotted field: digest} of everything that a Spec, and the Specs inside it, name to read."""
-    found: dict[str, str] = {}
-    known = content_fields(type(spec))
+    digests: dict[str, str] = {}
+    named = content_fields(type(spec))
     for field in dataclasses.fields(spec):
         value, name = getattr(spec, field.name), f"{prefix}{field.name}"
         if value is None:
             continue
-        if field.name in known:
-            if digest := known[field.name].digest(value):
-                found[name] = digest
+        if field.name in named:
+            if digest := named[field.name].digest(value):
+                digests[name] = digest
         elif field.metadata.get("result", True):
             for inner, part in _specs_in(value, name):
-                found |= contents_of(part, f"{inner}.")
-    return found
+                digests |= contents_of(part, f"{inner}.")
+    return digests
 
 
 def _specs_in(value: Any, name: str) -> Iterator[tuple[str, Any]]:

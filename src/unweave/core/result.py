@@ -143,15 +143,15 @@ def _one_of(options: Sequence[Any], value: Any, where: str) -> Any:
     raise first or _wrong(value, where, "none")
 
 
-def _expect(fine: bool, value: Any, where: str, wanted: str) -> Any:
+def _expect(fine: bool, value: Any, where: str, expected: str) -> Any:
     if not fine:
-        raise _wrong(value, where, wanted)
+        raise _wrong(value, where, expected)
     return value
 
 
-def _wrong(value: Any, where: str, wanted: str) -> UnweaveError:
+def _wrong(value: Any, where: str, expected: str) -> UnweaveError:
     return UnweaveError(
-        f"{str(value)[:80]!r} is not {wanted}", where=where, remedy="run the command again in another --runs folder"
+        f"{str(value)[:80]!r} is not {expected}", where=where, remedy="run the command again in another --runs folder"
     )
 
 

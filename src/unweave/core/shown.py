@@ -11,12 +11,12 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 def plain(text: str) -> str:
     """The text with such characters written as escapes; it can always be encoded."""
-    return _UNSEEN.sub(lambda found: _escape(found[0]), text)
+    return _UNSEEN.sub(lambda match: _escape(match[0]), text)
 
 
 def plain_json(text: str) -> str:
     """The same for JSON text, whose value stays what it is: there they can only stand in strings."""
-    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _escape(character: str) -> str:

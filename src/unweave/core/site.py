@@ -128,8 +128,8 @@ class Site:
             return cls("embed")
         match = re.fullmatch(r"blocks\.([0-9]{1,6})\.(.+)", name)
         if match is None or match[2] not in _FROM_TL:
-            known = ", ".join(["hook_embed", *(f"blocks.N.{tl}" for tl in _FROM_TL)])
-            raise UnweaveError(f"TransformerLens hook {name!r} names no site", remedy=f"known hooks: {known}")
+            hooks = ", ".join(["hook_embed", *(f"blocks.N.{tl}" for tl in _FROM_TL)])
+            raise UnweaveError(f"TransformerLens hook {name!r} names no site", remedy=f"known hooks: {hooks}")
         return cls(_FROM_TL[match[2]], int(match[1]))
 
 
@@ -157,20 +157,20 @@ def _side(pattern: str, whole: str, sites: Sequence[Site]) -> list[Site]:
         return [Site.parse(pattern)]
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices = [[part] if i % 2 == 0 else [word.strip() for word in part.split(",")] for i, part in enumerate(parts)]
-    found: dict[Site, None] = {}
+    chosen: dict[Site, None] = {}
     for words in itertools.product(*choices):
         written = "".join(words)
         if re.search(r"[{}]", written):
             raise UnweaveError(f"unbalanced braces in {pattern!r}", where=whole, remedy="write mlp_add.{4,9,14}")
         if "*" not in written:
-            found[Site.parse(written)] = None
+            chosen[Site.parse(written)] = None
             continue
         expression = re.compile(".*".join(map(re.escape, written.split("*"))))
         some = [site for site in sites if expression.fullmatch(str(site))]
         if not some:
             raise UnweaveError(f"no site of this model fits {written!r}", where=whole, remedy="see `unweave doctor`")
-        found |= dict.fromkeys(some)
-    return sorted(found)
+        chosen |= dict.fromkeys(some)
+    return sorted(chosen)
 
 
 def _unknown(text: str) -> UnweaveError:

@@ -208,8 +208,8 @@ def _path_rows(path: Path, source: Source) -> Iterator[tuple[str | None, Message
     elif path.suffix in (".jsonl", ".ndjson", ".json"):
         yield from _fields(json_rows(path), source)
     elif path.suffix == ".parquet":
-        wanted = [source.messages_field, *CONVERSATION_FIELDS, "instruction", "input", "output", source.text_field]
-        yield from _fields(parquet_rows(path, wanted), source)
+        columns = [source.messages_field, *CONVERSATION_FIELDS, "instruction", "input", "output", source.text_field]
+        yield from _fields(parquet_rows(path, columns), source)
     else:
         raise UnweaveError(
             f"unknown kind of text file {path.suffix!r}", where=str(path), remedy="use .txt, .jsonl, .json or .parquet"

@@ -63,9 +63,9 @@ class Deduplicator:
         hashes, owners = self._grams(documents)
         keep = np.ones(len(documents), dtype=bool)
         distinct, times = _distinct(hashes)
-        known = self.seen.contains(distinct)
-        keep[owners[_among(distinct[known], hashes)]] = False
-        again = self._settle(distinct[(times > 1) & ~known], hashes, owners, keep)
+        repeated = self.seen.contains(distinct)
+        keep[owners[_among(distinct[repeated], hashes)]] = False
+        again = self._settle(distinct[(times > 1) & ~repeated], hashes, owners, keep)
         remain = keep[owners]
         self.seen.add(distinct if remain.all() else _distinct(hashes[remain])[0])
         return keep, np.bincount(owners[remain], minlength=len(documents)) - again
@@ -146,10 +146,10 @@ class Deduplicated(Iterator[Document]):
         counts = self.counts
         while batch := self._batch(documents):
             keep, grams = self._judge.keep(batch)
-            for document, kept, new in zip(batch, keep.tolist(), grams.tolist(), strict=True):
+            for document, is_new, new in zip(batch, keep.tolist(), grams.tolist(), strict=True):
                 counts.documents += 1
                 counts.grams += new
-                if kept:
+                if is_new:
                     counts.kept += 1
                     yield document
                 else:
@@ -196,16 +196,16 @@ def write_deduplicated(
     if any(out.resolve() == Path(source.path).expanduser().resolve() for source in sources):
         raise UnweaveError("this would replace the text it reads", where=str(out), remedy="give another --out")
     documents = (document for source in sources for document in read(source))
-    kept = Deduplicated(documents, n, memory_bytes=memory_bytes, folder=out.resolve().parent)
+    deduplicated = Deduplicated(documents, n, memory_bytes=memory_bytes, folder=out.resolve().parent)
     with (
         atomic_write(out) as temporary,
         open(temporary, "w", encoding="utf-8") as handle,
         task("deduplicate", total=0, unit="documents") as shown,
     ):
-        for document in kept:
+        for document in deduplicated:
             held = {"text": document.text} if document.messages is None else {"messages": document.messages}
             row = {**held, "source": document.source, "index": document.index}
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
             shown.advance()
-            shown.note(f"{kept.counts.dropped:,} dropped")
-    return kept.report()
+            shown.note(f"{deduplicated.counts.dropped:,} dropped")
+    return deduplicated.report()

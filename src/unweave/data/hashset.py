@@ -52,13 +52,13 @@ class HashSet:
 
     def contains(self, hashes: np.ndarray) -> np.ndarray:
         """Which of the sorted ``hashes`` [N] are in the set, bool [N]."""
-        found = np.zeros(len(hashes), dtype=bool)
+        present = np.zeros(len(hashes), dtype=bool)
         for run in self._memory:
-            found |= _in_sorted(run, hashes)
+            present |= _in_sorted(run, hashes)
         with friendly_io(self.folder):
             for run in self._files:
-                run.mark(hashes, found)
-        return found
+                run.mark(hashes, present)
+        return present
 
     def add(self, hashes: np.ndarray) -> None:
         """Adds ``hashes``, sorted, distinct, and none of them in the set yet. UnweaveError when the disk is full."""
@@ -120,25 +120,25 @@ class _FileRun:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Hashes start to stop, uint64 [stop - start]."""
-        wanted, parts = (stop - start) * _BYTES, []
+        left, parts = (stop - start) * _BYTES, []
         at = start * _BYTES
-        while wanted:
-            part = os.pread(self.handle.fileno(), wanted, at)
+        while left:
+            part = os.pread(self.handle.fileno(), left, at)
             if not part:
                 raise OSError(f"a file of spilled hashes ends early, at byte {at}")
             parts.append(part)
-            at, wanted = at + len(part), wanted - len(part)
+            at, left = at + len(part), left - len(part)
         return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), dtype=np.uint64)
 
-    def mark(self, hashes: np.ndarray, found: np.ndarray) -> None:
-        """Sets ``found`` where the sorted ``hashes`` are in this run. Each block that could hold some is read once."""
+    def mark(self, hashes: np.ndarray, present: np.ndarray) -> None:
+        """Sets ``present`` where the sorted ``hashes`` are in this run. Each block that may hold one is read once."""
         block_of = np.searchsorted(self.fences, hashes, side="right") - 1
         blocks, firsts = np.unique(block_of, return_index=True)
         ends = [*firsts[1:].tolist(), len(hashes)]
         for block, first, end in zip(blocks.tolist(), firsts.tolist(), ends, strict=True):
             if block >= 0:
                 held = self.read(block * _BLOCK, min((block + 1) * _BLOCK, self.length))
-                found[first:end] |= _in_sorted(held, hashes[first:end])
+                present[first:end] |= _in_sorted(held, hashes[first:end])
 
     def first_from(self, bound: int) -> int:
         """How many hashes are below ``bound``."""

@@ -230,14 +230,14 @@ class Packed(Iterator[Row]):
 
     def _encode_batch(self, batch: list[Document], first: int) -> Iterator[_Encoded]:
         tokenizer, bos = self._tokenizer, self._tokenizer.bos_token_id
-        asked = [d for d in batch if d.messages is not None]
-        if asked and not has_template(tokenizer):
+        conversations = [d for d in batch if d.messages is not None]
+        if conversations and not has_template(tokenizer):
             raise UnweaveError(
                 "the text holds conversations, but this model's tokenizer has no chat template",
-                where=asked[0].source,
+                where=conversations[0].source,
                 remedy="use an instruction-tuned model, or text that is not conversations (wiki, c4, sotu, .txt files)",
             )
-        used = [d.messages or () for d in asked if self.spec.unanswered == "keep" or _answered(d)]
+        used = [d.messages or () for d in conversations if self.spec.unanswered == "keep" or _answered(d)]
         rendered = iter(render_each(tokenizer, used))
         size = max(_PIECE[0], _PIECE[1] * self.spec.context)
         plain = iter(encode_texts(tokenizer, [d.text for d in batch if d.text is not None and len(d.text) <= size]))
@@ -247,25 +247,25 @@ class Packed(Iterator[Row]):
                 yield _Encoded(encode_pieces(tokenizer, document.text, size), len(document.text), first + offset)
                 continue
             if document.messages is None:
-                found = next(plain)
+                encoded = next(plain)
             elif self.spec.unanswered == "keep" or _answered(document):
-                found = next(rendered)
+                encoded = next(rendered)
             else:
                 self._skip(document, None)
                 continue
-            if isinstance(found, UnweaveError):
-                self._skip(document, found)
+            if isinstance(encoded, UnweaveError):
+                self._skip(document, encoded)
                 continue
             if document.messages is not None:
                 self.counts.conversations += 1
                 self.counts.empty_messages += sum(not m["content"].strip() for m in document.messages)
-            if bos is not None and found[0][:2] == [bos, bos]:
+            if bos is not None and encoded[0][:2] == [bos, bos]:
                 raise UnweaveError(
                     "the chat template begins with two BOS tokens (trap: template and tokenizer both add one)",
                     where=_place(document),
                     remedy="mend the tokenizer's chat template",
                 )
-            yield _Encoded([Piece(*found, 0)], 0, first + offset)
+            yield _Encoded([Piece(*encoded, 0)], 0, first + offset)
 
     def _skip(self, document: Document, refusal: UnweaveError | None) -> None:
         """Counts a conversation that is left out, because it is refused or (None) because nobody answers in it."""

@@ -27,14 +27,14 @@ class TokenPolicy:
 
     def keep(self, x: Tensor, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """True at the tokens that count, bool [...], for activations x [..., D], ids and mask [...]."""
-        kept = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
+        keep = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
         if self.exclude_ids:
             if ids is None:
                 raise UnweaveError("this policy excludes token ids, but none were given", remedy="pass ids=")
-            kept = kept & ~torch.isin(ids, torch.tensor(self.exclude_ids, device=ids.device))
+            keep = keep & ~torch.isin(ids, torch.tensor(self.exclude_ids, device=ids.device))
         if self.max_norm is not None:
-            kept = kept & (x.norm(dim=-1) <= self.max_norm)
-        return kept
+            keep = keep & (x.norm(dim=-1) <= self.max_norm)
+        return keep
 
     def to_dict(self) -> dict[str, Any]:
         return {"exclude_ids": list(self.exclude_ids), "max_norm": self.max_norm}

@@ -137,9 +137,9 @@ class _Ahead:
 
     def sign(self) -> str:
         """The same character, which is used by that."""
-        found = self.peek()
-        self.at += len(found)
-        return found
+        character = self.peek()
+        self.at += len(character)
+        return character
 
     def value(self, where: str) -> Any:
         """The value that comes next."""
@@ -193,9 +193,9 @@ def parquet_rows(
             names = opened.schema_arrow.names
             columns = [name for name in dict.fromkeys(fields) if name in names]
             if not columns:
-                wanted = ", ".join(repr(name) for name in dict.fromkeys(fields) if name)
+                listed = ", ".join(repr(name) for name in dict.fromkeys(fields) if name)
                 raise UnweaveError(
-                    f"the table has none of the columns {wanted}",
+                    f"the table has none of the columns {listed}",
                     where=str(path),
                     remedy=f"{remedy}: {', '.join(names)}",
                 )
@@ -264,11 +264,11 @@ def conversation_or_text(
             if row.get(field) is not None:
                 return None, _messages(row[field], field, where)
         if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
-            given = row.get("input")
-            if given is not None and not isinstance(given, str):
+            extra = row.get("input")
+            if extra is not None and not isinstance(extra, str):
                 raise UnweaveError("'input' is no text", where=where, remedy="mend or drop the row")
-            asked = "\n\n".join(part for part in (row["instruction"], given) if part)
-            pair = {"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}
+            prompt = "\n\n".join(part for part in (row["instruction"], extra) if part)
+            pair = {"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}
             return None, tuple({**message, "content": without_halves(message["content"])} for message in pair)
     text = row.get(text_field)
     if not isinstance(text, str):
@@ -288,7 +288,7 @@ def _messages(value: Any, field: str, where: str) -> Messages:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         empty = " but an empty one" if isinstance(value, Sequence) and not isinstance(value, str) else ""
         raise UnweaveError(f"{field!r} is not a list of messages{empty}", where=where, remedy="mend or drop the row")
-    found = []
+    messages = []
     for index, message in enumerate(value):
         if not isinstance(message, Mapping):
             raise UnweaveError(f"message {index} of {field!r} is not an object", where=where, remedy="mend the row")
@@ -297,14 +297,14 @@ def _messages(value: Any, field: str, where: str) -> Messages:
         if isinstance(content, Sequence) and not isinstance(content, str):
             content = _joined_parts(content)
         if not isinstance(role, str) or role not in _ROLES:
-            known = ", ".join(_ROLES)
+            roles = ", ".join(_ROLES)
             raise UnweaveError(
-                f"message {index} has the role {str(role)[:80]!r}", where=where, remedy=f"known roles: {known}"
+                f"message {index} has the role {str(role)[:80]!r}", where=where, remedy=f"known roles: {roles}"
             )
         if not isinstance(content, str):
             raise UnweaveError(f"message {index} ({role}) has no text", where=where, remedy="mend or drop the row")
-        found.append({"role": _ROLES[role], "content": without_halves(content)})
-    return tuple(found)
+        messages.append({"role": _ROLES[role], "content": without_halves(content)})
+    return tuple(messages)
 
 
 def without_halves(text: str) -> str:

@@ -76,9 +76,9 @@ class DataSpec(Spec):
                 where=f"{where}.packing" if where else "packing",
                 remedy=f"use {' or '.join(PAPER_CONTEXT)}",
             )
-        given = rest.get("pack", {})
+        overrides = rest.get("pack", {})
         pack = {"packing": values["packing"], "context": PAPER_CONTEXT[values["packing"]]}
-        rest["pack"] = pack | (given.to_dict() if isinstance(given, Spec) else dict(given))
+        rest["pack"] = pack | (overrides.to_dict() if isinstance(overrides, Spec) else dict(overrides))
         return super().from_dict(rest, where=where, base=base)
 
 

@@ -49,9 +49,9 @@ class SplitDocuments(Iterator[Document]):
         if split not in ("train", "heldout"):
             raise UnweaveError(f"there is no split {split!r}", remedy="ask for train or heldout")
         self.split, self.part, self.counts = split, part, SplitCounts()
-        found = documents(sources, seed, self.counts)
-        self.dedup = Deduplicated(found, dedup, memory_bytes=memory_bytes, folder=folder) if dedup else None
-        self._taken = self._divided(self.dedup or found, heldout, seed)
+        stream = documents(sources, seed, self.counts)
+        self.dedup = Deduplicated(stream, dedup, memory_bytes=memory_bytes, folder=folder) if dedup else None
+        self._taken = self._divided(self.dedup or stream, heldout, seed)
 
     def __iter__(self) -> Self:
         return self
@@ -74,8 +74,8 @@ class SplitDocuments(Iterator[Document]):
             parts.append(f"{dropped.dropped:,} of {dropped.documents:,} dropped for {dropped.n}-grams seen before")
         return ", ".join(parts)
 
-    def _divided(self, found: Iterator[Document], heldout: float, seed: int) -> Iterator[Document]:
-        for document in found:
+    def _divided(self, stream: Iterator[Document], heldout: float, seed: int) -> Iterator[Document]:
+        for document in stream:
             if is_heldout(document, heldout, seed) != (self.split == "heldout"):
                 self.counts.other_split += 1
             elif not is_in_part(document, self.part, seed):

@@ -167,13 +167,13 @@ class ActivationSource:
             tokens, where = self.store.batch(rows, self.lm.pad_id)
             with self.lm.taps(read=self.sites, stop=self.sites[-1]) as seen:
                 self.lm(tokens)
-            kept = counted.keep(seen[self.sites[0]], tokens.ids, tokens.mask)
-            finite = kept.clone()
+            keep = counted.keep(seen[self.sites[0]], tokens.ids, tokens.mask)
+            finite = keep.clone()
             for site in self.sites:
-                finite &= torch.isfinite(seen[site]).all(-1).to(kept.device)
+                finite &= torch.isfinite(seen[site]).all(-1).to(keep.device)
             if self.nonfinite == "stop":
-                self._refuse_nan(kept & ~finite, where)
-            nonfinite += int((kept & ~finite).sum())
+                self._refuse_nan(keep & ~finite, where)
+            nonfinite += int((keep & ~finite).sum())
             places.append(where[finite])
             for site in self.sites:
                 parts[site].append(seen[site][finite.to(seen[site].device)].float().cpu())
@@ -266,12 +266,12 @@ class MixingBuffer:
     def _filtered(self, index: int) -> tuple[dict[Site, Tensor], int, int]:
         """Activations of a chunk without outliers; how many those were, and how many tokens were not finite."""
         chunk = self.source.chunk(index)
-        kept = torch.ones(len(chunk.where), dtype=torch.bool)
+        keep = torch.ones(len(chunk.where), dtype=torch.bool)
         for site, x in chunk.x.items():
             limit = self.policies[site].max_norm
-            kept &= TokenPolicy(max_norm=limit).keep(x)
-        dropped = len(kept) - int(kept.sum())
-        return ({site: x[kept] for site, x in chunk.x.items()} if dropped else chunk.x), dropped, chunk.nonfinite
+            keep &= TokenPolicy(max_norm=limit).keep(x)
+        dropped = len(keep) - int(keep.sum())
+        return ({site: x[keep] for site, x in chunk.x.items()} if dropped else chunk.x), dropped, chunk.nonfinite
 
     def _next_chunk(self) -> int:
         if self.position == self.source.n_chunks:
