@@ -112,5 +112,5 @@ def check_tokens(model: Any, layout: Layout, tokens: Tokens, new: int = 0) -> No
 def known_ids(tokenizer: Any, n_ids: int) -> Tensor:
     """The ids below ``n_ids`` that a tokenizer has, int64 [n], ascending; all where there is no tokenizer."""
     every = range(n_ids)
-    found = every if tokenizer is None else set(tokenizer.get_vocab().values()).intersection(every)
-    return torch.tensor(sorted(found), dtype=torch.int64)
+    ids = every if tokenizer is None else set(tokenizer.get_vocab().values()).intersection(every)
+    return torch.tensor(sorted(ids), dtype=torch.int64)

@@ -45,7 +45,7 @@ class _Span(NamedTuple):
     role: Role
 
 
-class _Known(NamedTuple):
+class _Facts(NamedTuple):
     """What was found out about one tokenizer, valid as long as its template and its date stay the same."""
 
     template: Any
@@ -54,7 +54,7 @@ class _Known(NamedTuple):
     special_ids: frozenset[int]
 
 
-_known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
+_facts_of: WeakKeyDictionary[Any, _Facts] = WeakKeyDictionary()
 
 
 def render(
@@ -75,9 +75,9 @@ def render_many(
     tokenizer: Any, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
 ) -> list[tuple[list[int], list[int]]]:
     """``render`` of several conversations, tokenised together, which is many times faster than one by one."""
-    found = render_each(tokenizer, conversations, add_generation_prompt=add_generation_prompt)
-    rendered = [one for one in found if not isinstance(one, UnweaveError)]
-    for refused in found:
+    results = render_each(tokenizer, conversations, add_generation_prompt=add_generation_prompt)
+    rendered = [one for one in results if not isinstance(one, UnweaveError)]
+    for refused in results:
         if isinstance(refused, UnweaveError):
             raise refused
     return rendered
@@ -97,14 +97,14 @@ def render_each(
         return [one for one in located if isinstance(one, UnweaveError)]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     pairs = iter(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
-    found: list[tuple[list[int], list[int]] | UnweaveError] = []
+    rendered: list[tuple[list[int], list[int]] | UnweaveError] = []
     for one in located:
         if isinstance(one, UnweaveError):
-            found.append(one)
+            rendered.append(one)
         else:
             ids, offsets = next(pairs)
-            found.append((ids, _roles(offsets, one[1])))
-    return found
+            rendered.append((ids, _roles(offsets, one[1])))
+    return rendered
 
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
@@ -125,15 +125,15 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], 
             raise refused
     special = special_ids(tokenizer)
     bos = tokenizer.bos_token_id
-    found = []
+    rows = []
     marked = {"return_special_tokens_mask": True} if hasattr(tokenizer, "is_fast") else {}
     encoded = tokenizer(list(texts), verbose=False, **marked)
     for ids, added in zip(encoded["input_ids"], encoded.get("special_tokens_mask") or repeat([]), strict=False):
         ids = _without_end(ids, added, bos)
         if bos is not None and ids[:2] == [bos, bos]:  # the text brought its own
             ids = ids[1:]
-        found.append((ids, [Role.SPECIAL.value if i in special else Role.TEXT.value for i in ids]))
-    return found
+        rows.append((ids, [Role.SPECIAL.value if i in special else Role.TEXT.value for i in ids]))
+    return rows
 
 
 def _no_text(text: str) -> UnweaveError | None:
@@ -177,15 +177,15 @@ def _require_offsets(tokenizer: Any) -> None:
         )
 
 
-def _facts(tokenizer: Any) -> _Known:
+def _facts(tokenizer: Any) -> _Facts:
     template = getattr(tokenizer, "chat_template", None)
-    known, day = _known.get(tokenizer), chat_date()
-    if known is None or known.template != template or known.day != day:
+    facts, day = _facts_of.get(tokenizer), chat_date()
+    if facts is None or facts.template != template or facts.day != day:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         default = _default_system(tokenizer) if template else None
-        known = _known[tokenizer] = _Known(template, day, default, frozenset(special))
-    return known
+        facts = _facts_of[tokenizer] = _Facts(template, day, default, frozenset(special))
+    return facts
 
 
 def _marker(index: int) -> str:
@@ -202,13 +202,13 @@ def _default_system(tokenizer: Any) -> tuple[str, str] | None:
     system, user = _marker(0), _marker(1)
     question = {"role": "user", "content": user}
     try:
-        given = apply(tokenizer, [{"role": "system", "content": system}, question])
+        with_system = apply(tokenizer, [{"role": "system", "content": system}, question])
         bare = apply(tokenizer, [question])
     except UnweaveError:
         return None  # a template that takes no system message, or none of this shape, has no default to mark
-    prefix, found, suffix = given.partition(system)
+    prefix, separator, suffix = with_system.partition(system)
     whole = len(prefix) + len(suffix)
-    if not found or len(bare) <= whole or not (bare.startswith(prefix) and bare.endswith(suffix)):
+    if not separator or len(bare) <= whole or not (bare.startswith(prefix) and bare.endswith(suffix)):
         return None
     return prefix, bare[len(prefix) : len(bare) - len(suffix)]
 

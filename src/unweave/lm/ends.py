@@ -11,13 +11,13 @@ from unweave.lm.chat import Role, has_template, render, special_ids
 def end_ids(model: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     """The end tokens of a model's configurations and of its tokenizer (None where there is none), and the token by
     which the chat template ends the assistant's turn; ids that the model does not have are left out."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for place in (model.generation_config, model.config, model.config.get_text_config(), tokenizer):
-        given = getattr(place, "eos_token_id", None)
-        found |= {int(i) for i in ([] if given is None else [given] if isinstance(given, int) else given)}
+        value = getattr(place, "eos_token_id", None)
+        ids |= {int(i) for i in ([] if value is None else [value] if isinstance(value, int) else value)}
     if tokenizer is not None:
-        found |= ends_of_turn(tokenizer)
-    return tuple(sorted(i for i in found if 0 <= i < vocab_size))
+        ids |= ends_of_turn(tokenizer)
+    return tuple(sorted(i for i in ids if 0 <= i < vocab_size))
 
 
 def ends_of_turn(tokenizer: Any) -> frozenset[int]:
@@ -29,8 +29,8 @@ def ends_of_turn(tokenizer: Any) -> frozenset[int]:
         ids, roles = render(tokenizer, talk)
     except UnweaveError:
         return frozenset()
-    said = [place for place, role in enumerate(roles) if role == Role.ASSISTANT]
+    reply = [place for place, role in enumerate(roles) if role == Role.ASSISTANT]
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marks = special_ids(tokenizer) | {i for i, token in added.items() if token.content.strip()}
-    behind = [i for i in ids[said[-1] + 1 :] if i in marks] if said else []
+    behind = [i for i in ids[reply[-1] + 1 :] if i in marks] if reply else []
     return frozenset(behind[:1])

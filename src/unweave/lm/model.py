@@ -162,9 +162,9 @@ class LM:
     @property
     def pad_id(self) -> int:
         """The id that fills padding; always masked, so any id will do."""
-        for found in (getattr(self.tokenizer, "pad_token_id", None), getattr(self.tokenizer, "eos_token_id", None)):
-            if found is not None:  # 0 is a fine id (trap 5)
-                return int(found)
+        for token_id in (getattr(self.tokenizer, "pad_token_id", None), getattr(self.tokenizer, "eos_token_id", None)):
+            if token_id is not None:  # 0 is a fine id (trap 5)
+                return int(token_id)
         return 0
 
     @property

@@ -36,14 +36,14 @@ class _Window(NamedTuple):
     @classmethod
     def of(cls, tokenizer: Any, text: str, start: int, stop: int) -> _Window | None:
         """None where a character that is no space is in no token: who drops some may count others wrong."""
-        found = tokenizer(text[start:stop], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        spans = [(a + start, b + start) for a, b in found["offset_mapping"]]
+        encoded = tokenizer(text[start:stop], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans = [(a + start, b + start) for a, b in encoded["offset_mapping"]]
         reached = start
         for first, end in [*spans, (stop, stop)]:
             if first > reached and text[reached:first].strip():
                 return None
             reached = max(reached, end)
-        return cls(list(found["input_ids"]), spans)
+        return cls(list(encoded["input_ids"]), spans)
 
     def seam(self, before: int) -> int:
         """How many tokens end at or before a character, with nothing of a character left to the next; 0 where none."""
@@ -61,15 +61,15 @@ def encode_pieces(tokenizer: Any, text: str, size: int) -> Iterator[Piece]:
     """
     bos, special = getattr(tokenizer, "bos_token", None), special_ids(tokenizer)
     able = getattr(tokenizer, "is_fast", False) and not (bos and bos in text)
-    given = 0
+    done = 0
     if able and len(text) > size:
         for ids, end in _continued(tokenizer, text, max(size, 4 * _MARGIN)):
-            given += len(ids)
+            done += len(ids)
             yield Piece(ids, [Role.SPECIAL.value if i in special else Role.TEXT.value for i in ids], end)
             if end == len(text):
                 return
     ids, roles = encode_text(tokenizer, text)
-    yield Piece(ids[given:], roles[given:], len(text))
+    yield Piece(ids[done:], roles[done:], len(text))
 
 
 def _continued(tokenizer: Any, text: str, size: int) -> Iterator[tuple[list[int], int]]:

@@ -51,10 +51,10 @@ def find_places(render: Render, messages: Sequence[Message], text: str) -> list[
             "the conversation holds characters from U+100000 on, or too many messages to tell apart",
             remedy="take them out of the text",
         )
-    found = _by_runs(render, messages, dict(enumerate(contents)), text)
-    if found is not None:
-        return found
-    found = []
+    places = _by_runs(render, messages, dict(enumerate(contents)), text)
+    if places is not None:
+        return places
+    places = []
     for index, content in enumerate(contents):
         alone = _by_runs(render, messages, {index: content}, text)
         if alone is None and not content.strip():
@@ -67,8 +67,8 @@ def find_places(render: Render, messages: Sequence[Message], text: str) -> list[
                 "rendering, or cannot be told from the template's own words",
                 remedy="the template drops or rewrites it; change the message or the template",
             )
-        found += alone
-    return sorted(found)
+        places += alone
+    return sorted(places)
 
 
 def _with(messages: Sequence[Message], contents: dict[int, str]) -> list[Message]:
@@ -102,11 +102,11 @@ def _by_runs(render: Render, messages: Sequence[Message], contents: dict[int, st
 
 def _pieces(marked: str, contents: dict[int, str]) -> Iterator[tuple[int, int, int]]:
     """Start, end and message of each content in the marked rendering; a run of twice the length is two of them."""
-    for found in _RUN.finditer(marked):
-        index = ord(found[1]) - _FIRST
+    for match in _RUN.finditer(marked):
+        index = ord(match[1]) - _FIRST
         size = len(contents[index])
-        whole = found.end() - (found.end() - found.start()) % size
-        for start in range(found.start(), whole, size):
+        whole = match.end() - (match.end() - match.start()) % size
+        for start in range(match.start(), whole, size):
             yield start, start + size, index
 
 
@@ -121,11 +121,11 @@ def _form(text: str, at: int, content: str, following: str) -> str | None:
 def _by_marks(render: Render, messages: Sequence[Message], index: int, text: str) -> list[Place] | None:
     """Where one content stands, by marks within it; [] where the template takes all its words out; None: unknown."""
     content = str(messages[index]["content"])
-    words = [found.span() for found in re.finditer(r"\S+", content)]
+    words = [match.span() for match in re.finditer(r"\S+", content)]
     for start, end in ((0, len(content)), (words[0][0], words[-1][1])):
-        found = _by_marks_in(render, messages, index, (start, end), text)
-        if found is not None:
-            return found
+        places = _by_marks_in(render, messages, index, (start, end), text)
+        if places is not None:
+            return places
     # Words that the template takes out at an end may leave blanks that it strips, but not before a mark.
     left = list(words)
     while left and len(words) - len(left) < _EDGE and _used_up(render, messages, index, left[-1]):
@@ -143,12 +143,12 @@ def _by_marks_in(
     """As ``_by_marks``, with marks in one part of the content; the rest of it is as it was, and nobody's."""
     content, (start, end) = str(messages[index]["content"]), part
     words = content[start:end]
-    cuts = sorted({0, *(found.start() for found in _WORD.finditer(words)), len(words)})
+    cuts = sorted({0, *(match.start() for match in _WORD.finditer(words)), len(words)})
     cuts = cuts if len(cuts) <= _MOST else [*cuts[: _MOST - 1], len(words)]
     parts = [chr(_FIRST + k) + words[a:b] for k, (a, b) in enumerate(zip(cuts, [*cuts[1:], None], strict=True))]
     marked = _rendered(render, messages, index, content[:start] + "".join(parts) + content[end:])
-    kept = list(_kept(marked, len(cuts)))
-    return _kept_places(text, kept, words, cuts, index) if kept and _MARK.sub("", marked) == text else None
+    groups = list(_mark_groups(marked, len(cuts)))
+    return _places_between(text, groups, words, cuts, index) if groups and _MARK.sub("", marked) == text else None
 
 
 def _used_up(render: Render, messages: Sequence[Message], index: int, word: tuple[int, int]) -> bool:
@@ -156,8 +156,8 @@ def _used_up(render: Render, messages: Sequence[Message], index: int, word: tupl
     content, (start, end) = str(messages[index]["content"]), word
     word_marked = chr(_FIRST) + content[start:end] + chr(_FIRST + 1)
     marked = _rendered(render, messages, index, content[:start] + word_marked + content[end:])
-    kept, bare = list(_kept(marked, 2)), _MARK.sub("", marked)
-    return bool(kept) and all(len(marks) == 2 and not bare[marks[0][1] : marks[1][1]].strip() for marks in kept)
+    groups, bare = list(_mark_groups(marked, 2)), _MARK.sub("", marked)
+    return bool(groups) and all(len(marks) == 2 and not bare[marks[0][1] : marks[1][1]].strip() for marks in groups)
 
 
 def _rendered(render: Render, messages: Sequence[Message], index: int, content: str) -> str:
@@ -168,31 +168,31 @@ def _rendered(render: Render, messages: Sequence[Message], index: int, content: 
         return ""
 
 
-def _kept(marked: str, n_marks: int) -> Iterator[list[tuple[int, int]]]:
+def _mark_groups(marked: str, n_marks: int) -> Iterator[list[tuple[int, int]]]:
     """(number, place without marks) of the marks that are left, for each time that the content was put in."""
     group: list[tuple[int, int]] = []
-    for count, found in enumerate(_MARK.finditer(marked)):
-        number = ord(found[0]) - _FIRST
+    for count, match in enumerate(_MARK.finditer(marked)):
+        number = ord(match[0]) - _FIRST
         if group and number <= group[-1][0]:
             yield group
             group = []
         if number < n_marks:
-            group.append((number, found.start() - count))
+            group.append((number, match.start() - count))
     if group:
         yield group
 
 
-def _kept_places(
-    text: str, kept: list[list[tuple[int, int]]], words: str, cuts: list[int], index: int
+def _places_between(
+    text: str, groups: list[list[tuple[int, int]]], words: str, cuts: list[int], index: int
 ) -> list[Place] | None:
     """Each time from the first mark left to the last, which must be the content's end. What stands between them must
     be the content's: with words taken out where its beginning is there too, else exactly."""
     places = []
-    for marks in kept:
+    for marks in groups:
         (first, start), (last, end) = marks[0], marks[-1]
-        shown, said = text[start:end], words[cuts[first] :]
-        left = iter(said)
-        ours = all(character in left for character in shown) if first == 0 else shown == said
+        shown, expected = text[start:end], words[cuts[first] :]
+        left = iter(expected)
+        ours = all(character in left for character in shown) if first == 0 else shown == expected
         if last != len(cuts) - 1 or not ours:
             return None
         if shown:

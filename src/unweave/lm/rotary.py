@@ -40,7 +40,7 @@ class Changing:
 
 def changing(model: nn.Module) -> list[Changing]:
     """The rotary embeddings of a model whose frequencies depend on the length of the row; most models have none."""
-    found = []
+    embeddings = []
     for module in model.modules():
         own: Any = getattr(module, "rope_type", None)
         kinds: dict[str | None, str] = own if isinstance(own, dict) else {None: str(own)}
@@ -48,19 +48,19 @@ def changing(model: nn.Module) -> list[Changing]:
         if moving:
             limits = {_limit(module, layers, kind) for layers, kind in moving.items()}
             two_sets = len(limits) == 1 and set(moving.values()) == {"longrope"}
-            found.append(Changing(module, min(limits), two_sets))
-    return found
+            embeddings.append(Changing(module, min(limits), two_sets))
+    return embeddings
 
 
 def _limit(module: Any, layers: str | None, kind: str) -> int:
     if kind != "longrope":
         return int(module.original_max_seq_len)
     config = module.config
-    said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    said = said.get(layers, said) if layers is not None else said
-    found = said.get("original_max_position_embeddings")  # version 4 of transformers keeps it in the config alone
-    found = found or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-    return int(found)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope = rope.get(layers, rope) if layers is not None else rope
+    length = rope.get("original_max_position_embeddings")  # version 4 of transformers keeps it in the config alone
+    length = length or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    return int(length)
 
 
 @contextmanager
@@ -76,13 +76,13 @@ def rows_apart(rotaries: Sequence[Changing]) -> Iterator[None]:
 def _apart(rotary: Changing, own: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
     def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         of_row = rotary.sets(position_ids.amax(-1) + 1)
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for one in of_row.unique().tolist():
             rows = (of_row == one).nonzero().squeeze(1)
             _reset(rotary.module)
-            found.append((rows, *own(x, position_ids[rows], *args, **kwargs)))
-        back = torch.cat([rows for rows, _, _ in found]).argsort()
-        return torch.cat([cos for _, cos, _ in found])[back], torch.cat([sin for _, _, sin in found])[back]
+            parts.append((rows, *own(x, position_ids[rows], *args, **kwargs)))
+        back = torch.cat([rows for rows, _, _ in parts]).argsort()
+        return torch.cat([cos for _, cos, _ in parts])[back], torch.cat([sin for _, _, sin in parts])[back]
 
     return forward
 

@@ -48,21 +48,21 @@ def last_tokens_only(lm: LM, last: Tensor) -> Iterator[None]:
     then right at these tokens alone; gradients of the logits are right everywhere.
     """
     family, block = lm.layout.family, lm.layout.blocks[-1]
-    made: list[Replaced] = []
+    replaced: list[Replaced] = []
     try:
         for path in (family.heads, family.mlp):
             module = block.get_submodule(path)
-            made.append(Replaced(module, _at(module.forward, last)))
+            replaced.append(Replaced(module, _at(module.forward, last)))
         yield
     finally:
-        for one in reversed(made):
+        for one in reversed(replaced):
             one.remove()
 
 
 def _at(own: Callable[..., Tensor], last: Tensor) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = torch.arange(len(x), device=x.device)
-        found = own(x[rows, last].unsqueeze(1), *args, **kwargs)
-        return found.new_zeros(*x.shape[:2], found.shape[-1]).index_put((rows, last), found.squeeze(1))
+        out = own(x[rows, last].unsqueeze(1), *args, **kwargs)
+        return out.new_zeros(*x.shape[:2], out.shape[-1]).index_put((rows, last), out.squeeze(1))
 
     return forward

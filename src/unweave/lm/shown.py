@@ -33,14 +33,14 @@ class Piece(NamedTuple):
     goes_on: bool
 
 
-class _Known(NamedTuple):
+class _Texts(NamedTuple):
     """Texts of one tokenizer's tokens that were worked out before: inside a row, and at its beginning."""
 
     inside: dict[int, str]
     first: dict[int, str]
 
 
-_known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
+_texts_of: WeakKeyDictionary[Any, _Texts] = WeakKeyDictionary()
 
 
 def own_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
@@ -57,10 +57,10 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[Piece]:
     """A row's tokens as pieces: joined they are the decoded row, where every byte of it belongs to a character."""
     if not ids:
         return []
-    found = joined([*first_texts(tokenizer, ids[:1]), *own_texts(tokenizer, ids[1:])])
+    row = joined([*first_texts(tokenizer, ids[:1]), *own_texts(tokenizer, ids[1:])])
     whole = _decode(tokenizer, ids)
-    if _LOST in whole or "".join(piece.text for piece in found) == whole:
-        return found
+    if _LOST in whole or "".join(piece.text for piece in row) == whole:
+        return row
     return _by_beginnings(tokenizer, ids, whole)
 
 
@@ -70,7 +70,7 @@ def joined(texts: Sequence[str]) -> list[Piece]:
         return [Piece(text, False) for text in texts]
     sizes = [len(text.encode("utf-8", "surrogateescape")) for text in texts]
     characters = "".join(texts).encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
-    found: list[Piece] = []
+    row: list[Piece] = []
     at = begun = end = 0  # the next character, the byte at which it begins, and the byte at which the token ends
     for size in sizes:
         end += size
@@ -79,8 +79,8 @@ def joined(texts: Sequence[str]) -> list[Piece]:
             parts.append(characters[at])
             begun += len(characters[at].encode("utf-8", "surrogateescape"))
             at += 1
-        found.append(Piece(_visible("".join(parts)), size > 0 and not parts))
-    return found
+        row.append(Piece(_visible("".join(parts)), size > 0 and not parts))
+    return row
 
 
 def alone(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -99,7 +99,7 @@ def is_letter(character: str) -> bool:
 
 
 def _visible(text: str) -> str:
-    return _LOOSE.sub(lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", text)
+    return _LOOSE.sub(lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", text)
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -107,16 +107,16 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _texts(tokenizer: Any, ids: Iterable[int], first: bool) -> list[str]:
-    wanted = [int(i) for i in ids]
-    known = _known.get(tokenizer)
-    if known is None:
-        known = _known[tokenizer] = _Known({}, {})
-    texts = known.first if first else known.inside
-    missing = [i for i in dict.fromkeys(wanted) if i not in texts]
+    numbers = [int(i) for i in ids]
+    cached = _texts_of.get(tokenizer)
+    if cached is None:
+        cached = _texts_of[tokenizer] = _Texts({}, {})
+    texts = cached.first if first else cached.inside
+    missing = [i for i in dict.fromkeys(numbers) if i not in texts]
     if missing:
         before = [] if first else _anchor(tokenizer)
         texts.update({i: _text(tokenizer, i, before) for i in missing})
-    return [texts[i] for i in wanted]
+    return [texts[i] for i in numbers]
 
 
 def _anchor(tokenizer: Any) -> list[int]:
@@ -141,8 +141,8 @@ def _text(tokenizer: Any, token_id: int, before: list[int]) -> str:
 
 def _from_name(name: str) -> str:
     """What a token's name in the vocabulary says: a byte as <0xE2>, bytes as the letters of byte-level BPE, or text."""
-    if found := _BYTE.fullmatch(name):
-        return bytes([int(found[1], 16)]).decode("utf-8", "surrogateescape")
+    if match := _BYTE.fullmatch(name):
+        return bytes([int(match[1], 16)]).decode("utf-8", "surrogateescape")
     letters = _byte_of()
     if all(character in letters for character in name):
         return bytes(letters[character] for character in name).decode("utf-8", "surrogateescape")
@@ -159,11 +159,11 @@ def _byte_of() -> Mapping[str, int]:
 
 def _by_beginnings(tokenizer: Any, ids: Sequence[int], whole: str) -> list[Piece]:
     """Pieces from the decoded beginnings of a row, for tokenizers in which a token's text depends on its neighbours."""
-    found, shown = [], 0
+    row, shown = [], 0
     for n in range(1, len(ids) + 1):
         text = _decode(tokenizer, ids[:n]).rstrip(_LOST) if n < len(ids) else whole
         same = takewhile(lambda pair: pair[0] == pair[1], zip(text, whole, strict=False))
         agreed = max(shown, sum(1 for _ in same))
-        found.append(Piece(whole[shown:agreed], False))
+        row.append(Piece(whole[shown:agreed], False))
         shown = agreed
-    return found
+    return row

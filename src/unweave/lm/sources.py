@@ -70,10 +70,10 @@ def locate(source: str | Path) -> Located:
         return Located(path.resolve(), None, path.resolve().name, "")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and text[0] not in "./~":
         return Located(text, None, text, "")
-    known = [name for name, e in CATALOGUE.items() if e.kind == "model"]
-    close = difflib.get_close_matches(text.lower(), known, n=1)
+    names = [name for name, e in CATALOGUE.items() if e.kind == "model"]
+    close = difflib.get_close_matches(text.lower(), names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    remedy = f"{hint}give one of {', '.join(known)}; a folder; a .gguf file; or a hub id org/name"
+    remedy = f"{hint}give one of {', '.join(names)}; a folder; a .gguf file; or a hub id org/name"
     raise UnweaveError(f"no model {text!r}", where=str(path) if "/" in text else "", remedy=remedy)
 
 
@@ -108,8 +108,8 @@ def fetch_text(name: str) -> Path:
     """The file or folder of a catalogue text, fetched on the first call. UnweaveError for an unknown name."""
     entry = CATALOGUE.get(name)
     if entry is None or entry.kind != "text":
-        known = ", ".join(key for key, e in CATALOGUE.items() if e.kind == "text")
-        raise UnweaveError(f"no text {name!r} in the catalogue", remedy=f"give one of {known}")
+        names = ", ".join(key for key, e in CATALOGUE.items() if e.kind == "text")
+        raise UnweaveError(f"no text {name!r} in the catalogue", remedy=f"give one of {names}")
     return fetch_package(entry) / entry.file
 
 

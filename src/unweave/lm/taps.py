@@ -185,10 +185,10 @@ class Begins:
             session.handles.append(skipped(block, wrapped))
 
         def put(x: Tensor) -> Tensor:
-            wanted = tuple(x.shape)
-            if not isinstance(self.value, Tensor) or tuple(self.value.shape) != wanted:
+            expected = tuple(x.shape)
+            if not isinstance(self.value, Tensor) or tuple(self.value.shape) != expected:
                 raise UnweaveError(
-                    f"the forward pass begins with {list(getattr(self.value, 'shape', ()))}, not with {list(wanted)}",
+                    f"the forward pass begins with {list(getattr(self.value, 'shape', ()))}, not with {list(expected)}",
                     where=str(self.site),
                     remedy="give one row per row of tokens",
                 )
@@ -222,12 +222,12 @@ def _check_begins(lm: LM) -> None:
 def _check(site: Site, x: Any, session: Session) -> Tensor:
     """Trap 13: a module may return a tuple or a bare tensor; only [batch, position, width] is accepted."""
     assert session.batch is not None
-    wanted = tuple(session.batch[0].shape)
+    expected = tuple(session.batch[0].shape)
     axes = 1 if site.point == "logits" else 2  # the unembedding may be asked for the last positions only
-    if not isinstance(x, Tensor) or x.ndim != 3 or tuple(x.shape[:axes]) != wanted[:axes]:
+    if not isinstance(x, Tensor) or x.ndim != 3 or tuple(x.shape[:axes]) != expected[:axes]:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise UnweaveError(
-            f"site {site} holds {shape}, not [batch {wanted[0]}, position {wanted[1]}, width]",
+            f"site {site} holds {shape}, not [batch {expected[0]}, position {expected[1]}, width]",
             remedy="this model's code differs from its family's layout; report it",
         )
     return x
@@ -317,7 +317,7 @@ def _by_site(lm: LM, edits: Edits | None) -> list[tuple[Site, EditFn, Sequence[S
     if isinstance(edits, Mapping):
         by_site: Mapping[Any, Any] = edits
         return [(lm.site(site), fn, ()) for site, fn in by_site.items()]
-    found: list[tuple[Site, EditFn, Sequence[Site]]] = []
+    triples: list[tuple[Site, EditFn, Sequence[Site]]] = []
     several: Iterable[Any] = [edits] if isinstance(edits, SiteEdit) else edits
     for edit in several:
         if not isinstance(edit, SiteEdit):
@@ -325,8 +325,8 @@ def _by_site(lm: LM, edits: Edits | None) -> list[tuple[Site, EditFn, Sequence[S
                 f"{edit!r} does not say which site it edits", remedy="pass {site: function}, or an edit made by an SAE"
             )
         edit.verify(lm)
-        found.append((lm.site(edit.site), edit, [lm.site(s) for s in edit.needs]))
-    return found
+        triples.append((lm.site(edit.site), edit, [lm.site(s) for s in edit.needs]))
+    return triples
 
 
 @contextmanager

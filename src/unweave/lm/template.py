@@ -43,12 +43,12 @@ def identity(tokenizer: Any) -> list[str]:
 
 def chat_date() -> date:
     """The day that chat templates are told. UnweaveError where the environment variable names none."""
-    given = os.environ.get(_VARIABLE, "").strip()
+    text = os.environ.get(_VARIABLE, "").strip()
     try:
-        return date.fromisoformat(given) if given else USUAL_DATE
+        return date.fromisoformat(text) if text else USUAL_DATE
     except ValueError as error:
         raise UnweaveError(
-            f"{given!r} is no date", where=_VARIABLE, remedy="write it as 2024-07-26, or unset it"
+            f"{text!r} is no date", where=_VARIABLE, remedy="write it as 2024-07-26, or unset it"
         ) from error
 
 
@@ -83,10 +83,12 @@ def _dated(template: str, day: date) -> str:
     """
     noon = datetime.combine(day, time(12))
     codes = {"%" + flag + letter for flag in ("-", "") for letter in string.ascii_letters}
-    said = {code: noon.strftime(code) for code in sorted(codes, key=lambda code: (-len(code), code))}
-    known = {code: text for code, text in said.items() if "%" not in text}
+    texts = {code: noon.strftime(code) for code in sorted(codes, key=lambda code: (-len(code), code))}
+    usable = {code: text for code, text in texts.items() if "%" not in text}
     return (
         "{%- macro " + _ASKS + "(format) -%}{%- set now = namespace(text=format) -%}"
-        "{%- for code, said in " + json.dumps(known) + ".items() -%}{%- set now.text = now.text.replace(code, said) -%}"
+        "{%- for code, said in "
+        + json.dumps(usable)
+        + ".items() -%}{%- set now.text = now.text.replace(code, said) -%}"
         "{%- endfor -%}{{- now.text -}}{%- endmacro +%}" + template
     )

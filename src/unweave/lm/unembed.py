@@ -56,11 +56,9 @@ def top_tokens(lm: LM, logits: Tensor, k: int, *, largest: bool = True) -> tuple
     Rows of the unembedding beyond them only make its size round: they are no tokens, whatever their logits. Of fewer
     than k ids all are given.
     """
-    known = lm.known_ids.to(logits.device)
-    found = (logits if len(known) == logits.shape[-1] else logits[..., known]).topk(
-        min(k, len(known)), dim=-1, largest=largest
-    )
-    return found.values, known[found.indices]
+    ids = lm.known_ids.to(logits.device)
+    top = (logits if len(ids) == logits.shape[-1] else logits[..., ids]).topk(min(k, len(ids)), dim=-1, largest=largest)
+    return top.values, ids[top.indices]
 
 
 def knows(lm: LM) -> bool:
