@@ -157,19 +157,19 @@ class Edit:
     def __call__(self, x: Tensor, at: At) -> Tensor | None:
         source = at.read[self.needs[0]] if self.needs else x
         new = self.change(source, x)
-        return torch.where(self._kept(source, at).unsqueeze(-1), new, x)
+        return torch.where(self._tokens_to_edit(source, at).unsqueeze(-1), new, x)
 
-    def _kept(self, source: Tensor, at: At) -> Tensor:
+    def _tokens_to_edit(self, source: Tensor, at: At) -> Tensor:
         """The tokens to change, bool [B, P]."""
         if callable(self.where):
-            kept = self.where(at)
-            if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != at.mask.shape:
+            keep = self.where(at)
+            if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != at.mask.shape:
                 raise UnweaveError(
-                    f"where gave {_seen(kept)}, not a bool tensor {list(at.mask.shape)}",
+                    f"where gave {_seen(keep)}, not a bool tensor {list(at.mask.shape)}",
                     where=repr(self),
                     remedy="return one truth value per token, e.g. lambda at: at.roles == Role.USER",
                 )
-            return kept.to(at.mask.device) & at.mask
+            return keep.to(at.mask.device) & at.mask
         roles = _roles_of(self.where)
         if roles is not None:
             return torch.isin(at.roles, torch.tensor(roles, dtype=at.roles.dtype, device=at.roles.device)) & at.mask
@@ -187,15 +187,15 @@ def _roles_of(where: Where) -> list[int] | None:
     """The roles that ``where`` names; None where it is "policy", "all" or a function. Else UnweaveError."""
     if callable(where) or (isinstance(where, str) and where in ("policy", "all")):
         return None
-    known = {role.name.lower(): role for role in Role if role is not Role.PAD}
+    by_name = {role.name.lower(): role for role in Role if role is not Role.PAD}
     named = [where] if isinstance(where, (str, Role)) else where
     if not isinstance(named, (list, tuple, set, frozenset)):
         named = None
-    roles = [known.get(one.name.lower() if isinstance(one, Role) else str(one)) for one in named or ()]
+    roles = [by_name.get(one.name.lower() if isinstance(one, Role) else str(one)) for one in named or ()]
     if not roles or None in roles:
         raise UnweaveError(
             f"where = {where!r} does not say which tokens to edit",
-            remedy=f'use "policy", "all", a role or several ({", ".join(known)}), or a function of At',
+            remedy=f'use "policy", "all", a role or several ({", ".join(by_name)}), or a function of At',
         )
     return [int(role) for role in roles if role is not None]
 

@@ -99,7 +99,7 @@ class SAE(nn.Module):
             )
         if isinstance(self.activation, TopK) and self.activation.k > d_sae:
             raise UnweaveError(f"k is {self.activation.k}, more than the {d_sae} latents", remedy="check the settings")
-        wanted = {
+        shapes = {
             "b_enc": (d_sae,),
             "W_dec": (d_sae, self.W_dec.shape[-1]),
             "b_dec": (self.W_dec.shape[-1],),
@@ -107,7 +107,7 @@ class SAE(nn.Module):
         }
         if isinstance(self.activation, JumpReLU) and tuple(self.activation.threshold.shape) != (d_sae,):
             raise UnweaveError(f"threshold has shape {list(self.activation.threshold.shape)}, not [{d_sae}]")
-        for name, shape in wanted.items():
+        for name, shape in shapes.items():
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise UnweaveError(f"{name} has shape {list(tensor.shape)}, not {list(shape)}", remedy="check the file")
@@ -238,15 +238,15 @@ class SAE(nn.Module):
         normal = None if x is None else self.normalised(x)
         return out if normal is None else out * normal.scale + normal.shift
 
-    def through_skip(self, x: Tensor, kept: Tensor | None = None) -> Tensor | None:
-        """What the skip says of x [..., d_in]: x W_skip [..., d_out]; None where there is no skip.
+    def through_skip(self, x: Tensor, keep: Tensor | None = None) -> Tensor | None:
+        """The skip's output for x [..., d_in]: x W_skip [..., d_out]; None where there is no skip.
 
-        Where ``kept`` [..., 1] is false the skip says nothing: zero.
+        It is zero where ``keep`` [..., 1] is false.
         """
         if self.W_skip is None:
             return None
-        said = self._matches(x) @ self.W_skip
-        return said if kept is None else said * kept
+        skip = self._matches(x) @ self.W_skip
+        return skip if keep is None else skip * keep
 
     def explained(self, f: Tensor | Codes, x: Tensor) -> Tensor:
         """All that is no error: decode(f) (+ x W_skip) [..., d_out], with x [..., d_in] what f was encoded from."""

@@ -47,10 +47,10 @@ def measure(sae: SAE, lm: LM) -> dict[str, Any]:
     for site, width in ((sae.read, sae.d_in), (sae.write, sae.d_out)):
         if site is None:  # an SAE that only encodes writes nowhere
             continue
-        found = lm.width(site)
-        if found != width:
+        actual = lm.width(site)
+        if actual != width:
             raise UnweaveError(
-                f"this SAE has {width} dimensions at {site}, the model has {found}",
+                f"this SAE has {width} dimensions at {site}, the model has {actual}",
                 where=lm.name,
                 remedy="use an SAE that was trained on this model and site",
             )

@@ -44,8 +44,8 @@ def check_written(own: Fields, config: Fields, tensors: Tensors) -> None:
                 where=config.where,
                 remedy='restore the file; or, where the change is meant, remove "written" from its unweave block',
             )
-    said = written.text("tensors")
-    if said is not None and said != digest(tensors.values):
+    stored = written.text("tensors")
+    if stored is not None and stored != digest(tensors.values):
         raise UnweaveError(
             "the weights are not those that were written: the file is damaged, or was changed",
             where=tensors.where,
@@ -66,33 +66,33 @@ def build_own(parts: Parts, own: Fields) -> SAE:
     )
 
 
-def _check_provenance(told: Fields) -> None:
+def _check_provenance(provenance: Fields) -> None:
     """Refuses a provenance whose parts are not what later stages read them as."""
-    model = told.mapping("model")
+    model = provenance.mapping("model")
     for name in ("name", "note", "tokenizer", "site"):
         model.text(name)
     fingerprint = model.mapping("fingerprint")
     norms, products = fingerprint.numbers("norms"), fingerprint.numbers("products")
     if fingerprint and (not norms or not products or len(products) % len(norms)):
         raise UnweaveError(
-            "the model's fingerprint is damaged: norms and products do not belong together", where=told.where,
+            "the model's fingerprint is damaged: norms and products do not belong together", where=provenance.where,
             remedy="restore the file, or remove provenance.model.fingerprint",
         )  # fmt: skip
-    data = told.mapping("data")
+    data = provenance.mapping("data")
     data.boolean("begins_with_bos")
     data.integer("context")
-    train = told.mapping("train")
+    train = provenance.mapping("train")
     train.text("model")
     train.text("dtype")
     for name in ("data", "stream", "sae"):
         train.mapping(name)
-    reference = told.mapping("reference")
+    reference = provenance.mapping("reference")
     for name in ("l0", "unexplained_variance"):
         reference.number(name)
-    source = told.mapping("source")
+    source = provenance.mapping("source")
     for name in ("hook_name", "hook_name_out"):
         source.text(name)
-    told.sequence("accepted")
+    provenance.sequence("accepted")
 
 
 def build_foreign(
@@ -111,9 +111,9 @@ def build_foreign(
     What the file says of itself (format, origin, hooks, and ``about``) is in ``provenance["source"]``.
     """
     about = about or {}
-    said = {"hook_name": hook, "hook_name_out": hook_out, "model": model, **about}
+    fields = {"hook_name": hook, "hook_name_out": hook_out, "model": model, **about}
     origin = {"format": format, "path": source.origin, **source.facts}
-    provenance: dict[str, Any] = {"source": origin | {k: v for k, v in said.items() if v is not None}}
+    provenance: dict[str, Any] = {"source": origin | {k: v for k, v in fields.items() if v is not None}}
     if model:
         provenance["model"] = {"name": model}
     context = about.get("context")

@@ -69,20 +69,20 @@ def opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipI
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    found = archive.infolist()
-    if len(found) > _MEMBERS:
-        raise damaged(path, f"the archive has {len(found):,} members, more than {_MEMBERS:,}")
+    infos = archive.infolist()
+    if len(infos) > _MEMBERS:
+        raise damaged(path, f"the archive has {len(infos):,} members, more than {_MEMBERS:,}")
     members: dict[str, zipfile.ZipInfo] = {}
-    for info in found:
+    for info in infos:
         if info.filename in members:
             raise damaged(path, f"the member {info.filename[:80]!r} stands twice in the archive")
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise damaged(path, f"the member {info.filename[:80]!r} is encrypted, or packed in a way of its own")
         members[info.filename] = info
     size = path.stat().st_size
-    if sum(info.compress_size for info in found) > size:
+    if sum(info.compress_size for info in infos) > size:
         raise damaged(path, "the archive's members are longer than the archive")
-    expanded = sum(info.file_size for info in found)
+    expanded = sum(info.file_size for info in infos)
     if expanded > _EXPANDS * size + _SPARE:
         raise damaged(path, f"a file of {size:,} bytes would expand to {expanded:,}")
     return members
@@ -99,15 +99,15 @@ def content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> byte
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
     """All arrays of a NumPy archive. Raises UnweaveError for Python objects, and for whatever is damaged."""
-    found: dict[str, Tensor] = {}
+    arrays: dict[str, Tensor] = {}
     with opened(path) as (archive, members):
         for filename, info in members.items():
             name = filename.removesuffix(".npy")
-            if name in found:
+            if name in arrays:
                 raise damaged(path, f"the array {name[:80]!r} stands twice in the archive")
             with archive.open(info) as member:
-                found[name] = _array(member, info, name, path)
-    return found
+                arrays[name] = _array(member, info, name, path)
+    return arrays
 
 
 def _array(member: IO[bytes], info: zipfile.ZipInfo, name: str, path: Path) -> Tensor:
@@ -132,12 +132,12 @@ def _array(member: IO[bytes], info: zipfile.ZipInfo, name: str, path: Path) -> T
 
 def _header(text: bytes, name: str, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     try:
-        said = ast.literal_eval(text.decode("latin1").strip(" \n"))
+        header = ast.literal_eval(text.decode("latin1").strip(" \n"))
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise damaged(path, f"{name[:80]} has a header that cannot be read") from None
-    if not isinstance(said, dict) or set(said) != {"descr", "fortran_order", "shape"}:
+    if not isinstance(header, dict) or set(header) != {"descr", "fortran_order", "shape"}:
         raise damaged(path, f"{name[:80]} has a header that does not say type, order and shape")
-    descr, shape, fortran = said["descr"], said["shape"], said["fortran_order"]
+    descr, shape, fortran = header["descr"], header["shape"], header["fortran_order"]
     if not isinstance(descr, str) or descr.endswith("O"):
         raise carries_code(path)
     if descr[1:] not in _DTYPES or descr[0] not in "<>|=":

@@ -46,8 +46,8 @@ def load(source: Source) -> SAE:
     skip = tensors.maybe("W_skip")
     if skip is not None:
         parts.W_skip = oriented(skip, "W_skip", parts.d_in, len(parts.b_dec), stated="transposed", where=where)
-    told = config or "k" in tensors or _THRESHOLD in tensors or (skip is not None and source.path.name != _SAELENS)
-    if not told:
+    stated = config or "k" in tensors or _THRESHOLD in tensors or (skip is not None and source.path.name != _SAELENS)
+    if not stated:
         raise UnweaveError(
             "nothing says which activation these weights go with",
             where=where,
@@ -66,14 +66,14 @@ def _layer(name: str) -> int | None:
 
 def _activation(config: Fields, tensors: Tensors, parts: Parts) -> None:
     where = tensors.where
-    said = config.text("activation")
+    activation = config.text("activation")
     k = tensors.integer("k")
     threshold = tensors.maybe(_THRESHOLD)
     if threshold is not None:
         parts.threshold = vector(threshold.flatten(), _THRESHOLD, where, parts.d_sae)
         if bool((parts.threshold < 0).any()):
             raise UnweaveError("thresholds below 0 let negative latents through, which is not understood", where=where)
-    if k is not None or said == "topk":
+    if k is not None or activation == "topk":
         k = config.integer("k", least=1) if k is None else k
         if k is None or threshold is not None:
             raise UnweaveError("a TopK transcoder needs k, and no threshold", where=where, remedy="restore config.yaml")
@@ -83,11 +83,11 @@ def _activation(config: Fields, tensors: Tensors, parts: Parts) -> None:
             "the configuration says k, and an activation that has none", where=config.where,
             remedy="restore its activation, or remove k",
         )  # fmt: skip
-    elif said not in (None, "relu", "jump_relu", "jumprelu"):
+    elif activation not in (None, "relu", "jump_relu", "jumprelu"):
         raise UnweaveError(
-            f"the activation {said!r} is not understood", where=where, remedy="known: relu, jump_relu, topk"
+            f"the activation {activation!r} is not understood", where=where, remedy="known: relu, jump_relu, topk"
         )
-    elif said in ("jump_relu", "jumprelu") and threshold is None:
+    elif activation in ("jump_relu", "jumprelu") and threshold is None:
         raise UnweaveError(f"missing {_THRESHOLD}", where=where, remedy="the file is incomplete: restore it")
 
 
@@ -111,16 +111,16 @@ def _cross_layer(source: Source, config: Fields, tensors: Tensors, layer: int) -
 
 def _build(source: Source, config: Fields, parts: Parts, layer: int | None) -> SAE:
     hooks = [
-        f"blocks.{layer}.{said}" if layer is not None and said else None
-        for said in (config.text("feature_input_hook"), config.text("feature_output_hook"))
+        f"blocks.{layer}.{hook}" if layer is not None and hook else None
+        for hook in (config.text("feature_input_hook"), config.text("feature_output_hook"))
     ]
-    known = hooks[0] is not None and hooks[1] is not None
+    complete = hooks[0] is not None and hooks[1] is not None
     return build_foreign(
         parts,
         source,
         NAME,
         hook=hooks[0],
         hook_out=hooks[1],
-        sites=None if known else (None, None),
+        sites=None if complete else (None, None),
         model=config.text("model_name"),
     )

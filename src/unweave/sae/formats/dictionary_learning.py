@@ -78,22 +78,22 @@ def load(source: Source) -> SAE:
     )
 
 
-def _kind(tensors: Tensors, said: str | None, where: str) -> str:
+def _kind(tensors: Tensors, stated: str | None, where: str) -> str:
     """The class whose tensors these are; UnweaveError when the configuration says another, or must say and does not."""
     if "r_mag" in tensors:
-        found = {"GatedAutoEncoder"}
+        classes = {"GatedAutoEncoder"}
     elif "group_sizes" in tensors:
-        found = {"MatryoshkaBatchTopKSAE"}
+        classes = {"MatryoshkaBatchTopKSAE"}
     elif "threshold" in tensors and "W_enc" in tensors:
-        found = {"JumpReluAutoEncoder"}
+        classes = {"JumpReluAutoEncoder"}
     elif "encoder.weight" in tensors and "b_dec" in tensors:
-        found = _PAIRS
+        classes = _PAIRS
     elif "encoder.weight" in tensors and "bias" in tensors:
-        found = {"AutoEncoder"}
+        classes = {"AutoEncoder"}
     elif "decoder.bias" in tensors or "decoder_linear.bias" in tensors:
-        found = {"AutoEncoderNew"}
+        classes = {"AutoEncoderNew"}
     elif "W_enc" in tensors and "b_dec" in tensors:
-        found = {"plain"}
+        classes = {"plain"}
     else:
         raise UnweaveError(
             f"tensors {', '.join(sorted(tensors.values)[:8])} are of no kind of SAE that is known",
@@ -101,17 +101,17 @@ def _kind(tensors: Tensors, said: str | None, where: str) -> str:
             remedy="known: AutoEncoder, AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, "
             "MatryoshkaBatchTopKSAE, JumpReluAutoEncoder",
         )
-    if said is None and len(found) > 1:
+    if stated is None and len(classes) > 1:
         raise UnweaveError(
             "TopK and BatchTopK dictionaries hold the same tensors, and no configuration says which of them this is",
             where=where, remedy=f"put {CONFIG} with trainer.dict_class beside it",
         )  # fmt: skip
-    if said is not None and said not in found:
+    if stated is not None and stated not in classes:
         raise UnweaveError(
-            f"the configuration says {said}, but the tensors are those of {' or '.join(sorted(found))}",
+            f"the configuration says {stated}, but the tensors are those of {' or '.join(sorted(classes))}",
             where=where, remedy="configuration and weights do not belong together: restore them",
         )  # fmt: skip
-    return said or found.pop()
+    return stated or classes.pop()
 
 
 def _taken_for(kind: str, trainer: Fields, where: str) -> str | None:
@@ -188,13 +188,13 @@ def _plain(tensors: Tensors, source: Source) -> Parts:
 
 
 def _k(tensors: Tensors, trainer: Fields, where: str) -> int:
-    stored, said = tensors.integer("k"), trainer.integer("k", least=1)
+    stored, stated = tensors.integer("k"), trainer.integer("k", least=1)
     if stored is not None:
-        agree("k", said, stored, where)
+        agree("k", stated, stored, where)
         return stored
-    if said is None:
+    if stated is None:
         raise UnweaveError("neither the file nor its configuration says k", where=where, remedy=f"restore {CONFIG}")
-    return said
+    return stated
 
 
 _SITES = re.compile(r"(resid_post|resid_out|resid|attn_out|mlp_out)_?layer_?([0-9]{1,4})(?![0-9])")

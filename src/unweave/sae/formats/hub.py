@@ -84,17 +84,17 @@ def parse(name: str) -> tuple[str, str | None, str]:
 
 def released(name: str) -> tuple[str, str]:
     """The repository and path of ``saelens:RELEASE/ID``. Raises UnweaveError for releases that are not known here."""
-    asked = name.removeprefix(SAELENS)
+    release = name.removeprefix(SAELENS)
     for pattern, repository, path in _RELEASES:
-        match = re.fullmatch(pattern, asked)
+        match = re.fullmatch(pattern, release)
         if match is None:
             continue
         groups = list(match.groups())
-        if asked.startswith("llama_scope"):
+        if release.startswith("llama_scope"):
             groups[0] = groups[0].upper()
         return repository.format(*groups), path.format(*groups)
     raise UnweaveError(
-        f"the SAELens name {asked!r} is not known here",
+        f"the SAELens name {release!r} is not known here",
         remedy="give the repository and path that SAELens lists for it: hub:org/name/path (docs/formats.md)",
     )
 

@@ -135,20 +135,20 @@ def _norms(config: Fields, tensors: Tensors) -> dict[str, float]:
     """Average norms of the data's activations: "in" and "out", from the tensors or the configuration."""
     if config.holds(_NORM, (int, float)):
         both = config.number(_NORM, above=0)
-        known = {} if both is None else {"in": both}
+        by_name = {} if both is None else {"in": both}
     else:
         inner = config.mapping(_NORM)
-        known = {name: value for name in inner if (value := inner.number(name, above=0)) is not None}
+        by_name = {name: value for name in inner if (value := inner.number(name, above=0)) is not None}
     for name in [name for name in tensors.values if name.startswith(f"{_NORM}.")]:
         value = tensors.number(name)
         if value is not None:
-            known[name.removeprefix(f"{_NORM}.")] = value
-    found: dict[str, float] = {}
+            by_name[name.removeprefix(f"{_NORM}.")] = value
+    norms: dict[str, float] = {}
     for side in ("in", "out"):
-        value = known.get(side, known.get(config.text(f"hook_point_{side}") or ""))
+        value = by_name.get(side, by_name.get(config.text(f"hook_point_{side}") or ""))
         if value is not None:
-            found[side] = value
-    return found
+            norms[side] = value
+    return norms
 
 
 def _activate(config: Fields, tensors: Tensors, parts: Parts, norms: dict[str, float]) -> None:

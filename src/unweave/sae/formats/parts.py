@@ -165,10 +165,12 @@ def assemble(tensors: Tensors, names: Mapping[str, tuple[str, ...]], stated: Map
     which decides for square ones. Raises UnweaveError for what is missing or does not fit.
     """
     b_enc, b_dec = (vector(tensors.take(*names[name]), names[name][0], tensors.where) for name in ("b_enc", "b_dec"))
-    found = {"W_enc": tensors.take(*names["W_enc"]), "W_dec": tensors.take(*names["W_dec"])}
-    W_enc = oriented(found["W_enc"], names["W_enc"][0], None, len(b_enc), stated=stated["W_enc"], where=tensors.where)
+    matrices = {"W_enc": tensors.take(*names["W_enc"]), "W_dec": tensors.take(*names["W_dec"])}
+    W_enc = oriented(
+        matrices["W_enc"], names["W_enc"][0], None, len(b_enc), stated=stated["W_enc"], where=tensors.where
+    )
     W_dec = oriented(
-        found["W_dec"], names["W_dec"][0], len(b_enc), len(b_dec), stated=stated["W_dec"], where=tensors.where
+        matrices["W_dec"], names["W_dec"][0], len(b_enc), len(b_dec), stated=stated["W_dec"], where=tensors.where
     )
     return Parts(W_enc, b_enc, W_dec, b_dec)
 
@@ -191,11 +193,11 @@ def vector(tensor: Tensor, name: str, where: str, length: int | None = None) -> 
     return tensor
 
 
-def agree(what: str, said: int | None, found: int, where: str) -> None:
+def agree(what: str, stated: int | None, actual: int, where: str) -> None:
     """UnweaveError unless the configuration, if it says anything, says what the tensors' shapes show."""
-    if said is not None and said != found:
+    if stated is not None and stated != actual:
         raise UnweaveError(
-            f"the configuration says {what} {said}, but the tensors' shapes say {found}",
+            f"the configuration says {what} {stated}, but the tensors' shapes say {actual}",
             where=where,
             remedy="configuration and weights do not belong together: restore them",
         )

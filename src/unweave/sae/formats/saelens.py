@@ -101,17 +101,17 @@ def _architecture(sae: SAE) -> str:
 def _metadata(sae: SAE) -> dict[str, Any]:
     model = sae.provenance.get("model", {})
     data = sae.provenance.get("data", {})
-    said = sae.provenance.get("source", {})
+    source = sae.provenance.get("source", {})
     metadata = {
         "sae_lens_version": _FORMAT_VERSION,  # without it SAELens takes the file for an older one and drops the rest
         "model_name": model.get("name", ""),
-        "hook_name": _hook_name(sae.read) or said.get("hook_name", ""),
+        "hook_name": _hook_name(sae.read) or source.get("hook_name", ""),
         "hook_head_index": None,
         "prepend_bos": data.get("begins_with_bos", False),
         "context_size": data.get("context"),
     }
     if sae.is_transcoder:
-        metadata["hook_name_out"] = _hook_name(sae.write) or said.get("hook_name_out", "")
+        metadata["hook_name_out"] = _hook_name(sae.write) or source.get("hook_name_out", "")
     return metadata
 
 
@@ -140,20 +140,20 @@ def load(source: Source) -> SAE:
     if own:
         return build_own(parts, own)
     _warn_of_processed_models(config, str(folder))
-    said = config.metadata
-    head = said.integer("hook_head_index")
+    metadata = config.metadata
+    head = metadata.integer("hook_head_index")
     return build_foreign(
         parts,
         source,
         NAME,
-        hook=said.text("hook_name") or None,
-        hook_out=said.text("hook_name_out") or None,
+        hook=metadata.text("hook_name") or None,
+        hook_out=metadata.text("hook_name_out") or None,
         sites=(None, None) if head is not None else None,  # one head alone is no site of ours
-        model=said.text("model_name") or None,
+        model=metadata.text("model_name") or None,
         about={
             "hook_head_index": head,
-            "prepend_bos": said.boolean("prepend_bos"),
-            "context": said.integer("context_size"),
+            "prepend_bos": metadata.boolean("prepend_bos"),
+            "context": metadata.integer("context_size"),
         },
     )
 
@@ -224,7 +224,7 @@ def _known_extras(config: Config, tensors: Tensors) -> tuple[torch.Tensor | None
 
 
 def _warn_of_processed_models(config: Config, where: str) -> None:
-    asked = config.metadata.mapping("model_from_pretrained_kwargs")
+    kwargs = config.metadata.mapping("model_from_pretrained_kwargs")
     changes = [
         name
         for name in (
@@ -234,7 +234,7 @@ def _warn_of_processed_models(config: Config, where: str) -> None:
             "fold_value_biases",
             "refactor_factored_attn_matrices",
         )
-        if asked.boolean(name)
+        if kwargs.boolean(name)
     ]
     if changes:  # trap 12
         warnings.warn(

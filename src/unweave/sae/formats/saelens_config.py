@@ -64,8 +64,8 @@ def modern(raw: Fields) -> Config:
     old = not re.match(r"([6-9]|\d\d)\.", version)
     config = _renamed(raw)
     if old:
-        said = {name: value for name, value in config.values.items() if name != "metadata"}
-        metadata = Fields(said | dict(metadata.values), where, "metadata")
+        flat = {name: value for name, value in config.values.items() if name != "metadata"}
+        metadata = Fields(flat | dict(metadata.values), where, "metadata")
     architecture = config.text("architecture") or ("standard" if old else "")
     arguments = config.mapping("activation_fn_kwargs")
     if set(arguments) - {"k"}:
@@ -106,16 +106,16 @@ def modern(raw: Fields) -> Config:
 
 def _renamed(raw: Fields) -> Fields:
     """The fields under their newer names; one that stands under both must say the same."""
-    made: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
     for name, value in raw.values.items():
         new = _OLD_NAMES.get(name, name)
-        if new in made and made[new] != value:
-            old = next(known for known, newer in _OLD_NAMES.items() if newer == new)
+        if new in renamed and renamed[new] != value:
+            old = next(older for older, newer in _OLD_NAMES.items() if newer == new)
             raise UnweaveError(
                 f"{new} and {old} are one field and differ", where=raw.where, remedy="remove one of them"
             )
-        made[new] = value
-    return Fields(made, raw.where)
+        renamed[new] = value
+    return Fields(renamed, raw.where)
 
 
 def _k(architecture: str, config: Fields, arguments: Fields) -> int | None:
@@ -132,41 +132,41 @@ def _k(architecture: str, config: Fields, arguments: Fields) -> int | None:
 
 def _input_bias(architecture: str, config: Fields, old: bool) -> bool:
     """Whether b_dec is taken off the input: version 6 says it, older ones did it unless told otherwise (trap 21)."""
-    where, said = config.where, config.boolean("apply_b_dec_to_input")
+    where, stated = config.where, config.boolean("apply_b_dec_to_input")
     if architecture.endswith("transcoder"):
-        if said:
+        if stated:
             raise UnweaveError("a transcoder cannot take b_dec off its input (apply_b_dec_to_input)", where=where)
         return False
-    if said is None and not (old and ("hook_name" in config or "activation_fn_str" in config)):
+    if stated is None and not (old and ("hook_name" in config or "activation_fn_str" in config)):
         raise UnweaveError(
             "the configuration does not say whether b_dec is taken off the input (apply_b_dec_to_input)",
             where=where,
             remedy="add it: true or false",
         )
-    return True if said is None else said
+    return True if stated is None else stated
 
 
 def _scaling(config: Fields) -> tuple[float | None, InputNorm | None]:
     if config.holds("normalize_activations", bool):
-        said = "expected_average_only_in" if config.flag("normalize_activations") else "none"
+        scaling = "expected_average_only_in" if config.flag("normalize_activations") else "none"
     else:
-        said = config.text("normalize_activations") or "none"
-    if said == "none":
+        scaling = config.text("normalize_activations") or "none"
+    if scaling == "none":
         return None, None
-    if said in _INPUT_NORMS:
-        return None, _INPUT_NORMS[said]
-    if said == "expected_average_only_in":
+    if scaling in _INPUT_NORMS:
+        return None, _INPUT_NORMS[scaling]
+    if scaling == "expected_average_only_in":
         factor = config.number("norm_scaling_factor", above=0)
         if factor is not None:
             return factor, None
         raise UnweaveError(
-            f"this SAE wants its inputs scaled by one number ({said}), and the file does not hold it",
+            f"this SAE wants its inputs scaled by one number ({scaling}), and the file does not hold it",
             where=config.where,
             remedy='add it to cfg.json as "norm_scaling_factor" (SAELens lists it with the release), or fold it before '
             "saving (SAELens: fold_activation_norm_scaling_factor)",
         )
     raise UnweaveError(
-        f"this SAE wants its inputs scaled by {said[:80]!r}, which the file does not hold",
+        f"this SAE wants its inputs scaled by {scaling[:80]!r}, which the file does not hold",
         where=config.where,
         remedy="fold the scaling into the weights before saving",
     )

@@ -46,8 +46,8 @@ class Source:
         for name in names:
             path = self.folder / name
             if path.is_file():
-                found = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path, at_most=_CONFIG_BYTES)
-                return Fields(found, str(path))
+                values = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path, at_most=_CONFIG_BYTES)
+                return Fields(values, str(path))
         return Fields({}, str(self.folder))
 
     def files(self) -> list[Path]:

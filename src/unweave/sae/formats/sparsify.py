@@ -46,8 +46,8 @@ def load(source: Source) -> SAE:
     parts = assemble(tensors, _NAMES, _STATED)
     skip = tensors.maybe("W_skip")
     if skips != (skip is not None):
-        said = "no W_skip" if skip is None else "a W_skip"
-        raise UnweaveError(f"the tensors hold {said}, against skip_connection in the configuration", where=where)
+        actual = "no W_skip" if skip is None else "a W_skip"
+        raise UnweaveError(f"the tensors hold {actual}, against skip_connection in the configuration", where=where)
     if skip is not None:
         parts.W_skip = oriented(skip, "W_skip", parts.d_in, len(parts.b_dec), stated="transposed", where=str(path))
     tensors.finish()

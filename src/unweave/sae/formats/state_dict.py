@@ -129,11 +129,11 @@ def _from_legacy(handle: IO[bytes], path: Path) -> dict[str, Tensor]:
     return _tensors(views, lambda storage: held.get(storage.key, b""), path)
 
 
-def _views(found: Any, path: Path) -> dict[str, _View]:
-    if not isinstance(found, dict) or not all(isinstance(value, _View) for value in found.values()):
+def _views(entries: Any, path: Path) -> dict[str, _View]:
+    if not isinstance(entries, dict) or not all(isinstance(value, _View) for value in entries.values()):
         raise _no_dictionary(path)
-    named = {str(name): value for name, value in found.items()}
-    if len(named) < len(found):
+    named = {str(name): value for name, value in entries.items()}
+    if len(named) < len(entries):
         raise damaged(path, "two tensors have one name")
     return named
 
@@ -141,13 +141,13 @@ def _views(found: Any, path: Path) -> dict[str, _View]:
 def _tensors(views: Mapping[str, _View], stored: Callable[[_Storage], bytes], path: Path) -> dict[str, Tensor]:
     """Each view's numbers. What a tensor claims is compared with its storage before either is read."""
     size = path.stat().st_size
-    asked = sum(math.prod(view.size) * view.storage.dtype.itemsize for view in views.values())
+    claimed = sum(math.prod(view.size) * view.storage.dtype.itemsize for view in views.values())
     for name, view in views.items():
         last = sum((n - 1) * s for n, s in zip(view.size, view.stride, strict=True)) if math.prod(view.size) else -1
         if view.offset + last >= view.storage.count or math.prod(view.size) > view.storage.count:
             raise damaged(path, f"{name[:80]} claims more numbers than the {view.storage.count:,} that are stored")
-    if asked > 4 * size + (1 << 20):  # tied weights are stored once and used twice
-        raise damaged(path, f"its tensors claim {asked:,} bytes, and the file has {size:,}")
+    if claimed > 4 * size + (1 << 20):  # tied weights are stored once and used twice
+        raise damaged(path, f"its tensors claim {claimed:,} bytes, and the file has {size:,}")
     flat: dict[_Storage, Tensor] = {}
     for storage in {view.storage for view in views.values()}:
         data = stored(storage)
@@ -283,10 +283,15 @@ def _named(name: str) -> _Name:
     return _Name(name)
 
 
-def _storage(told: Any) -> _Storage:
-    if not isinstance(told, tuple) or not 5 <= len(told) <= 6 or told[0] != "storage" or any(told[5:]):
+def _storage(description: Any) -> _Storage:
+    if (
+        not isinstance(description, tuple)
+        or not 5 <= len(description) <= 6
+        or description[0] != "storage"
+        or any(description[5:])
+    ):
         raise ValueError("a storage is not described as it should be")
-    kind, key, count = told[1], told[2], told[4]
+    kind, key, count = description[1], description[2], description[4]
     dtype = _DTYPES.get(kind.name.removeprefix("torch ")) if isinstance(kind, _Name) else None
     if dtype is None or not isinstance(key, str) or type(count) is not int or count < 0:
         raise ValueError("a storage is not described as it should be")

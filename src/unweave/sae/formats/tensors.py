@@ -67,12 +67,12 @@ class Tensors:
 
     def integer(self, name: str) -> int | None:
         """A tensor that holds one whole number of at least 1; None when it is not there."""
-        found = self.number(name)
-        if found is not None and (found != int(found) or found < 1):
+        value = self.number(name)
+        if value is not None and (value != int(value) or value < 1):
             raise UnweaveError(
-                f"{name} holds {found:g}, not a whole number of at least 1", where=self.where, remedy=_RESTORE
+                f"{name} holds {value:g}, not a whole number of at least 1", where=self.where, remedy=_RESTORE
             )
-        return None if found is None else int(found)
+        return None if value is None else int(value)
 
     def integers(self, name: str) -> list[int] | None:
         """A vector of whole numbers of at least 1; None when it is not there."""
@@ -88,9 +88,9 @@ class Tensors:
         for name in names:
             self.values.pop(name, None)
 
-    def require(self, wanted: Iterable[str], remedy: str) -> None:
+    def require(self, expected: Iterable[str], remedy: str) -> None:
         """UnweaveError unless exactly these are there, naming all that are missing and unused."""
-        missing, unused = set(wanted) - set(self.values), set(self.values) - set(wanted)
+        missing, unused = set(expected) - set(self.values), set(self.values) - set(expected)
         if missing or unused:
             problem = "; ".join(
                 f"{word} {', '.join(sorted(names))}"
@@ -134,9 +134,9 @@ def oriented(tensor: Tensor, name: str, rows: int | None, columns: int | None, *
             return tensor.T if stated == "transposed" else tensor
         if fits:
             return fits[0]
-    wanted = f"[{'?' if rows is None else rows}, {'?' if columns is None else columns}]"
+    expected = f"[{'?' if rows is None else rows}, {'?' if columns is None else columns}]"
     raise UnweaveError(
-        f"{name} has shape {list(tensor.shape)}, which is neither {wanted} nor its transpose",
+        f"{name} has shape {list(tensor.shape)}, which is neither {expected} nor its transpose",
         where=where,
         remedy="the biases and this matrix do not belong together: restore the file",
     )

@@ -109,8 +109,8 @@ def choose_topk(x: Tensor, W: Tensor, b: Tensor | None, k: int, *, chunk: int | 
     indices = torch.empty(len(x), k, dtype=torch.int32, device=x.device)
 
     def visit(first: int, z: Tensor) -> bool:
-        found, where = topk_rows(z, k)
-        values[first : first + len(z)] = found
+        top, where = topk_rows(z, k)
+        values[first : first + len(z)] = top
         indices[first : first + len(z)] = where
         return True
 
@@ -128,11 +128,11 @@ class _Finds:
 
     def add(self, z: Tensor, bound: Tensor) -> None:
         """Looks through further rows z [n, F]; bound is a scalar or [F]."""
-        found = _places(z > bound)
-        self._values.append(z.view(-1).index_select(0, found))
-        self._places.append(found.add_(self.n_rows * self.n_latents))
+        places = _places(z > bound)
+        self._values.append(z.view(-1).index_select(0, places))
+        self._places.append(places.add_(self.n_rows * self.n_latents))
         self.n_rows += len(z)
-        self.count += len(found)
+        self.count += len(places)
 
     def lowest_of(self, largest: int) -> Tensor:
         """The lowest of so many largest values."""
@@ -211,7 +211,7 @@ def choose_batch_topk(
     the choice for the whole. Among equal values the first in the order of processes and rows win, so that the choice
     does not depend on how a batch is divided.
     """
-    wanted = k * int(group.sum(torch.tensor([len(x)], device=x.device)))
+    n = k * int(group.sum(torch.tensor([len(x)], device=x.device)))
     bound = guess if guess is not None and guess > 0 else _first_guess(x, W, b, k, chunk)
     bound = -float(group.max(torch.tensor([-bound], dtype=torch.float64, device=x.device)))
     may_rise = True
@@ -229,8 +229,8 @@ def choose_batch_topk(
         _chunks(x, W, b, visit, chunk)
         # What is above every process's last bound has been collected wherever it is.
         reached = group.max(limit)
-        found = int(group.sum(torch.tensor([finds.above(reached)], device=x.device)))
-        if found >= wanted:
+        n_above = int(group.sum(torch.tensor([finds.above(reached)], device=x.device)))
+        if n_above >= n:
             break
         if float(reached) > float(x.new_tensor(bound)):  # the first chunk was not like the others
             may_rise = False
@@ -239,25 +239,25 @@ def choose_batch_topk(
         else:
             bound = bound / 2 if bound > 1e-3 else 0.0
     values, indices, offsets = finds.finish(x)
-    if int(group.sum(torch.tensor([finds.count], device=x.device))) > wanted:
-        kept = _largest(values, wanted, group)
-        counts = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])
-        values, indices, offsets = values[kept], indices[kept], counts[offsets]
+    if int(group.sum(torch.tensor([finds.count], device=x.device))) > n:
+        keep = _largest(values, n, group)
+        counts = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
+        values, indices, offsets = values[keep], indices[keep], counts[offsets]
     return values, Choice(indices, offsets, W.shape[0])
 
 
-def _largest(values: Tensor, wanted: int, group: Group) -> Tensor:
-    """Which of one's own values [n] are among the ``wanted`` largest of all processes' (of which there are more)."""
+def _largest(values: Tensor, n: int, group: Group) -> Tensor:
+    """Which of one's own values [n] are among the ``n`` largest of all processes' (of which there are more)."""
     parts = group.gather(values)
-    lowest = torch.cat(parts).topk(wanted, sorted=False).values.min()
-    kept = values >= lowest
+    lowest = torch.cat(parts).topk(n, sorted=False).values.min()
+    keep = values >= lowest
     ties = [int((part == lowest).sum()) for part in parts]
     above = sum(int((part > lowest).sum()) for part in parts)
-    room = wanted - above - sum(ties[: group.rank])
+    room = n - above - sum(ties[: group.rank])
     if ties[group.rank] > room:
         equal = (values == lowest).nonzero().squeeze(1)
-        kept[equal[max(0, room) :]] = False
-    return kept
+        keep[equal[max(0, room) :]] = False
+    return keep
 
 
 def _first_guess(x: Tensor, W: Tensor, b: Tensor | None, k: int, chunk: int | None) -> float:

@@ -89,8 +89,8 @@ def _bags(values: Tensor, blocks: list[tuple[slice, slice, Choice]], table: Tens
     """The same by blocks of latents, values in their order."""
     out = None
     for latents, entries, part in blocks:
-        said = _bag(values[entries], part, table[latents])
-        out = said if out is None else out.add_(said)
+        product = _bag(values[entries], part, table[latents])
+        out = product if out is None else out.add_(product)
     assert out is not None
     return out
 
@@ -120,8 +120,8 @@ def transposed_rows(values: Tensor, choice: Choice, table: Tensor) -> Tensor:
     out = None
     for rows, entries, part in choice.row_blocks(size):
         order, by_latent = part.by_latent
-        said = _bag(values[entries].index_select(0, order), by_latent, table[rows])
-        out = said if out is None else out.add_(said)
+        product = _bag(values[entries].index_select(0, order), by_latent, table[rows])
+        out = product if out is None else out.add_(product)
     assert out is not None
     return out
 
