@@ -73,7 +73,7 @@ def dumps(value: Any) -> str:
 
 
 class Twice:
-    """A mapping in which a key stands twice."""
+    """A mapping in which a key appears twice."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         self.pairs = pairs

@@ -63,7 +63,7 @@ def test_models_that_are_no_causal_language_model(which: str, loaded: bool, tmp_
 
 @pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), None, "gpt2"])
 def test_things_that_are_no_model_of_transformers(thing: Any) -> None:
-    with pytest.raises(UnweaveError, match="no model of transformers"):
+    with pytest.raises(UnweaveError, match="not a transformers model"):
         LM(thing, None)
 
 

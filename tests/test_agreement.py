@@ -206,7 +206,7 @@ def test_accuracy_counts_by_hand(tiny: Any) -> None:
 def test_a_model_that_guesses_does_not_do_the_task() -> None:
     for clean, patch in ((0.42, 0.5), (1.0, 0.0), (0.55, 0.55)):
         problem = agreement.Accuracy(100, clean, patch, {}).problem
-        assert problem is not None and f"{clean:.0%}" in problem and "does not do this task" in problem
+        assert problem is not None and f"{clean:.0%}" in problem and "fails this task" in problem
     assert agreement.Accuracy(1, 1.0, 1.0, {}).problem is None and agreement.Accuracy(50, 0.9, 0.6, {}).problem is None
 
 

@@ -127,11 +127,11 @@ def test_tables_of_tensors_that_lie(tmp_path: Path) -> None:
     twice = b"X\x01\x00\x00\x00W"
     pickled = zipfile.ZipFile(whole).read("whole/data.pkl")
     entry = pickled[pickled.index(twice) : -len("s.")]
-    bounded(lambda: read_state_dict(table(entry + b"s.", entry + b"s" + twice + b"K\x05s.")), "stands twice")
+    bounded(lambda: read_state_dict(table(entry + b"s.", entry + b"s" + twice + b"K\x05s.")), "appears twice")
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(out, "w") as new:
         for name in ("a/data.pkl", "a/data/0", "a/data/0"):
             new.writestr(name, zipfile.ZipFile(whole).read(f"whole/{name[2:]}"))
-    bounded(lambda: read_state_dict(out), "stands twice")
+    bounded(lambda: read_state_dict(out), "appears twice")
     big = rewritten(whole, lambda name, data: b"big" if name.endswith("byteorder") else data, out)
     bounded(lambda: read_state_dict(big), "byte order")
 
@@ -197,8 +197,8 @@ def test_arrays_that_lie(tmp_path: Path) -> None:
     for header, says in lies:
         bounded(lambda header=header: read_arrays(npz(path, [("W.npy", npy(header, four))])), says)
     whole = npy(said("(2, 2)"), four)
-    bounded(lambda: read_arrays(npz(path, [("W.npy", whole), ("W.npy", whole)])), "stands twice")
-    bounded(lambda: read_arrays(npz(path, [("W.npy", whole), ("W", whole)])), "stands twice")
+    bounded(lambda: read_arrays(npz(path, [("W.npy", whole), ("W.npy", whole)])), "appears twice")
+    bounded(lambda: read_arrays(npz(path, [("W.npy", whole), ("W", whole)])), "appears twice")
     bounded(lambda: read_arrays(npz(path, [("W.npy", whole)], zipfile.ZIP_LZMA)), "packed in a way of its own")
     bounded(lambda: read_arrays(npz(path, [(f"{n}.npy", whole) for n in range(5000)])), "5,000 members")
     bomb = npy(said("(100000000,)"), b"\0" * 400_000_000)
@@ -232,7 +232,7 @@ def test_headers_that_lie(tmp_path: Path) -> None:
     assert checked_header(raw(path, "{" + entry + "}")) == ["W"]
     assert torch.equal(read_safetensors(path).take("W"), torch.zeros(2, 2))
     lies = [
-        ("{" + entry + ", " + entry + "}", "stands twice"),
+        ("{" + entry + ", " + entry + "}", "appears twice"),
         (entry, "JSON"),
         ("[]", "named fields"),
         ("{}", "take 0 bytes"),

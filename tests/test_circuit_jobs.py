@@ -219,7 +219,7 @@ def test_a_circuit_is_evaluated_on_other_texts_beside_neurons(home: Path, found:
     assert run.result.used.examples == 6 and run.result.curves[0].start_layer == 1
     shown = {row[0]: row[1:] for row in run.result.rows()}
     # a model of random weights: 5 of 9 and 3 of 9 answers are right
-    assert shown["right answers"][0] == "56% / 33%" and "does not do this task" in shown["right answers"][1]
+    assert shown["right answers"][0] == "56% / 33%" and "fails this task" in shown["right answers"][1]
     curves = {curve_name(c.errors, c.neurons): c for c in run.result.curves}
     names = ["latents and errors", "without attention and MLP errors", "without errors", "neurons"]
     assert list(curves) == names == [curve_name(r.errors, r.neurons) for r in run.result.reached]

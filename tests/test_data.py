@@ -466,7 +466,7 @@ def test_conversations_without_an_answer(make_tokenizer: Callable[..., Any]) -> 
     keeping = packed(unanswered="keep")
     assert [row.document for row in keeping] == [0, 1, 2, 3] and keeping.counts.unanswered_conversations == 0
     assert keeping.counts.empty_messages == 1 and keeping.counts.conversations == 3
-    with pytest.raises(UnweaveError, match="says nothing") as caught:
+    with pytest.raises(UnweaveError, match="no text from the assistant") as caught:
         list(packed(unanswered="refuse"))
     assert caught.value.where == "log, document 4"
     with pytest.raises(UnweaveError, match="none of the 2 conversations so far has an assistant turn") as caught:

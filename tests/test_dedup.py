@@ -389,7 +389,7 @@ def test_command_writes_what_is_kept(tmp_path: Path, capfd: pytest.CaptureFixtur
     [
         ("dedup --out b.jsonl", "no text was named"),
         ("dedup a.jsonl --out a.jsonl", "would replace the text it reads"),
-        ("dedup a.jsonl --out b.jsonl --n 0", "0 words make no sense"),
+        ("dedup a.jsonl --out b.jsonl --n 0", "0 words are invalid"),
         ("dedup a.jsonl --out b.jsonl --memory-mb 0", "0 MB"),
         ("dedup nowhere --out b.jsonl", "no text 'nowhere'"),
         ("dedup a.jsonl", "--out"),

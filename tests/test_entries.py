@@ -114,7 +114,7 @@ def test_what_is_wrong_is_named_with_its_place_and_field(tmp_path: Path, value: 
         (b'{"context": "a", "answer": [" b"]}', "answer is a list, not text"),
         (b'[{"context": "a", "answer": " b"}] junk', "not JSON"),
         (b'[{"context": "a", "answer": " b"}\n] junk', "not JSON"),
-        (b'{"context": "a", "context": "b", "answer": " b"}', "the key 'context' stands twice"),
+        (b'{"context": "a", "context": "b", "answer": " b"}', "the key 'context' appears twice"),
         (b'{"context": "\\ud800", "answer": " b"}', "half a surrogate pair"),
         (b"[" * 5000 + b"]" * 5000, "nested deeper"),
         (b'{"context":' * 5000 + b"1" + b"}" * 5000, "nested deeper"),
@@ -147,7 +147,7 @@ def test_an_empty_prefix_is_a_problem_with_a_name(tiny_lm: Any) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b'{"name": "resid_post.3/7", "name": "resid_post.3/8"}', "stands twice"),
+        (b'{"name": "resid_post.3/7", "name": "resid_post.3/8"}', "appears twice"),
         (b'{"name": "resid_post.3/7", "annotation": 0}', "annotation is 0, not text"),
         (b'{"name": "resid_post.3/7", "notes": []}', r"notes is \[\], not text"),
         (b'{"name": "resid_post.3/7", "interpretability": NaN}', "interpretability is nan"),

@@ -42,12 +42,12 @@ def test_files_that_carry_code_are_not_opened(tmp_path: Path, monkeypatch: pytes
     torch.save({"W_enc": Runs()}, "ae.pt")
     Path("raw.pt").write_bytes(pickle.dumps({"W_enc": Runs()}))
     np.savez("params.npz", W_enc=np.array([Runs()], dtype=object))
-    for name, says in (("ae.pt", "Python objects"), ("params.npz", "Python objects"), ("raw.pt", "no dictionary")):
+    for name, says in (("ae.pt", "Python objects"), ("params.npz", "Python objects"), ("raw.pt", "not a dictionary")):
         with pytest.raises(UnweaveError, match=says):
             SAE.load(name)
     assert not Path("ran").exists()
     torch.save([N["We"]], "list.pt")
-    with pytest.raises(UnweaveError, match="no dictionary of tensors"):
+    with pytest.raises(UnweaveError, match="not a dictionary of tensors"):
         SAE.load("list.pt")
 
 
@@ -218,7 +218,7 @@ def test_normalised_inputs(norm: str, kind: str) -> None:
         made(kind, input_norm=norm, **TRANSCODES)
     with pytest.raises(UnweaveError, match="transcoder"):
         sae.at("mlp_in.1", "mlp_add.1")
-    with pytest.raises(UnweaveError, match="no input normalisation"):
+    with pytest.raises(UnweaveError, match="unknown input normalisation"):
         made(kind, input_norm="odd")
 
 
@@ -283,7 +283,7 @@ def test_hub_names_fetch_one_sae_s_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert SAE.load("hub:org/transcoders/layer_6.safetensors").d_sae == F
     with pytest.raises(UnweaveError, match="has no SAE at 'nowhere'"):
         SAE.load("hub:org/name/nowhere")
-    with pytest.raises(UnweaveError, match="names nothing"):
+    with pytest.raises(UnweaveError, match="is not a name on the hub"):
         SAE.load("hub:justone")
 
     def fails(*args: Any, **kwargs: Any) -> str:
@@ -363,7 +363,7 @@ def test_saelens_releases() -> None:
         "gpt2-small-resid-post-v5-32k/blocks.3.hook_resid_mid",
         "gpt2-small-resid-out-v5-32k/blocks.3.hook_resid_out",
     ):
-        with pytest.raises(UnweaveError, match="not known here"):
+        with pytest.raises(UnweaveError, match="unknown SAELens name"):
             hub.released(f"saelens:{unknown}")
 
 

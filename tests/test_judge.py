@@ -111,7 +111,7 @@ def test_prompts_that_are_too_long_do_not_stop_the_others(tmp_path: Path) -> Non
 def test_the_budget_of_requests_stops_and_asking_again_goes_on(tmp_path: Path, shown_tasks: list[Any]) -> None:
     script = Scripted(echo)
     for have in (2, 4):
-        with pytest.raises(UnweaveError, match=rf"budget is spent \(2 prompts .*\) with {have} of 5 replies there"):
+        with pytest.raises(UnweaveError, match=rf"budget is spent \(2 prompts .*\) with {have} of 5 replies"):
             CachedJudge(script, tmp_path, Budget(max_requests=2)).ask(talks(5))
     assert all(r.text for r in CachedJudge(script, tmp_path, Budget(max_requests=2)).ask(talks(5)))
     assert len(script.asked) == 5
@@ -132,9 +132,9 @@ def test_the_budget_of_tokens_counts_prompts_and_replies(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"api_key_env": "OPENAI_API_KEY"}, "api_key_env means nothing for a model that runs here"),
-        ({"timeout": 3.0}, "timeout means nothing for a model that runs here"),
-        ({"base_url": "http://a/v1", "dtype": "bfloat16"}, "dtype means nothing for a server"),
+        ({"api_key_env": "OPENAI_API_KEY"}, "api_key_env does not apply to a model that runs here"),
+        ({"timeout": 3.0}, "timeout does not apply to a model that runs here"),
+        ({"base_url": "http://a/v1", "dtype": "bfloat16"}, "dtype does not apply to a server"),
         ({"base_url": "a/v1"}, "not an http or https address"),
         ({"base_url": "http://user:pass@a/v1"}, "without user, password"),
         ({"base_url": "http://a/v1?key=1"}, "without user, password"),
@@ -338,7 +338,7 @@ def test_a_server_that_does_not_answer_in_time_is_a_failure(server: Server) -> N
 
 
 def test_budgets_hold_for_servers(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UnweaveError, match="3 of 8 replies there"):
+    with pytest.raises(UnweaveError, match="3 of 8 replies"):
         CachedJudge(server.connect(at_once=2), tmp_path, Budget(max_requests=3)).ask(talks(8))
     assert len(server.requests) == 3
     with pytest.raises(UnweaveError, match="budget is spent"):
@@ -474,7 +474,7 @@ def test_what_does_not_fit_is_a_failure_and_the_rest_is_answered(tiny_lm: Callab
 
 def test_a_local_judge_stays_within_its_budget(tiny_lm: Callable[..., Any], tmp_path: Path) -> None:
     judge = CachedJudge(LocalModel(tiny_lm(), max_new_tokens=2, at_once=2), tmp_path, Budget(max_requests=3))
-    with pytest.raises(UnweaveError, match="3 of 5 replies there"):
+    with pytest.raises(UnweaveError, match="3 of 5 replies"):
         judge.ask(talks(5))
     assert len(files_under(tmp_path)) == 3
 

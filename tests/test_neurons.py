@@ -92,7 +92,7 @@ def test_exact_effects_of_neurons_are_those_of_overwriting_them(tiny: Any) -> No
 @pytest.mark.parametrize("format", ["unweave", "saelens", "dictionary_learning", "sparsify"])
 def test_neurons_are_not_saved(tiny: Any, tmp_path: Path, format: str) -> None:
     sae = neurons(LM(tiny("llama"), None), "resid_post.1")
-    with pytest.raises(UnweaveError, match="neurons are no trained SAE"):
+    with pytest.raises(UnweaveError, match="neurons are not a trained SAE"):
         sae.save(tmp_path / "x", format)
     assert not (tmp_path / "x").exists()
     with pytest.raises(UnweaveError, match=r"resid_post\.7"):

@@ -378,7 +378,7 @@ def test_a_path_with_an_equals_sign_that_is_not_there(name: str) -> None:
 
 
 def test_an_autoencoder_is_named_after_the_site() -> None:
-    with pytest.raises(UnweaveError, match="no autoencoder is named for resid_post"):
+    with pytest.raises(UnweaveError, match="no SAE is given for resid_post"):
         split_name("resid_post.1= ")
 
 

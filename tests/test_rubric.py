@@ -569,7 +569,7 @@ def test_interrupted_ratings_go_on_reply_by_reply(trained: Run, tmp_path: Path, 
     spec = spec_of(trained)
     panel.answer = one_latent
     for have in (5, 10):
-        with pytest.raises(UnweaveError, match=f"{have} of 12 replies there"):
+        with pytest.raises(UnweaveError, match=f"{have} of 12 replies"):
             rubric.run(replace(spec, judge=replace(spec.judge, budget_requests=5)), tmp_path)
     made = rubric.run(spec, tmp_path)
     assert [len(script.asked) for script in panel.scripts] == [5, 5, 2]

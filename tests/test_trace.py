@@ -68,12 +68,12 @@ def test_where_the_model_does_not_do_the_task_no_number_is_shown(
     run = traced(home, tmp_path, monkeypatch, knows=False)
     found = run.result
     assert (found.right_clean + found.right_patch) / 2 < 0.6
-    assert "does not do this task" in found.problem and found.agreements == () and found.share is None
+    assert "fails this task" in found.problem and found.agreements == () and found.share is None
     shown = {row[0]: row[1:] for row in found.rows()}
     assert shown["order, Spearman"] == (None, found.problem)
     page = report.run(ReportSpec(sae=home / "sae"), tmp_path)
     text = (page.path / page.result.report).read_text()
-    assert "he model does not do this task" in text and "of the effect found" not in text
+    assert "he model fails this task" in text and "of the effect found" not in text
 
 
 def test_a_site_without_effect_is_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

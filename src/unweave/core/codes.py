@@ -108,7 +108,7 @@ class Codes:
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             refuse_if_memory(error, path)
             raise UnweaveError(
-                f"cannot read sparse codes: {error}", where=str(path), remedy="make them again"
+                f"cannot read sparse codes: {error}", where=str(path), remedy="collect them again"
             ) from error
         return cls(tensors["offsets"], tensors["indices"].long(), tensors["values"], n_latents)
 

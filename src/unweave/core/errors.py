@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UnweaveError(Exception):
-    """Something the user can mend. The command line prints it and leaves with exit status 2.
+    """A fault that the user can fix. The command line prints it and leaves with exit status 2.
 
     ``what`` is one sentence on what is wrong, ``where`` the file, site or step, ``remedy`` what to do about it.
     """

@@ -2,7 +2,7 @@
 
 - A byte order mark is no part of the text. Bytes that are no UTF-8 are an error that says where they stand.
 - Lines end at ``\\n`` (or ``\\r\\n``) and nowhere else: U+2028, U+2029 and U+0085 are ordinary characters of a string.
-- A key that stands twice, a number that is not finite or too long, half a surrogate pair, nesting deeper than 100
+- A key that appears twice, a number that is not finite or too long, half a surrogate pair, nesting deeper than 100
   levels and aliases that expand without bound are errors, not surprises later on.
 - A file is not read before its size is known to be reasonable.
 
@@ -206,7 +206,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice[:80]!r} stands twice")
+        raise ValueError(f"the key {twice[:80]!r} appears twice")
     return mapping
 
 

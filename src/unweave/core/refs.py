@@ -1,4 +1,4 @@
-"""Types of fields that name something to read. Such a field counts by what is there, not by what it is called.
+"""Types of fields that name something to read. Such a field is identified by content, not by name.
 
 A type says how: ``FileRef = Annotated[Path, Content("module:function")]``, where the function takes the field's value
 and returns a digest of what it names, or "" where nothing local is named. Specs import no torch, so the function is

@@ -83,7 +83,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(hint: Any, value: Any, where: str) -> Any:
-    """The value of type ``hint`` that ``to_plain`` made plain. UnweaveError, naming the field, where it is none."""
+    """The value of type ``hint`` that ``to_plain`` made plain. UnweaveError, naming the field, where it is not one."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value

@@ -54,7 +54,7 @@ class Deduplicator:
 
     def __init__(self, n: int = 20, *, memory_bytes: int = 512 << 20, folder: Path | None = None) -> None:
         if n < 1:
-            raise UnweaveError(f"n-grams of {n} words make no sense", remedy="the FAST paper takes 20")
+            raise UnweaveError(f"n-grams of {n} words are invalid", remedy="use at least 1; the FAST paper uses 20")
         self.n = n
         self.seen = HashSet(memory_bytes, folder)
 

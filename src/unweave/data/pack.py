@@ -45,7 +45,7 @@ class PackSpec(Spec):
     bos: Literal["tokenizer", "always", "never"] = "tokenizer"
     """Whether rows begin with BOS: as the tokenizer (or the chat template) does by itself, always, or never."""
     unanswered: Literal["skip", "keep", "refuse"] = "skip"
-    """Conversations in which the assistant says nothing: left out and counted, kept, or an error."""
+    """Conversations without text from the assistant: left out and counted, kept, or an error."""
 
 
 class Row(NamedTuple):
@@ -77,7 +77,7 @@ class PackCounts:
     conversations: int = 0
     """that were rendered"""
     unanswered_conversations: int = 0
-    """left out because the assistant says nothing"""
+    """left out because they have no text from the assistant"""
     rejected_conversations: int = 0
     """left out because the chat template refuses or rewrites them"""
     first_rejected: str = ""
@@ -263,7 +263,7 @@ class Packed(Iterator[Row]):
                 raise UnweaveError(
                     "the chat template begins with two BOS tokens (trap: template and tokenizer both add one)",
                     where=_place(document),
-                    remedy="mend the tokenizer's chat template",
+                    remedy="fix the tokenizer's chat template",
                 )
             yield _Encoded([Piece(*encoded, 0)], 0, first + offset)
 
@@ -275,7 +275,7 @@ class Packed(Iterator[Row]):
             counts.first_rejected = counts.first_rejected or f"{_place(document)}: {refusal.what}"
         elif self.spec.unanswered == "refuse":
             raise UnweaveError(
-                "the assistant says nothing in this conversation",
+                "this conversation has no text from the assistant",
                 where=_place(document),
                 remedy="drop it, or set data.pack.unanswered to skip or keep",
             )

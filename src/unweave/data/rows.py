@@ -176,7 +176,7 @@ class _Ahead:
 
 
 def _no_json(what: str, where: str) -> UnweaveError:
-    return UnweaveError(f"not JSON: {what}", where=where, remedy="mend or cut the file")
+    return UnweaveError(f"not JSON: {what}", where=where, remedy="fix the file")
 
 
 def parquet_rows(
@@ -206,7 +206,9 @@ def parquet_rows(
     except (pa.ArrowException, OSError, ValueError, OverflowError, TypeError, LookupError) as error:
         refuse_if_memory(error, path)
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
-        raise UnweaveError(f"cannot read it as Parquet: {reason}", where=str(path), remedy="get it again") from error
+        raise UnweaveError(
+            f"cannot read it as Parquet: {reason}", where=str(path), remedy="restore the file"
+        ) from error
 
 
 def hub_rows(name: str, split: str) -> Iterator[tuple[Any, str]]:
@@ -258,7 +260,9 @@ def conversation_or_text(
 ) -> tuple[str | None, Messages | None]:
     """(text, None) or (None, messages) of a row; UnweaveError when it holds neither."""
     if not isinstance(row, Mapping):
-        raise UnweaveError(f"a row is a {type(row).__name__}, not an object with fields", where=where, remedy="mend it")
+        raise UnweaveError(
+            f"a row is a {type(row).__name__}, not an object with fields", where=where, remedy="fix the row"
+        )
     if messages_field:
         for field in (messages_field, *CONVERSATION_FIELDS):
             if row.get(field) is not None:
@@ -266,7 +270,7 @@ def conversation_or_text(
         if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
             extra = row.get("input")
             if extra is not None and not isinstance(extra, str):
-                raise UnweaveError("'input' is no text", where=where, remedy="mend or drop the row")
+                raise UnweaveError("'input' is not text", where=where, remedy="fix or drop the row")
             prompt = "\n\n".join(part for part in (row["instruction"], extra) if part)
             pair = {"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}
             return None, tuple({**message, "content": without_halves(message["content"])} for message in pair)
@@ -278,7 +282,7 @@ def conversation_or_text(
         raise UnweaveError(
             f"the row has no text in {text_field!r}{there}" + (f" and no {messages_field!r}" if messages_field else ""),
             where=where,
-            remedy=("mend or drop the row" if there else "mend the row")
+            remedy=("fix or drop the row" if there else "fix the row")
             + (f", or name another of its fields as text_field or messages_field: {others}" if others else ""),
         )
     return without_halves(text), None
@@ -287,11 +291,11 @@ def conversation_or_text(
 def _messages(value: Any, field: str, where: str) -> Messages:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         empty = " but an empty one" if isinstance(value, Sequence) and not isinstance(value, str) else ""
-        raise UnweaveError(f"{field!r} is not a list of messages{empty}", where=where, remedy="mend or drop the row")
+        raise UnweaveError(f"{field!r} is not a list of messages{empty}", where=where, remedy="fix or drop the row")
     messages = []
     for index, message in enumerate(value):
         if not isinstance(message, Mapping):
-            raise UnweaveError(f"message {index} of {field!r} is not an object", where=where, remedy="mend the row")
+            raise UnweaveError(f"message {index} of {field!r} is not an object", where=where, remedy="fix the row")
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if isinstance(content, Sequence) and not isinstance(content, str):
@@ -302,7 +306,7 @@ def _messages(value: Any, field: str, where: str) -> Messages:
                 f"message {index} has the role {str(role)[:80]!r}", where=where, remedy=f"known roles: {roles}"
             )
         if not isinstance(content, str):
-            raise UnweaveError(f"message {index} ({role}) has no text", where=where, remedy="mend or drop the row")
+            raise UnweaveError(f"message {index} ({role}) has no text", where=where, remedy="fix or drop the row")
         messages.append({"role": _ROLES[role], "content": without_halves(content)})
     return tuple(messages)
 

@@ -72,7 +72,7 @@ class DataSpec(Spec):
         rest = {name: value for name, value in values.items() if name != "packing"}
         if values["packing"] not in PAPER_CONTEXT:
             raise UnweaveError(
-                f"{values['packing']!r} is no way to pack",
+                f"{values['packing']!r} is not a known packing",
                 where=f"{where}.packing" if where else "packing",
                 remedy=f"use {' or '.join(PAPER_CONTEXT)}",
             )

@@ -47,7 +47,7 @@ class SplitDocuments(Iterator[Document]):
         part: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         if split not in ("train", "heldout"):
-            raise UnweaveError(f"there is no split {split!r}", remedy="ask for train or heldout")
+            raise UnweaveError(f"unknown split {split!r}", remedy="use train or heldout")
         self.split, self.part, self.counts = split, part, SplitCounts()
         stream = documents(sources, seed, self.counts)
         self.dedup = Deduplicated(stream, dedup, memory_bytes=memory_bytes, folder=folder) if dedup else None

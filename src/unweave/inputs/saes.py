@@ -1,4 +1,4 @@
-"""The autoencoders (or neurons) and the model that a circuit is asked for in."""
+"""The SAEs (or neurons) and the model that a question is about."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def split_name(written: str) -> tuple[Site | None, str]:
         raise UnweaveError(
             "there is no such folder",
             where=printable(written),
-            remedy=f"check the path; in SITE=NAME the site comes first, and {printable(left)!r} is none",
+            remedy=f"check the path; in SITE=NAME the site comes first, and {printable(left)!r} is not one",
         ) from None
     if not right.strip():
-        raise UnweaveError(f"no autoencoder is named for {site}", where=written, remedy=f"write {site}=FOLDER")
+        raise UnweaveError(f"no SAE is given for {site}", where=written, remedy=f"write {site}=FOLDER")
     return site, right.strip()
 
 

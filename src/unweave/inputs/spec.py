@@ -20,50 +20,50 @@ SAERefs = Annotated[tuple[str, ...], Content("unweave.inputs.identity:saes")]
 
 @dataclass(frozen=True, kw_only=True)
 class OfSAESpec(Spec):
-    """A question about a trained autoencoder."""
+    """A question about a trained SAE."""
 
     sae: SAERef
-    """The autoencoder's folder, as `train` printed it, or any other SAE that can be read: docs/formats.md. Its content,
+    """The SAE's folder, as `train` printed it, or an SAE in any format that can be read: docs/formats.md. Its content,
     not its path, decides which run is reused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UseSpec(OfSAESpec):
-    """What every stage that uses a trained autoencoder in a model can be told."""
+    """Options of every stage that uses a trained SAE in a model."""
 
     model: ModelRef | None = None
     """The model to use it in; by default the one it was trained on."""
     device: str | None = operational(None)
     """cpu, cuda, cuda:1...; by default a GPU where there is one."""
     accept_mismatch: str | None = None
-    """Use the autoencoder in a model that it was not trained on, for this reason; what was measured is recorded."""
+    """Use the SAE in a model that it was not trained on, for this reason; the difference measured is recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfSAEsSpec(Spec):
-    """A question about several autoencoders in one model."""
+    """A question about several SAEs in one model."""
 
     saes: SAERefs = ()
-    """Autoencoders: folders as `train` makes them (one SAE, or all below sae/), any that can be read (docs/formats.md),
+    """SAEs: folders as `train` writes them (one SAE, or all below sae/), any that can be read (docs/formats.md),
     or SITE=NAME for one whose file names no site. Their content decides which run is reused."""
     neurons: tuple[str, ...] = ()
     """Sites, also by pattern, whose neurons (coordinates) stand for latents, without an error: the baseline."""
     sites: tuple[str, ...] = ()
-    """Use only the autoencoders at these sites, by pattern; by default all."""
+    """Use only the SAEs at these sites, by pattern; by default all."""
     model: ModelRef | None = None
-    """The model; by default the one that the autoencoders were trained on."""
+    """The model; by default the one that the SAEs were trained on."""
     device: str | None = operational(None)
     """cpu, cuda, cuda:1...; by default a GPU where there is one."""
     accept_mismatch: str | None = None
-    """Use autoencoders in a model that they were not trained on, for this reason; what was measured is recorded."""
+    """Use SAEs in a model that they were not trained on, for this reason; the difference measured is recorded."""
 
     def __post_init__(self) -> None:
         if not self.saes and not self.neurons:
-            raise UnweaveError("there are no sites", where="saes", remedy="name autoencoders (saes) or sites (neurons)")
+            raise UnweaveError("there are no sites", where="saes", remedy="give SAEs (saes) or sites (neurons)")
         if not self.saes and (self.sites or self.accept_mismatch):
-            raise UnweaveError("sites and accept_mismatch say something about saes, and there are none", where="saes")
+            raise UnweaveError("sites and accept_mismatch need saes, which are not given", where="saes")
         if self.neurons and not self.saes and self.model is None:
-            raise UnweaveError("neurons alone do not say of which model", where="model", remedy="name it with --model")
+            raise UnweaveError("neurons need a model", where="model", remedy="name it with --model")
 
 
 def unused(spec: Spec, uses: Mapping[str, bool]) -> None:

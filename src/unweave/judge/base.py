@@ -31,7 +31,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: a text, or the reason why there is none."""
+    """A judge's reply: a text, or the reason for its absence."""
 
     text: str | None
     failure: str = ""
@@ -41,9 +41,9 @@ class Reply:
     cut: bool = False
     """Whether the reply ended because it reached the length allowed."""
     kept: bool = False
-    """Whether it was there from an earlier time, so that it cost nothing now."""
+    """Whether it came from the cache, and so cost nothing now."""
     of_prompt: bool = False
-    """Whether the failure is this prompt's alone, because it is too long: others may be answered all the same."""
+    """Whether only this prompt failed, because it is too long; others may still be answered."""
 
     @property
     def tokens(self) -> int:
@@ -163,16 +163,16 @@ class CachedJudge:
                 raise UnweaveError(
                     f"the judge failed {_GIVE_UP} times in a row: {reply.failure}",
                     where=self.name,
-                    remedy="mend that and ask again; replies that came are kept",
+                    remedy="fix this and ask again; the replies so far are kept",
                 )
             yield keys[i], reply
 
     def _spent(self, have: int, needed: int) -> UnweaveError:
         used = f"{self.budget.requests:,} prompts and {self.budget.tokens:,} tokens"
         return UnweaveError(
-            f"the judge's budget is spent ({used}) with {have:,} of {needed:,} replies there",
+            f"the judge's budget is spent ({used}) with {have:,} of {needed:,} replies",
             where=self.name,
-            remedy="ask again to go on with as much once more, or raise judge.budget_requests or judge.budget_tokens; "
+            remedy="ask again to continue with the same budget, or raise judge.budget_requests or judge.budget_tokens; "
             "replies are kept",
         )
 
@@ -195,7 +195,7 @@ class CachedJudge:
         return None if self._folder is None else Path(self._folder) / key[:2] / f"{key}.json"
 
     def _load(self, key: str) -> Reply | None:
-        """A kept reply; a file that cannot be read counts as none, and is replaced by the new reply."""
+        """A cached reply; None where there is no readable file, which the new reply then replaces."""
         path = self._path(key)
         if path is None or not path.is_file():
             return None

@@ -112,13 +112,13 @@ class ChatServer:
                 raise UnweaveError(
                     f"the environment variable {spec.api_key_env} is not set",
                     where="judge.api_key_env",
-                    remedy=f"put the key into it: export {spec.api_key_env}=...",
+                    remedy=f"set it: export {spec.api_key_env}=...",
                 )
             if not key.isascii() or not key.isprintable():
                 raise UnweaveError(
-                    f"the environment variable {spec.api_key_env} holds what no key holds",
+                    f"the environment variable {spec.api_key_env} holds characters that no key has",
                     where="judge.api_key_env",
-                    remedy="keys are of letters, digits and signs of ASCII: copy it again",
+                    remedy="a key has printable ASCII characters only: copy it again",
                 )
         return cls(
             spec.model,
@@ -130,7 +130,7 @@ class ChatServer:
         )
 
     def answer(self, conversations: Sequence[Conversation], budget: Budget) -> Iterator[tuple[int, Reply]]:
-        """Raises UnweaveError for what no other prompt would mend; replies that were under way are yielded before.
+        """Raises UnweaveError for failures that every prompt would meet; replies under way are yielded first.
 
         Whoever stops asking for replies ends the requests that are under way.
         """
@@ -323,7 +323,7 @@ def _same_place(response: Any) -> bool:
         return False
     try:
         to = origin.join(location)
-    except Exception:  # whatever the package says of an address that is none
+    except Exception:  # whatever the package raises for an invalid address
         return False
     return (to.scheme, to.host, to.port) == (origin.scheme, origin.host, origin.port) and not to.userinfo
 
@@ -355,7 +355,7 @@ def _packages() -> tuple[Any, Any, Any]:
 
 
 def _seconds(header: str | None) -> float | None:
-    """A Retry-After header in seconds, within reason; dates and nonsense count as none."""
+    """A Retry-After header in seconds, within reason; None for dates and invalid values."""
     try:
         seconds = float(header or "")
     except ValueError:

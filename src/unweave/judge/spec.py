@@ -51,7 +51,7 @@ class JudgeSpec(Spec):
         for name in inapplicable:
             if getattr(self, name) is not None:
                 raise UnweaveError(
-                    f"{name} means nothing for a {kind}",
+                    f"{name} does not apply to a {kind}",
                     where="judge",
                     remedy=f"leave {name} out, or {'leave' if self.base_url else 'give'} base_url",
                 )
@@ -61,11 +61,11 @@ class JudgeSpec(Spec):
             raise UnweaveError(  # what was given is not repeated: it may be the key
                 "api_key_env must be the name of an environment variable, in capitals",
                 where="judge.api_key_env",
-                remedy="e.g. OPENAI_API_KEY; the key itself belongs into that variable, nowhere else",
+                remedy="e.g. OPENAI_API_KEY; put the key itself into that variable only",
             )
         if self.api_key_env is not None and self.base_url is not None and not _keeps_secrets(self.base_url):
             raise UnweaveError(
-                "the key would go to another machine unencrypted, for all on the way to read",
+                "the key would be sent to another machine unencrypted",
                 where="judge.base_url",
                 remedy="use an https address; http is for this machine only (localhost), or without api_key_env",
             )
@@ -89,12 +89,12 @@ def is_this_machine(url: str) -> bool:
 
 
 def _check_url(url: str) -> None:
-    """Refuses addresses that are none, or that could carry a secret into files and messages. Nor are they repeated:
+    """Refuses invalid addresses, and those that could carry a secret into files and messages. Nor are they repeated:
     what is no address may be a key."""
     try:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # brackets and ports that are none
+    except ValueError:  # invalid brackets and ports
         fine = False
     if not fine or not url.isprintable() or " " in url:  # half a surrogate pair is not printable
         raise UnweaveError(

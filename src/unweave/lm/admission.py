@@ -25,7 +25,7 @@ def check_model(model: nn.Module) -> None:
     """Raises UnweaveError for what is no causal language model, has no head, or whose weights are not there."""
     name = type(model).__name__
     if not hasattr(getattr(model, "config", None), "model_type"):
-        raise UnweaveError(f"{name} is no model of transformers: it has no config with a model_type", remedy=_REMEDY)
+        raise UnweaveError(f"{name} is not a transformers model: it has no config with a model_type", remedy=_REMEDY)
     _check_decoder(model.config, name)
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [key for key, tensor in tensors if tensor.is_meta]

@@ -142,7 +142,9 @@ def _no_text(text: str) -> UnweaveError | None:
         return None
     half = next(character for character in text if not is_text(character))
     return UnweaveError(
-        f"half a surrogate pair, {half!r}, is no character", where=repr(text[:80]), remedy="write the whole character"
+        f"half a surrogate pair, {half!r}, is not a character",
+        where=repr(text[:80]),
+        remedy="write the whole character",
     )
 
 

@@ -48,7 +48,7 @@ def chat_date() -> date:
         return date.fromisoformat(text) if text else USUAL_DATE
     except ValueError as error:
         raise UnweaveError(
-            f"{text!r} is no date", where=_VARIABLE, remedy="write it as 2024-07-26, or unset it"
+            f"{text!r} is not a date", where=_VARIABLE, remedy="write it as 2024-07-26, or unset it"
         ) from error
 
 

@@ -207,7 +207,7 @@ def _whole(latent: object) -> int:
             raise TypeError
         return operator.index(latent)  # type: ignore[arg-type]
     except TypeError:
-        raise UnweaveError(f"{latent!r} is no latent", remedy="name latents by whole numbers") from None
+        raise UnweaveError(f"{latent!r} is not a latent", remedy="name latents by whole numbers") from None
 
 
 def finite(value: object) -> float | None:
@@ -244,7 +244,7 @@ def _vector(sae: SAE, values: Mapping[int, float]) -> Tensor:
 
 
 def _numbers(latents: Iterable[int]) -> list[int]:
-    """The numbers of latents. UnweaveError for what is none."""
+    """The numbers of latents. UnweaveError for anything else."""
     if not isinstance(latents, Iterable) or isinstance(latents, (str, bytes)):
         raise UnweaveError(f"{latents!r} does not name latents", remedy="pass the numbers of latents, as a list")
     return [_whole(latent) for latent in latents]
@@ -275,7 +275,7 @@ def add(sae: SAE, values: Mapping[int, float], where: Where = "policy") -> Edit:
 def ablate(sae: SAE, latents: Iterable[int], mode: Literal["zero", "span"] = "zero", where: Where = "policy") -> Edit:
     """See ``SAE.ablate``."""
     if mode not in ("zero", "span"):
-        raise UnweaveError(f"there is no way to ablate called {mode!r}", remedy="use mode zero or span")
+        raise UnweaveError(f"unknown way to ablate {mode!r}", remedy="use mode zero or span")
     chosen = _numbers(latents)
     if not chosen:
         raise UnweaveError("no latents were named", remedy="pass the numbers of latents")

@@ -41,4 +41,4 @@ def normalise(x: Tensor, kind: InputNorm) -> Normalised:
         scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # nothing to normalise: zero stays zero
         return Normalised(x / scale, scale, torch.zeros_like(scale))
-    raise UnweaveError(f"{kind!r} is no input normalisation", remedy=f"use one of {', '.join(INPUT_NORMS)}, or None")
+    raise UnweaveError(f"unknown input normalisation {kind!r}", remedy=f"use one of {', '.join(INPUT_NORMS)}, or None")

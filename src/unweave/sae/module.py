@@ -86,7 +86,7 @@ class SAE(nn.Module):
     def _check(self) -> None:
         for name in ("W_enc", "W_dec"):
             if getattr(self, name).ndim != 2:
-                raise UnweaveError(f"{name} has shape {list(getattr(self, name).shape)}, which is no matrix")
+                raise UnweaveError(f"{name} has shape {list(getattr(self, name).shape)}, not that of a matrix")
         self._check_norm()
         d_in, d_sae = self.W_enc.shape
         if d_in == 0 or d_sae == 0:

@@ -38,7 +38,7 @@ STRUCTURES: tuple[Structure, ...] = ("simple", "within_rc", "across_rc", "across
 
 _TEST_SHARE = 0.2
 _DOES = 0.6
-"""the share of right answers below which a model does not do a task that chance does in half"""
+"""the share of right answers below which a model fails a task in which chance gives half"""
 _NUMBERS = ("singular", "plural")
 
 
@@ -113,7 +113,7 @@ class Accuracy:
 
     @property
     def problem(self) -> str | None:
-        """Why nothing can be said of how the model does the task, where it does not do it; else None.
+        """Why results on this task are unusable: the model fails it; else None.
 
         Guessing, and always giving the same answer, are right half the time.
         """
@@ -121,7 +121,7 @@ class Accuracy:
         if mean >= _DOES:
             return None
         return (
-            f"the model does not do this task: its answer is right on {self.clean:.0%} of the clean and "
+            f"the model fails this task: its answer is right on {self.clean:.0%} of the clean and "
             f"{self.patch:.0%} of the patch texts, {_DOES:.0%} of both is the least"
         )
 
@@ -212,7 +212,7 @@ def batches(
 def accuracy(lm: LM, chosen: Sequence[Pair], *, max_rows: int = 128) -> Accuracy:
     """How often the model prefers the right answer, on clean and on patch prefixes."""
     if not chosen:
-        raise UnweaveError("there are no pairs", remedy="make some: pairs(lm, structure, n)")
+        raise UnweaveError("there are no pairs", remedy="create some: pairs(lm, structure, n)")
     right: dict[str, list[tuple[bool, bool]]] = {}
     by_length: dict[int, list[Pair]] = {}
     for pair in chosen:

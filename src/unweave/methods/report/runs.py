@@ -45,7 +45,7 @@ def content(folders: Sequence[Path]) -> str:
 def _finished(folder: Path) -> Path:
     if not os.path.isfile(folder / "DONE"):
         raise UnweaveError(
-            "this is no finished run",
+            "this is not a finished run",
             where=printable(folder),
             remedy="give run directories as the commands print them",
         )

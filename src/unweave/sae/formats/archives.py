@@ -1,6 +1,6 @@
 """Zip archives of numbers, looked over before a byte of them is expanded: NumPy's ``.npz``, and PyTorch's ``.pt``.
 
-What an archive says of itself may be wrong by accident or on purpose: a member that stands twice, one that expands to
+What an archive says of itself may be wrong by accident or on purpose: a member that appears twice, one that expands to
 gigabytes, a shape that its bytes do not fill. All of it stands in the archive's directory and in the arrays' headers,
 so it is compared there, and only then read.
 """
@@ -75,9 +75,9 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
     members: dict[str, zipfile.ZipInfo] = {}
     for info in infos:
         if info.filename in members:
-            raise damaged(path, f"the member {info.filename[:80]!r} stands twice in the archive")
+            raise damaged(path, f"the member {info.filename[:80]!r} appears twice in the archive")
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise damaged(path, f"the member {info.filename[:80]!r} is encrypted, or packed in a way of its own")
+            raise damaged(path, f"the member {info.filename[:80]!r} is encrypted, or compressed in an unknown way")
         members[info.filename] = info
     size = path.stat().st_size
     if sum(info.compress_size for info in infos) > size:
@@ -104,7 +104,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         for filename, info in members.items():
             name = filename.removesuffix(".npy")
             if name in arrays:
-                raise damaged(path, f"the array {name[:80]!r} stands twice in the archive")
+                raise damaged(path, f"the array {name[:80]!r} appears twice in the archive")
             with archive.open(info) as member:
                 arrays[name] = _array(member, info, name, path)
     return arrays
@@ -115,7 +115,7 @@ def _array(member: IO[bytes], info: zipfile.ZipInfo, name: str, path: Path) -> T
     start = member.read(8)
     wide = start[6:7] == b"\x02"
     if start[:6] != b"\x93NUMPY" or start[6:8] not in (b"\x01\x00", b"\x02\x00"):
-        raise damaged(path, f"{name[:80]} is no NumPy array")
+        raise damaged(path, f"{name[:80]} is not a NumPy array")
     length = int.from_bytes(member.read(4 if wide else 2), "little")
     if length > _HEADER:
         raise damaged(path, f"{name[:80]} has a header of {length:,} bytes")
@@ -146,7 +146,7 @@ def _header(text: bytes, name: str, path: Path) -> tuple[tuple[int, ...], bool, 
         )
     sizes = [n for n in shape if type(n) is int and n >= 0] if isinstance(shape, tuple) else []
     if not isinstance(fortran, bool) or not isinstance(shape, tuple) or len(sizes) != len(shape):
-        raise damaged(path, f"{name[:80]} has no shape of whole numbers")
+        raise damaged(path, f"{name[:80]} has an invalid shape")
     return tuple(sizes), fortran, np.dtype(descr)
 
 

@@ -96,7 +96,7 @@ def _kind(tensors: Tensors, stated: str | None, where: str) -> str:
         classes = {"plain"}
     else:
         raise UnweaveError(
-            f"tensors {', '.join(sorted(tensors.values)[:8])} are of no kind of SAE that is known",
+            f"tensors {', '.join(sorted(tensors.values)[:8])} match no known kind of SAE",
             where=where,
             remedy="known: AutoEncoder, AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, "
             "MatryoshkaBatchTopKSAE, JumpReluAutoEncoder",
@@ -227,7 +227,7 @@ def save(sae: SAE, folder: Path) -> Path:
         raise UnweaveError("dictionary_learning has no transcoders", where=repr(sae), remedy="convert it to saelens")
     if sae.input_norm is not None:
         raise UnweaveError(
-            f"dictionary_learning knows no inputs normalised token by token ({sae.input_norm})",
+            f"dictionary_learning has no inputs normalised token by token ({sae.input_norm})",
             where=repr(sae), remedy="convert it to saelens",
         )  # fmt: skip
     linear = {"encoder.weight": sae.W_enc.T, "decoder.weight": sae.W_dec.T}

@@ -77,7 +77,7 @@ def parse(name: str) -> tuple[str, str | None, str]:
     match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+?))?/?", name)
     if match is None or ".." in (match[3] or "").split("/"):
         raise UnweaveError(
-            f"{name!r} names nothing on the hub", remedy="write hub:org/name, with @revision and /sub/folder if needed"
+            f"{name!r} is not a name on the hub", remedy="write hub:org/name, with @revision and /sub/folder if needed"
         )
     return match[1], match[2], match[3] or ""
 
@@ -94,7 +94,7 @@ def released(name: str) -> tuple[str, str]:
             groups[0] = groups[0].upper()
         return repository.format(*groups), path.format(*groups)
     raise UnweaveError(
-        f"the SAELens name {release!r} is not known here",
+        f"unknown SAELens name {release!r}",
         remedy="give the repository and path that SAELens lists for it: hub:org/name/path (docs/formats.md)",
     )
 

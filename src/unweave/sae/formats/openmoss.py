@@ -56,7 +56,7 @@ def load(source: Source) -> SAE:
     config = old or source.config(CONFIG)
     path = _weights(source) if old else source.file(WEIGHTS)
     if path is None or not config:
-        raise UnweaveError("the configuration says nothing", where=config.where, remedy="restore the file")
+        raise UnweaveError("the configuration is empty", where=config.where, remedy="restore the file")
     where = str(path)
     _refuse(config)
     tensors = read_safetensors(path)

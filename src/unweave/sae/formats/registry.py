@@ -76,7 +76,7 @@ def detect(source: Source) -> Format:
         if format.recognise(source):
             return format
     raise UnweaveError(
-        "this is no SAE in a format that is known",
+        "this is not an SAE in a known format",
         where=source.origin,
         remedy=f"{_inside(source)}; see docs/formats.md",
     )
@@ -99,7 +99,7 @@ def save(sae: SAE, folder: Path, format: str) -> Path:
         raise UnweaveError(f"SAEs cannot be written as {format!r}", remedy=f"known: {', '.join(WRITERS)}")
     if isinstance(sae.activation, Identity):
         raise UnweaveError(
-            "neurons are no trained SAE, and no format has a word for them",
+            "neurons are not a trained SAE, and no format can hold them",
             where=repr(sae),
             remedy="make them again: neurons(lm, site)",
         )

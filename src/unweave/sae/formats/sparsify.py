@@ -102,7 +102,7 @@ def save(sae: SAE, folder: Path) -> Path:
         raise UnweaveError(f"sparsify has one width, and this SAE has {sae.d_in} and {sae.d_out}", where=repr(sae))
     if sae.input_norm is not None:
         raise UnweaveError(
-            f"sparsify knows no inputs normalised token by token ({sae.input_norm})", where=repr(sae),
+            f"sparsify has no inputs normalised token by token ({sae.input_norm})", where=repr(sae),
             remedy="convert it to saelens",
         )  # fmt: skip
     transcodes = sae.read != sae.write

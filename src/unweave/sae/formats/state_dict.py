@@ -178,7 +178,7 @@ def _run(stream: IO[bytes], path: Path) -> Any:
 
 def _no_dictionary(path: Path) -> UnweaveError:
     return UnweaveError(
-        "the file is no dictionary of tensors, or it is damaged",
+        "the file is not a dictionary of tensors, or it is damaged",
         where=str(path),
         remedy="restore it, or save the SAE's state_dict() alone; reading more could run code that it carries",
     )
@@ -261,7 +261,7 @@ class _Machine:
             if not isinstance(key, (str, int)):
                 raise ValueError("its tensors have no names")
             if key in target:
-                raise ValueError(f"the name {str(key)[:80]!r} stands twice")
+                raise ValueError(f"the name {str(key)[:80]!r} appears twice")
             target[key] = value
 
     def _list(self) -> list[Any]:
@@ -290,11 +290,11 @@ def _storage(description: Any) -> _Storage:
         or description[0] != "storage"
         or any(description[5:])
     ):
-        raise ValueError("a storage is not described as it should be")
+        raise ValueError("a storage's description is invalid")
     kind, key, count = description[1], description[2], description[4]
     dtype = _DTYPES.get(kind.name.removeprefix("torch ")) if isinstance(kind, _Name) else None
     if dtype is None or not isinstance(key, str) or type(count) is not int or count < 0:
-        raise ValueError("a storage is not described as it should be")
+        raise ValueError("a storage's description is invalid")
     return _Storage(dtype, key, count)
 
 
@@ -312,10 +312,10 @@ def _called(what: Any, arguments: Any) -> Any:
             return _View(arguments[0], offset, size, stride)
     if what.name == _REBUILDS[1] and arguments and isinstance(arguments[0], _View):
         return arguments[0]
-    raise ValueError("a tensor is not described as it should be")
+    raise ValueError("a tensor's description is invalid")
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, (tuple, list)) or not all(type(n) is int and 0 <= n < 1 << 62 for n in values):
-        raise ValueError("a tensor's shape is not described as it should be")
+        raise ValueError("a tensor's shape is invalid")
     return tuple(values)

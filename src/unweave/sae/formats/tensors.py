@@ -80,7 +80,9 @@ class Tensors:
         if tensor is None:
             return None
         if tensor.ndim != 1 or tensor.dtype not in _WHOLE or not bool((tensor > 0).all()):
-            raise UnweaveError(f"{name} is no list of whole numbers of at least 1", where=self.where, remedy=_RESTORE)
+            raise UnweaveError(
+                f"{name} is not a list of whole numbers of at least 1", where=self.where, remedy=_RESTORE
+            )
         return tensor.tolist()
 
     def drop(self, *names: str) -> None:
