@@ -134,7 +134,7 @@ def node_effects(
         shifts = {
             site: ((sae.b_dec if ends is None else ends[site].to(sae.W_dec.dtype)) - xs[site]) * moved.unsqueeze(-1)
             if sae.W_skip is None and site not in fixed
-            else change(site)[1].x  # without what the skip does, which is no node's doing
+            else change(site)[1].x  # without the skip's part, which belongs to no node
             for site, sae in by_site.items()
         }
         gradients = _path_means(run, xs, shifts, (fractions(steps, rule), step_lengths(steps, rule)), gradients)

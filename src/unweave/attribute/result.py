@@ -1,4 +1,4 @@
-"""What results say of attribution. Knows no torch."""
+"""What results hold of attribution. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """A site's value taken apart: x = decode(f) + e, with latents f and error e, on the clean and on the patched input.
 
-A skip transcoder has x = decode(f) + r W_skip + e, with r what it reads. What the skip explains is no error. It is no
-node either, but a linear way from where it reads to where it writes: patching or ablating nodes leaves it as it is, and
-it follows whatever changes below. Attribution, circuits and fine-tuning all begin here. Tokens that an SAE's policy
-excludes (padding, special tokens, norm outliers) belong wholly to the error: f = 0 there, and the skip has no part.
+A skip transcoder has x = decode(f) + r W_skip + e, with r what it reads. What the skip explains is not part of
+the error, and it is not a node: it is a linear map from where it reads to where it writes. Patching or ablating nodes
+leaves it alone, and it follows whatever changes below. Attribution, circuits and fine-tuning all begin here. Tokens
+that an SAE's policy excludes (padding, special tokens, norm outliers) belong wholly to the error: f = 0 there, and the
+skip has no part.
 """
 
 from __future__ import annotations

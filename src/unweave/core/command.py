@@ -1,4 +1,4 @@
-"""A command: what it is called, what its help teaches, and where its stage stands. Knows no torch."""
+"""A command: its name, its help, and the module of its stage. Imports no torch."""
 
 from __future__ import annotations
 

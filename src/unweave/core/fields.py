@@ -1,7 +1,7 @@
 """One typed reader for the fields of a configuration that somebody else wrote.
 
-A boolean is true or false: "false" is text, and would count as true. A boolean is no number, and 5.0 is a whole number
-where 5.9 is none. Numbers are finite and of reasonable size. A field that is absent or null is its default, but a null
+A boolean is true or false: "false" is text, and would count as true. A boolean is not a number; 5.0 is a whole number,
+5.9 is not. Numbers are finite and of reasonable size. A field that is absent or null is its default, but a null
 where true or false belongs is refused, for it says neither. Every failure is an UnweaveError that names the file, the
 field and the rule.
 """

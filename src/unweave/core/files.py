@@ -1,6 +1,6 @@
 """Reading small files that somebody else wrote: text, lines, JSON, YAML and TOML, with one rule for each oddity.
 
-- A byte order mark is no part of the text. Bytes that are no UTF-8 are an error that says where they stand.
+- A byte order mark is not part of the text. Invalid UTF-8 is an error that gives its position.
 - Lines end at ``\\n`` (or ``\\r\\n``) and nowhere else: U+2028, U+2029 and U+0085 are ordinary characters of a string.
 - A key that appears twice, a number that is not finite or too long, half a surrogate pair, nesting deeper than 100
   levels and aliases that expand without bound are errors, not surprises later on.

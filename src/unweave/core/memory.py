@@ -1,4 +1,4 @@
-"""Whether an error means that memory ran out: that is no damaged file, and has a remedy of its own."""
+"""Whether an error means that memory ran out: the file is not damaged, and the remedy differs."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def usable(folder: str | Path) -> Path:
     """The absolute path of a folder that is there, or that can be made. Nothing is made here.
 
     UnweaveError for a path through a file, a loop of links or a folder that may not be entered, for names that are too
-    long, and for those that are not text (a null byte, bytes that are no UTF-8), which other libraries cannot open.
+    long, and for those that are not text (a null byte, invalid UTF-8), which other libraries cannot open.
     """
     if "\0" in str(folder):
         raise _unusable(folder, "a null byte in its name")

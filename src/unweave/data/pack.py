@@ -29,7 +29,7 @@ _BATCH_CHARACTERS = 2_000_000
 _PIECE = 16_384, 32
 """characters, and characters a token of a row: a text longer than both is tokenised in pieces, the first that long"""
 _PATIENCE = 1000
-"""After so many conversations none of which can be used, the text is refused."""
+"""The text is refused when so many conversations at its start are unusable."""
 
 
 @dataclass(frozen=True, kw_only=True)

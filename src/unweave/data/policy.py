@@ -41,6 +41,6 @@ class TokenPolicy:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | Fields) -> Self:
-        """The policy in a file. Raises UnweaveError for ids that are no ids, and a norm that is no number above 0."""
+        """The policy in a file. Raises UnweaveError for invalid ids, and for a norm that is not a number above 0."""
         fields = values if isinstance(values, Fields) else Fields(values, "", "policy")
         return cls(fields.integers("exclude_ids", most=1 << 31), fields.number("max_norm", above=0))

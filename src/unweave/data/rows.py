@@ -74,7 +74,7 @@ def paragraphs(path: Path) -> Iterator[str]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[Any, str]]:
-    """Rows of a JSON array or of JSON lines, told apart by the first character; each with where it stands.
+    """Rows of a JSON array or of JSON lines, told apart by the first character; each with its position.
 
     Fields that nobody reads may hold NaN, and texts halves of surrogate pairs.
     """
@@ -126,7 +126,7 @@ class _Ahead:
         self.text, self.at = "", 0
 
     def peek(self) -> str:
-        """The next character that is no blank; nothing at the end of the file."""
+        """The next character that is not whitespace; nothing at the end of the file."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
                 self.at += 1

@@ -1,4 +1,4 @@
-"""Which text is read, how it becomes rows of tokens, and which of their activations count. Knows no torch."""
+"""Which text is read, how it becomes rows of tokens, and which of their activations count. Imports no torch."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class DataSpec(Spec):
     heldout_documents: Annotated[int | None, at_least(1)] = None
     """How many of those documents to measure on, in place of heldout_tokens."""
     heldout_part: Annotated[tuple[float, float], _PART] = (0.0, 1.0)
-    """Which of those documents to measure on, as shares from and up to: parts that do not overlap share none."""
+    """Which of those documents to measure on, as shares from and up to: parts that do not overlap share no document."""
     seed: int = 0
     """Order of the documents and choice of the held-out ones."""
     dedup: Annotated[int, at_least(0)] = 0
     """Drop documents that share this many words in a row with an earlier one: 20 in the FAST paper, 0 to keep all."""
     dedup_memory_mb: Annotated[int, at_least(1)] = operational(512)
-    """Memory for what earlier documents said; the rest lies on disk meanwhile, 8 bytes a word."""
+    """Memory for the n-grams of earlier documents; the rest goes to disk meanwhile, 8 bytes a word."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "", base: Spec | None = None) -> Self:

@@ -1,7 +1,7 @@
 """Tokenised text on disk: one memory map of ids, one of roles, and where each row begins.
 
     ids.bin     uint32 [T]     roles.bin   uint8 [T]     starts.npy  int64 [R + 1]     documents.npy  int64 [R]
-    meta.json   counts, checksums, and what the writer said about tokenizer and text
+    meta.json   counts, checksums, and what the writer recorded of tokenizer and text
 
 A store is written beside its place and renamed, so one that is there is whole. Padding is never stored.
 """

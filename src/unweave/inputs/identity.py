@@ -16,7 +16,7 @@ _OWN = ("cfg.json", "sae_weights.safetensors")
 
 
 def sae(name: str | Path) -> str:
-    """Twelve digits over the files of an SAE of any format. UnweaveError where there is none that is known.
+    """Twelve digits over the files of an SAE of any format. UnweaveError where there is no SAE in a known format.
 
     A folder of our own form says all in its files. In other formats the names on the way to a file can say the site, so
     they count as well.

@@ -98,7 +98,7 @@ def token_store(
 
 
 def budget_of(data: DataSpec, split: str, tokens: int | None = None) -> tuple[int, Unit]:
-    """How much of a split to store: so many tokens, else what the text's spec says."""
+    """How much of a split to store: ``tokens``, else what the text's spec says."""
     if tokens is None and split == "heldout" and data.heldout_documents is not None:
         return data.heldout_documents, "documents"
     return tokens or (data.tokens if split == "train" else data.heldout_tokens), "tokens"
@@ -157,7 +157,7 @@ def activation_source(
     runs: Path,
     group: Group = SOLO,
 ) -> ActivationSource:
-    """Activations of a token store, cached under ``runs`` unless told otherwise."""
+    """Activations of a token store, cached under ``runs`` unless ``stream.cache`` is off."""
     excluded = lm.special_ids if stream.special_tokens == "exclude" else ()
     settings = [[str(s) for s in sites], dtype, stream.chunk_tokens, list(excluded), stream.nonfinite]
     identity = digest([_CACHE_VERSION, store_run.digest, *settings])

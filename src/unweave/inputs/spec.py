@@ -1,4 +1,4 @@
-"""What every question about one SAE, or about several, can say. Knows no torch."""
+"""Options common to stages that use one SAE, or several. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a result is about: the model, and the SAEs it was asked of. Knows no torch."""
+"""What a result is about: the model, and the SAEs it used. Imports no torch."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ _MESSAGE_TOKENS = 8
 
 
 class _Passing(Exception):
-    """Something that may be better the next time; ``after`` seconds where the server said when."""
+    """Something that may be better the next time; ``after`` seconds where the server gives a time."""
 
     def __init__(self, what: str, after: float | None = None, *, answered: bool = False) -> None:
         super().__init__(what)
@@ -58,7 +58,7 @@ class _Passing(Exception):
 
 
 class _Refused(Exception):
-    """An answer that is no success. Raised where it arrives: the package would read all of it, however long it is."""
+    """An HTTP error status. Raised where it arrives: the package would read all of it, however long it is."""
 
     def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         super().__init__(f"status {status}")

@@ -153,7 +153,7 @@ class LocalModel:
 
 
 def _has_windows(config: Any) -> bool:
-    """Whether some layer sees only so many tokens back."""
+    """Whether some layer has a sliding window."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ()
     return bool(getattr(text, "sliding_window", None)) or any(kind != "full_attention" for kind in kinds)

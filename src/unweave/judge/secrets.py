@@ -57,7 +57,7 @@ class Secret:
 
     def is_whole_in(self, text: str) -> bool:
         """Whether all of the key stands in a text, as it is or URL-encoded. Words such as "ollama", which some servers
-        take for a key, are no secret."""
+        take for a key, do not count as secrets."""
         return len(self._key) >= _SECRET and self._key in (text + "\n" + unquote(text))
 
 

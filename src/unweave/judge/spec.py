@@ -90,7 +90,7 @@ def is_this_machine(url: str) -> bool:
 
 def _check_url(url: str) -> None:
     """Refuses invalid addresses, and those that could carry a secret into files and messages. Nor are they repeated:
-    what is no address may be a key."""
+    an invalid address may be a key."""
     try:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0

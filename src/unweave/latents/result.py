@@ -1,4 +1,4 @@
-"""What a run of `unweave latents` holds. Knows no torch."""
+"""The result of `unweave latents`. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What collecting records of latents can be asked. Knows no torch."""
+"""Options for collecting records of latents. Imports no torch."""
 
 from __future__ import annotations
 

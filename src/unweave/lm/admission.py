@@ -1,4 +1,4 @@
-"""What is refused before anything runs: models that are no whole causal language model, tokens with no place in one."""
+"""Checks before anything runs: the model is a whole causal language model, and the tokens fit it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuest
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises UnweaveError for what is no causal language model, has no head, or whose weights are not there."""
+    """Raises UnweaveError for other than a causal language model, and for a missing head or missing weights."""
     name = type(model).__name__
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise UnweaveError(f"{name} is not a transformers model: it has no config with a model_type", remedy=_REMEDY)
@@ -40,7 +40,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_config(config: Any, name: str) -> None:
-    """Raises UnweaveError where the weights beside a configuration are no causal language model's."""
+    """Raises UnweaveError where the weights beside a configuration are not those of a causal language model."""
     _check_decoder(config, name)
     text = config.get_text_config()
     family_of((text if text.model_type in FAMILIES else config).model_type)

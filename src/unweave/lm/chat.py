@@ -46,7 +46,7 @@ class _Span(NamedTuple):
 
 
 class _Facts(NamedTuple):
-    """What was found out about one tokenizer, valid as long as its template and its date stay the same."""
+    """What rendering needs to know of a tokenizer, valid as long as its template and its date stay the same."""
 
     template: Any
     day: date
@@ -137,7 +137,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], 
 
 
 def _no_text(text: str) -> UnweaveError | None:
-    """Why a text has no tokens: tokenizers take whole characters, and what a shell passes on of odd bytes is none."""
+    """Why a text cannot be tokenised: it holds half a surrogate pair, which a shell makes of an invalid byte."""
     if is_text(text):
         return None
     half = next(character for character in text if not is_text(character))

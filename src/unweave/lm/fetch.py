@@ -83,7 +83,7 @@ def fetch_package(entry: CatalogueEntry) -> Path:
     """The folder with an entry's unpacked members, fetched on the first call.
 
     Raises UnweaveError when the package manager is missing, the registry cannot be reached, a checksum differs, an
-    archive is damaged or unsafe, or the cache cannot be written. Nothing half-done is ever found under the result.
+    archive is damaged or unsafe, or the cache cannot be written. The result never holds a partial download.
     """
     first = entry.packages[0]
     key = hashlib.sha256("".join(entry.sha256).encode()).hexdigest()[:12]

@@ -246,7 +246,7 @@ class LM:
         return [piece.text for piece in shown.pieces(self._needs_tokenizer(), [int(i) for i in ids])]
 
     def tokenizer_fingerprint(self) -> str | None:
-        """Twelve digits over vocabulary, special tokens and chat template, with the date that it is told where this is
+        """Twelve digits over vocabulary, special tokens and chat template, with the date given to it where this is
         not the usual one; None without a tokenizer (trap 10)."""
         if self.tokenizer is None:
             return None

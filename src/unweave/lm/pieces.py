@@ -35,7 +35,7 @@ class _Window(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Any, text: str, start: int, stop: int) -> _Window | None:
-        """None where a character that is no space is in no token: who drops some may count others wrong."""
+        """None where no token covers some character other than a space: the offsets may then be unreliable."""
         encoded = tokenizer(text[start:stop], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         spans = [(a + start, b + start) for a, b in encoded["offset_mapping"]]
         reached = start

@@ -88,7 +88,7 @@ def _apart(rotary: Changing, own: Callable[..., Any]) -> Callable[..., tuple[Ten
 
 
 def _reset(module: Any) -> None:
-    """A rotary embedding as it was made: what earlier calls left in it would change the next one."""
+    """Resets a rotary embedding to its initial state: what earlier calls left in it would change the next one."""
     kinds = module.rope_type
     for prefix in [f"{layers}_" for layers in kinds] if isinstance(kinds, dict) else [""]:
         original = getattr(module, f"{prefix}original_inv_freq")

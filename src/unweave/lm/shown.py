@@ -129,7 +129,7 @@ def _anchor(tokenizer: Any) -> list[int]:
 
 
 def _text(tokenizer: Any, token_id: int, before: list[int]) -> str:
-    """A token's text behind some others, from what decoding adds; from its name where its bytes are no characters."""
+    """A token's text after some others, from what decoding adds; from its name where its bytes are part characters."""
     if hasattr(tokenizer, "decode"):
         head, whole = _decode(tokenizer, before) if before else "", _decode(tokenizer, [*before, token_id])
         text = whole[len(head) :] if whole.startswith(head) else _decode(tokenizer, [token_id])

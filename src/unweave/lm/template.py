@@ -1,7 +1,7 @@
 """A tokenizer's chat template: conversations as text, the same on every day.
 
 Some templates write today's date (SmolLM3's, Llama 3's); then the same conversation would be other tokens tomorrow.
-Here they are told ``chat_date()``: 26 July 2024, which Llama 3's own template falls back on, or what the environment
+Here they get ``chat_date()``: 26 July 2024, which Llama 3's own template falls back on, or what the environment
 variable ``UNWEAVE_CHAT_DATE`` says.
 """
 
@@ -36,13 +36,13 @@ def asks_for_date(tokenizer: Any) -> bool:
 
 
 def identity(tokenizer: Any) -> list[str]:
-    """The template's text, and the date that it is told where it asks for one and this is not the usual one."""
+    """The template's text, with the date given to it where it asks for one and this is not the usual one."""
     text = str(tokenizer.chat_template or "")
     return [text, str(chat_date())] if asks_for_date(tokenizer) and chat_date() != USUAL_DATE else [text]
 
 
 def chat_date() -> date:
-    """The day that chat templates are told. UnweaveError where the environment variable names none."""
+    """The date given to chat templates. UnweaveError where the environment variable does not hold one."""
     text = os.environ.get(_VARIABLE, "").strip()
     try:
         return date.fromisoformat(text) if text else USUAL_DATE

@@ -53,7 +53,7 @@ def unembed(lm: LM, hidden: Tensor, tokens: Tensor | slice | None = None) -> Ten
 def top_tokens(lm: LM, logits: Tensor, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
     """The k largest (or smallest) logits [..., V] and their ids, both [..., k], of the ids that the tokenizer has.
 
-    Rows of the unembedding beyond them only make its size round: they are no tokens, whatever their logits. Of fewer
+    Rows of the unembedding beyond them only make its size round: they are not tokens, whatever their logits. Of fewer
     than k ids all are given.
     """
     ids = lm.known_ids.to(logits.device)
@@ -62,7 +62,7 @@ def top_tokens(lm: LM, logits: Tensor, k: int, *, largest: bool = True) -> tuple
 
 
 def knows(lm: LM) -> bool:
-    """Whether ``unembed`` gives this model's logits, found out once on a few tokens. No taps may be open."""
+    """Whether ``unembed`` gives this model's logits, tested once on a few tokens. No taps may be open."""
     if lm not in _agreed:
         site = Site("final_norm")
         ids = (torch.arange(8) * 7919 + 13) % lm.vocab_size

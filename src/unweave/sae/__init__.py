@@ -1,1 +1,1 @@
-"""Sparse autoencoders: inference, training, formats, edits, attribution, records."""
+"""Sparse autoencoders (SAEs): inference, training, formats, edits, attribution, records."""

@@ -55,7 +55,7 @@ class Subset:
     b_enc: Tensor
 
     def __init__(self, sae: SAE, latents: Iterable[int]) -> None:
-        """Raises UnweaveError for what is no latent, does not exist or is named twice."""
+        """Raises UnweaveError for an invalid, unknown or repeated latent."""
         chosen = _numbers(latents)
         for j in chosen:
             if not 0 <= j < sae.d_sae:
@@ -201,7 +201,7 @@ def _roles_of(where: Where) -> list[int] | None:
 
 
 def _whole(latent: object) -> int:
-    """A latent's number. UnweaveError for what is no whole number."""
+    """A latent's number. UnweaveError unless it is a whole number."""
     try:
         if _is_truth(latent):
             raise TypeError
@@ -226,7 +226,7 @@ def _is_truth(value: object) -> bool:
 
 
 def _vector(sae: SAE, values: Mapping[int, float]) -> Tensor:
-    """The values in the SAE's dtype, [S]. UnweaveError for what is no finite number there."""
+    """The values in the SAE's dtype, [S]. UnweaveError for what is not finite there."""
     if not isinstance(values, Mapping):
         raise UnweaveError(f"{values!r} does not say which latents get which values", remedy="pass {latent: value}")
     if not values:

@@ -1,4 +1,4 @@
-"""``SAE``: the inference form of every sparse autoencoder, as it is loaded, saved, measured and used.
+"""``SAE``: the inference form of every sparse autoencoder (SAE), as it is loaded, saved, measured and used.
 
     f = activation(x W_enc + b_enc)          x [..., d_in],  f [..., d_sae]
     x_hat = f W_dec + b_dec (+ x W_skip)     x_hat [..., d_out]
@@ -38,10 +38,10 @@ _DENSE_BYTES = 32 << 20
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder (or transcoder) in inference form. Parameters are frozen.
+    """An SAE (or transcoder) in inference form. Parameters are frozen.
 
     W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out] (rows are the latents' directions), b_dec [d_out],
-    W_skip [d_in, d_out] or None. ``read`` and ``write`` are None when the file named no site: such an SAE encodes and
+    W_skip [d_in, d_out] or None. ``read`` and ``write`` are None when the file names no site: such an SAE encodes and
     decodes, and asks for a site before it can be used in a model. ``policy`` says which tokens it was trained on,
     ``provenance`` where it comes from. ``input_norm`` normalises every token's input and undoes it after decoding.
     ``encode_only`` says why an SAE has no decoder; W_dec is then [d_sae, 0].
@@ -249,7 +249,7 @@ class SAE(nn.Module):
         return skip if keep is None else skip * keep
 
     def explained(self, f: Tensor | Codes, x: Tensor) -> Tensor:
-        """All that is no error: decode(f) (+ x W_skip) [..., d_out], with x [..., d_in] what f was encoded from."""
+        """The reconstruction: decode(f) (+ x W_skip) [..., d_out], with x [..., d_in] what f was encoded from."""
         skip = self.through_skip(x)
         return self.decode(f, x) if skip is None else self.decode(f, x) + skip
 
@@ -328,7 +328,7 @@ class SAE(nn.Module):
         """Reads a trained SAE in any known format: a folder, a file, ``hub:org/name[@revision][/sub/folder]``, or
         ``saelens:RELEASE/ID``.
 
-        The format is found from the content. Raises UnweaveError for whatever is missing, unused, mis-shaped, damaged
+        The format is recognised by content. Raises UnweaveError for whatever is missing, unused, mis-shaped, damaged
         or not understood.
         """
         from unweave.sae.formats import registry

@@ -69,7 +69,7 @@ def sweep(
 
     ``maximum`` is the latent's largest activation (its record has it); a strength of 1 means that much. ``chat`` puts
     prompts in the model's chat template; None does so where it has one. Raises UnweaveError for a latent that never
-    fires, and for strengths or modes that make no sense.
+    fires, and for invalid strengths or modes.
     """
     if not prompts:
         raise UnweaveError("there are no prompts", remedy="give at least one")

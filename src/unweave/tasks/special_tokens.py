@@ -1,7 +1,7 @@
 """Special tokens of chat models: which tokens count as such, and plain questions to steer on.
 
 In the FAST paper (Li et al. 2025, sections 4.1 and 6) special tokens are a list of ids: those that open and close a
-turn, and the role words that stand beside them. Here the list is found from the tokenizer and its chat template, and
+turn, and the role words that stand beside them. Here the list comes from the tokenizer and its chat template, and
 an id counts only where the template wrote it, so that "user" inside a user's own words is an ordinary word.
 """
 

@@ -1,4 +1,4 @@
-"""What the demo holds. Knows no torch."""
+"""The result of the demo. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Demo(Result):
     recovered_vs_mean: float | None
     recovered_vs_zero: float | None
     recovery_notes: tuple[str, ...]
-    """why there is no share recovered, where there is none"""
+    """why the recovered share is missing"""
     alive_fraction: float
     read_tokens: int
     """over which latents had the chance to fire"""

@@ -1,4 +1,4 @@
-"""What the demo can be asked. Knows no torch."""
+"""Options for the demo. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ COMMAND = Command(
     stage="unweave.methods.demo.stage:run",
     summary="The main job from nothing to a report, on a small real model.",
     about=(
-        "Fetches the default model and text, harvests activations, trains a sparse autoencoder, measures it, collects "
-        "what each latent responds to, finds the latents behind subject-verb agreement, steers with one of them, and "
-        "writes report.html. About ten minutes on two cores; a second call returns at once, and after an interruption "
-        "the same command goes on where it was."
+        "Fetches the default model and text, harvests activations, trains a sparse autoencoder (SAE), measures it, "
+        "collects what each latent responds to, finds the latents behind subject-verb agreement, steers with one of "
+        "them, and writes report.html. About ten minutes on two cores; a second call returns at once, and after an "
+        "interruption the same command goes on where it was."
     ),
     examples=(
         "unweave demo",

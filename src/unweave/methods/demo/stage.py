@@ -58,7 +58,7 @@ def scale_of(spec: DemoSpec) -> Scale:
 def run(spec: DemoSpec, runs: Path) -> Run[Demo]:
     """Trains, measures, collects, traces, steers and writes the report; each stage is a run of its own.
 
-    A finished demo whose runs are no longer there runs those again.
+    A finished demo repeats runs that were deleted.
     """
     done = main_job(spec, runs)
     if done.reused and not _still_there(done, runs):
@@ -126,6 +126,6 @@ def _steps(spec: DemoSpec, runs: Path) -> _Steps:
 
 
 def _still_there(run: Run[Demo], runs: Path) -> bool:
-    """Whether every stage's run still holds what it found."""
+    """Whether every stage's run still has its result."""
     folders = [Path(runs) / step.run for step in run.result.steps]
     return all((folder / "DONE").exists() and Run.at(folder).done for folder in folders)

@@ -9,7 +9,7 @@ from unweave.show.pieces import esc, table
 
 
 def rows(result: Demo) -> list[Row]:
-    """What was found, in one line each."""
+    """The results, one line each."""
     mean, zero = (next((n for n in result.recovery_notes if f"{name} ablation" in n), "") for name in ("mean", "zero"))
     recovered = mean or "against mean ablation; 1 is the unedited model"
     return [

@@ -1,4 +1,4 @@
-"""What an evaluation found, in numbers that say what they mean, and whether it fits what was found before."""
+"""An evaluation's metrics, and how they differ from those stored with the SAE."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CoreMetrics(Metrics):
 
 
 def drift(measured: Metrics, reference: Mapping[str, float]) -> tuple[str, ...]:
-    """Where an SAE does something else here than where it was made (trap 6); each finding is warned about too.
+    """Where an SAE behaves differently than in training (trap 6: trained without BOS, measured with it), and warns.
 
     ``reference`` holds ``l0`` and ``unexplained_variance`` as stored with the SAE; what it does not hold is passed
     over. Says so when L0 differs by more than 20 %, or unexplained variance by more than 25 % and more than 0.02.
@@ -74,7 +74,7 @@ def recovered_share(ce: dict[str, float], ablation: str, vocabulary: int) -> tup
     """The share of the ablation's damage that the SAE avoids; None and why, where there is nothing to recover.
 
     That is where the model hardly predicts the text better than by guessing among ``vocabulary`` tokens, and where the
-    ablation costs less than 0.02 nats: a quotient of two such numbers looks like a result and says nothing.
+    ablation costs less than 0.02 nats: a quotient of two such numbers looks like a result and is meaningless.
     """
     damage, guessing = ce[ablation] - ce["clean"], math.log(vocabulary)
     if ce["clean"] > guessing - _LEAST_GAIN:

@@ -1,4 +1,4 @@
-"""What an evaluation holds. Knows no torch."""
+"""The result of an evaluation. Imports no torch."""
 
 from __future__ import annotations
 

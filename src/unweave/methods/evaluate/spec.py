@@ -1,4 +1,4 @@
-"""What measuring an SAE can be asked. Knows no torch."""
+"""Options for measuring an SAE. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unweave.methods.evaluate.result import Evaluation
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec(UseSpec):
-    """Measuring an autoencoder on held-out text."""
+    """Measuring an SAE on held-out text."""
 
     data: DataSpec | None = None
     """Other text to measure on; by default held-out documents of the training text."""
@@ -31,7 +31,7 @@ COMMAND = Command(
     spec=EvalSpec,
     result=Evaluation,
     stage="unweave.methods.evaluate.stage:run",
-    summary="Measure a sparse autoencoder: fit, sparsity, and what the model loses when it is spliced in.",
+    summary="Measure an SAE: fit, sparsity, and what the model loses when it is spliced in.",
     about=(
         "Held-out text, special tokens and norm outliers left out; cross-entropy is compared with zero- and "
         "mean-ablation of the same site."

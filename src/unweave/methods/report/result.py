@@ -1,4 +1,4 @@
-"""What a report's run holds. Knows no torch."""
+"""The result of a report. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ class Report(Result):
     runs: tuple[str, ...]
     """the runs on it, by name"""
     not_run: tuple[str, ...]
-    """commands for which there is no run of the SAE that was named"""
+    """commands without a run of the named SAE"""

@@ -1,4 +1,4 @@
-"""What a report can be asked. Knows no torch."""
+"""Options for a report. Imports no torch."""
 
 from __future__ import annotations
 

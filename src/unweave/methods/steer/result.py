@@ -1,4 +1,4 @@
-"""What steering holds. Knows no torch."""
+"""The result of steering. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What steering can be asked. Knows no torch."""
+"""Options for steering. Imports no torch."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ COMMAND = Command(
     result=Steering,
     stage="unweave.methods.steer.stage:run",
     summary="Generate text with a latent turned up, at several strengths, beside the unchanged model.",
-    about=("Only the latent's own part of the activation changes; what the autoencoder does not explain is kept."),
+    about=("Only the latent's own part of the activation changes; what the SAE does not explain stays."),
     examples=("unweave steer --sae runs/train-0123456789ab/sae --latent 1234",),
 )

@@ -21,7 +21,7 @@ from unweave.lm.shown import is_letter, own_texts
 _SHORTEST = 3
 _MIN_DOCUMENTS = 3
 _COMMON = 0.01
-"""a word in a larger share of all contexts than this is no theme of any"""
+"""a word in a larger share of all contexts than this counts as no latent's theme"""
 _WORDS = 10
 
 Array = np.ndarray[Any, Any]

@@ -43,7 +43,7 @@ from unweave.sae.module import SAE
 Cause = Literal["steps", "interactions", "steps and interactions", "neither"]
 _MEANING: dict[Cause, str] = {
     "steps": "So the steps explain the difference.",
-    "interactions": "So latents interact: moved together they do not do what they do one at a time.",
+    "interactions": "So latents interact: moved together they act differently than one at a time.",
     "steps and interactions": "So both the steps and interactions between latents play a part.",
     "neither": "Neither steps nor interactions explain it: the effects may be too small to tell apart.",
 }

@@ -1,4 +1,4 @@
-"""What a trace holds. Knows no torch."""
+"""The result of a trace. Imports no torch."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Trace(Result):
     totals: Totals
     sums: tuple[SiteSum, ...]
     problem: str | None
-    """why nothing can be said of what causes the behaviour"""
+    """why the causes of the behaviour cannot be measured"""
     explanation: str | None
     """what was measured about a difference between estimates and effects"""
     pairs_file: Path

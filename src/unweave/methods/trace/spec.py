@@ -1,4 +1,4 @@
-"""What tracing a behaviour can be asked. Knows no torch."""
+"""Options for tracing a behaviour. Imports no torch."""
 
 from __future__ import annotations
 

@@ -123,14 +123,14 @@ def _without_strongest(compared: Comparison) -> dict[str, dict[str, float]]:
 
 
 def _problem(right: agreement.Accuracy, compared: Comparison) -> str | None:
-    """Why nothing can be said of what causes the behaviour: there is none, or it does not pass through this site."""
+    """Why the causes cannot be measured: the model fails the task, or the effect does not pass through this site."""
     total = compared.metric_patched - compared.metric_clean
     if right.problem is not None:
         return right.problem
     if abs(total) < _LEAST_CHANGE:
         return (
             f"patching the whole site changes the metric by {total:+.3f}, which is next to nothing: at {compared.site} "
-            f"there is no effect to share out (at least {_LEAST_CHANGE} is wanted)"
+            f"there is no effect to share out (at least {_LEAST_CHANGE} is needed)"
         )
     return None
 

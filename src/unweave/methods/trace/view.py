@@ -64,7 +64,7 @@ def metric_words(result: Trace) -> str:
 
 
 def finding(result: Trace) -> str:
-    """What was found, in sentences."""
+    """The result in sentences."""
     if result.problem is not None:
         return f"{result.problem[0].upper()}{result.problem[1:]}."
     first, totals = result.strongest()[0], result.totals

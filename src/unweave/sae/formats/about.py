@@ -35,7 +35,7 @@ def own_block(sae: SAE, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 def check_written(own: Fields, config: Fields, tensors: Tensors) -> None:
-    """Refuses files of ours whose settings or numbers are no longer those that were written."""
+    """Refuses our own files whose settings or numbers were changed after they were written."""
     written = own.mapping("written")
     for name, value in written.mapping("config").values.items():
         if config.values.get(name) != value:
@@ -128,7 +128,7 @@ def build_foreign(
 
 
 def site_of(hook: str | None) -> Site | None:
-    """The site of a TransformerLens hook or of our own name; None where it is none that we can name."""
+    """The site of a TransformerLens hook or of our own name; None where we have no name for it."""
     if not hook:
         return None
     for read in (Site.from_transformer_lens, Site.parse):

@@ -8,7 +8,7 @@
     JumpReLU          relu(x E + b_e) where x E + b_e > threshold
 
 Which one a file is, its tensors' names say; TopK and BatchTopK share theirs, so the configuration must. Two linear
-layers without a configuration are taken for ReLU, with a warning: the names fit, but anybody's autoencoder may have
+layers without a configuration are taken for ReLU, with a warning: the names fit, but any autoencoder may have
 them. Files of plain weights by others (Goodfire, qresearch, Qwen Scope, attention SAEs of GPT-2) are read here too.
 """
 

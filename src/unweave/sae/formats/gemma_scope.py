@@ -5,7 +5,7 @@
 W_enc is [d_in, F]. The site is only in the folder's name, which a copy must keep: ``gemma-scope-2b-pt-res/layer_20/``.
 Embedding SAEs were trained on embeddings before Gemma multiplies them by sqrt(d). Here they read what the model goes on
 with, resid_pre.0: W_enc / sqrt(d), W_dec sqrt(d), b_dec sqrt(d).
-Transcoders of the first series read the MLP's norm before its weight, which is no site of ours; they encode and decode.
+Transcoders of the first series read the MLP's norm before its weight, where we have no site; they encode and decode.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def tensor_names(path: Path) -> frozenset[str]:
 
 
 def checked_header(path: Path) -> list[str]:
-    """The tensors' names. Raises UnweaveError when one appears twice, or shapes, places and the file's length differ."""
+    """The tensors' names. UnweaveError for a repeated name, or where shapes, places and the file's length differ."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as handle:

@@ -1,4 +1,4 @@
-"""Every file format: found from the content, then read by its own module.
+"""Every file format: recognised by content, then read by its own module.
 
 A format is a module with ``NAME``, ``recognise(source) -> bool`` and ``load(source) -> SAE``; those that we also write
 have ``save(sae, folder) -> folder``. To add one, write the module and name it here.
@@ -71,7 +71,7 @@ def _exists(path: Path) -> bool:
 
 
 def detect(source: Source) -> Format:
-    """The format of what is there. Raises UnweaveError, listing what could be meant, when it is none."""
+    """The format of a source. Raises UnweaveError, listing SAEs near it, when it is in no known format."""
     for format in FORMATS:
         if format.recognise(source):
             return format

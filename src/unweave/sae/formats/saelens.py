@@ -236,7 +236,7 @@ def _warn_of_processed_models(config: Config, where: str) -> None:
         )
         if kwargs.boolean(name)
     ]
-    if changes:  # trap 12
+    if changes:  # trap 12: weights that a tool has changed
         warnings.warn(
             f"{where}: this SAE was trained on a model whose weights TransformerLens had changed "
             f"({', '.join(changes)}); the model as published gives other activations: measure before you trust it",

@@ -73,7 +73,7 @@ def modern(raw: Fields) -> Config:
             f"activation_fn_kwargs {', '.join(sorted(set(arguments) - {'k'}))} are not understood", where=where
         )
     function = config.choice("activation_fn_str", ("relu", "topk"), "relu")
-    if architecture == "standard" and function == "topk":  # trap 19
+    if architecture == "standard" and function == "topk":  # trap 19, loaded as another kind: ReLU in place of TopK
         architecture = "topk"
     if architecture == "standard" and ("k" in config or "k" in arguments):
         raise UnweaveError(
@@ -131,7 +131,7 @@ def _k(architecture: str, config: Fields, arguments: Fields) -> int | None:
 
 
 def _input_bias(architecture: str, config: Fields, old: bool) -> bool:
-    """Whether b_dec is taken off the input: version 6 says it, older ones did it unless told otherwise (trap 21)."""
+    """Whether b_dec is taken off the input: version 6 says it, older ones did it by default (trap 21)."""
     where, stated = config.where, config.boolean("apply_b_dec_to_input")
     if architecture.endswith("transcoder"):
         if stated:

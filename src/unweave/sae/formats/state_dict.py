@@ -24,7 +24,7 @@ from unweave.core.errors import UnweaveError
 from unweave.sae.formats.archives import carries_code, content, damaged, opened
 
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""how files before PyTorch 1.6 begin, which are no archives"""
+"""how files before PyTorch 1.6 begin, which are not archives"""
 _STEPS = 200_000
 """instructions of a pickle; a tensor takes about fifty"""
 _PICKLE_BYTES = 4 << 20

@@ -135,7 +135,7 @@ class _Finds:
         self.count += len(places)
 
     def lowest_of(self, largest: int) -> Tensor:
-        """The lowest of so many largest values."""
+        """The lowest of the given number of largest values."""
         return torch.cat(self._values).topk(largest, sorted=False).values.min()
 
     def above(self, bound: Tensor) -> int:

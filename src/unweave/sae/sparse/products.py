@@ -152,7 +152,7 @@ def of_latents(per_latent: Tensor, choice: Choice) -> Tensor:
 
 
 class _Encode(torch.autograd.Function):
-    """Attaches values that were found without a graph to the weights and inputs they came from."""
+    """Attaches values computed without a graph to the weights and inputs they came from."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, values: Tensor, choice: Choice) -> Tensor:
