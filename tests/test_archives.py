@@ -177,12 +177,12 @@ def test_arrays_that_lie(tmp_path: Path) -> None:
     lies = [
         (said("(10000000000, 10)"), "says its shape"),
         (said("(2, 3)"), "says its shape"),
-        (said("(-2, -2)"), "no shape"),
+        (said("(-2, -2)"), "invalid shape"),
         (said(f"({'9' * 3000},)"), "says its shape"),
-        (said("(True, 4)"), "no shape"),
-        (said("4"), "no shape"),
-        (said("(2.0, 2)"), "no shape"),
-        (said("(2, 2)", order="'no'"), "no shape"),
+        (said("(True, 4)"), "invalid shape"),
+        (said("4"), "invalid shape"),
+        (said("(2.0, 2)"), "invalid shape"),
+        (said("(2, 2)", order="'no'"), "invalid shape"),
         (said("(2, 2)", "'<U1'"), "not plain"),
         (said("(4,)", "'|O'"), "Python objects"),
         (said("(4,)", "[('a', '<f4')]"), "Python objects"),
@@ -199,7 +199,7 @@ def test_arrays_that_lie(tmp_path: Path) -> None:
     whole = npy(said("(2, 2)"), four)
     bounded(lambda: read_arrays(npz(path, [("W.npy", whole), ("W.npy", whole)])), "appears twice")
     bounded(lambda: read_arrays(npz(path, [("W.npy", whole), ("W", whole)])), "appears twice")
-    bounded(lambda: read_arrays(npz(path, [("W.npy", whole)], zipfile.ZIP_LZMA)), "packed in a way of its own")
+    bounded(lambda: read_arrays(npz(path, [("W.npy", whole)], zipfile.ZIP_LZMA)), "compressed in an unknown way")
     bounded(lambda: read_arrays(npz(path, [(f"{n}.npy", whole) for n in range(5000)])), "5,000 members")
     bomb = npy(said("(100000000,)"), b"\0" * 400_000_000)
     npz(path, [("W.npy", bomb)])

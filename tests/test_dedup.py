@@ -321,7 +321,7 @@ def test_both_splits_decide_the_same_whatever_the_memory(tmp_path: Path) -> None
     assert len(taken["train"]) + len(taken["heldout"]) == train["dedup"]["kept"]
     small = split(path, "train", 20, memory_bytes=1000, folder=tmp_path)
     assert list(small) == taken["train"] and small.report() == train
-    with pytest.raises(UnweaveError, match="no split 'test'"):
+    with pytest.raises(UnweaveError, match="unknown split 'test'"):
         split(path, "test", 0)
 
 
