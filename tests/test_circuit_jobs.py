@@ -162,7 +162,7 @@ def test_results_are_shown_without_a_model(home: Path, found: Run[CircuitSearch]
     assert found.result.strongest[0].name in text and "The strongest edges" in text and "mlp_add.1" in text
     section = view.section(measured.result)
     assert "<svg" in section.body and "without errors" in section.body
-    assert any("does not do this task" in note for note in section.notes)
+    assert any("fails this task" in note for note in section.notes)
     row = next(row for row in measured.result.curves[0].rows if row.nodes > 3)
     assert row.random is not None and row.random.low <= row.random.mean <= row.random.high and row.random.draws == 3
     assert (

@@ -190,7 +190,7 @@ def _(result: Faithfulness) -> list[Row]:
 def _reached_row(reached: Reached, result: Faithfulness, problem: str | None) -> Row:
     name = curve_name(reached.errors, reached.neurons)
     if problem:
-        return (name, "-", "the model does not do this task, see its right answers")
+        return (name, "-", "the model fails this task, see its right answers")
     drawn = any(row.random is not None for row in result.curves[0].rows)
     beside = f"; random ones: {_nodes(reached.random_nodes)}" if drawn else ""
     return (name, _nodes(reached.nodes), f"nodes for faithfulness {result.level:g}, of {reached.changing:,}{beside}")
@@ -237,7 +237,7 @@ _ABLATED = {"patch": "its mean over the patch texts", "clean": "its mean over th
 def curves_png(result: Faithfulness) -> bytes:
     """The figure as a file, with its task above it."""
     problem = result.used.accuracy.problem if result.used.accuracy is not None else None
-    return figures.curves_png(result, _capital(result.task) + (" (the model does not do this task)" if problem else ""))
+    return figures.curves_png(result, _capital(result.task) + (" (the model fails this task)" if problem else ""))
 
 
 def curves_csv(result: Faithfulness) -> str:
