@@ -76,12 +76,12 @@ def together(spec: FeatureCircuitsSpec, ctx: Context) -> FeatureCircuits:
     """The result and pages of parts that are finished; the handle is ``Parts``."""
     parts: Parts = ctx.handle
     thresholds = plan_of(spec).thresholds
-    circuits = [Circuit.load(parts.found[name].file(FILE)) for name in ("across_rc", "across_pp")]
+    clause, phrase = (Circuit.load(parts.found[name].file(FILE)) for name in ("across_rc", "across_pp"))
     result = FeatureCircuits(
         scale=spec.scale,
         subject=parts.found["across_pp"].result.subject,
         structures=tuple(Structure(name, done.result) for name, done in parts.evaluated.items()),
-        overlap=overlap(*circuits, (thresholds["across_rc"][0], thresholds["across_pp"][0])),
+        overlap=overlap(clause, phrase, (thresholds["across_rc"][0], thresholds["across_pp"][0])),
         shift=parts.shifted.result,
         behaviours=parts.behaviours.result,
         runs=parts.all(),
