@@ -31,7 +31,7 @@ from unweave.lm.model import LM, Tokens
 from unweave.methods.behaviours import behaviours as algorithm
 from unweave.methods.behaviours import cluster, contexts, view
 from unweave.methods.behaviours import stage as job
-from unweave.methods.behaviours.contexts import Example, repeated
+from unweave.methods.behaviours.contexts import repeated
 from unweave.methods.behaviours.gradients import blocks, parameters, projected_gradients, projection_block
 from unweave.methods.behaviours.result import (
     Answer,
@@ -39,7 +39,9 @@ from unweave.methods.behaviours.result import (
     BehavioursResult,
     Cluster,
     Context,
+    Contexts,
     Counts,
+    Example,
     Promoted,
     StrongLatent,
     VectorsResult,
@@ -190,9 +192,7 @@ def test_options_choose_among_sure_tokens(tiny_lm: LMs, tmp_path: Path, monkeypa
     other = contexts.find(lm, store, dataclasses.replace(every, limit=7), seed=1)
     assert again == few and other.examples != few.examples
     assert {e.place for e in few.examples} <= {e.place for e in whole.examples}
-    path = tmp_path / "contexts.jsonl"
-    contexts.save(path, few)
-    assert contexts.load(path) == few
+    assert as_read(Contexts, json.loads(json.dumps(as_written(few))), "here") == few
 
 
 def test_the_same_context_counts_once(tiny_lm: LMs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,9 +223,8 @@ def test_no_sure_token_is_an_error_that_says_what_there_was(tiny_lm: LMs, tmp_pa
         contexts.find(tiny_lm(), store, ContextOptions(max_loss=1e-4))
     with pytest.raises(UnweaveError, match=r"max_loss = 0\.8"):
         ContextOptions(max_loss=0.8)
-    (tmp_path / "bad.jsonl").write_text('{"counts": {}}\n{"ids": 3\n')
-    with pytest.raises(UnweaveError, match="cannot read the contexts"):
-        contexts.load(tmp_path / "bad.jsonl")
+    with pytest.raises(UnweaveError, match="the fields of Counts"):
+        as_read(Contexts, {"result": "Contexts", "schema": 1, "value": {"counts": {}, "examples": []}}, "here")
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------

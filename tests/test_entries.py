@@ -12,8 +12,6 @@ import pytest
 from unweave.core.errors import UnweaveError
 from unweave.latents import annotations
 from unweave.latents.annotations import Annotation
-from unweave.methods.behaviours import contexts
-from unweave.methods.behaviours.result import Counts
 from unweave.tasks import agreement, answers
 from unweave.tasks.agreement import Pair
 from unweave.tasks.answers import Input
@@ -69,12 +67,6 @@ def test_what_is_saved_is_read_again_whatever_its_characters(tmp_path: Path) -> 
     said = Annotation("resid_post.3/7", ODD, ODD, 1, 2, True, "0123456789ab")
     annotations.append(tmp_path / "b", said)
     assert annotations.load(tmp_path / "b") == {said.name: said}
-    sure = contexts.Contexts((contexts.Example((1, 2), 3, 0.1, 0, 5),), Counts(9, 8, 1, 0, 0, 0, 7))
-    contexts.save(tmp_path / "c", sure)
-    assert contexts.load(tmp_path / "c") == sure
-    (tmp_path / "c").write_text(json.dumps({"counts": {ODD: 1}}, ensure_ascii=False), newline="\n")
-    with pytest.raises(UnweaveError, match="the fields of Counts"):
-        contexts.load(tmp_path / "c")
 
 
 GOOD = asdict(PAIRS[1])

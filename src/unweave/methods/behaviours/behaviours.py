@@ -33,13 +33,15 @@ from unweave.latents.records import Records
 from unweave.latents.view import entry_of
 from unweave.lm.model import LM
 from unweave.methods.behaviours import cluster
-from unweave.methods.behaviours.contexts import Contexts, Example, Texts, batches, find
+from unweave.methods.behaviours.contexts import Texts, batches, find
 from unweave.methods.behaviours.result import (
     Answer,
     Behaviour,
     BehavioursResult,
     Cluster,
     Context,
+    Contexts,
+    Example,
     Firing,
     Promoted,
     StrongLatent,

@@ -8,10 +8,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -20,14 +18,11 @@ from torch import Tensor
 
 from unweave.attribute.runner import Batch
 from unweave.core.errors import UnweaveError
-from unweave.core.files import lines, parse_json
 from unweave.core.progress import task
-from unweave.core.result import from_plain
-from unweave.core.run import atomic_write
 from unweave.core.site import Site
 from unweave.lm.chat import Role, encode_text
 from unweave.lm.model import LM, Side, Tokens
-from unweave.methods.behaviours.result import Counts
+from unweave.methods.behaviours.result import Contexts, Counts, Example
 from unweave.methods.behaviours.spec import ContextOptions
 from unweave.tasks.answers import AnswerLoss, AnswerMetric
 
@@ -37,27 +32,6 @@ _LOGIT_ELEMENTS = 1 << 25
 _BATCH_TOKENS = 2048
 _SPREAD = 1.5
 """how many times longer than its shortest a batch's longest context may be"""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A context and the token that the model is sure will follow. ``loss`` is -log p(answer) in nats."""
-
-    ids: tuple[int, ...]
-    answer: int
-    loss: float
-    document: int
-    """which document of the store it comes from"""
-    place: int
-    """the answer's index in the store"""
-
-
-@dataclass(frozen=True)
-class Contexts:
-    """The examples, in the order of the text, and what became of the other tokens."""
-
-    examples: tuple[Example, ...]
-    counts: Counts
 
 
 class Rows(Protocol):
@@ -203,7 +177,7 @@ def _thinned(sure: list[Example], options: ContextOptions, counts: Mapping[str, 
         surplus=len(chosen) - len(left),
         kept=len(left),
     )
-    return Contexts(tuple(sorted(left, key=lambda example: example.place)), thinned)
+    return Contexts(thinned, tuple(sorted(left, key=lambda example: example.place)))
 
 
 # -- windows ----------------------------------------------------------------------------------------------------------
@@ -310,23 +284,3 @@ def _grouped(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
             parts.append([])
         parts[-1].append(i)
     return parts
-
-
-def save(path: Path, contexts: Contexts) -> None:
-    """Writes the counts and one JSON line per example."""
-    written = [json.dumps({"counts": asdict(contexts.counts)}), *(json.dumps(asdict(one)) for one in contexts.examples)]
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in written), encoding="utf-8")
-
-
-def load(path: Path) -> Contexts:
-    """Reads what ``save`` wrote. UnweaveError when it is missing or damaged."""
-    try:
-        first, *rest = (parse_json(line, f"{path}, line {number}") for number, line in lines(path))
-        counts = from_plain(Counts, first["counts"], f"{path}, line 1")
-        return Contexts(tuple(from_plain(Example, values, str(path)) for values in rest), counts)
-    except (UnweaveError, ValueError, KeyError, TypeError) as error:
-        reason = error.what if isinstance(error, UnweaveError) else error
-        raise UnweaveError(
-            f"cannot read the contexts: {reason}", where=str(path), remedy="delete the file and ask again"
-        ) from error

@@ -36,12 +36,24 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class ContextsResult(Result):
-    """Contexts and the tokens that the model is sure will follow."""
+class Example:
+    """A context and the token that the model is sure will follow. ``loss`` is -log p(answer) in nats."""
+
+    ids: tuple[int, ...]
+    answer: int
+    loss: float
+    document: int
+    """which document of the text it comes from"""
+    place: int
+    """the answer's index in the text's tokens"""
+
+
+@dataclass(frozen=True)
+class Contexts(Result):
+    """Contexts, in the order of the text, and what became of the other tokens."""
 
     counts: Counts
-    file: Path
-    """one JSON line per context"""
+    examples: tuple[Example, ...]
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,7 @@ class VectorsSpec(OfContextsSpec):
     """The vectors of contexts."""
 
     contexts: FileRef
+    """the result of the run that has them"""
     options: VectorOptions
     seed: int
 

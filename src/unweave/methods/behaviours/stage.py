@@ -27,8 +27,8 @@ from unweave.latents.stage import records_of
 from unweave.lm.model import LM
 from unweave.methods.behaviours import view
 from unweave.methods.behaviours.behaviours import Explained, Group, chosen, circuit_of, clustered, described
-from unweave.methods.behaviours.contexts import Example, find, load, save
-from unweave.methods.behaviours.result import BehaviourCircuit, BehavioursResult, ContextsResult, VectorsResult
+from unweave.methods.behaviours.contexts import find
+from unweave.methods.behaviours.result import BehaviourCircuit, BehavioursResult, Contexts, Example, VectorsResult
 from unweave.methods.behaviours.spec import (
     BehaviourSpec,
     CircuitBehavioursSpec,
@@ -58,13 +58,12 @@ def run(spec: CircuitBehavioursSpec, ctx: Context) -> BehavioursResult:
     """Contexts, vectors, clusters, circuits, and ``index.html`` to browse them."""
     opened = open_saes(spec)
     contexts_run = contexts(_contexts_asked(spec, opened), ctx.runs, opened)
-    file = contexts_run.file(str(contexts_run.result.file))
-    common = _common(spec, opened)
-    asked = VectorsSpec(**common, contexts=file, options=spec.vectors, seed=spec.seed)
+    sure, common = contexts_run.result, _common(spec, opened)
+    asked = VectorsSpec(**common, contexts=contexts_run.file("result.json"), options=spec.vectors, seed=spec.seed)
     if spec.vectors.kind == "gradients":  # of the model alone
         asked = dataclasses.replace(asked, saes=(), neurons=(), sites=(), skip_first=0)
     vectors_run = context_vectors(asked, ctx.runs, opened)
-    sure, rows = load(file), _rows(vectors_run)
+    rows = _rows(vectors_run)
     clusters = clustered(rows, spec, ctx.pieces)
     groups, explained = chosen(rows, clusters, sure, spec), []
     with task("circuits of behaviours", total=len(groups), unit="behaviours") as shown:
@@ -82,21 +81,19 @@ def run(spec: CircuitBehavioursSpec, ctx: Context) -> BehavioursResult:
 # -- what several questions share; the handle is what is open ---------------------------------------------------------
 
 
-@stage("circuit-contexts", version=4)
-def contexts(spec: ContextsSpec, ctx: Context) -> ContextsResult:
+@stage("circuit-contexts", version=5)
+def contexts(spec: ContextsSpec, ctx: Context) -> Contexts:
     """The contexts of a text that the model is sure of."""
     lm = ctx.handle.lm
     store, _ = token_store(lm, spec.model, spec.data, spec.split, spec.tokens, ctx.runs)
-    sure, file = find(lm, store, spec.options, seed=spec.seed), Path("contexts.jsonl")
-    save(ctx.path / file, sure)
-    return ContextsResult(sure.counts, file)
+    return find(lm, store, spec.options, seed=spec.seed)
 
 
 @stage("circuit-vectors", version=4)
 def context_vectors(spec: VectorsSpec, ctx: Context) -> VectorsResult:
     """Their vectors, some contexts at a time."""
     opened: Opened = ctx.handle
-    examples, parts = load(spec.contexts).examples, []
+    examples, parts = Run.at(spec.contexts.parent, Contexts).result.examples, []
     with task(f"vectors: {spec.options.kind}", total=len(examples), unit="contexts") as shown:
         for start in range(0, len(examples), _PIECE):
             few = examples[start : start + _PIECE]

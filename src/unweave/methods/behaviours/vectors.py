@@ -27,8 +27,9 @@ from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At
 from unweave.methods.behaviours.cluster import Vectors
-from unweave.methods.behaviours.contexts import Example, batches, order_of
+from unweave.methods.behaviours.contexts import batches, order_of
 from unweave.methods.behaviours.gradients import projected_gradients
+from unweave.methods.behaviours.result import Example
 from unweave.methods.behaviours.spec import VectorOptions
 from unweave.sae.module import SAE
 
