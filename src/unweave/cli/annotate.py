@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = (
     "Look at latents one after the other and write down what they are.\n\n"
-    "For a circuit's run, its latents come strongest first; otherwise name autoencoders and latents. Each one is shown "
+    "For a circuit's run, its latents come strongest first; otherwise name SAEs and latents. Each one is shown "
     "with the texts on which it fires, how often it does, and the tokens that it makes likelier and less likely. Then "
     "five things are asked: what it stands for, how interpretable and how complex that is (0 to 100, the feature "
     "circuits paper's scales), whether it belongs to the task, and notes. Enter leaves a question open.\n\n"
@@ -47,7 +47,7 @@ _SAES = Parameter(
     show_default=False,
 )
 _LATENTS = Parameter(
-    help="Latents: numbers, or names such as resid_post.24/3036 where there are several autoencoders.",
+    help="Latents: numbers, or names such as resid_post.24/3036 where there are several SAEs.",
     negative=(),
     consume_multiple=True,
     show_default=False,
@@ -57,7 +57,7 @@ _THRESHOLD = Parameter(help="Ask about a circuit's latents with a larger effect;
 _TOP = Parameter(help="Ask about this many at most.")
 _TOKENS = Parameter(help="How many tokens contexts are taken from; by default 200,000, or all there are.")
 _AGAIN = Parameter(help="Ask about latents with answers too; Enter keeps an answer.", negative=())
-_MODEL = Parameter(help="The model; by default the one that the autoencoders were trained on.")
+_MODEL = Parameter(help="The model; by default the one that the SAEs were trained on.")
 _DEVICE = Parameter(help="cpu, cuda, cuda:1...; by default a GPU where there is one.")
 _RUNS = Parameter(help="Where contexts that were collected are kept and found again.")
 _JSON = Parameter(help="Print one JSON object for machines at the end.", negative=(), show_default=False)

@@ -1,4 +1,4 @@
-"""A site is a named place in a language model where an activation can be read or edited.
+"""A site is a named place in a language model where an activation can be read or edited (elsewhere: a hook point).
 
     resid_post.12        the residual stream after block 12
     mlp_add.3            what block 3's MLP adds to the residual stream (after a post-norm, where the family has one)
