@@ -139,7 +139,7 @@ def test_trap_41_annotations_of_another_training_are_refused() -> None:
     said = {"resid_post.24/7": Annotation("resid_post.24/7", "x", sae="aaaaaaaaaaaa"), "embed/1": Annotation("embed/1")}
     notes.refuse_strangers(said, {site: "aaaaaaaaaaaa", Site("embed"): "c"})
     notes.refuse_strangers(said, {Site("embed"): "c"})
-    with pytest.raises(UnweaveError, match=r"resid_post\.24/7 was annotated in autoencoder aaaaaaaaaaaa"):
+    with pytest.raises(UnweaveError, match=r"resid_post\.24/7 was annotated in SAE aaaaaaaaaaaa"):
         notes.refuse_strangers(said, {site: "bbbbbbbbbbbb"})
 
 
@@ -214,7 +214,7 @@ def test_wrong_answers_are_asked_again_and_help_is_told(tmp_path: Path) -> None:
 
 def test_answers_about_another_autoencoder_are_not_mixed(tmp_path: Path) -> None:
     notes.append(tmp_path / "a.jsonl", Annotation(f"{SITE}/1", "x", sae="b" * 12))
-    with pytest.raises(UnweaveError, match="was annotated in autoencoder bbbbbbbbbbbb"):
+    with pytest.raises(UnweaveError, match="was annotated in SAE bbbbbbbbbbbb"):
         Person("y").walk(tmp_path / "a.jsonl", 1)
 
 
@@ -334,7 +334,7 @@ def test_of_a_classifiers_circuit_come_the_latents_that_its_run_judges(
         (None, ("{found}",), "no terminal to ask in"),
         ("", ("{found}",), "no answers are piped in"),
         ("x\n", (), "there is nothing to annotate"),
-        ("x\n", ("{sae}",), "this is an autoencoder, not a circuit"),
+        ("x\n", ("{sae}",), "this is an SAE, not a circuit"),
         ("x\n", ("{found}", "--latents", "3"), "a circuit and latents are both named"),
         ("x\n", ("{found}", "--threshold", "9"), "no latent's effect is above 9"),
         ("x\n", ("--saes", "{sae}"), "no latents are named"),
@@ -373,5 +373,5 @@ def test_a_picture_with_annotations_and_contexts(home: Path, tmp_path: Path) -> 
     notes.append(path, Annotation(f"{SITE}/5", "x", sae="b" * 12))
     for contexts in (True, False):
         asked = CircuitDrawSpec(circuit=home / "found", annotations=path, contexts=contexts)
-        with pytest.raises(UnweaveError, match="was annotated in autoencoder bbbbbbbbbbbb"):
+        with pytest.raises(UnweaveError, match="was annotated in SAE bbbbbbbbbbbb"):
             draw.run(asked, tmp_path)

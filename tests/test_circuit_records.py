@@ -228,7 +228,7 @@ def test_what_is_stamped_for_the_text(home: Path, opened: Opened, monkeypatch: p
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"latents": {Site("embed"): [1]}}, "no autoencoder is at embed"),
+        ({"latents": {Site("embed"): [1]}}, "no SAE is at embed"),
         ({"latents": {SITES[0]: [64]}}, "latent 64 does not exist at mlp_add.1"),
         ({"latents": {SITES[0]: [-1]}}, "latent -1 does not exist"),
         ({"tokens": 10**6}, "1,000,000 tokens were asked for"),

@@ -48,7 +48,7 @@ class Annotation:
     complexity: float | None = None
     relevant: bool | None = None
     sae: str | None = None
-    """``SAE.digest()`` of the autoencoder that was looked at; None where nobody wrote it down."""
+    """``SAE.digest()`` of the SAE that was looked at; None where nobody wrote it down."""
 
     def __post_init__(self) -> None:
         parse_name(self.name)
@@ -65,7 +65,7 @@ class Annotation:
         if self.relevant not in (True, False, None) or not isinstance(self.relevant, bool | None):
             raise UnweaveError(f"relevant is {self.relevant!r}", where=self.name, remedy="give true, false or null")
         if not isinstance(self.sae, str | None):
-            raise UnweaveError(f"sae is {self.sae!r}", where=self.name, remedy="give the autoencoder's digest or null")
+            raise UnweaveError(f"sae is {self.sae!r}", where=self.name, remedy="give the SAE's digest or null")
 
     @property
     def site(self) -> Site:
@@ -101,7 +101,7 @@ def parse_latents(names: Sequence[str], sites: Collection[Site]) -> list[tuple[S
         if re.fullmatch("[0-9]{1,18}", word):
             if len(sites) != 1:
                 raise UnweaveError(
-                    f"latent {word} of which of {len(sites)} autoencoders?",
+                    f"latent {word} of which of {len(sites)} SAEs?",
                     where="--latents",
                     remedy=f"write {name_of(only, int(word))}",
                 )
@@ -160,7 +160,7 @@ def append(path: str | Path, annotation: Annotation) -> None:
 
 
 def refuse_strangers(annotations: Mapping[str, Annotation], digests: Mapping[Site, str], where: str = "") -> None:
-    """Raises UnweaveError where an annotation was given about another autoencoder than the one that is used.
+    """Raises UnweaveError where an annotation was given about another SAE than the one that is used.
 
     Latents of two trainings share numbers and nothing else (trap 41). Annotations without a digest are taken.
     """
@@ -168,9 +168,9 @@ def refuse_strangers(annotations: Mapping[str, Annotation], digests: Mapping[Sit
         used = digests.get(annotation.site)
         if annotation.sae is not None and used is not None and annotation.sae != used:
             raise UnweaveError(
-                f"{annotation.name} was annotated in autoencoder {annotation.sae}, this one is {used}",
+                f"{annotation.name} was annotated in SAE {annotation.sae}, this one is {used}",
                 where=where,
-                remedy="give the annotations that belong to these autoencoders, or annotate anew into another file",
+                remedy="give the annotations that belong to these SAEs, or annotate anew into another file",
             )
 
 

@@ -122,7 +122,7 @@ def _chosen(spec: LatentsSpec, opened: Opened) -> dict[Site, list[int] | None]:
 def _refuse_absent(latents: Mapping[Site, Sequence[int]], opened: Opened) -> None:
     for site, some in latents.items():
         if site not in opened.saes:
-            raise UnweaveError(f"no autoencoder is at {site}", where="latents", remedy="name the one of that site too")
+            raise UnweaveError(f"no SAE is at {site}", where="latents", remedy="name the one of that site too")
         last = opened.saes[site].d_sae - 1
         for wrong in (latent for latent in some if not 0 <= latent <= last):
             raise UnweaveError(f"latent {wrong} does not exist at {site}", where="latents", remedy=f"use 0 to {last}")

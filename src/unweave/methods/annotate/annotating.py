@@ -40,7 +40,7 @@ class Question:
     name: str
     """``resid_post.24/3036``"""
     sae: str
-    """``SAE.digest()`` of its autoencoder."""
+    """``SAE.digest()`` of its SAE."""
     record: LatentRecord
     effects: tuple[tuple[int | None, float], ...] = ()
     """(position or None for their sum, mean effect on the metric); empty outside a circuit."""
@@ -129,7 +129,7 @@ def walk(
 
     ``show(question, number from 1, how many, earlier answer)`` presents a latent, ``ask`` asks, ``tell`` says what was
     wrong. Answers are appended to ``path``, each at once. ``known`` were passed over before, for the tally.
-    UnweaveError where the file already holds answers about a latent of another autoencoder (trap 41).
+    UnweaveError where the file already holds answers about a latent of another SAE (trap 41).
     """
     said = notes.load(path) if Path(path).exists() else {}
     notes.refuse_strangers(said, {Site.parse(q.name.rpartition("/")[0]): q.sae for q in questions}, str(path))

@@ -25,8 +25,8 @@ Effects = Sequence[tuple[int | None, float]]
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command was asked: a circuit, or autoencoders (``saes``) and their ``latents``, numbers where there is
-    one autoencoder, else names such as resid_post.24/3036."""
+    """What the command was asked: a circuit, or SAEs (``saes``) and their ``latents``, numbers where there is
+    one SAE, else names such as resid_post.24/3036."""
 
     target: Path | None
     saes: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ def questions(asked: Asked, out: Path, runs: Path) -> tuple[list[Question], int]
 
 
 def _circuit(asked: Asked) -> StoredCircuit | None:
-    """The circuit, where the target is one; None where autoencoders are named instead."""
+    """The circuit, where the target is one; None where SAEs are named instead."""
     if asked.target is None:
         if not asked.saes:
             raise UnweaveError(
@@ -88,7 +88,7 @@ def _circuit(asked: Asked) -> StoredCircuit | None:
         )
     if os.path.isdir(asked.target) and not os.path.isfile(asked.target / FILE) and list(asked.target.rglob("cfg.json")):
         raise UnweaveError(
-            "this is an autoencoder, not a circuit",
+            "this is an SAE, not a circuit",
             where=str(asked.target),
             remedy=f"unweave annotate --saes {asked.target} --latents 12 34",
         )
@@ -101,7 +101,7 @@ def _saes(asked: Asked, stored: StoredCircuit | None) -> OfSAEsSpec:
     spec = stored.saes_spec(asked.saes, asked.model, asked.device)
     if spec is None:
         raise UnweaveError(
-            "this circuit does not say where its autoencoders are",
+            "this circuit does not say where its SAEs are",
             where=str(stored.path),
             remedy="name them with --saes",
         )
@@ -151,6 +151,6 @@ def _of_names(asked: Asked, opened: Opened) -> Mapping[tuple[Site, int], Effects
 
 
 def _check(said: Mapping[str, Annotation], opened: Opened, out: Path) -> None:
-    """Before anything is asked: the file's answers are about these autoencoders."""
+    """Before anything is asked: the file's answers are about these SAEs."""
     named = {annotation.site for annotation in said.values()} & set(opened.saes)
     notes.refuse_strangers(said, {site: opened.saes[site].digest() for site in named}, str(out))
