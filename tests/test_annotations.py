@@ -341,7 +341,7 @@ def test_of_a_classifiers_circuit_come_the_latents_that_its_run_judges(
         ("x\n", ("--saes", "{sae}", "--latents", "64"), "latent 64 does not exist"),
         ("x\n", ("--saes", "{sae}", "--latents", "resid_post.1/error"), "is an error"),
         ("x\n", ("--saes", "{sae}", "--latents", "3", "--threshold", "1"), "a threshold needs a circuit"),
-        ("x\n", ("{found}", "--top", "0"), "0 makes no sense"),
+        ("x\n", ("{found}", "--top", "0"), "must be at least 1; 0 was given"),
     ],
 )
 def test_what_the_command_refuses(

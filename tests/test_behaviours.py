@@ -777,7 +777,7 @@ def test_what_the_job_cannot_do_is_clear(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnweaveError, match="do not say which text"):
         job.run(dataclasses.replace(asked(folder), data=None), runs)
     for field, value in {"contexts__max_loss": 0.9, "contexts__context": 3, "skip_first": 4, "behaviours": 0}.items():
-        with pytest.raises(UnweaveError, match=f"{field.rpartition('__')[2]} = .* makes no sense"):
+        with pytest.raises(UnweaveError, match=f"{field.rpartition('__')[2]} must be"):
             asked(folder, **{field: value})
     with pytest.raises(UnweaveError, match="1000 contexts cannot make 2000 clusters"):
         asked(folder, clusters__number=2000)

@@ -413,7 +413,7 @@ def test_neurons_are_those_of_the_model_that_the_autoencoders_are_in(
         ({"edges": False, "edge_threshold": 0.5}, "edge_threshold = 0.5 would have no effect"),
         ({"edges": False, "upstream": "all"}, "upstream = 'all' would have no effect"),
         ({"method": "exact", "steps": 10}, "exact effects have no gradient"),
-        ({"examples": 0}, "examples = 0 makes no sense"),
+        ({"examples": 0}, "examples must be at least 1; 0 was given"),
         ({"node_threshold": -0.1}, "node_threshold"),
     ],
 )

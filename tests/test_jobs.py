@@ -456,7 +456,7 @@ def test_more_tokens_than_there_are_for_the_records(trained: Run, runs: Path) ->
     ],
 )
 def test_numbers_that_make_no_sense(make) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(UnweaveError, match=r"makes no sense|must be|needs 'sources'"):
+    with pytest.raises(UnweaveError, match=r"must be|needs 'sources'"):
         make()
 
 

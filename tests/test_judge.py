@@ -138,9 +138,9 @@ def test_the_budget_of_tokens_counts_prompts_and_replies(tmp_path: Path) -> None
         ({"base_url": "a/v1"}, "not an http or https address"),
         ({"base_url": "http://user:pass@a/v1"}, "without user, password"),
         ({"base_url": "http://a/v1?key=1"}, "without user, password"),
-        ({"max_new_tokens": 0}, "max_new_tokens = 0"),
-        ({"budget_tokens": 0}, "budget_tokens = 0"),
-        ({"at_once": 0}, "at_once = 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"budget_tokens": 0}, "budget_tokens must be at least 1"),
+        ({"at_once": 0}, "at_once must be at least 1"),
     ],
 )
 def test_options_that_would_mean_nothing_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -193,3 +193,32 @@ def test_help_shows_the_fields_of_all_members_and_whose_they_are() -> None:
     assert found["animal.kind"].doc == "what it is: bird: it flies; bat: it flies at night; fish: it swims"
     assert found["animal.wings"].doc == "bird, bat: how many wings" and found["animal.wings"].rule == "at least 1"
     assert found["animal.range"].doc == "bat: how far it hears" and found["animal.legs"].shown_default == "3"
+
+
+def specs() -> list[type[Spec]]:
+    """Every Spec of the package."""
+    import pkgutil
+    from importlib import import_module
+
+    import unweave
+
+    for module in pkgutil.walk_packages(unweave.__path__, "unweave."):
+        if module.name.rpartition(".")[2] in ("spec", "pack", "corpus") or ".kinds." in module.name:
+            import_module(module.name)
+    found, left = [], [Spec]
+    while left:
+        inner = left.pop().__subclasses__()
+        found += inner
+        left += inner
+    return [one for one in found if one.__module__.startswith("unweave.")]
+
+
+def test_checks_of_a_spec_of_its_own_do_not_replace_its_rules() -> None:
+    """A ``__post_init__`` that forgets the one it overrides would switch every rule off."""
+    import inspect
+
+    assert len(specs()) > 20
+    for one in specs():
+        if "__post_init__" in one.__dict__:
+            body = inspect.getsource(one.__post_init__)
+            assert "super().__post_init__()" in body or "Spec.__post_init__(self)" in body, one.__name__

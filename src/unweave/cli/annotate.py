@@ -111,7 +111,11 @@ def _require_positive(top: int | None, tokens: int | None) -> None:
 
     for name, value in (("--top", top), ("--tokens", tokens)):
         if value is not None and value < 1:
-            raise UnweaveError(f"{value} makes no sense", where=name, remedy="give at least 1")
+            raise UnweaveError(
+                f"{name} must be at least 1; {value} was given",
+                where="unweave annotate",
+                remedy=f"leave {name} out, or give at least 1",
+            )
 
 
 def _asker() -> Callable[[str], str]:

@@ -171,15 +171,6 @@ def _of_member(own: type[Spec], values: Mapping[str, Any], base: Spec | None, wh
     return own_values | {"kind": _default_kind(own)}
 
 
-def require(spec: Spec, conditions: Mapping[str, bool]) -> None:
-    """Raises UnweaveError for the first field whose condition does not hold."""
-    for name, fine in conditions.items():
-        if not fine:
-            raise UnweaveError(
-                f"{name} = {getattr(spec, name)!r} makes no sense", where=type(spec).__name__, remedy="see --help"
-            )
-
-
 def digest(value: Any) -> str:
     """Twelve hexadecimal digits of a JSON-able value."""
     text = json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))

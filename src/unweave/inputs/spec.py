@@ -58,6 +58,7 @@ class OfSAEsSpec(Spec):
     """Use SAEs in a model that they were not trained on, for this reason; the difference measured is recorded."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.saes and not self.neurons:
             raise UnweaveError("there are no sites", where="saes", remedy="give SAEs (saes) or sites (neurons)")
         if not self.saes and (self.sites or self.accept_mismatch):

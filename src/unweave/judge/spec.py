@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import Content
-from unweave.core.spec import Spec, operational, require
+from unweave.core.rules import above, at_least
+from unweave.core.spec import Spec, operational
 from unweave.judge.secrets import Secret
 
 DEFAULT_JUDGE = "qwen2.5-coder-1.5b-instruct"
@@ -30,22 +31,20 @@ class JudgeSpec(Spec):
     key itself is never stored; without it none is sent."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What a model that runs here computes in; by default float32, the fastest on most CPUs."""
-    max_new_tokens: int = 160
+    max_new_tokens: Annotated[int, at_least(1)] = 160
     """Length of a reply at most."""
-    budget_requests: int | None = operational(None)
+    budget_requests: Annotated[int | None, at_least(1)] = operational(None)
     """Prompts to ask at most before stopping; kept replies are free, and asking again goes on from there."""
-    budget_tokens: int | None = operational(None)
+    budget_tokens: Annotated[int | None, at_least(1)] = operational(None)
     """Tokens to use at most, of prompts and replies together, before stopping; what is under way is still finished.
     Where a server does not say how many there were, they are estimated, rather too many."""
-    at_once: int = operational(8)
+    at_once: Annotated[int, at_least(1)] = operational(8)
     """Requests in flight, or prompts in one batch of a model that runs here."""
-    timeout: float | None = operational(None)
+    timeout: Annotated[float | None, above(0)] = operational(None)
     """Seconds that a server has for one reply, all tries together and waiting between them aside; by default 120."""
 
     def __post_init__(self) -> None:
-        limits = ("budget_requests", "budget_tokens", "timeout")
-        fine = {name: getattr(self, name) is None or getattr(self, name) > 0 for name in limits}
-        require(self, fine | {name: getattr(self, name) > 0 for name in ("max_new_tokens", "at_once")})
+        super().__post_init__()
         inapplicable = ("dtype",) if self.base_url is not None else ("api_key_env", "timeout")
         kind = "server" if self.base_url is not None else "model that runs here"
         for name in inapplicable:

@@ -53,6 +53,7 @@ class RecordsSpec(Spec):
     """Decides the quantile and random contexts."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("top", "per_band", "random", "left", "right", "logits"):
             if getattr(self, name) < 0:
                 raise UnweaveError(f"{name} is {getattr(self, name)}", where="records", remedy="give 0 or more")

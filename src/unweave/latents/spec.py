@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
-from unweave.core.spec import require
+from unweave.core.rules import at_least
+from unweave.core.spec import Spec
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import OfSAEsSpec, SAERef
 from unweave.latents.result import LatentRecords
@@ -26,13 +27,13 @@ class LatentsSpec(OfSAEsSpec):
     """Other text to look at; by default the training text."""
     split: Literal["train", "heldout"] = "train"
     """Which documents of that text: those to train on, or those held out."""
-    tokens: int | None = None
+    tokens: Annotated[int | None, at_least(1)] = None
     """How many tokens to look at; by default 200,000, or all there are."""
     seed: int = 0
     """Choice of the random and quantile contexts."""
 
     def __post_init__(self) -> None:
-        require(self, {"tokens": self.tokens is None or self.tokens > 0})
+        Spec.__post_init__(self)
         if self.sae is None:
             super().__post_init__()
         elif self.saes or self.neurons or self.sites:

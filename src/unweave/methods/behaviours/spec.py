@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import FileRef
-from unweave.core.spec import Spec, operational, require
+from unweave.core.rules import above, at_least, at_most, below
+from unweave.core.spec import Spec, operational
 from unweave.data.spec import DataSpec, ModelRef
 from unweave.inputs.spec import OfSAEsSpec, SAERefs, unused
 from unweave.methods.behaviours.result import BehavioursResult, VectorKind
@@ -18,24 +19,20 @@ from unweave.methods.behaviours.result import BehavioursResult, VectorKind
 class ContextOptions(Spec):
     """Which tokens of a text are looked at: those that the model is sure of, without repetition."""
 
-    max_loss: float = 0.3
+    max_loss: Annotated[float, above(0), below(0.69)] = 0.3
     """The model is sure of a token whose cross-entropy is below this, in nats; the paper has 0.1 or 0.3. Below 0.69:
     above, another token may be likelier."""
-    context: int = 64
+    context: Annotated[int, at_least("min_context")] = 64
     """The most tokens of a context. Documents are cut into windows, from whose beginning contexts count."""
-    min_context: int = 8
+    min_context: Annotated[int, at_least(1)] = 8
     """The fewest tokens of a context."""
     repeats: Literal["bigram", "word", "answer"] = "bigram"
     """Which tokens are left out as repetition: where the pair (token before, answer) occurred earlier in the context,
     as in the paper; or also where it did in another case; or where the answer itself did."""
-    per_document: int = 8
+    per_document: Annotated[int, at_least(1)] = 8
     """The most tokens of one document, drawn at random."""
-    limit: int = 1000
+    limit: Annotated[int, at_least(1)] = 1000
     """The most contexts in all, drawn at random."""
-
-    def __post_init__(self) -> None:
-        fine = {name: getattr(self, name) > 0 for name in ("min_context", "per_document", "limit")}
-        require(self, fine | {"max_loss": 0 < self.max_loss < 0.69, "context": self.context >= self.min_context})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +44,13 @@ class VectorOptions(Spec):
     parameters."""
     positions: Literal["last", "last-5", "sum"] = "sum"
     """At which positions vectors are taken; gradients have none."""
-    dimensions: int = 30_000
+    dimensions: Annotated[int, at_least(1)] = 30_000
     """Dimensions of projected gradients."""
-    density: float = 32 / 30_000
+    density: Annotated[float, above(0), at_most(1)] = 32 / 30_000
     """Share of the projection's entries that are not zero."""
 
     def __post_init__(self) -> None:
-        require(self, {"dimensions": self.dimensions > 0, "density": 0 < self.density <= 1})
+        super().__post_init__()
         gradients = self.kind == "gradients"
         unused(self, {"dimensions": gradients, "density": gradients, "positions": not gradients})
 
@@ -62,42 +59,38 @@ class VectorOptions(Spec):
 class ClusterOptions(Spec):
     """How contexts are grouped."""
 
-    number: int = 40
+    number: Annotated[int, at_least(1)] = 40
     """How many clusters."""
     method: Literal["spectral", "kmeans"] = "spectral"
     """Spectral clustering on angular similarity, for up to about 8,192 contexts, or k-means in small batches."""
     rank: Literal["coherence", "size"] = "coherence"
     """Which clusters come first: those most coherent beside clusters drawn at random, or the largest."""
-    min_size: int = 8
+    min_size: Annotated[int, at_least(1)] = 8
     """Smaller clusters are no behaviours."""
-
-    def __post_init__(self) -> None:
-        require(self, {"number": self.number > 0, "min_size": self.min_size > 0})
 
 
 @dataclass(frozen=True, kw_only=True)
 class CircuitOptions(Spec):
     """How the circuit of a behaviour is found."""
 
-    examples: int = 12
+    examples: Annotated[int, at_least(1)] = 12
     """On how many contexts of a cluster, the most typical ones; the paper has up to 100."""
     method: Literal["ig", "attribution"] = "ig"
     """Integrated gradients, or attribution patching, which is one step of it."""
-    steps: int = 4
+    steps: Annotated[int, at_least(1)] = 4
     """Steps of integrated gradients."""
     rule: Literal["left", "midpoint", "right", "graded"] = "midpoint"
     """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
     ablation to the zero vector (neurons, an autoencoder without a decoder bias), with 80 steps or more."""
     metric: Literal["neg-log-p", "neg-logit"] = "neg-log-p"
     """What circuits explain: -log p(answer), as the paper, or -logit(answer), as its released code."""
-    node_threshold: float = 0.1
+    node_threshold: Annotated[float, at_least(0)] = 0.1
     """Nodes whose mean effect is larger, in either direction, are in a circuit."""
-    edge_threshold: float = 0.01
+    edge_threshold: Annotated[float, at_least(0)] = 0.01
     """Edges of larger weight, in either direction, are kept."""
 
     def __post_init__(self) -> None:
-        least = {name: getattr(self, name) >= 0 for name in ("node_threshold", "edge_threshold")}
-        require(self, {"examples": self.examples > 0, "steps": self.steps > 0} | least)
+        super().__post_init__()
         unused(self, {"steps": self.method == "ig", "rule": self.method == "ig"})
 
 
@@ -113,18 +106,23 @@ class BehaviourOptions(Spec):
     """How they are grouped."""
     circuit: CircuitOptions = CircuitOptions()
     """How a group's circuit is found."""
-    behaviours: int = 20
+    behaviours: Annotated[int, at_least(1)] = 20
     """How many clusters, from the first, get a circuit."""
-    skip_first: int = 1
+    skip_first: Annotated[int, at_least(0)] = 1
     """How many first tokens of a context are left as they are: the first is often an attention sink."""
     seed: int = 0
     """Choice of contexts, projection and clustering."""
-    max_tokens: int = operational(2048)
+    max_tokens: Annotated[int, at_least(1)] = operational(2048)
     """Tokens that go through the model at once at most; halved while memory is too small for them."""
 
     def __post_init__(self) -> None:
-        fine = {"behaviours": self.behaviours > 0, "max_tokens": self.max_tokens > 0}
-        require(self, fine | {"skip_first": 0 <= self.skip_first < self.contexts.min_context})
+        Spec.__post_init__(self)
+        if self.skip_first >= self.contexts.min_context:
+            raise UnweaveError(
+                f"skip_first must be below {self.contexts.min_context}, contexts.min_context; it is {self.skip_first}",
+                where=type(self).__name__,
+                remedy="leave fewer first tokens alone, or ask for longer contexts",
+            )
         if self.clusters.number > self.contexts.limit:
             raise UnweaveError(
                 f"{self.contexts.limit} contexts cannot make {self.clusters.number} clusters",
@@ -142,16 +140,15 @@ class CircuitBehavioursSpec(BehaviourOptions, OfSAEsSpec):
     windows long."""
     split: Literal["train", "heldout"] = "train"
     """Which documents of that text: those to train on, or those held out."""
-    tokens: int = 40_000
+    tokens: Annotated[int, at_least(1)] = 40_000
     """How many tokens to look through."""
-    records_tokens: int = 50_000
+    records_tokens: Annotated[int, at_least(0)] = 50_000
     """How many tokens to take contexts of the strongest latents from, for the index; 0 shows none. They are those of
     the autoencoders' training, whose activations serve again where they are kept, unless data names others."""
 
     def __post_init__(self) -> None:
         OfSAEsSpec.__post_init__(self)
         BehaviourOptions.__post_init__(self)
-        require(self, {"tokens": self.tokens > 0, "records_tokens": self.records_tokens >= 0})
 
 
 # -- what several questions share: runs of their own ------------------------------------------------------------------
@@ -165,7 +162,7 @@ class ContextsSpec(Spec):
     dtype: str
     data: DataSpec
     split: Literal["train", "heldout"]
-    tokens: int
+    tokens: Annotated[int, at_least(1)]
     options: ContextOptions
     seed: int
 
@@ -180,8 +177,8 @@ class OfContextsSpec(Spec):
     neurons: tuple[str, ...]
     sites: tuple[str, ...]
     """where the SAEs and neurons that are used lie; none, like SAEs, where they do not matter"""
-    skip_first: int
-    max_tokens: int = operational(2048)
+    skip_first: Annotated[int, at_least(0)]
+    max_tokens: Annotated[int, at_least(1)] = operational(2048)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Self
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import Content, FileRef
-from unweave.core.spec import Spec, operational, require
+from unweave.core.rules import at_least, not_empty, rule
+from unweave.core.spec import Spec, operational
 from unweave.data.spec import ModelRef
 from unweave.inputs.spec import OfSAEsSpec, SAERefs, unused
 from unweave.methods.circuits.result import CircuitSearch, Drawing, Faithfulness
@@ -21,6 +22,7 @@ from unweave.methods.circuits.result import CircuitSearch, Drawing, Faithfulness
 CircuitRef = Annotated[Path, Content("unweave.circuits.opened:content_of_circuit")]
 """A circuit: its file, or the run that has it."""
 
+_ALL_POSITIVE = rule("at least 0, each of them", lambda values: min(values, default=0) >= 0)
 CONVENTIONS: dict[str, dict[str, str]] = {
     "unweave": {"rule": "midpoint", "metric": "neg-log-p"},
     "paper": {"rule": "right", "metric": "neg-log-p"},
@@ -51,7 +53,7 @@ class CircuitFindSpec(OfSAEsSpec):
     ablation: Literal["zero", "mean"] = "zero"
     """Of single texts: ablate nodes to zero, or to their means over all tokens. Take the mean for neurons, and where
     effects do not add up to what is measured."""
-    examples: int = 100
+    examples: Annotated[int, at_least(1)] = 100
     """How many examples. A file may hold fewer."""
     split: Literal["train", "test"] = "train"
     """Which of the task's words: no sentence is in both."""
@@ -59,7 +61,7 @@ class CircuitFindSpec(OfSAEsSpec):
     """Choice of examples."""
     method: Literal["ig", "attribution", "exact"] = "ig"
     """Integrated gradients; attribution patching, which is one step of it; or exact effects, for tiny models."""
-    steps: int = 10
+    steps: Annotated[int, at_least(1)] = 10
     """Steps of integrated gradients."""
     rule: Literal["left", "midpoint", "right", "graded"] = "midpoint"
     """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
@@ -68,17 +70,17 @@ class CircuitFindSpec(OfSAEsSpec):
     """Of single inputs: -log p(answer), or -logit(answer). Of pairs it is always logit(patch) - logit(clean)."""
     summed: Literal["none", "positions"] | None = None
     """Keep positions, for sentences of equal length, or sum over them; by default kept for pairs, summed for inputs."""
-    skip_first: int = 0
+    skip_first: Annotated[int, at_least(0)] = 0
     """How many first tokens of each text are left as they are, as 1 for a BOS token."""
-    node_threshold: float = 0.1
+    node_threshold: Annotated[float, at_least(0)] = 0.1
     """Nodes whose mean effect on the metric is larger, in either direction, are in the circuit and get edges."""
-    edge_threshold: float = 0.01
+    edge_threshold: Annotated[float, at_least(0)] = 0.01
     """Edges of larger weight, in either direction, are kept; 0 keeps all."""
     upstream: Literal["above", "all"] = "above"
     """Edges from nodes above the threshold only, or from all."""
     edges: bool = True
     """Whether to find edges; nodes alone are much quicker and all that `evaluate` needs."""
-    max_tokens: int = operational(1024)
+    max_tokens: Annotated[int, at_least(1)] = operational(1024)
     """Tokens that go through the model at once at most; halved while memory is too small for them."""
 
     @classmethod
@@ -116,9 +118,6 @@ class CircuitFindSpec(OfSAEsSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = {name: getattr(self, name) > 0 for name in ("examples", "steps", "max_tokens")}
-        least = {name: getattr(self, name) >= 0 for name in ("skip_first", "node_threshold", "edge_threshold")}
-        require(self, whole | least)
         named = [name for name in ("task", "pairs", "inputs") if getattr(self, name) is not None]
         if len(named) > 1:
             raise UnweaveError(
@@ -148,20 +147,20 @@ class CircuitDrawSpec(Spec):
 
     circuit: CircuitRef
     """A run of `unweave circuit find`, or any circuit.safetensors. Its content decides which drawing is reused."""
-    nodes: int = 60
+    nodes: Annotated[int, at_least(1)] = 60
     """About how many of the strongest nodes to draw where no node_threshold is given."""
-    node_threshold: float | None = None
+    node_threshold: Annotated[float | None, at_least(0)] = None
     """Draw nodes whose effect is larger, in either direction; by default as nodes says, but never below the
     threshold that the circuit's edges were found with."""
-    edge_threshold: float | None = None
+    edge_threshold: Annotated[float | None, at_least(0)] = None
     """Draw edges whose weight is larger, in either direction; by default so that about 2.5 for each node remain."""
-    max_nodes: int = 150
+    max_nodes: Annotated[int, at_least(1)] = 150
     """Never draw more nodes than this; the picture says how many it leaves out."""
     annotations: FileRef | None = None
     """What to write on latents: JSON lines as `unweave annotate` makes them, or in the paper's form."""
     contexts: bool = False
     """Show in circuit.html what each latent drawn responds to. This reads text, which may take minutes."""
-    tokens: int | None = None
+    tokens: Annotated[int | None, at_least(1)] = None
     """How many tokens contexts are taken from; by default 200,000, or all there are."""
     title: str | None = None
     """What stands above the picture; by default the circuit's task."""
@@ -173,10 +172,7 @@ class CircuitDrawSpec(Spec):
     """For contexts: cpu, cuda, cuda:1...; by default a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        limits = {name: getattr(self, name) for name in ("node_threshold", "edge_threshold")}
-        least = {name: value is None or value >= 0 for name, value in limits.items()}
-        whole = {name: getattr(self, name) > 0 for name in ("nodes", "max_nodes")}
-        require(self, least | whole | {"tokens": self.tokens is None or self.tokens > 0})
+        super().__post_init__()
         unused(self, {"nodes": self.node_threshold is None, "tokens": self.contexts, "device": self.contexts})
 
 
@@ -192,14 +188,14 @@ class CircuitEvaluateSpec(Spec):
     """Pairs to measure on: JSON lines as for `circuit find`; by default the test split of its task."""
     inputs: FileRef | None = None
     """Single texts to measure on, for a circuit of single texts."""
-    examples: int = 40
+    examples: Annotated[int, at_least(1)] = 40
     """How many examples. A file may hold fewer; what the circuit was found on is left out."""
     seed: int = 0
     """Choice of examples and of random nodes."""
-    start_layer: int | None = None
+    start_layer: Annotated[int | None, at_least(-1)] = None
     """Ablate from this layer on, -1 for the embedding too; by default from the first layer with nodes. Early layers
     deal with particular words, which are others in the test split."""
-    errors: tuple[Literal["default", "keep", "remove", "remove-attn-mlp"], ...] = (
+    errors: Annotated[tuple[Literal["default", "keep", "remove", "remove-attn-mlp"], ...], not_empty()] = (
         "default",
         "remove-attn-mlp",
         "remove",
@@ -211,31 +207,21 @@ class CircuitEvaluateSpec(Spec):
     single texts; over all their tokens together where positions are summed), or zero."""
     spaced: Literal["range", "paper"] = "range"
     """Thresholds: 15 at log-spaced numbers of nodes, from all to one; or 15 from 1e-4 to 1, as in the paper."""
-    thresholds: tuple[float, ...] = ()
+    thresholds: Annotated[tuple[float, ...], _ALL_POSITIVE] = ()
     """Thresholds of your own instead."""
     neurons: bool = True
     """Whether to find a circuit of neurons at the same sites on the same examples, and measure it beside."""
-    draws: int = 1
+    draws: Annotated[int, at_least(0)] = 1
     """How many circuits of random nodes to measure beside each; 0 for none."""
     level: float = 0.8
     """The faithfulness for which to say how many nodes it takes."""
     device: str | None = operational(None)
     """cpu, cuda, cuda:1...; by default a GPU where there is one."""
-    max_tokens: int = operational(1024)
+    max_tokens: Annotated[int, at_least(1)] = operational(1024)
     """Tokens that go through the model at once at most."""
 
     def __post_init__(self) -> None:
-        require(
-            self,
-            {
-                "examples": self.examples > 0,
-                "start_layer": self.start_layer is None or self.start_layer >= -1,
-                "errors": len(self.errors) > 0,
-                "thresholds": all(t >= 0 for t in self.thresholds),
-                "draws": self.draws >= 0,
-                "max_tokens": self.max_tokens > 0,
-            },
-        )
+        super().__post_init__()
         if self.pairs is not None and self.inputs is not None:
             raise UnweaveError("pairs and inputs are both given", where=type(self).__name__, remedy="name one of them")
         unused(self, {"spaced": not self.thresholds})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from unweave.core.command import Command
-from unweave.core.spec import operational, require
+from unweave.core.rules import at_least
+from unweave.core.spec import operational
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import UseSpec
 from unweave.methods.evaluate.result import Evaluation
@@ -17,13 +19,10 @@ class EvalSpec(UseSpec):
 
     data: DataSpec | None = None
     """Other text to measure on; by default held-out documents of the training text."""
-    tokens: int | None = None
+    tokens: Annotated[int | None, at_least(1)] = None
     """How many tokens to measure on, special tokens included; by default as many as the text's heldout_tokens."""
-    batch_tokens: int = operational(1024)
+    batch_tokens: Annotated[int, at_least(1)] = operational(1024)
     """Tokens that go through the model at once."""
-
-    def __post_init__(self) -> None:
-        require(self, {"tokens": self.tokens is None or self.tokens > 0, "batch_tokens": self.batch_tokens > 0})
 
 
 COMMAND = Command(

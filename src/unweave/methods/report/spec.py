@@ -9,7 +9,8 @@ from typing import Annotated
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import Content
-from unweave.core.spec import Spec, require
+from unweave.core.rules import at_least
+from unweave.core.spec import Spec
 from unweave.methods.report.result import Report
 
 RunRefs = Annotated[tuple[Path, ...], Content("unweave.methods.report.runs:content")]
@@ -26,12 +27,12 @@ class ReportSpec(Spec):
     """Also the newest finished run of each command for this SAE, and the training that made it."""
     title: str = "What is inside this model?"
     """The page's heading."""
-    latents: int | None = 8192
+    latents: Annotated[int | None, at_least(1)] = 8192
     """How many latents to show of an SAE, besides those that other parts of the page name; none: all of them. A page of
     8,192 is about 5 MB; it says what it leaves out."""
 
     def __post_init__(self) -> None:
-        require(self, {"latents": self.latents is None or self.latents >= 1})
+        super().__post_init__()
         if not self.of and self.sae is None:
             raise UnweaveError(
                 "there is nothing to report",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from unweave.core.command import Command
-from unweave.core.spec import require
+from unweave.core.rules import at_least
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import UseSpec
 from unweave.judge.spec import JudgeSpec
@@ -19,23 +19,18 @@ class RubricSpec(UseSpec):
 
     judge: JudgeSpec = JudgeSpec()
     """The chat model that scores."""
-    latents: int = 16
+    latents: Annotated[int, at_least(1)] = 16
     """How many latents to score, drawn at random; the FAST paper takes 128."""
-    shuffled: int | None = None
+    shuffled: Annotated[int | None, at_least(0)] = None
     """How many sets of contexts of five different latents to score beside them; by default as many as latents."""
     data: DataSpec | None = None
     """Other text to take contexts from; by default the training text."""
     split: Literal["train", "heldout"] = "train"
     """Which documents of that text: those to train on, or those held out."""
-    latents_tokens: int | None = None
+    latents_tokens: Annotated[int | None, at_least(1)] = None
     """How many tokens the latents' records are taken from; as in `unweave latents`, whose run is shared."""
     seed: int = 0
     """Choice of the latents and of the shuffled sets."""
-
-    def __post_init__(self) -> None:
-        tokens = self.latents_tokens is None or self.latents_tokens > 0
-        shuffled = self.shuffled is None or self.shuffled >= 0
-        require(self, {"latents": self.latents > 0, "shuffled": shuffled, "latents_tokens": tokens})
 
 
 COMMAND = Command(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from unweave.core.command import Command
-from unweave.core.spec import operational, require
+from unweave.core.rules import at_least, rule, share
+from unweave.core.spec import operational
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import UseSpec
 from unweave.methods.special_tokens.result import SpecialTokenResult
+
+_MOVES = rule("at least 0, one of them above", lambda alphas: min(alphas, default=-1) >= 0 < max(alphas))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +21,15 @@ class SpecialTokensSpec(UseSpec):
 
     data: DataSpec | None = None
     """Other conversations to measure on; by default held-out ones of the training text, each on its own."""
-    tokens: int | None = None
+    tokens: Annotated[int | None, at_least(1)] = None
     """How many tokens to read; by default as many as the text's heldout_tokens. Only conversations count."""
-    batch_tokens: int = operational(1024)
+    batch_tokens: Annotated[int, at_least(1)] = operational(1024)
     """Tokens that go through the model at once."""
     special_ids: tuple[int, ...] = ()
     """Which ids are special; by default the tokenizer's special ids and the template's words for who speaks."""
     where: Literal["template", "anywhere"] = "template"
     """Whether such an id counts only where the chat template wrote it, or wherever it stands."""
-    samples: int = 1000
+    samples: Annotated[int, at_least(1)] = 1000
     """Over how many conversations at most a latent's largest activations are averaged."""
     token: str | None = None
     """The special token whose strongest latent is steered with; by default the one that opens a turn."""
@@ -34,32 +37,25 @@ class SpecialTokensSpec(UseSpec):
     """The latent to steer with; by default the token's strongest, by its average largest activation."""
     questions: tuple[str, ...] = ()
     """What to ask the model; by default ten questions of different kinds."""
-    alphas: tuple[float, ...] = (0.0, 15.0, 25.0, 50.0, 100.0, 150.0, 200.0)
+    alphas: Annotated[
+        tuple[float, ...],
+        _MOVES,
+    ] = (0.0, 15.0, 25.0, 50.0, 100.0, 150.0, 200.0)
     """How far to move every position along the latent's direction; the default is the FAST paper's."""
     unit: Literal["absolute", "median"] = "absolute"
     """What alpha counts: the activation's own units, or multiples of its median norm where the SAE writes."""
-    controls: int = 3
+    controls: Annotated[int, at_least(0)] = 3
     """With how many latents drawn at random to do the same beside it."""
-    max_new_tokens: int = 60
+    max_new_tokens: Annotated[int, at_least(1)] = 60
     """Length of the answers."""
-    max_distinct_loss: float = 0.1
+    max_distinct_loss: Annotated[float, at_least(0)] = 0.1
     """How much lower the share of distinct 3-grams may be than unedited for answers to count as not degraded."""
-    max_perplexity_ratio: float = 1.25
+    max_perplexity_ratio: Annotated[float, at_least(1)] = 1.25
     """By what factor perplexity under the unedited model may be higher."""
-    min_answers_changed: float = 0.5
+    min_answers_changed: Annotated[float, share()] = 0.5
     """What share of the answers must differ from the unedited ones for an alpha to count as having done something."""
     seed: int = 0
     """Choice of the random latents and of the resamples behind the intervals."""
-
-    def __post_init__(self) -> None:
-        fine = {name: getattr(self, name) > 0 for name in ("batch_tokens", "samples", "max_new_tokens")}
-        fine |= {"tokens": self.tokens is None or self.tokens > 0, "controls": self.controls >= 0}
-        fine |= {
-            "max_distinct_loss": self.max_distinct_loss >= 0,
-            "max_perplexity_ratio": self.max_perplexity_ratio >= 1,
-        }
-        fine |= {"alphas": any(alpha > 0 for alpha in self.alphas) and all(alpha >= 0 for alpha in self.alphas)}
-        require(self, fine | {"min_answers_changed": 0 <= self.min_answers_changed <= 1})
 
 
 COMMAND = Command(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from unweave.core.command import Command
-from unweave.core.spec import require
+from unweave.core.rules import at_least, not_empty, rule
 from unweave.inputs.spec import UseSpec
 from unweave.methods.steer.result import Steering
+
+_OF_WORDS = rule("of words, each of them", lambda prompts: all(prompt.strip() for prompt in prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,23 +19,16 @@ class SteerSpec(UseSpec):
 
     latent: int | None = None
     """Which latent; by default one with a clear theme that shows in what the model then writes."""
-    prompts: tuple[str, ...] = ("Tell me about the sea.",)
+    prompts: Annotated[tuple[str, ...], not_empty(), _OF_WORDS] = ("Tell me about the sea.",)
     """What to ask the model."""
-    strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
+    strengths: Annotated[tuple[float, ...], not_empty()] = (0.5, 1.0, 2.0)
     """Strengths, as multiples of the latent's largest activation in the records."""
     mode: Literal["clamp", "add"] = "clamp"
     """Set the latent to that value, or add that much of its direction."""
-    max_new_tokens: int = 60
+    max_new_tokens: Annotated[int, at_least(1)] = 60
     """Length of the generated text."""
     latents_tokens: int | None = None
     """How many tokens the latents' records are taken from; as in `unweave latents`, whose run is shared."""
-
-    def __post_init__(self) -> None:
-        lists = {
-            "prompts": len(self.prompts) > 0 and all(prompt.strip() for prompt in self.prompts),
-            "strengths": len(self.strengths) > 0,
-        }
-        require(self, lists | {"max_new_tokens": self.max_new_tokens > 0})
 
 
 COMMAND = Command(

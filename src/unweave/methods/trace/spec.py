@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from unweave.core.command import Command
-from unweave.core.spec import require
+from unweave.core.rules import at_least
 from unweave.inputs.spec import UseSpec
 from unweave.methods.trace.result import Trace
 
@@ -17,22 +17,18 @@ class TraceSpec(UseSpec):
 
     task: Literal["simple", "within_rc", "across_rc", "across_pp"] = "across_pp"
     """Subject-verb agreement: alone, within or across a relative clause, or across a prepositional phrase."""
-    pairs: int = 128
+    pairs: Annotated[int, at_least(1)] = 128
     """How many pairs of a clean and a changed sentence."""
-    top: int = 20
+    top: Annotated[int, at_least(2)] = 20
     """How many of the strongest latents to check by their exact effect."""
-    random: int = 20
+    random: Annotated[int, at_least(0)] = 20
     """How many random latents to check beside them."""
-    steps: int = 10
+    steps: Annotated[int, at_least(1)] = 10
     """Steps of integrated gradients."""
     rule: Literal["left", "midpoint", "right"] = "midpoint"
     """Where in each step the gradient is taken: left is the feature-circuits code's convention, right the paper's."""
     seed: int = 0
     """Choice of pairs and of random latents."""
-
-    def __post_init__(self) -> None:
-        fine = {"pairs": self.pairs > 0, "top": self.top > 1, "random": self.random >= 0, "steps": self.steps > 0}
-        require(self, fine)
 
 
 COMMAND = Command(

@@ -33,6 +33,7 @@ class FeatureCircuitsSpec(Spec):
     """A file of annotations that says which latents SHIFT is to ablate; by default a rule decides."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model is not None and self.scale != "paper":
             raise UnweaveError(
                 "the smoke scale has its own model", where="model", remedy="leave model out, or give scale: paper"

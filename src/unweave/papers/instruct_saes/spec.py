@@ -41,6 +41,7 @@ class InstructSaesSpec(Spec):
     """The chat model that rates."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model is not None and self.scale != "paper":
             raise UnweaveError(
                 "the smoke scale has its own model", where="model", remedy="leave model out, or give scale: paper"
