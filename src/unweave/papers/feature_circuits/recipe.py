@@ -76,20 +76,12 @@ def together(spec: FeatureCircuitsSpec, ctx: Context) -> FeatureCircuits:
     """The result and pages of parts that are finished; the handle is ``Parts``."""
     parts: Parts = ctx.handle
     thresholds = plan_of(spec).thresholds
-<<<<<<< HEAD
     clause, phrase = (Circuit.load(parts.found[name].file(FILE)) for name in ("across_rc", "across_pp"))
-=======
-    across_rc, across_pp = (Circuit.load(parts.found[name].file(FILE)) for name in ("across_rc", "across_pp"))
->>>>>>> edd7fc0 (Rules stand on the fields of every question: no value is refused without its rule)
     result = FeatureCircuits(
         scale=spec.scale,
         subject=parts.found["across_pp"].result.subject,
         structures=tuple(Structure(name, done.result) for name, done in parts.evaluated.items()),
-<<<<<<< HEAD
         overlap=overlap(clause, phrase, (thresholds["across_rc"][0], thresholds["across_pp"][0])),
-=======
-        overlap=overlap(across_rc, across_pp, (thresholds["across_rc"][0], thresholds["across_pp"][0])),
->>>>>>> edd7fc0 (Rules stand on the fields of every question: no value is refused without its rule)
         shift=parts.shifted.result,
         behaviours=parts.behaviours.result,
         runs=parts.all(),

@@ -86,13 +86,9 @@ class Parts:
         Pre-activations and thresholds stay as they are.
         """
         if not s_in > 0 or (s_out is not None and not s_out > 0):
-<<<<<<< HEAD
-            raise UnweaveError(f"an input scale of {s_in if s_in <= 0 else s_out} is invalid", remedy="check the file")
-=======
             raise UnweaveError(
                 f"an input scale must be above 0; the file has {s_in if s_in <= 0 else s_out}", remedy="fix the file"
             )
->>>>>>> edd7fc0 (Rules stand on the fields of every question: no value is refused without its rule)
         self.widen()
         s_out = s_in if s_out is None else s_out
         self.W_enc, self.W_dec, self.b_dec = self.W_enc * s_in, self.W_dec / s_out, self.b_dec / s_out
