@@ -580,5 +580,5 @@ def test_packing_stands_for_the_paper_s_rows() -> None:
     assert blocks.pack == PackSpec(packing="blocks", context=2048, bos="never")
     shorter = TrainSpec.from_dict({"data": {"packing": "documents", "pack": {"context": 512}}})
     assert (shorter.data.pack.context, shorter.data.sources) == (512, TrainSpec().data.sources)
-    with pytest.raises(UnweaveError, match=r"no way to pack[\s\S]*data\.packing[\s\S]*documents or blocks"):
+    with pytest.raises(UnweaveError, match=r"not a known packing[\s\S]*data\.packing[\s\S]*documents or blocks"):
         TrainSpec.from_dict({"data": {"packing": "rows"}})
