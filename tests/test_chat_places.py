@@ -251,7 +251,7 @@ def test_the_date_that_a_template_writes_does_not_change_from_day_to_day(
     other = tokenizer.decode(render(tokenizer, talk)[0])
     assert "03 Dec" in other and "1999" in other and written not in other
     monkeypatch.setenv("UNWEAVE_CHAT_DATE", "tomorrow")
-    with pytest.raises(UnweaveError, match="no date"):
+    with pytest.raises(UnweaveError, match="is not a date"):
         render(tokenizer, talk)
 
 
@@ -288,7 +288,7 @@ def test_the_date_is_recorded_with_the_tokens(
     assert "chat_date" not in plain.meta
     lm.tokenizer.chat_template = SWITCHED
     dated, run = token_store(lm, "tiny", data, "train", None, tmp_path / "runs")
-    assert dated.meta["chat_date"] == "2024-07-26" == run.result["chat_date"]
+    assert dated.meta["chat_date"] == "2024-07-26" == run.result.chat_date
     monkeypatch.setenv("UNWEAVE_CHAT_DATE", "1999-12-03")
     other, another = token_store(lm, "tiny", data, "train", None, tmp_path / "runs")
     assert other.meta["chat_date"] == "1999-12-03" and another.path != run.path

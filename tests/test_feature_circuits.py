@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from plain_result import Plain
 from unweave.circuits.about import Options, Search
 from unweave.circuits.graph import Circuit
 from unweave.circuits.opened import FILE
@@ -105,11 +106,11 @@ def test_every_stage_can_be_asked_at_every_scale(
 
     def stage(spec: Any, runs: Path) -> Run:
         specs.append(spec)
-        return finished(runs, type(spec).__name__.lower() + str(len(specs)), {}, {})
+        return finished(runs, type(spec).__name__.lower() + str(len(specs)), Plain({}), {})
 
     for module in (recipe.find, recipe.evaluate, recipe.draw, recipe.shift, recipe.behaviours):
         monkeypatch.setattr(module, "run", stage)
-    trained = finished(tmp_path, "train", {}, {})
+    trained = finished(tmp_path, "train", Plain({}), {})
     chosen = plan_of(FeatureCircuitsSpec(**asked))
     for more in ({}, {"annotations": "mine.jsonl"}, {"biographies": "mine.parquet"}):
         spec = FeatureCircuitsSpec.from_dict({**asked, **more})
@@ -131,7 +132,7 @@ def finished(folder: Path, stage: str, result: Any, files: Mapping[str, str | by
     with Run.open(folder, stage, FeatureCircuitsSpec(), kind=type(result)) as run:
         for name, content in files.items():
             (run.path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        run.finish(result | {"seconds": 1.0} if isinstance(result, dict) else result)
+        run.finish(result)
     return run
 
 
@@ -171,7 +172,9 @@ def parts_of(
         paths = (Path("faithfulness.png"), Path("faithfulness.csv"))
         measured = Faithfulness(subject, "x", structure, used, 0.8, reached, curves, *paths)
         evaluated[structure] = finished(folder / structure, "evaluate", measured, {"faithfulness.png": b"p"})
-        drawn[structure] = finished(folder, f"draw-{structure}", {}, {"circuit.svg": "<svg><title>x</title></svg>"})
+        drawn[structure] = finished(
+            folder, f"draw-{structure}", Plain({}), {"circuit.svg": "<svg><title>x</title></svg>"}
+        )
     worst: dict[Method, float] = dict.fromkeys(METHODS, 0.2)
     worst |= {"shift": shift, "retrain": retrain, "random": random, "oracle": oracle}
     half, whole = Share(1, 2), Share(100, 100)

@@ -221,7 +221,7 @@ def test_llama_scope(by_norm: bool, tmp_path: Path) -> None:
     save_file({k: v.contiguous() for k, v in earlier.items()}, step)
     torch.testing.assert_close(SAE.load(step).b_enc, N["be"] - 0.5)  # the file that was named, not the final one
     torch.testing.assert_close(SAE.load(tmp_path / "checkpoints").b_enc, N["be"])
-    with pytest.raises(UnweaveError, match="no SAE in a format"):
+    with pytest.raises(UnweaveError, match="not an SAE in a known format"):
         SAE.load(tmp_path / "hyperparams.json")
     (tmp_path / "hyperparams.json").write_text(json.dumps(config | {"act_fn": "topk", "top_k": None}))
     with pytest.raises(UnweaveError, match="must say top_k"):

@@ -118,8 +118,8 @@ def test_prompts_without_words(prompts: tuple[str, ...], tiny_lm: Any) -> None:
 
 
 def test_foreign_text_does_not_reach_the_terminal_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    summary = [["name", FOREIGN, FOREIGN]]
-    outcome = SimpleNamespace(path=Path(f"runs/{BAD}"), result={"summary": summary, "report": FOREIGN})
+    result = SimpleNamespace(rows=lambda: [("name", FOREIGN, FOREIGN), (FOREIGN, 1, "")], report=Path(FOREIGN))
+    outcome = SimpleNamespace(path=Path(f"runs/{BAD}"), result=result)
     output.show_outcome("rubric", outcome)  # type: ignore[arg-type]
     PlainTask(FOREIGN, 1, FOREIGN, 0).note(FOREIGN)
     task = PlainTask(FOREIGN, 1, FOREIGN, 0)

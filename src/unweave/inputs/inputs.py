@@ -49,6 +49,8 @@ class StoredTokens(Result):
 
     n_rows: int
     n_tokens: int
+    chat_date: str | None
+    """the date that the template wrote, where it writes one"""
     store: Path
 
 
@@ -69,7 +71,7 @@ def tokenised(spec: TokensSpec, ctx: Context) -> StoredTokens:
     rows = pack(documents_of(data, spec.split, ctx.path), lm.tokenizer, data.pack)
     budget, unit = budget_of(data, spec.split, spec.tokens)
     store = TokenStore.write(ctx.path / "store", rows, budget, meta, unit=unit)
-    return StoredTokens(store.n_rows, store.n_tokens, Path("store"))
+    return StoredTokens(store.n_rows, store.n_tokens, meta.get("chat_date"), Path("store"))
 
 
 @lru_cache(maxsize=1)
