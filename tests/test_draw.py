@@ -381,7 +381,7 @@ def test_what_the_stage_refuses(tmp_path: Path) -> None:
     with pytest.raises(UnweaveError, match="there is no circuit here"):
         job.run(CircuitDrawSpec(circuit=tmp_path), tmp_path)
     circuit().save(tmp_path / "circuit.safetensors")
-    with pytest.raises(UnweaveError, match="does not say where its autoencoders are"):
+    with pytest.raises(UnweaveError, match="does not say where its SAEs are"):
         job.run(CircuitDrawSpec(circuit=tmp_path, contexts=True), tmp_path)
     with pytest.raises(UnweaveError, match="cannot read it"):
         job.run(CircuitDrawSpec(circuit=tmp_path, annotations=tmp_path / "none.jsonl"), tmp_path)

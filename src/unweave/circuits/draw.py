@@ -1,7 +1,7 @@
 """A circuit as a picture (SVG) and as plain values, in the manner of Marks et al. 2024, figs. 3 and 12.
 
 Layers go up, from the embedding to the metric, a diamond; token positions stand side by side where they were kept.
-Rectangles are latents and triangles are errors, what an autoencoder leaves unexplained. Blue is a positive and red a
+Rectangles are latents and triangles are errors, what an SAE leaves unexplained. Blue is a positive and red a
 negative effect or weight, stronger as it is larger; negative edges are dashed too, so that print without colour shows
 them. A latent is labelled with its annotation, where there is one, else with its site and number.
 """

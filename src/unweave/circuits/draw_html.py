@@ -109,7 +109,7 @@ def _card(
     facts = [key_of(node), _at(node, tokens), f"effect {'+' if node.effect > 0 else ''}{number(node.effect)}"]
     parts = [f'<p class="uw-facts">{esc("; ".join(fact for fact in facts if fact))}</p>']
     if node.is_error:
-        parts.append('<p class="uw-facts">What the autoencoder does not explain of its site.</p>')
+        parts.append('<p class="uw-facts">What the SAE does not explain of its site.</p>')
     if annotation is not None:
         parts.append(_said(annotation))
     body = _edges(i, selection, annotations)

@@ -196,7 +196,7 @@ class _Finder:
                 raise UnweaveError(
                     f"{bad} of {effects.numel()} effects are NaN or infinite",
                     where=str(site),
-                    remedy="check the autoencoder there, the model and the metric",
+                    remedy="check the SAE there, the model and the metric",
                 )
         if not any(bool(effects.any()) for effects in nodes.values()):
             raise UnweaveError(

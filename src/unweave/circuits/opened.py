@@ -35,7 +35,7 @@ class StoredCircuit:
     def saes_spec(
         self, saes: tuple[str, ...] = (), model: str | None = None, device: str | None = None
     ) -> OfSAEsSpec | None:
-        """The question about autoencoders that the circuit's run asked, with what is given in its place; None where
+        """The question about SAEs that the circuit's run asked, with what is given in its place; None where
         neither says where they are."""
         known = {f.name: self.asked[f.name] for f in dataclasses.fields(OfSAEsSpec) if f.name in self.asked}
         given = {"saes": list(saes), "model": model, "device": device}

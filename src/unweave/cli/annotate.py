@@ -41,7 +41,7 @@ _CIRCUIT = Parameter(
     "'unweave circuit shift'."
 )
 _SAES = Parameter(
-    help="Autoencoders, where no circuit is named, or where a circuit's have moved to.",
+    help="SAEs, where no circuit is named, or where a circuit's have moved to.",
     negative=(),
     consume_multiple=True,
     show_default=False,

@@ -129,7 +129,7 @@ class _Text:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Some of an autoencoder's latents: column i of the codes is latent ``latents[i]`` (ascending) of ``n_latents``."""
+    """Some of an SAE's latents: column i of the codes is latent ``latents[i]`` (ascending) of ``n_latents``."""
 
     latents: Array
     n_latents: int

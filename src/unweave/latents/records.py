@@ -68,7 +68,7 @@ class Records:
     """The own text of every token that occurs in the records (``lm/shown.py``); empty without a tokenizer."""
     spec: RecordsSpec
     latents: Array | None = None
-    """Which latents these are, ascending int64 [n]; None where they are all of the autoencoder's."""
+    """Which latents these are, ascending int64 [n]; None where they are all of the SAE's."""
     first_texts: Mapping[int, str] = field(default_factory=dict)
     """The text at a row's beginning of the tokens that have another one there."""
 

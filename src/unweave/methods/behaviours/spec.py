@@ -81,7 +81,7 @@ class CircuitOptions(Spec):
     """Steps of integrated gradients."""
     rule: Literal["left", "midpoint", "right", "graded"] = "midpoint"
     """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
-    ablation to the zero vector (neurons, an autoencoder without a decoder bias), with 80 steps or more."""
+    ablation to the zero vector (neurons, an SAE without a decoder bias), with 80 steps or more."""
     metric: Literal["neg-log-p", "neg-logit"] = "neg-log-p"
     """What circuits explain: -log p(answer), as the paper, or -logit(answer), as its released code."""
     node_threshold: Annotated[float, at_least(0)] = 0.1
@@ -136,7 +136,7 @@ class CircuitBehavioursSpec(BehaviourOptions, OfSAEsSpec):
     """Discovering behaviours in a text, and the circuit of each."""
 
     data: DataSpec | None = None
-    """The text to look through; by default that of the autoencoders' training: each document's beginning, two
+    """The text to look through; by default that of the SAEs' training: each document's beginning, two
     windows long."""
     split: Literal["train", "heldout"] = "train"
     """Which documents of that text: those to train on, or those held out."""
@@ -144,7 +144,7 @@ class CircuitBehavioursSpec(BehaviourOptions, OfSAEsSpec):
     """How many tokens to look through."""
     records_tokens: Annotated[int, at_least(0)] = 50_000
     """How many tokens to take contexts of the strongest latents from, for the index; 0 shows none. They are those of
-    the autoencoders' training, whose activations serve again where they are kept, unless data names others."""
+    the SAEs' training, whose activations serve again where they are kept, unless data names others."""
 
     def __post_init__(self) -> None:
         OfSAEsSpec.__post_init__(self)

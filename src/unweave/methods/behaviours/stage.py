@@ -48,7 +48,7 @@ _CIRCUIT = "circuit.safetensors"
 
 
 def _also(spec: CircuitBehavioursSpec, handle: Any) -> Mapping[str, str]:
-    """The autoencoders' own text, where none is named."""
+    """The SAEs' own text, where none is named."""
     del handle
     return texts_of(spec, spec.data)
 
@@ -132,7 +132,7 @@ def behaviour(spec: BehaviourSpec, ctx: Context) -> BehaviourCircuit:
 
 
 def _common(spec: CircuitBehavioursSpec, opened: Opened) -> dict[str, Any]:
-    """What is asked about contexts with these autoencoders, whatever else."""
+    """What is asked about contexts with these SAEs, whatever else."""
     neurons = tuple(str(site) for site, sae in opened.saes.items() if isinstance(sae.activation, Identity))
     return {
         "model": opened.model,
@@ -166,7 +166,7 @@ def _own_text(spec: CircuitBehavioursSpec, opened: Opened) -> DataSpec:
     own = next((data for sae in opened.saes.values() if (data := sae.provenance.get("train", {}).get("data"))), None)
     if own is None:
         raise UnweaveError(
-            "these autoencoders do not say which text they were trained on",
+            "these SAEs do not say which text they were trained on",
             where="data",
             remedy="name some with --data.sources",
         )
@@ -204,7 +204,7 @@ def _explained(lm: LM, group: Group, part: Run[BehaviourCircuit], options: Circu
 
 
 def _records(spec: CircuitBehavioursSpec, opened: Opened, runs: Path) -> Any:
-    """The records of latents, from one pass over the text that the autoencoders know."""
+    """The records of latents, from one pass over the text that the SAEs know."""
     there = [spec.tokens]
     if spec.data is None:
         told = [sae.provenance.get("train", {}) for sae in opened.saes.values()]

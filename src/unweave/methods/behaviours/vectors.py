@@ -1,7 +1,7 @@
 """What a model does with a context, as one vector, so that contexts can be compared (Marks et al. 2024, app. G.2).
 
     activations      the sites' own values, side by side
-    latents          the autoencoders' latents there; sparse
+    latents          the SAEs' latents there; sparse
     effects-dense    gradient x (0 - activation): the linear estimate of ablating each coordinate
     effects-latents  the same of each latent; sparse
     gradients        the gradient of the loss by the model's parameters, projected (``gradients.py``)

@@ -1,4 +1,4 @@
-"""What finding, measuring and drawing a circuit can be asked, and what every question about several autoencoders can.
+"""What finding, measuring and drawing a circuit can be asked, and what every question about several SAEs can.
 
 Knows no torch.
 """
@@ -65,7 +65,7 @@ class CircuitFindSpec(OfSAEsSpec):
     """Steps of integrated gradients."""
     rule: Literal["left", "midpoint", "right", "graded"] = "midpoint"
     """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
-    ablation to the zero vector (neurons, an autoencoder without a decoder bias), with 80 steps or more."""
+    ablation to the zero vector (neurons, an SAE without a decoder bias), with 80 steps or more."""
     metric: Literal["neg-log-p", "neg-logit"] = "neg-log-p"
     """Of single inputs: -log p(answer), or -logit(answer). Of pairs it is always logit(patch) - logit(clean)."""
     summed: Literal["none", "positions"] | None = None
@@ -165,7 +165,7 @@ class CircuitDrawSpec(Spec):
     title: str | None = None
     """What stands above the picture; by default the circuit's task."""
     saes: SAERefs = ()
-    """For contexts: where the autoencoders are; by default where the circuit's run found them."""
+    """For contexts: where the SAEs are; by default where the circuit's run found them."""
     model: ModelRef | None = None
     """For contexts: the model; by default that of the circuit's run."""
     device: str | None = operational(None)
@@ -183,7 +183,7 @@ class CircuitEvaluateSpec(Spec):
     circuit: CircuitRef
     """The folder of a finished `circuit find`. Its content decides which run is reused."""
     saes: SAERefs = ()
-    """Where its autoencoders are now; by default where they were then. Others than those are refused."""
+    """Where its SAEs are now; by default where they were then. Others than those are refused."""
     pairs: FileRef | None = None
     """Pairs to measure on: JSON lines as for `circuit find`; by default the test split of its task."""
     inputs: FileRef | None = None
@@ -234,7 +234,7 @@ FIND = Command(
     stage="unweave.methods.circuits.stage_find:run",
     summary="Find the latents and errors that cause a behaviour, and how they act on one another.",
     about="Integrated gradients over minimal pairs, or over single texts with ablation, give every latent's effect "
-    "at every autoencoder's site; then the edges between those above a threshold. Keep positions for sentences "
+    "at every SAE's site; then the edges between those above a threshold. Keep positions for sentences "
     "of one template, sum over them for texts of any length. Examples run in batches that fit the memory; "
     "after an interruption the same command goes on where it was.",
     examples=(

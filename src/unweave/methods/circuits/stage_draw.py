@@ -32,12 +32,12 @@ _PICTURE, _PAGE, _LISTING = "circuit.svg", "circuit.html", "circuit.json"
 
 
 def _stored(spec: CircuitDrawSpec) -> tuple[StoredCircuit, OfSAEsSpec | None]:
-    """The circuit, and where its autoencoders are, which contexts need."""
+    """The circuit, and where its SAEs are, which contexts need."""
     stored = open_circuit(spec.circuit)
     of = stored.saes_spec(spec.saes, spec.model, spec.device)
     if spec.contexts and of is None:
         raise UnweaveError(
-            "this circuit does not say where its autoencoders are",
+            "this circuit does not say where its SAEs are",
             where=str(stored.path),
             remedy="name them with --saes, or leave --contexts out",
         )
@@ -45,7 +45,7 @@ def _stored(spec: CircuitDrawSpec) -> tuple[StoredCircuit, OfSAEsSpec | None]:
 
 
 def _of_contexts(spec: CircuitDrawSpec, _handle: Any) -> dict[str, str]:
-    """The autoencoders, where contexts are asked for."""
+    """The SAEs, where contexts are asked for."""
     _, of = _stored(spec)
     return contents_of(of) if spec.contexts else {}
 
@@ -112,7 +112,7 @@ def latents_of(nodes: Sequence[Node]) -> dict[Site, list[int]]:
 
 
 def _check(notes: Mapping[str, Annotation], of: OfSAEsSpec | None, where: str) -> None:
-    """Refuses annotations of other autoencoders, as far as these can be found and the annotations say which."""
+    """Refuses annotations of other SAEs, as far as these can be found and the annotations say which."""
     named = {annotation.site for annotation in notes.values() if annotation.sae is not None}
     if not named or of is None:
         return

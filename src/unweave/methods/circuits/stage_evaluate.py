@@ -52,7 +52,7 @@ class Asked:
 def asked_of(spec: CircuitEvaluateSpec) -> Asked:
     """The finished ``circuit find`` that is asked about. No weights are loaded.
 
-    Raises UnweaveError for a folder of anything else, and for autoencoders that are not those of the search.
+    Raises UnweaveError for a folder of anything else, and for SAEs that are not those of the search.
     """
     run = Run.at(spec.circuit)
     asked = run.asked
@@ -66,7 +66,7 @@ def asked_of(spec: CircuitEvaluateSpec) -> Asked:
     now = replace(known, device=spec.device, saes=of.saes if of is not None else ())
     if identity.saes(now.saes) != asked["inputs"].get("saes", ""):
         raise UnweaveError(
-            "these autoencoders are not those that the circuit was found with",
+            "these SAEs are not those that the circuit was found with",
             where=", ".join(now.saes),
             remedy="name where those are with --saes, or find the circuit anew",
         )

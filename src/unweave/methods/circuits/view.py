@@ -88,7 +88,7 @@ def _(result: CircuitSearch) -> list[Row]:
         ("metric", metric, "mean"),
         *_sum_rows(result),
         (_noun(result), result.latents, f"with a mean effect above {options.node_threshold:g}"),
-        ("errors", result.errors, "the same of what autoencoders leave unexplained"),
+        ("errors", result.errors, "the same of what SAEs leave unexplained"),
     ]
     if result.edges is not None:
         lines.append(("edges", result.edges, f"between them, above {options.edge_threshold:g}"))

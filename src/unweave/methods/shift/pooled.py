@@ -2,7 +2,7 @@
 
 1. Texts are tokenised once and put into batches of similar length.
 2. One pass up to the site gives the pooled activations of the model as it is, and keeps the residual stream where the
-   lowest autoencoder's block begins. Everything that does not change the model shares them.
+   lowest SAE's block begins. Everything that does not change the model shares them.
 3. With edits the pass begins at that stream, unless something below it (the embedding) is edited, and ends at the
    site. The cost of an ablation is that of the blocks it can change.
 """

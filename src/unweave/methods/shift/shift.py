@@ -291,7 +291,7 @@ def _site_of(lm: LM, saes: Mapping[Site, SAE], asked: str | None) -> Site:
     streams = [site for site in saes if site.point == "resid_post"]
     if not streams:
         raise UnweaveError(
-            "no autoencoder is at a residual site",
+            "no SAE is at a residual site",
             where="classifier.site",
             remedy="name the classifier's site with --classifier.site",
         )

@@ -24,7 +24,7 @@ class ClassifierOptions(Spec):
     """A linear classifier of averaged activations, and what it is trained on."""
 
     site: str | None = None
-    """The site whose activations it averages; by default the last autoencoder's residual site."""
+    """The site whose activations it averages; by default the last SAE's residual site."""
     train: Annotated[int, at_least(4), multiple_of(4)] = 240
     """Training examples: half and half for the ambiguous set, all four groups for the balanced one. A multiple of 4."""
     max_length: Annotated[int, at_least(1)] = 128
@@ -51,7 +51,7 @@ class SupportOptions(Spec):
     """Steps of integrated gradients."""
     rule: Literal["left", "midpoint", "right", "graded"] = "midpoint"
     """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
-    ablation to the zero vector (neurons, an autoencoder without a decoder bias), with 80 steps or more."""
+    ablation to the zero vector (neurons, an SAE without a decoder bias), with 80 steps or more."""
     threshold: Annotated[float, at_least(0)] = 0.0
     """Latents that support the labels by more than this, in logits, are in the circuit."""
     top: Annotated[int | None, at_least(1)] = 100
@@ -81,7 +81,7 @@ class ShiftOptions(Spec):
     circuit: SupportOptions = SupportOptions()
     """How its circuit is found."""
     where: Literal["all", "policy"] = "all"
-    """Ablate at every token, as the paper, or only at those that the autoencoders were trained on."""
+    """Ablate at every token, as the paper, or only at those that the SAEs were trained on."""
     random: Annotated[int, at_least(1)] = 1
     """With how many draws of as many other latents to do the same, per seed."""
     seeds: Annotated[int, at_least(1)] = 5
@@ -120,7 +120,7 @@ class CircuitShiftSpec(ShiftOptions, OfSAEsSpec):
     chat: JudgeSpec = JudgeSpec()
     """judge chat: the chat model."""
     data: DataSpec | None = None
-    """judge rule or chat: other text to take contexts from; by default the autoencoders' training text."""
+    """judge rule or chat: other text to take contexts from; by default the SAEs' training text."""
     latents_tokens: Annotated[int | None, at_least(1)] = None
     """judge rule or chat: how many of its tokens; by default 200,000, or all there are."""
     seed: int = 0
@@ -149,7 +149,7 @@ COMMAND = Command(
     stage="unweave.methods.shift.stage:run",
     summary="Make a classifier forget what it should not rely on, without labels that tell the two apart (SHIFT).",
     about="A linear classifier of professors and nurses is trained where all professors are men, all nurses women. Its "
-    "circuit is found in the autoencoders' latents; a rule, a file of annotations or a chat model says which of "
+    "circuit is found in the SAEs' latents; a rule, a file of annotations or a chat model says which of "
     "them are about gender; those are ablated, and the classifier is tested on all four groups, as it is and "
     "trained anew. Beside it every baseline of the paper's Table 2: concept bottleneck, random latents, skylines "
     "by neurons and latents that use labels of gender, and the oracle. Writes table.md, a figure, and why each "

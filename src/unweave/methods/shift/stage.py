@@ -1,4 +1,4 @@
-"""SHIFT as a stage: biographies, autoencoders and a judge opened, the table and its figure written."""
+"""SHIFT as a stage: biographies, SAEs and a judge opened, the table and its figure written."""
 
 from __future__ import annotations
 

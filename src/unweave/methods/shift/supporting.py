@@ -3,7 +3,7 @@
 1. ``logit_effects`` finds, for every example, what each latent of the model does to the classifier's logit: integrated
    gradients with ablation to zero, summed over the tokens that the classifier averages over.
 2. ``support`` turns that into how much each latent supports the labels given, averaged over examples.
-3. ``ablation`` sets latents to 0 wherever the model runs, keeping every autoencoder's error; ``mean_ablation`` sets
+3. ``ablation`` sets latents to 0 wherever the model runs, keeping every SAE's error; ``mean_ablation`` sets
    neurons to their mean; ``random_latents`` draws as many others that are active.
 """
 
@@ -101,9 +101,7 @@ def before(saes: Mapping[Site, SAE], site: Site) -> dict[Site, SAE]:
     """The SAEs at or before the classifier's site. UnweaveError where there is none."""
     used = {place: sae for place, sae in saes.items() if place <= site}
     if not used:
-        raise UnweaveError(
-            f"no autoencoder lies at or before {site}", where="classifier.site", remedy="name a later site"
-        )
+        raise UnweaveError(f"no SAE lies at or before {site}", where="classifier.site", remedy="name a later site")
     return used
 
 

@@ -17,7 +17,7 @@ _MOVES = rule("at least 0, one of them above", lambda alphas: min(alphas, defaul
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokensSpec(UseSpec):
-    """Measuring an autoencoder on special tokens and by role, and steering with a latent of a special token."""
+    """Measuring an SAE on special tokens and by role, and steering with a latent of a special token."""
 
     data: DataSpec | None = None
     """Other conversations to measure on; by default held-out ones of the training text, each on its own."""
@@ -63,7 +63,7 @@ COMMAND = Command(
     spec=SpecialTokensSpec,
     result=SpecialTokenResult,
     stage="unweave.methods.special_tokens.stage:run",
-    summary="Measure a sparse autoencoder on special tokens and by role, and steer with a special token's latent.",
+    summary="Measure an SAE on special tokens and by role, and steer with a special token's latent.",
     about="Reconstruction errors as the FAST paper defines them, over whole held-out conversations: on special tokens, "
     "by role, with and without norm outliers. Then the latents that answer to each special token, and the model's "
     "answers with the strongest one added at every position, beside latents drawn at random.",

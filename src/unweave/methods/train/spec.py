@@ -18,12 +18,12 @@ from unweave.methods.train.result import Checkup, Training
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec(Spec):
-    """Training sparse autoencoders: every variant at every site, on one stream of activations."""
+    """Training sparse autoencoders (SAEs): every variant at every site, on one stream of activations."""
 
     model: ModelRef = DEFAULT_MODEL
     """A catalogue name, a hub id, a folder or a GGUF file; see `unweave models`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the model computes in. The autoencoder is always trained in float32."""
+    """What the model computes in. The SAE is always trained in float32."""
     device: str | None = operational(None)
     """cpu, cuda, cuda:1...; by default a GPU where there is one."""
     sites: Annotated[tuple[str, ...], not_empty()] = ("resid_post.9",)
@@ -34,17 +34,17 @@ class TrainSpec(Spec):
     stream: StreamSpec = StreamSpec()
     """Which tokens count, and how activations are mixed."""
     sae: SAESpec = TopKSpec()
-    """The autoencoder and its training."""
+    """The SAE and its training."""
     variants: tuple[dict[str, Any], ...] = ()
-    """Several autoencoders per site: fields of sae to change; a list of values stands for one variant each, as in
+    """Several SAEs per site: fields of sae to change; a list of values stands for one variant each, as in
     {kind: [relu, jumprelu], seed: [0, 1, 2]}."""
     objective: Literal["reconstruction", "end-to-end"] = "reconstruction"
     """Learn to reconstruct activations, or to leave the model's predictions as they are (KL divergence)."""
     start: Annotated[Path, Content("unweave.methods.train.start:content", named=True)] | None = None
-    """Go on training this autoencoder (any that can be read: docs/formats.md), or those of this training run's sae/
+    """Go on training this SAE (any that can be read: docs/formats.md), or those of this training run's sae/
     folder, site by site."""
     accept_mismatch: str | None = field(default=None, metadata={"result": False})
-    """Go on training an autoencoder of another model, for this reason; what was measured is recorded."""
+    """Go on training an SAE of another model, for this reason; what was measured is recorded."""
     epochs: Annotated[float, above(0)] = 4.0
     """How often each distinct token may be trained on at most; a larger sae.tokens is refused."""
     seed: int = 0
@@ -71,7 +71,7 @@ COMMANDS = (
         spec=TrainSpec,
         result=Training,
         stage="unweave.methods.train.stage:run",
-        summary="Train sparse autoencoders on a model's activations, at one site or many, in one setting or many.",
+        summary="Train sparse autoencoders (SAEs) on a model's activations, at many sites and in many settings at once.",
         about=(
             "Reads text or dialogues, runs the model up to the last site, and trains on what it finds there. Each "
             "SAE is saved as a SAELens folder together with what it was trained on. Interrupted training resumes "

@@ -74,7 +74,7 @@ COMMAND = Command(
     result=InstructSaes,
     stage="unweave.papers.instruct_saes.recipe:run",
     summary="FAST: train SAEs of a chat model on whole conversations, and compare with block training.",
-    about="Trains ReLU and JumpReLU autoencoders at three layers with three initialisations on pre-training text in "
+    about="Trains ReLU and JumpReLU SAEs at three layers with three initialisations on pre-training text in "
     "blocks, conversations in blocks, and conversations each on its own; measures errors of all and special tokens "
     "at the same number of active latents; has a judge rate latents; steers with latents of special tokens. Writes "
     "tables, figures and report.html. Finished parts are kept: after an interruption the same command goes on.",
