@@ -71,7 +71,7 @@ COMMANDS = (
         spec=TrainSpec,
         result=Training,
         stage="unweave.methods.train.stage:run",
-        summary="Train sparse autoencoders (SAEs) on a model's activations, at many sites and in many settings at once.",
+        summary="Train sparse autoencoders (SAEs) on a model's activations, at many sites and in many settings.",
         about=(
             "Reads text or dialogues, runs the model up to the last site, and trains on what it finds there. Each "
             "SAE is saved as a SAELens folder together with what it was trained on. Interrupted training resumes "
