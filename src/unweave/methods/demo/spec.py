@@ -15,7 +15,7 @@ class DemoSpec(Spec):
     """The main job on the default model and text."""
 
     scale: Literal["smoke", "demo", "long"] = "demo"
-    """smoke: about two minutes, for a quick check; demo: about seven on two cores; long: more text and training."""
+    """smoke: about two minutes, for a quick check; demo: about eight on two cores; long: more text and training."""
     device: str | None = operational(None)
     """cpu, cuda, cuda:1...; by default a GPU where there is one."""
 
