@@ -98,6 +98,7 @@ def pretend(spec: PretendSpec, runs: Path) -> Run:
         "memory": lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     }
     if spec.failure == "interrupt":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
         os.kill(os.getpid(), signal.SIGINT)
     if spec.failure:
         raise failures[spec.failure]()
