@@ -147,6 +147,25 @@ def test_every_stage_runs_on_it_and_the_report_shows_them(trained: Run, runs: Pa
     assert "These are 5 of 128 latents" in short and len(short) < len(page) / 2 and "of 128 latents, the" not in page
 
 
+def test_finished_questions_load_nothing(home: Path, trained: Run, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = trained.path / "sae"
+    asked = (
+        lambda: train.run(spec_of(home), runs),
+        lambda: evaluation.run(EvalSpec(sae=folder, tokens=1500, device="cpu"), runs),
+        lambda: latents.run(LatentsSpec(sae=folder, tokens=3000, device="cpu"), runs),
+    )
+    first = [ask() for ask in asked]
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(SAE, "load", fail)
+    monkeypatch.setattr("unweave.inputs.saes.load_lm", fail)
+    monkeypatch.setattr(train, "load_lm", fail)
+    again = [ask() for ask in asked]
+    assert all(run.reused for run in again) and [run.result for run in again] == [run.result for run in first]
+
+
 def test_several_sites_share_every_forward_pass(home: Path, tmp_path: Path) -> None:
     spec = spec_of(home, sites=("mlp_add.1", "resid_post.0"))
     run = train.run(spec, tmp_path)
