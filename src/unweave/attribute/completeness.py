@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,13 +44,6 @@ class Completeness:
             complete = abs(total - change) <= TOLERANCE * size
             rows.append(SiteSum(site, total / n, change / n, complete, int(n)))
         return tuple(rows)
-
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """As ``rows``, in plain values by site."""
-        return {
-            str(row.site): {"sum": row.sum, "change": row.change, "complete": row.complete, "examples": row.examples}
-            for row in self.rows()
-        }
 
     def problem(self) -> str | None:
         """What a reader must know where sums and changes differ; None where they agree."""

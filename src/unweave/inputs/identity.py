@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from unweave.core.contents import content_of
+from unweave.core.contents import content_of, tree_of
 from unweave.core.files import read_json
 from unweave.core.spec import digest
 from unweave.data.spec import DataSpec
@@ -41,22 +41,27 @@ def provenance_of(name: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _local(model: str, data: DataSpec) -> dict[str, str]:
+    """The content of what is local of a model and of the text that tokens come from."""
+    contents = {"model": tree_of(model)} | {source.path: tree_of(source.path) for source in data.sources}
+    return {name: value for name, value in contents.items() if value}
+
+
 def texts_of(spec: OfSAEsSpec, data: DataSpec | None) -> dict[str, str]:
     """The content of what is local of the model and of the text that is read: ``data``, or every SAE's training text.
 
     For the identity of runs that read it, without loading a model or weights.
     """
-    from unweave.inputs.inputs import stamps
     from unweave.inputs.saes import named_saes
 
     if data is not None and spec.model is not None:
-        return stamps(spec.model, data)
+        return _local(spec.model, data)
     found: dict[str, str] = {}
     for _, name in named_saes(spec.saes):
         told = provenance_of(name).get("train", {})
         model = spec.model or told.get("model")
         if model is not None and (data is not None or "data" in told):
-            found |= stamps(model, data if data is not None else DataSpec.from_dict(told["data"]))
+            found |= _local(model, data if data is not None else DataSpec.from_dict(told["data"]))
     return found
 
 

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from unweave.core.contents import tree_of
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.core.result import Result
@@ -78,12 +77,6 @@ def tokenised(spec: TokensSpec, ctx: Context) -> StoredTokens:
 def load_lm(model: str, dtype: str, device: str | None) -> LM:
     """The model; stages that follow one another in a process share it."""
     return LM.load(model, dtype=dtype, device=device)
-
-
-def stamps(model: str, data: DataSpec) -> dict[str, str]:
-    """The content of everything local that tokens come from."""
-    contents = {"model": tree_of(model)} | {source.path: tree_of(source.path) for source in data.sources}
-    return {name: value for name, value in contents.items() if value}
 
 
 def token_store(
@@ -185,8 +178,3 @@ def data_of(sae: SAE, data: DataSpec | None) -> DataSpec:
     if "data" not in training:
         raise UnweaveError("this SAE does not say which text it was trained on", remedy="name some with --data.sources")
     return DataSpec.from_dict(training["data"])
-
-
-def stream_of(sae: SAE) -> StreamSpec:
-    """How the SAE's activations were harvested."""
-    return StreamSpec.from_dict(sae.provenance.get("train", {}).get("stream", {}))

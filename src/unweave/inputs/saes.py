@@ -66,17 +66,27 @@ def open_one(spec: UseSpec) -> Opened:
             "this SAE does not say which model it belongs to", where=str(spec.sae), remedy="name it with --model"
         )
     lm = load_lm(model, training.get("dtype", "float32"), spec.device)
-    sae, accepted = sae.to(lm.device), {}
-    if spec.accept_mismatch is not None:
-        accepted[str(sae.write or sae.read)] = sae.accept(lm, spec.accept_mismatch)
-    else:
-        sae.verify(lm)
+    accepted: dict[str, Any] = {}
+    sae = _belonging(sae, lm, spec.accept_mismatch, accepted)
     place = sae.write or sae.read  # an SAE that only encodes writes nowhere
     assert place is not None  # else there was nothing to verify
     asked = OfSAEsSpec(
         saes=(str(spec.sae),), model=spec.model, device=spec.device, accept_mismatch=spec.accept_mismatch
     )
     return Opened(lm, {place: sae}, {place: str(spec.sae)}, model, accepted, asked)
+
+
+def _belonging(sae: SAE, lm: LM, reason: str | None, accepted: dict[str, Any]) -> SAE:
+    """The SAE on the model's device; refused in a model that is not its own, or accepted for a ``reason``.
+
+    What was measured of an accepted one goes into ``accepted``, by site.
+    """
+    sae = sae.to(lm.device)
+    if reason is None:
+        sae.verify(lm)
+    else:
+        accepted[str(sae.write or sae.read)] = sae.accept(lm, reason)
+    return sae
 
 
 def split_name(written: str) -> tuple[Site | None, str]:
@@ -164,12 +174,7 @@ def _placed(spec: OfSAEsSpec, lm: LM, model: str, loaded: Mapping[tuple[Site, st
             continue
         if site in saes:
             raise UnweaveError(f"two SAEs are at {site}", where=f"{names[site]}, {name}", remedy="name one per site")
-        sae = sae.to(lm.device)
-        if spec.accept_mismatch is not None:
-            accepted[str(site)] = sae.accept(lm, spec.accept_mismatch)
-        else:
-            sae.verify(lm)
-        saes[site], names[site] = sae, name
+        saes[site], names[site] = _belonging(sae, lm, spec.accept_mismatch, accepted), name
     missing = chosen - set(saes)
     if missing:
         there = ", ".join(map(str, sorted(saes)))

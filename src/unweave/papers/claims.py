@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 Verdict = Literal["as claimed", "partly", "not as claimed", "not measured"]
@@ -18,9 +18,6 @@ class Claim:
     ours: str
     """what was measured here, with its number; "" where nothing was"""
     verdict: Verdict
-
-    def to_dict(self) -> dict[str, str]:
-        return asdict(self)
 
 
 def markdown(claims: Sequence[Claim]) -> str:

@@ -7,7 +7,7 @@ their latents fire on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
+from dataclasses import replace
 from typing import Any
 
 from unweave.core.result import view_of
@@ -29,8 +29,7 @@ def render(title: str, shown: Sequence[Shown], not_run: Sequence[str] = (), limi
 
 
 def _section(one: Shown, around: Around) -> Section:
-    mine = Around(one.run.path, around.entries, around.tags, around.limit, around.name)
-    return view_of(type(one.result)).section(one.result, mine)
+    return view_of(type(one.result)).section(one.result, replace(around, folder=one.run.path))
 
 
 def _around(sae: str, shown: Sequence[Shown], limit: int | None) -> Around:
@@ -50,11 +49,12 @@ def _around(sae: str, shown: Sequence[Shown], limit: int | None) -> Around:
 
 def _entries(one: Shown, tagged: set[int], limit: int | None) -> dict[int, LatentEntry]:
     """The first records, and those of the latents that are named elsewhere."""
-    stage = import_module("unweave.latents.stage")
-    view = import_module("unweave.latents.view")
-    records = stage.load(one.run)
+    from unweave.latents.stage import load  # needs torch, which a page without latents does not
+    from unweave.latents.view import entry_of
+
+    records = load(one.run)
     there = list(range(len(records))) if records.latents is None else records.latents.tolist()
-    return {j: view.entry_of(records.latent(j)) for j in sorted({*there[:limit], *(tagged & set(there))})}
+    return {j: entry_of(records.latent(j)) for j in sorted({*there[:limit], *(tagged & set(there))})}
 
 
 def _deck(shown: Sequence[Shown]) -> str:
