@@ -23,8 +23,9 @@ from unweave.core.contents import listing
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
 from unweave.core.result import as_read, as_written
-from unweave.core.run import Run, write_json
+from unweave.core.run import Run
 from unweave.core.site import Site
+from unweave.core.writing import write_json
 from unweave.inputs.saes import open_saes
 from unweave.lm.model import LM
 from unweave.methods.circuits import stage_draw as draw

@@ -23,9 +23,10 @@ from unweave.core.codes import Codes
 from unweave.core.dist import SOLO, Group, world
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
-from unweave.core.run import Run, atomic_write, write_json
+from unweave.core.run import Run
 from unweave.core.site import LAYER_POINTS, Site, matching
 from unweave.core.spec import Spec, operational
+from unweave.core.writing import atomic_write, write_json
 
 
 @pytest.mark.parametrize("name", ["resid_post.12", "embed", "logits", "attn_heads.0", "path.model.norm@in"])

@@ -19,7 +19,8 @@ import torch
 from conftest import build_tiny, build_tiny_tokenizer
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.files import read_json
-from unweave.core.run import Run, write_json
+from unweave.core.run import Run
+from unweave.core.writing import write_json
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 from unweave.data.spec import DataSpec, StreamSpec

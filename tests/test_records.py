@@ -21,8 +21,8 @@ from conftest import build_tiny
 from unweave.core.codes import Codes
 from unweave.core.contents import listing
 from unweave.core.errors import UnweaveError, UnweaveWarning
-from unweave.core.run import write_json
 from unweave.core.site import Site
+from unweave.core.writing import write_json
 from unweave.data.batches import store_batches
 from unweave.data.pack import Row
 from unweave.data.policy import TokenPolicy

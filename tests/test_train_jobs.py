@@ -22,8 +22,9 @@ from unweave.core import run as run_module
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
-from unweave.core.run import Run, write_json
+from unweave.core.run import Run
 from unweave.core.site import Site
+from unweave.core.writing import write_json
 from unweave.data.stream import ActivationSource, Chunk, RowBatches
 from unweave.data.tokens import TokenStore
 from unweave.lm.model import LM

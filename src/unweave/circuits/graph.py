@@ -27,8 +27,8 @@ from unweave.circuits.stored import ARROW, Y
 from unweave.core.errors import UnweaveError
 from unweave.core.memory import refuse_if_memory
 from unweave.core.result import to_plain
-from unweave.core.run import atomic_write
 from unweave.core.site import Site
+from unweave.core.writing import atomic_write
 
 VERSION = 2
 

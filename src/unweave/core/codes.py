@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.core.memory import refuse_if_memory
-from unweave.core.run import atomic_write
+from unweave.core.writing import atomic_write
 
 
 @dataclass(frozen=True)

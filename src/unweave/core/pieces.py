@@ -16,7 +16,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
 from unweave.core.memory import refuse_if_memory
 from unweave.core.result import from_plain, to_plain
-from unweave.core.run import atomic_write, write_json
+from unweave.core.writing import atomic_write, write_json
 
 Held = dict[str, Tensor]
 T = TypeVar("T")

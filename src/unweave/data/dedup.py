@@ -21,7 +21,7 @@ import numpy as np
 
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
-from unweave.core.run import atomic_write
+from unweave.core.writing import atomic_write
 from unweave.data.corpus import Document, Source, read
 from unweave.data.hashset import HashSet
 from unweave.data.words import gram_hashes, word_hashes

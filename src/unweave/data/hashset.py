@@ -17,7 +17,7 @@ from typing import IO
 
 import numpy as np
 
-from unweave.core.run import friendly_io
+from unweave.core.writing import friendly_io
 
 _BYTES = 8
 _BLOCK = 1 << 14

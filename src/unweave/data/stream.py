@@ -25,8 +25,8 @@ from unweave.core.errors import UnweaveError
 from unweave.core.lock import remove_stale, turn
 from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
-from unweave.core.run import atomic_write, friendly_io, make_folder
 from unweave.core.site import Site
+from unweave.core.writing import atomic_write, friendly_io, make_folder
 from unweave.data.policy import TokenPolicy
 from unweave.data.tokens import TokenStore
 from unweave.lm.model import LM, Tokens

@@ -23,7 +23,7 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
-from unweave.core.run import friendly_io, sync_folder
+from unweave.core.writing import friendly_io, sync_folder
 from unweave.data.pack import Packed, Row
 from unweave.lm.chat import Role
 from unweave.lm.model import Tokens

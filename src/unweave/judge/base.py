@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
 from unweave.core.progress import task
-from unweave.core.run import write_json
+from unweave.core.writing import write_json
 from unweave.judge.spec import JudgeSpec
 
 Conversation = Sequence[Mapping[str, str]]

@@ -22,8 +22,8 @@ from typing import Any
 
 from unweave.core.errors import UnweaveError
 from unweave.core.files import parse_json, read_text
-from unweave.core.run import friendly_io
 from unweave.core.site import Site
+from unweave.core.writing import friendly_io
 
 SCALE = (0, 100)
 """The least and the greatest rating."""

@@ -24,7 +24,7 @@ from unweave.core.contents import listing as file_listing
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.files import read_json
 from unweave.core.memory import refuse_if_memory
-from unweave.core.run import atomic_write, write_json
+from unweave.core.writing import atomic_write, write_json
 from unweave.latents.contexts import KINDS, Array, Chosen, Contexts, RecordsSpec, find_contexts
 from unweave.latents.latent_record import Context, LatentRecord
 from unweave.latents.logit_weights import Written, logit_effects, writes_into_stream

@@ -26,7 +26,7 @@ from typing import IO
 
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
-from unweave.core.run import friendly_io, sync_folder
+from unweave.core.writing import friendly_io, sync_folder
 from unweave.lm.catalogue import CatalogueEntry, Package
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
-from unweave.core.run import atomic_write
+from unweave.core.writing import write_file
 from unweave.lm.chat import encode_text
 from unweave.lm.model import LM, Tokens
 from unweave.tasks.entries import entries, faults
@@ -237,8 +237,7 @@ def accuracy(lm: LM, chosen: Sequence[Pair], *, max_rows: int = 128) -> Accuracy
 def save(path: str | Path, chosen: Iterable[Pair]) -> None:
     """Writes pairs as JSON lines with the paper's keys."""
     lines = [json.dumps(asdict(pair), ensure_ascii=False) for pair in chosen]
-    with atomic_write(Path(path)) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_file(Path(path), "".join(line + "\n" for line in lines))
 
 
 def load(path: str | Path) -> list[Pair]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
-from unweave.core.run import atomic_write
+from unweave.core.writing import write_file
 from unweave.lm.chat import encode_text
 from unweave.lm.model import LM, Tokens
 from unweave.tasks.entries import entries, faults
@@ -121,8 +121,7 @@ def batches(
 def save(path: str | Path, chosen: Iterable[Input]) -> None:
     """Writes inputs as JSON lines."""
     lines = [json.dumps(asdict(example), ensure_ascii=False) for example in chosen]
-    with atomic_write(Path(path)) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_file(Path(path), "".join(line + "\n" for line in lines))
 
 
 def load(path: str | Path) -> list[Input]:

@@ -14,9 +14,10 @@ from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
 from unweave.core.pieces import Pieces
 from unweave.core.progress import task
-from unweave.core.run import Run, atomic_write
+from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.core.stage import Context, stage
+from unweave.core.writing import write_file
 from unweave.data.pack import PackSpec
 from unweave.data.spec import DataSpec
 from unweave.inputs.identity import texts_of
@@ -198,8 +199,7 @@ def _explained(lm: LM, group: Group, part: Run[BehaviourCircuit], options: Circu
         max_nodes=_DRAWN_NODES,
         max_edges=_DRAWN_EDGES,
     )
-    with atomic_write(folder / drawing) as temporary:
-        temporary.write_text(svg, encoding="utf-8")
+    write_file(folder / drawing, svg)
     return Explained(group, circuit, part.path.name, drawing)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from unweave.attribute.result import incomplete
 from unweave.core.result import Row
-from unweave.core.run import atomic_write
+from unweave.core.writing import write_file
 from unweave.methods.behaviours.result import Behaviour, BehavioursResult, Context, StrongLatent, VectorKind
 from unweave.show.model import ContextEntry
 from unweave.show.page import ALONE, Around, Section, page
@@ -64,8 +64,7 @@ def save(folder: Path, result: BehavioursResult) -> None:
     """Writes index.html; drawings lie in ``folder``."""
     title = f"Behaviours of {result.subject.model}"
     html = page(title, _deck(result), [section(result, Around(folder))])
-    with atomic_write(folder / INDEX) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    write_file(folder / INDEX, html)
 
 
 def section(result: BehavioursResult, around: Around = ALONE) -> Section:

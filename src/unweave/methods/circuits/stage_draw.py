@@ -14,9 +14,9 @@ from unweave.circuits.opened import StoredCircuit, open_circuit
 from unweave.circuits.picture import select, thresholds
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import contents_of
-from unweave.core.run import atomic_write
 from unweave.core.site import Site
 from unweave.core.stage import Context, stage
+from unweave.core.writing import write_file
 from unweave.inputs.saes import named_saes, open_saes
 from unweave.inputs.spec import OfSAEsSpec
 from unweave.latents import annotations as annotated
@@ -71,8 +71,7 @@ def run(spec: CircuitDrawSpec, ctx: Context) -> Drawing:
         _LISTING: json.dumps(to_json(circuit, **given), ensure_ascii=False, indent=1),
     }
     for name, text in texts.items():
-        with atomic_write(ctx.path / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_file(ctx.path / name, text)
     return Drawing(
         subject=circuit.about.subject,
         title=title_of(circuit, spec.title),

@@ -12,9 +12,10 @@ from unweave.circuits.faithfulness import ablated_sites
 from unweave.circuits.graph import Circuit
 from unweave.circuits.opened import FILE, StoredCircuit, open_circuit
 from unweave.core.errors import UnweaveError
-from unweave.core.run import Run, atomic_write
+from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.core.stage import Context, stage
+from unweave.core.writing import write_file
 from unweave.inputs import identity
 from unweave.inputs.saes import Opened, open_saes
 from unweave.methods.circuits import stage_find as find
@@ -105,10 +106,8 @@ def run(spec: CircuitEvaluateSpec, ctx: Context) -> Faithfulness:
         figure=Path("faithfulness.png"),
         table=Path("faithfulness.csv"),
     )
-    with atomic_write(ctx.path / result.figure) as temporary:
-        temporary.write_bytes(view.curves_png(result))
-    with atomic_write(ctx.path / result.table) as temporary:
-        temporary.write_text(view.curves_csv(result), encoding="utf-8")
+    write_file(ctx.path / result.figure, view.curves_png(result))
+    write_file(ctx.path / result.table, view.curves_csv(result))
     return result
 
 

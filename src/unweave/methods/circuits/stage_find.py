@@ -14,8 +14,8 @@ from unweave.circuits.find import find_circuit, find_nodes
 from unweave.circuits.graph import Circuit
 from unweave.circuits.opened import FILE
 from unweave.core.result import to_plain
-from unweave.core.run import write_json
 from unweave.core.stage import Context, stage
+from unweave.core.writing import write_json
 from unweave.inputs.saes import Opened, open_saes
 from unweave.lm.model import LM
 from unweave.methods.circuits.result import CircuitSearch, LeftOut, StrongEdge

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from unweave.core.run import Run, atomic_write
+from unweave.core.run import Run
 from unweave.core.stage import Context, stage
+from unweave.core.writing import write_file
 from unweave.methods.report import runs as reading
 from unweave.methods.report.page import render
 from unweave.methods.report.result import Report
@@ -27,8 +28,7 @@ def written(spec: ReportSpec, ctx: Context) -> Report:
     shown = [reading.opened(folder) for folder in spec.of]
     missing = _missing(shown) if spec.sae is not None else []
     text = render(spec.title, shown, missing, spec.latents)
-    with atomic_write(ctx.path / "report.html") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_file(ctx.path / "report.html", text)
     names = tuple(one.run.path.name for one in shown)
     return Report(Path("report.html"), round(len(text.encode()) / 1e6, 2), names, tuple(missing))
 

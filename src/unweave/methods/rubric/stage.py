@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from unweave.core.errors import UnweaveError
-from unweave.core.run import atomic_write
 from unweave.core.stage import Context, stage
+from unweave.core.writing import atomic_write
 from unweave.inputs.inputs import load_lm
 from unweave.judge.base import REPLIES, check_judge, open_judge
 from unweave.latents import stage as latents

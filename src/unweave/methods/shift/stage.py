@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from unweave.core.errors import UnweaveWarning
-from unweave.core.run import atomic_write
 from unweave.core.stage import Context, stage
+from unweave.core.writing import write_file
 from unweave.inputs.identity import texts_of
 from unweave.inputs.saes import open_saes
 from unweave.judge.base import check_judge
@@ -49,5 +49,4 @@ def run(spec: CircuitShiftSpec, ctx: Context) -> ShiftResult:
 def _write(path: Path, people: biographies.Sets) -> None:
     pool = [(one, "train") for group in biographies.GROUPS for one in people.train[group]]
     lines = [asdict(one) | {"split": split} for one, split in [*pool, *((one, "test") for one in people.test)]]
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from unweave.attribute.result import incomplete
 from unweave.core.result import Row
-from unweave.core.run import atomic_write
+from unweave.core.writing import write_file
 from unweave.methods.shift.result import LEAST_GAP, MEASURES, METHODS, Judgement, Measure, Method, Seed, ShiftResult
 from unweave.show.figures import COLOURS, as_svg, settings
 from unweave.show.page import ALONE, Around, Section, Tile, figure
@@ -107,8 +107,7 @@ def save(folder: Path, result: ShiftResult) -> None:
         "accuracies.png": png(drawn),
     }
     for name, content in contents.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_bytes(content)
+        write_file(folder / name, content)
 
 
 def markdown(result: ShiftResult) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unweave.core.result import Row
-from unweave.core.run import atomic_write
+from unweave.core.writing import atomic_write, write_file
 from unweave.methods.special_tokens import figures
 from unweave.methods.special_tokens.result import (
     GROUPS,
@@ -193,10 +193,8 @@ def write(result: SpecialTokenResult, folder: Path) -> None:
         "steering": lambda colours: figures.steering(result.steering, colours),
     }
     for name, draw in drawings.items():
-        with atomic_write(folder / f"{name}.svg") as temporary:
-            temporary.write_text(figures.as_text(draw, name, name) + "\n", encoding="utf-8")
-        with atomic_write(folder / f"{name}.png") as temporary:
-            temporary.write_bytes(figures.as_picture(draw))
+        write_file(folder / f"{name}.svg", figures.as_text(draw, name, name) + "\n")
+        write_file(folder / f"{name}.png", figures.as_picture(draw))
 
 
 def _maxima_rows(token: TokenMaxima) -> list[dict[str, Any]]:

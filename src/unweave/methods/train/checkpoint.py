@@ -16,7 +16,8 @@ from unweave.core.dist import Group
 from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
 from unweave.core.memory import refuse_if_memory
-from unweave.core.run import Run, atomic_write, write_json
+from unweave.core.run import Run
+from unweave.core.writing import atomic_write, write_json
 
 _INDEX = "checkpoint.json"
 

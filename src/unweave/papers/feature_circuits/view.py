@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from unweave.core.result import Row
-from unweave.core.run import atomic_write
+from unweave.core.writing import write_file
 from unweave.methods.behaviours import view as behaviours_view
 from unweave.methods.circuits.figures import curves_svg
 from unweave.methods.shift import view as shift_view
@@ -63,8 +63,7 @@ def write(result: FeatureCircuits, folder: Path) -> None:
         "report.html": page("Sparse feature circuits", "Agreement, SHIFT, and behaviours found without labels.", parts),
     }
     for name, text in texts.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_file(folder / name, text)
 
 
 def _reached_table(result: FeatureCircuits) -> tuple[list[str], list[list[str]]]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from unweave.core.result import Row
-from unweave.core.run import atomic_write
+from unweave.core.writing import write_file
 from unweave.methods.rubric import view as rubric
 from unweave.methods.special_tokens import view as special_tokens
 from unweave.papers.claims import markdown
@@ -67,8 +67,7 @@ def section(result: InstructSaes, around: Around = ALONE) -> Section:
 def write(result: InstructSaes, folder: Path) -> None:
     """Writes ``table.md``, ``claims.md``, the figures and ``report.html``, with the parts' own sections."""
     for name, picture in _pictures(result).items():
-        with atomic_write(folder / f"{name}.png") as temporary:
-            temporary.write_bytes(picture)
+        write_file(folder / f"{name}.png", picture)
     parts = [section(result), special_tokens.section(result.special_tokens, Around(name="special-tokens"))]
     for number, rated in enumerate(result.ratings):
         part = rubric.section(rated.rubric, Around(name=f"rubric-{number}"))
@@ -79,8 +78,7 @@ def write(result: InstructSaes, folder: Path) -> None:
         "report.html": page("FAST: SAEs of instruct models", "Whole conversations against block training.", parts),
     }
     for name, text in texts.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_file(folder / name, text)
 
 
 def _lead(result: InstructSaes) -> str:

@@ -23,8 +23,8 @@ import torch
 
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.fields import Fields
-from unweave.core.run import atomic_write, write_json
 from unweave.core.site import Site
+from unweave.core.writing import atomic_write, write_json
 from unweave.sae.activations import JumpReLU, TopK
 from unweave.sae.formats.about import build_foreign, build_own, check_written, own_block, site_of
 from unweave.sae.formats.parts import Parts, agree, assemble, vector, with_input_bias

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from unweave.core.errors import UnweaveError, UnweaveWarning
-from unweave.core.run import atomic_write, write_json
 from unweave.core.site import Site
+from unweave.core.writing import atomic_write, write_json
 from unweave.sae.activations import JumpReLU, TopK
 from unweave.sae.formats.about import build_foreign, build_own, check_written, own_block
 from unweave.sae.formats.parts import Parts, agree, assemble, vector

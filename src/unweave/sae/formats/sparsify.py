@@ -13,7 +13,7 @@ from pathlib import Path
 
 from unweave.core.errors import UnweaveError
 from unweave.core.fields import Fields
-from unweave.core.run import atomic_write, write_json
+from unweave.core.writing import atomic_write, write_json
 from unweave.sae.activations import TopK
 from unweave.sae.formats.about import build_foreign, build_own, check_written, own_block, sites_of_module
 from unweave.sae.formats.parts import agree, assemble, with_input_bias
