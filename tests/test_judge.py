@@ -97,7 +97,7 @@ def test_prompts_that_are_too_long_do_not_stop_the_others(tmp_path: Path) -> Non
     class Short(Scripted):
         """No room for six prompts in a row; the ones it does not answer besides are failures of its own."""
 
-        def answer(self, conversations: Any, budget: Budget) -> Iterator[tuple[int, Reply]]:
+        def answer(self, conversations: Any, budget: Budget, until: str = "") -> Iterator[tuple[int, Reply]]:
             for i, reply in super().answer(conversations, budget):
                 long = 2 <= i < 8
                 yield i, Reply(None, "too long", of_prompt=True) if long else reply

@@ -243,7 +243,7 @@ def test_scored_and_failed_are_all_that_was_asked(records: Records) -> None:
 
 def test_a_reply_that_was_cut_says_so(records: Records) -> None:
     class Cut(Scripted):
-        def ask(self, conversations: Any) -> list[Reply]:
+        def ask(self, conversations: Any, until: str = "") -> list[Reply]:
             return [replace(reply, cut=True) for reply in super().ask(conversations)]
 
     (rating,) = rate(Cut(["They all"]), rules.real_items(records, 1))

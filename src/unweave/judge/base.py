@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
@@ -26,7 +27,8 @@ Conversation = Sequence[Mapping[str, str]]
 """Messages, each ``{"role": "system" | "user" | "assistant", "content": text}``."""
 
 _GIVE_UP = 5
-_VERSION = 1
+_VERSION = 2
+_LONGEST_NUMBER = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Reply:
     """Whether it came from the cache, and so cost nothing now."""
     of_prompt: bool = False
     """Whether only this prompt failed, because it is too long; others may still be answered."""
+    numbers: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """For each number of the text that is one token: where it begins, and the log-probability of every number (at most
+    three digits) that could have stood there. Empty where the judge gives no log-probabilities."""
 
     @property
     def tokens(self) -> int:
@@ -64,8 +69,12 @@ class Judge(Protocol):
         """What readers of its judgements must know of it, such as the precision of its weights; may be empty."""
         ...
 
-    def ask(self, conversations: Sequence[Conversation]) -> list[Reply]:
-        """One reply per conversation, in order. UnweaveError when it cannot be asked at all or its budget is spent."""
+    def ask(self, conversations: Sequence[Conversation], until: str = "") -> list[Reply]:
+        """One reply per conversation, in order. UnweaveError when it cannot be asked at all or its budget is spent.
+
+        ``until`` is a regular expression: what follows its first match in a reply is not needed, and a judge may end
+        the reply there.
+        """
         ...
 
 
@@ -105,8 +114,11 @@ class Backend(Protocol):
         """Plain values, besides the messages, that decide what the reply is. They are written to files."""
         ...
 
-    def answer(self, conversations: Sequence[Conversation], budget: Budget) -> Iterator[tuple[int, Reply]]:
-        """(index, reply) in any order, as they come; ends early where ``budget.take()`` refuses another one."""
+    def answer(
+        self, conversations: Sequence[Conversation], budget: Budget, until: str = ""
+    ) -> Iterator[tuple[int, Reply]]:
+        """(index, reply) in any order, as they come; ends early where ``budget.take()`` refuses another one. A reply
+        may end where the regular expression ``until`` first matches."""
         ...
 
 
@@ -126,14 +138,14 @@ class CachedJudge:
     def note(self) -> str:
         return self._backend.note
 
-    def ask(self, conversations: Sequence[Conversation]) -> list[Reply]:
+    def ask(self, conversations: Sequence[Conversation], until: str = "") -> list[Reply]:
         """One reply per conversation, in order; the same conversation is asked once.
 
         Raises UnweaveError when the budget is spent, when the backend cannot be used, and when it fails for one
         conversation after the other, those that are too long for it aside. What was answered until then is kept, and
         asking again goes on from there.
         """
-        keys = [self._key(conversation) for conversation in conversations]
+        keys = [self._key(conversation, until) for conversation in conversations]
         replies: dict[str, Reply] = {}
         missing: dict[str, Conversation] = {}
         for key, conversation in zip(keys, conversations, strict=True):
@@ -144,20 +156,20 @@ class CachedJudge:
                 else:
                     replies[key] = cached
         with task("judge", total=len(replies) + len(missing), unit="replies", done=len(replies)) as progress:
-            for key, reply in self._answers(missing):
+            for key, reply in self._answers(missing, until):
                 replies[key] = reply
                 progress.advance()
             if len(replies) < len(set(keys)):
                 raise self._spent(sum(reply.text is not None for reply in replies.values()), len(set(keys)))
         return [replies[key] for key in keys]
 
-    def _answers(self, missing: Mapping[str, Conversation]) -> Iterator[tuple[str, Reply]]:
+    def _answers(self, missing: Mapping[str, Conversation], until: str) -> Iterator[tuple[str, Reply]]:
         """New replies as they come, kept before they are passed on."""
         keys, in_a_row = list(missing), 0
-        for i, reply in self._backend.answer(list(missing.values()), self.budget) if missing else ():
+        for i, reply in self._backend.answer(list(missing.values()), self.budget, until) if missing else ():
             self.budget.spend(reply.tokens)
             if reply.text is not None:
-                self._keep(keys[i], missing[keys[i]], reply)
+                self._keep(keys[i], self._request(missing[keys[i]], until), reply)
             in_a_row = 0 if reply.text is not None else in_a_row + (not reply.of_prompt)
             if in_a_row == _GIVE_UP:
                 raise UnweaveError(
@@ -178,17 +190,17 @@ class CachedJudge:
 
     # -- the kept replies -----------------------------------------------------------------------------------------
 
-    def _request(self, conversation: Conversation) -> dict[str, Any]:
+    def _request(self, conversation: Conversation, until: str) -> dict[str, Any]:
         messages = [{"role": message["role"], "content": message["content"]} for message in conversation]
         return {
             "version": _VERSION,
             "model": self.name,
             "settings": dict(self._backend.settings),
             "messages": messages,
-        }
+        } | ({"until": until} if until else {})
 
-    def _key(self, conversation: Conversation) -> str:
-        text = json.dumps(self._request(conversation), sort_keys=True, allow_nan=False)
+    def _key(self, conversation: Conversation, until: str) -> str:
+        text = json.dumps(self._request(conversation, until), sort_keys=True, allow_nan=False)
         return sha256(text.encode()).hexdigest()
 
     def _path(self, key: str) -> Path | None:
@@ -202,19 +214,39 @@ class CachedJudge:
         try:
             stored = read_json(path)["reply"]
             text, *counts, cut = (stored[n] for n in ("text", "prompt_tokens", "new_tokens", "cut"))
-        except (UnweaveError, KeyError, TypeError):
+            numbers = {int(at): merged(row.items()) for at, row in stored.get("numbers", {}).items()}
+        except (UnweaveError, KeyError, TypeError, ValueError, AttributeError):
             return None
         if not isinstance(text, str) or not isinstance(cut, bool):
             return None
         if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in counts):
             return None
-        return Reply(text, "", *counts, cut=cut, kept=True)
+        return Reply(text, "", *counts, cut=cut, kept=True, numbers=numbers)
 
-    def _keep(self, key: str, conversation: Conversation, reply: Reply) -> None:
+    def _keep(self, key: str, request: Mapping[str, Any], reply: Reply) -> None:
         path = self._path(key)
         if path is not None:
-            names = ("text", "prompt_tokens", "new_tokens", "cut")
-            write_json(path, self._request(conversation) | {"reply": {name: getattr(reply, name) for name in names}})
+            names = ("text", "prompt_tokens", "new_tokens", "cut", *(("numbers",) if reply.numbers else ()))
+            write_json(path, {**request, "reply": {name: getattr(reply, name) for name in names}})
+
+
+def as_number(token: str) -> str | None:
+    """The whole number of at most three digits that a token says, white space around it aside; None for others."""
+    word = token.strip()
+    return word if word.isascii() and word.isdecimal() and len(word) <= _LONGEST_NUMBER else None
+
+
+def merged(logprobs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Log-probabilities of numbers from those of tokens: " 2" and "2" are one number. ValueError for what is none."""
+    total: dict[str, float] = {}
+    for token, logprob in logprobs:
+        number = as_number(token)
+        if number is not None:
+            if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not logprob <= 1e-3:
+                raise ValueError(f"no log-probability: {logprob!r}")
+            high, low = max(logprob, before := total.get(number, -math.inf)), min(logprob, before)
+            total[number] = high if low == -math.inf else high + math.log1p(math.exp(low - high))
+    return total
 
 
 def check_judge(spec: JudgeSpec) -> None:

@@ -26,7 +26,7 @@ from typing import Any, Self
 
 from unweave.core.errors import UnweaveError
 from unweave.core.shown import plain
-from unweave.judge.base import Budget, Conversation, Reply
+from unweave.judge.base import Budget, Conversation, Reply, as_number, merged
 from unweave.judge.secrets import Secret, keep_out_of_logs
 from unweave.judge.spec import JudgeSpec, is_this_machine
 
@@ -45,6 +45,8 @@ _MOST_BYTES = 1 << 21
 _READ = 1 << 16
 """characters of an error that are looked at, many more than are shown: a key cut here is not among those"""
 _MOST_TOKENS = 10_000_000
+_ALTERNATIVES = 20
+"""the most that OpenAI's own servers give"""
 _MESSAGE_TOKENS = 8
 """what templates put around a message, at most"""
 
@@ -83,6 +85,7 @@ class ChatServer:
         *,
         key: str | None = None,
         max_new_tokens: int = 160,
+        logprobs: bool = False,
         at_once: int = 8,
         timeout: float = _TIMEOUT,
         attempts: int = 6,
@@ -95,7 +98,7 @@ class ChatServer:
             "base_url": base_url,
             "max_tokens": max_new_tokens,
             "temperature": 0,
-        }
+        } | ({"logprobs": True, "top_logprobs": _ALTERNATIVES} if logprobs else {})
         self._key, self._secret = key, Secret(key) if key else None
         if key and self._secret:
             keep_out_of_logs(key, self._secret)
@@ -125,15 +128,21 @@ class ChatServer:
             spec.base_url,
             key=key,
             max_new_tokens=spec.max_new_tokens,
+            logprobs=bool(spec.logprobs),
             at_once=spec.at_once,
             timeout=spec.timeout or _TIMEOUT,
         )
 
-    def answer(self, conversations: Sequence[Conversation], budget: Budget) -> Iterator[tuple[int, Reply]]:
-        """Raises UnweaveError for failures that every prompt would meet; replies under way are yielded first.
+    def answer(
+        self, conversations: Sequence[Conversation], budget: Budget, until: str = ""
+    ) -> Iterator[tuple[int, Reply]]:
+        """Replies as they come, each whole: servers leave out what they are told to stop at.
+
+        Raises UnweaveError for failures that every prompt would meet; replies under way are yielded first.
 
         Whoever stops asking for replies ends the requests that are under way.
         """
+        del until
         running: dict[Future[Reply], int] = {}
         waiting = iter(range(len(conversations)))
         stopped: UnweaveError | None = None
@@ -237,8 +246,7 @@ class ChatServer:
             async with client.chat.completions.with_streaming_response.create(
                 model=self.name,
                 messages=[{"role": m["role"], "content": m["content"]} for m in conversation],
-                temperature=0,
-                max_tokens=self.settings["max_tokens"],
+                **{name: value for name, value in self.settings.items() if name not in ("kind", "base_url")},
             ) as answer:
                 return self._read(await _body(answer.http_response), conversation)
         except _Refused as error:
@@ -293,7 +301,9 @@ class ChatServer:
         if not content.strip():
             reason = self._shortened(reason, 40) if isinstance(reason, str) else "is missing"
             return Reply(None, f"the reply is empty (finish_reason {reason})", prompt, new)
-        return Reply(self._clean(content), "", prompt, new, cut=reason == "length")
+        text = self._clean(content)
+        numbers = _numbers(choice.get("logprobs"), text) if text == content else {}
+        return Reply(text, "", prompt, new, cut=reason == "length", numbers=numbers)
 
     def _clean(self, text: str) -> str:
         """The text without the key, should a server have repeated it, and without what no file can hold."""
@@ -373,6 +383,26 @@ def _message(body: bytes) -> str:
     except (ValueError, RecursionError):
         message = None
     return message if isinstance(message, str) else text
+
+
+def _numbers(logprobs: Any, text: str) -> dict[int, dict[str, float]]:
+    """Where numbers stand in a reply, with the log-probabilities of the numbers that could; none where what the server
+    says of its tokens does not add up to the text."""
+    numbers, whole, at = {}, text.encode(), 0
+    try:
+        for token in logprobs["content"] if logprobs else ():
+            piece = bytes(token["bytes"]) if token.get("bytes") is not None else token["token"].encode()
+            if whole[at : at + len(piece)] != piece:
+                return {}
+            if as_number(token["token"]) is not None:
+                place = at + len(piece) - len(piece.lstrip())
+                others = {other["token"]: other["logprob"] for other in token.get("top_logprobs") or ()}
+                others[token["token"]] = token["logprob"]
+                numbers[len(whole[:place].decode())] = merged(others.items())
+            at += len(piece)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return {}
+    return numbers if at == len(whole) else {}
 
 
 def _count(usage: Any, name: str, estimate: int) -> int:

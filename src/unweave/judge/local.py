@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple, Self
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
-from unweave.judge.base import Budget, Conversation, Reply
+from unweave.judge.base import Budget, Conversation, Reply, as_number, merged
 from unweave.judge.spec import JudgeSpec
 from unweave.lm.chat import Role, has_template, render_many
 from unweave.lm.model import LM, Tokens
@@ -26,6 +27,10 @@ from unweave.lm.rotary import rows_apart
 
 _SAMPLED = 64
 _WORTH_SHARING = 16
+_SPACES = "\u0120\u2581 "
+"""how vocabularies write a space before a word"""
+_FAINT = -16.0
+"""log-probabilities below are left out: together they move no expected rating by a millionth"""
 
 
 class _Beginning(NamedTuple):
@@ -33,6 +38,15 @@ class _Beginning(NamedTuple):
 
     length: int
     state: Any
+
+
+class _New(NamedTuple):
+    """New tokens of a row, whether the reply has ended with them, and for each that is a number the log-probabilities
+    of all numbers."""
+
+    ids: list[int]
+    ended: bool
+    numbers: dict[int, dict[str, float]]
 
 
 class LocalModel:
@@ -47,6 +61,8 @@ class LocalModel:
             )
         self.name, self.note = lm.name, lm.note
         self._lm, self._max_new_tokens, self._at_once = lm, max_new_tokens, at_once
+        words = ((i, as_number(token.lstrip(_SPACES))) for token, i in lm.tokenizer.get_vocab().items())
+        self._numbers = {i: word for i, word in words if word is not None}
         self.settings: Mapping[str, Any] = {
             "kind": "local",
             "weights": weights_digest(lm),
@@ -62,7 +78,9 @@ class LocalModel:
         lm = LM.load(spec.model, dtype=spec.dtype or "float32", device=device)
         return cls(lm, max_new_tokens=spec.max_new_tokens, at_once=spec.at_once)
 
-    def answer(self, conversations: Sequence[Conversation], budget: Budget) -> Iterator[tuple[int, Reply]]:
+    def answer(
+        self, conversations: Sequence[Conversation], budget: Budget, until: str = ""
+    ) -> Iterator[tuple[int, Reply]]:
         """Longest prompts first, so that what does not fit into memory shows at once, and padding stays short.
 
         Prompts with no room in the model are not asked, so they take nothing of the budget.
@@ -83,8 +101,8 @@ class LocalModel:
             batch = [i for i in fitting[first : first + self._at_once] if budget.take()]
             if not batch:
                 return
-            new = self._generate([ids[i] for i in batch], beginning)
-            yield from ((i, self._reply(len(ids[i]), row)) for i, row in zip(batch, new, strict=True))
+            new = self._generate([ids[i] for i in batch], beginning, until)
+            yield from ((i, self._reply(len(ids[i]), *row)) for i, row in zip(batch, new, strict=True))
 
     @torch.no_grad()
     def _beginning(self, rows: Sequence[list[int]]) -> _Beginning:
@@ -101,15 +119,20 @@ class LocalModel:
         return _Beginning(length, out.past_key_values)
 
     @torch.no_grad()
-    def _generate(self, rows: Sequence[list[int]], beginning: _Beginning) -> Tensor:
-        """The likeliest new tokens [B, up to max_new_tokens] one by one; anything may stand behind an end token."""
+    def _generate(self, rows: Sequence[list[int]], beginning: _Beginning, until: str) -> list[_New]:
+        """The likeliest new tokens of each row, up to its end."""
         if not self._lm.may_cache(torch.tensor([len(row) for row in rows]), self._max_new_tokens):
             whole = Tokens.pad([(row, [Role.TEXT] * len(row)) for row in rows], self._lm.pad_id, "left")
-            return self._lm.generate_ids(whole, max_new_tokens=self._max_new_tokens).cpu()
+            generated = self._lm.generate_ids(whole, max_new_tokens=self._max_new_tokens).cpu()
+            ends = [torch.isin(row, self._ends).nonzero().flatten().tolist() for row in generated]
+            return [
+                _New(row[: end[0] + 1 if end else None].tolist(), bool(end), {})
+                for row, end in zip(generated, ends, strict=True)
+            ]
         with rows_apart(self._lm.rotaries):
-            return self._one_by_one(rows, beginning)
+            return self._one_by_one(rows, beginning, until)
 
-    def _one_by_one(self, rows: Sequence[list[int]], beginning: _Beginning) -> Tensor:
+    def _one_by_one(self, rows: Sequence[list[int]], beginning: _Beginning, until: str) -> list[_New]:
         model, device = self._lm.model, self._lm.device
         rests = [row[beginning.length :] for row in rows]
         width = max(map(len, rests))
@@ -121,8 +144,7 @@ class LocalModel:
         state = copy.deepcopy(beginning.state)
         if state is not None:
             state.batch_repeat_interleave(len(rows))
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        new = []
+        new = [_New([], False, {}) for _ in rows]
         for _ in range(self._max_new_tokens):
             out = model(
                 input_ids=ids,
@@ -132,24 +154,39 @@ class LocalModel:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            state, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
-            new.append(ids)
-            ended |= torch.isin(ids[:, 0], self._ends.to(device))
-            if bool(ended.all()):
+            logits = out.logits[:, -1]
+            state, ids = out.past_key_values, logits.argmax(-1, keepdim=True)
+            new = [self._extended(*row, until) for row in zip(new, ids[:, 0].tolist(), logits, strict=True)]
+            if all(row.ended for row in new):
                 break
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             positions = positions[:, -1:] + 1
-        return torch.cat(new, dim=1).cpu()
+        return new
+
+    def _extended(self, new: _New, token: int, logits: Tensor, until: str) -> _New:
+        """A reply with its next token, unless it has ended; ``logits`` [V] are those that chose it."""
+        if new.ended:
+            return new
+        if token in self._numbers:
+            logprobs = logits.float().log_softmax(-1)[list(self._numbers)].tolist()
+            likely = ((text, p) for text, p in zip(self._numbers.values(), logprobs, strict=True) if p > _FAINT)
+            new.numbers[len(new.ids)] = merged(likely)
+        ids = [*new.ids, token]
+        ended = token in self._lm.end_ids or bool(until and re.search(until, self._lm.decode(torch.tensor(ids))))
+        return _New(ids, ended, new.numbers)
 
     @property
     def _ends(self) -> Tensor:
         """The ids that end a turn, int64 [n]."""
         return torch.tensor(self._lm.end_ids, dtype=torch.int64)
 
-    def _reply(self, prompt_tokens: int, row: Tensor) -> Reply:
-        ended = torch.isin(row, self._ends).nonzero().flatten()
-        n = int(ended[0]) + 1 if len(ended) else len(row)
-        return Reply(self._lm.decode(row[:n]), "", prompt_tokens, n, cut=not len(ended))
+    def _reply(self, prompt_tokens: int, ids: list[int], ended: bool, numbers: Mapping[int, dict[str, float]]) -> Reply:
+        text, places = self._lm.decode(torch.tensor(ids)), {}
+        for step, logprobs in numbers.items():
+            before = self._lm.decode(torch.tensor(ids[:step])) if step else ""
+            if text.startswith(before):  # not where a decoder tidies spaces
+                places[len(text) - len(text[len(before) :].lstrip())] = logprobs
+        return Reply(text, "", prompt_tokens, len(ids), cut=not ended, numbers=places)
 
 
 def _has_windows(config: Any) -> bool:

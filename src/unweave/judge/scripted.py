@@ -25,11 +25,14 @@ class Scripted:
         self.asked: list[Conversation] = []
         self._answers = answers if callable(answers) else list(answers)
 
-    def ask(self, conversations: Sequence[Conversation]) -> list[Reply]:
+    def ask(self, conversations: Sequence[Conversation], until: str = "") -> list[Reply]:
         """One reply per conversation; IndexError when a list of answers is used up."""
-        return [reply for _, reply in self.answer(conversations, Budget())]
+        return [reply for _, reply in self.answer(conversations, Budget(), until)]
 
-    def answer(self, conversations: Sequence[Conversation], budget: Budget) -> Iterator[tuple[int, Reply]]:
+    def answer(
+        self, conversations: Sequence[Conversation], budget: Budget, until: str = ""
+    ) -> Iterator[tuple[int, Reply]]:
+        del until  # what a script says is short
         for i, conversation in enumerate(conversations):
             if not budget.take():
                 return

@@ -33,6 +33,9 @@ class JudgeSpec(Spec):
     """What a model that runs here computes in; by default float32, the fastest on most CPUs."""
     max_new_tokens: Annotated[int, at_least(1)] = 160
     """Length of a reply at most."""
+    logprobs: bool | None = None
+    """Whether to ask a server for the log-probabilities of its numbers (20 alternatives each), from which expected
+    ratings follow; not every server gives them. A model that runs here always does."""
     budget_requests: Annotated[int | None, at_least(1)] = operational(None)
     """Prompts to ask at most before stopping; kept replies are free, and asking again goes on from there."""
     budget_tokens: Annotated[int | None, at_least(1)] = operational(None)
@@ -45,7 +48,7 @@ class JudgeSpec(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inapplicable = ("dtype",) if self.base_url is not None else ("api_key_env", "timeout")
+        inapplicable = ("dtype",) if self.base_url is not None else ("api_key_env", "timeout", "logprobs")
         kind = "server" if self.base_url is not None else "model that runs here"
         for name in inapplicable:
             if getattr(self, name) is not None:
