@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from unweave.judge.client import ChatServer
+from unweave.judge.client import ChatServer, Patience
 
 KEY = "sk-vErY/secret+0123456789&abcdefghij"
 
@@ -70,7 +70,9 @@ class Raw:
         return data
 
     def connect(self, **options: Any) -> ChatServer:
-        return ChatServer("m", self.url, **{"key": KEY, "attempts": 3, "first_wait": 0.001, "timeout": 5.0, **options})
+        waits = {name: options.pop(name) for name in Patience._fields if name in options}
+        patience = Patience(**{"attempts": 3, "first_wait": 0.001, "timeout": 5.0, **waits})
+        return ChatServer("m", self.url, key=KEY, patience=patience, **options)
 
     def close(self) -> None:
         self.closed.set()

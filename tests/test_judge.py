@@ -18,7 +18,7 @@ import torch
 
 from unweave.core.errors import UnweaveError
 from unweave.judge.base import Budget, CachedJudge, Conversation, Reply, check_judge, open_judge
-from unweave.judge.client import ChatServer
+from unweave.judge.client import ChatServer, Patience
 from unweave.judge.local import LocalModel, weights_digest
 from unweave.judge.scripted import Scripted
 from unweave.judge.spec import JudgeSpec
@@ -220,7 +220,9 @@ class Server:
         self.thread.start()
 
     def connect(self, **options: Any) -> ChatServer:
-        return ChatServer("m", self.url, **{"key": KEY, "attempts": 4, "first_wait": 0.01, **options})
+        waits = {name: options.pop(name) for name in Patience._fields if name in options}
+        patience = Patience(**{"attempts": 4, "first_wait": 0.01, **waits})
+        return ChatServer("m", self.url, **{"key": KEY, "patience": patience, **options})
 
 
 @pytest.fixture
@@ -354,7 +356,7 @@ def test_the_key_is_in_no_file_error_or_log(
     spec = JudgeSpec(model="m", base_url=server.url, api_key_env="JUDGE_TEST_KEY")
     server.answer = lambda n, body: (200, {}, completion(f"your key is {KEY}")) if n else (429, {}, {"message": KEY})
     backend = ChatServer.connect(spec)
-    monkeypatch.setattr(backend, "_first_wait", 0.01)
+    monkeypatch.setattr(backend, "_patience", Patience(first_wait=0.01))
     (reply,) = CachedJudge(backend, tmp_path).ask([talk("q")])
     assert reply.text == "your key is [key]"
     assert server.requests[0][1]["authorization"] == f"Bearer {KEY}"

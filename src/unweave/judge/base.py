@@ -9,8 +9,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +20,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
 from unweave.core.progress import task
 from unweave.core.writing import write_json
+from unweave.judge.numbers import merged
 from unweave.judge.spec import JudgeSpec
 
 Conversation = Sequence[Mapping[str, str]]
@@ -28,7 +28,6 @@ Conversation = Sequence[Mapping[str, str]]
 
 _GIVE_UP = 5
 _VERSION = 2
-_LONGEST_NUMBER = 3
 
 
 @dataclass(frozen=True)
@@ -228,25 +227,6 @@ class CachedJudge:
         if path is not None:
             names = ("text", "prompt_tokens", "new_tokens", "cut", *(("numbers",) if reply.numbers else ()))
             write_json(path, {**request, "reply": {name: getattr(reply, name) for name in names}})
-
-
-def as_number(token: str) -> str | None:
-    """The whole number of at most three digits that a token says, white space around it aside; None for others."""
-    word = token.strip()
-    return word if word.isascii() and word.isdecimal() and len(word) <= _LONGEST_NUMBER else None
-
-
-def merged(logprobs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Log-probabilities of numbers from those of tokens: " 2" and "2" are one number. ValueError for what is none."""
-    total: dict[str, float] = {}
-    for token, logprob in logprobs:
-        number = as_number(token)
-        if number is not None:
-            if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not logprob <= 1e-3:
-                raise ValueError(f"no log-probability: {logprob!r}")
-            high, low = max(logprob, before := total.get(number, -math.inf)), min(logprob, before)
-            total[number] = high if low == -math.inf else high + math.log1p(math.exp(low - high))
-    return total
 
 
 def check_judge(spec: JudgeSpec) -> None:

@@ -22,15 +22,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from unweave.core.errors import UnweaveError
 from unweave.core.shown import plain
-from unweave.judge.base import Budget, Conversation, Reply, as_number, merged
+from unweave.judge.base import Budget, Conversation, Reply
+from unweave.judge.numbers import placed
 from unweave.judge.secrets import Secret, keep_out_of_logs
 from unweave.judge.spec import JudgeSpec, is_this_machine
 
-_TIMEOUT = 120.0
 _LONGEST_WAIT = 60.0
 _PASSING = (408, 409, 425, 429)
 _HOPELESS = (401, 402, 403, 404)
@@ -71,12 +71,17 @@ class _TooMuch(Exception):
     """An answer of more bytes than any reply needs."""
 
 
-class ChatServer:
-    """A backend that asks ``{base_url}/chat/completions`` at temperature 0.
+class Patience(NamedTuple):
+    """How long a server may take for one prompt: ``timeout`` seconds, all tries together and waiting aside;
+    ``attempts`` tries at most; ``first_wait`` seconds before the second."""
 
-    ``attempts`` is how often one prompt is tried at most, ``first_wait`` the seconds before the second try, ``timeout``
-    the seconds that the server has for one prompt, all tries together and waiting aside.
-    """
+    timeout: float = 120.0
+    attempts: int = 6
+    first_wait: float = 1.0
+
+
+class ChatServer:
+    """A backend that asks ``{base_url}/chat/completions`` at temperature 0."""
 
     def __init__(
         self,
@@ -87,9 +92,7 @@ class ChatServer:
         max_new_tokens: int = 160,
         logprobs: bool = False,
         at_once: int = 8,
-        timeout: float = _TIMEOUT,
-        attempts: int = 6,
-        first_wait: float = 1.0,
+        patience: Patience | None = None,
     ) -> None:
         self._openai, self._stamina, self._portal = _packages()
         self.name, self.note = model, f"asked at {base_url}"
@@ -102,7 +105,7 @@ class ChatServer:
         self._key, self._secret = key, Secret(key) if key else None
         if key and self._secret:
             keep_out_of_logs(key, self._secret)
-        self._at_once, self._attempts, self._first_wait, self._timeout = at_once, attempts, first_wait, timeout
+        self._at_once, self._patience = at_once, patience or Patience()
 
     @classmethod
     def connect(cls, spec: JudgeSpec) -> Self:
@@ -130,7 +133,7 @@ class ChatServer:
             max_new_tokens=spec.max_new_tokens,
             logprobs=bool(spec.logprobs),
             at_once=spec.at_once,
-            timeout=spec.timeout or _TIMEOUT,
+            patience=Patience(spec.timeout) if spec.timeout else None,
         )
 
     def answer(
@@ -142,7 +145,6 @@ class ChatServer:
 
         Whoever stops asking for replies ends the requests that are under way.
         """
-        del until
         running: dict[Future[Reply], int] = {}
         waiting = iter(range(len(conversations)))
         stopped: UnweaveError | None = None
@@ -202,7 +204,7 @@ class ChatServer:
 
     async def _one(self, client: Any, conversation: Conversation) -> Reply:
         """One prompt's reply, after as many tries as it takes and the time allows."""
-        left, tries, lost = self._timeout, 0, 0
+        left, tries, lost = self._patience.timeout, 0, 0
 
         def when_again(error: Exception) -> bool | timedelta:
             if not isinstance(error, _Passing) or left <= 0:
@@ -212,11 +214,11 @@ class ChatServer:
         try:
             async for attempt in self._stamina.retry_context(
                 on=when_again,
-                attempts=self._attempts,
+                attempts=self._patience.attempts,
                 timeout=None,
-                wait_initial=self._first_wait,
+                wait_initial=self._patience.first_wait,
                 wait_max=_LONGEST_WAIT,
-                wait_jitter=self._first_wait,
+                wait_jitter=self._patience.first_wait,
             ):
                 with attempt:
                     tries, started = tries + 1, time.monotonic()
@@ -238,7 +240,7 @@ class ChatServer:
             async with asyncio.timeout(seconds):
                 return await self._request(client, conversation)
         except TimeoutError:
-            what = f"the request timed out: no whole reply in {self._timeout:g} seconds"
+            what = f"the request timed out: no whole reply in {self._patience.timeout:g} seconds"
             raise _Passing(what, answered=True) from None
 
     async def _request(self, client: Any, conversation: Conversation) -> Reply:
@@ -302,7 +304,7 @@ class ChatServer:
             reason = self._shortened(reason, 40) if isinstance(reason, str) else "is missing"
             return Reply(None, f"the reply is empty (finish_reason {reason})", prompt, new)
         text = self._clean(content)
-        numbers = _numbers(choice.get("logprobs"), text) if text == content else {}
+        numbers = placed(choice.get("logprobs"), text) if text == content else {}
         return Reply(text, "", prompt, new, cut=reason == "length", numbers=numbers)
 
     def _clean(self, text: str) -> str:
@@ -383,26 +385,6 @@ def _message(body: bytes) -> str:
     except (ValueError, RecursionError):
         message = None
     return message if isinstance(message, str) else text
-
-
-def _numbers(logprobs: Any, text: str) -> dict[int, dict[str, float]]:
-    """Where numbers stand in a reply, with the log-probabilities of the numbers that could; none where what the server
-    says of its tokens does not add up to the text."""
-    numbers, whole, at = {}, text.encode(), 0
-    try:
-        for token in logprobs["content"] if logprobs else ():
-            piece = bytes(token["bytes"]) if token.get("bytes") is not None else token["token"].encode()
-            if whole[at : at + len(piece)] != piece:
-                return {}
-            if as_number(token["token"]) is not None:
-                place = at + len(piece) - len(piece.lstrip())
-                others = {other["token"]: other["logprob"] for other in token.get("top_logprobs") or ()}
-                others[token["token"]] = token["logprob"]
-                numbers[len(whole[:place].decode())] = merged(others.items())
-            at += len(piece)
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return {}
-    return numbers if at == len(whole) else {}
 
 
 def _count(usage: Any, name: str, estimate: int) -> int:

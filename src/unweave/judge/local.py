@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
-from unweave.judge.base import Budget, Conversation, Reply, as_number, merged
+from unweave.judge.base import Budget, Conversation, Reply
+from unweave.judge.numbers import as_number, merged
 from unweave.judge.spec import JudgeSpec
 from unweave.lm.chat import Role, has_template, render_many
 from unweave.lm.model import LM, Tokens
