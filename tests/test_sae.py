@@ -340,7 +340,7 @@ def test_latents_are_whole_numbers(latent: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [float("nan"), float("inf"), "2", b"2", None, True, [1.0], torch.ones(2), np.True_, 1j, 1e39, 10**400]
+    "value", [float("nan"), float("inf"), "2", b"2", None, True, [1.0], torch.ones(2, 2), np.True_, 1j, 1e39, 10**400]
 )
 def test_values_are_finite_numbers(value: object) -> None:
     sae = random_sae("relu")

@@ -133,7 +133,7 @@ def test_perplexity_ignores_padding_and_what_follows_the_end(lm: LM) -> None:
         ({"maximum": None}, "no largest activation"),
         ({"where": "polcy"}, "which tokens to edit"),
         ({"latent": 1.5}, "is not a latent"),
-        ({"mode": "multiply"}, "unknown way to steer"),
+        ({"mode": "turn"}, "unknown way to steer"),
         ({"latent": F}, "does not exist"),
     ],
 )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
+from unweave.lm.at import At, roles_so_far
 from unweave.lm.chat import Role
 from unweave.lm.layout import Tap
 from unweave.lm.shortcuts import skipped
@@ -31,23 +32,6 @@ if TYPE_CHECKING:
 
 class Stop(Exception):
     """Ends a forward pass at the last site that is needed."""
-
-
-@dataclass(frozen=True)
-class At:
-    """What an edit knows of where it is."""
-
-    site: Site
-    ids: Tensor
-    """token ids of this forward pass, int64 [B, P]"""
-    mask: Tensor
-    """True at tokens, False at padding, bool [B, P]"""
-    roles: Tensor
-    """one Role per token, uint8 [B, P]"""
-    step: int
-    """0 for the prompt; n for the n-th generated token's pass: that token, or the whole row where no keys are kept"""
-    read: Mapping[Site, Tensor]
-    """values read earlier in this forward pass, [B, P, D]"""
 
 
 EditFn = Callable[[Tensor, At], "Tensor | None"]
@@ -115,7 +99,8 @@ class Session:
     step: int = -1
     started: Tokens | None = None
     """the tokens of ``lm.current`` whose first forward pass has begun; further passes of them are a generation's"""
-    batch: tuple[Tensor, Tensor, Tensor] | None = None  # ids, mask, roles of the forward pass under way
+    batch: tuple[Tensor, Tensor, Tensor] | None = None
+    """ids and mask [B, P] of the forward pass under way, and the roles of its rows so far [B, N]"""
     handles: list[Any] = field(default_factory=list)
 
     def begin(self, ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -132,28 +117,16 @@ class Session:
         mask = torch.ones_like(ids, dtype=torch.bool)
         if attention_mask is not None and seen is not None:
             mask = attention_mask[:, -n_positions:].bool()
-        roles = torch.full_like(ids, Role.ASSISTANT if self.step else Role.TEXT, dtype=torch.uint8)
+        row = torch.full_like(ids, Role.ASSISTANT if self.step else Role.TEXT, dtype=torch.uint8)
         if tokens is not None:
-            roles = _roles_in_generation(tokens.roles, ids, seen)
-        self.batch = (ids, mask, roles)
+            row = roles_so_far(tokens.roles, n_positions, seen)
+        self.batch = (ids, mask, row)
 
     def at(self, site: Site) -> At:
         if self.batch is None:
             raise UnweaveError("taps saw an activation outside a forward pass of the whole model", where=str(site))
-        ids, mask, roles = self.batch
-        return At(site, ids, mask, roles, self.step, self.seen)
-
-
-def _roles_in_generation(prompt: Tensor, ids: Tensor, seen: int | None) -> Tensor:
-    """The roles of a later pass of a generation, [B, P]: the prompt's [B, N], and behind it everything is ASSISTANT.
-
-    The pass holds the last P of the ``seen`` tokens so far: the newest alone, or without a cache all of them.
-    """
-    before, n_positions = prompt.shape[1], ids.shape[1]
-    if seen is None:  # then a pass longer than the prompt holds everything, and a shorter one what is new
-        seen = n_positions if n_positions > before else before + n_positions
-    new = prompt.new_full((len(prompt), max(0, seen - before)), Role.ASSISTANT)
-    return torch.cat([prompt, new], dim=1)[:, :seen][:, -n_positions:]
+        ids, mask, row = self.batch
+        return At(site, ids, mask, row[:, -ids.shape[1] :], self.step, self.seen, row)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,130 +1,55 @@
 """What an SAE can do to an activation while the model runs. Edits cost what they touch.
 
     clamp              x + sum_j (c_j - f_j(x)) d_j
+    min-clamp, cap     the same where f_j(x) is smaller, or larger, than c_j; else x
     add                x + sum_j c_j d_j
-    ablate (zero)      x - sum_j f_j(x) d_j
-    ablate (span)      x - Q Q^T x, with Q an orthonormal basis of the latents' directions
+    multiply           x + sum_j (c_j - 1) f_j(x) d_j;  ablate (zero) is c_j = 0
+    project            x - c Q^T Q x, with Q [r, D] orthonormal rows that span the latents' directions;  ablate (span)
     reconstruct        decode(encode(x))
 
 The part that the SAE does not explain stays in all but the last, because only differences are added (trap 37). An edit
 of S latents needs S encoder rows and S decoder rows; a TopK SAE must also find which latents win, and does that once.
 Where inputs are normalised token by token, a latent's part is scaled by the token's own factor (``input_norm``).
 By default an edit leaves alone the tokens that the SAE was not trained on: padding, special tokens, attention sinks.
+
+A strength c_j is a number, or a tensor [B] with one per row of the batch, in which NaN leaves that latent alone in that
+row. So one batch holds many strengths of many latents, and unedited rows; ``together`` builds its edits.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
-from unweave.lm.chat import Role
-from unweave.lm.taps import At
-from unweave.sae.activations import Identity, JumpReLU, TopK
+from unweave.lm.at import At
+from unweave.sae.subset import Subset, finite, numbers, orthonormal_basis
+from unweave.sae.where import Fires, Where, roles_of, tokens_where
 
 if TYPE_CHECKING:
     from unweave.lm.model import LM
     from unweave.sae.module import SAE
 
-Where = str | Role | Collection[str | Role] | Callable[[At], Tensor]
-"""Which tokens an edit changes; never padding.
+Mode = Literal["clamp", "add", "multiply", "project", "cap", "min-clamp"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+Strength = float | Tensor
+"""a number, or one per row of the batch [B], where NaN leaves the row alone"""
 
-    "policy"                   those that the SAE was trained on
-    "all"                      every one
-    "assistant", {"system", "user"}   those of a role or of several (system, user, assistant, text, special)
-    a function of At           those where it is true, bool [B, P]
-"""
+__all__ = ["MODES", "Change", "Edit", "Fires", "Mode", "Strength", "Subset", "Where", "finite", "orthonormal_basis"]
 
-_COUNT_UP_TO = 4
-"""with so few latents, counting the winners above each is cheaper than finding a row's k-th largest"""
-
-
-class Subset:
-    """A few latents of an SAE: ``latents`` [S], ``W_enc`` [d_in, S], ``b_enc`` [S], ``directions`` [S, d_out]."""
-
-    latents: Tensor
-    W_enc: Tensor
-    b_enc: Tensor
-
-    def __init__(self, sae: SAE, latents: Iterable[int]) -> None:
-        """Raises UnweaveError for an invalid, unknown or repeated latent."""
-        chosen = _numbers(latents)
-        for j in chosen:
-            if not 0 <= j < sae.d_sae:
-                raise UnweaveError(f"latent {j} does not exist", where=repr(sae), remedy=f"use 0 to {sae.d_sae - 1}")
-        if len(set(chosen)) != len(chosen):
-            raise UnweaveError("a latent is named twice", remedy="name each latent once")
-        self.sae = sae
-        self.latents = torch.tensor(chosen, dtype=torch.int64, device=sae.W_enc.device)
-        self.W_enc = sae.W_enc[:, self.latents].contiguous()
-        self.b_enc = sae.b_enc[self.latents]
-        self._rows = sae.W_dec[self.latents]
-
-    @property
-    def directions(self) -> Tensor:
-        """What value 1 of each latent adds to the activation, [S, d_out].
-
-        Raises UnweaveError where that differs from token to token (``writes`` knows), and for an SAE that only encodes.
-        """
-        self.sae.require_decoder()
-        if self.sae.input_norm is not None:
-            raise UnweaveError(
-                f"this SAE normalises every token's input ({self.sae.input_norm}), so its latents' directions have "
-                "another length at every token",
-                where=repr(self.sae),
-                remedy="edit with clamp, add or ablate, which scale them; other uses need an SAE without it",
-            )
-        return self._rows
-
-    def span(self) -> Tensor:
-        """Orthonormal rows that span the latents' directions, whatever their length."""
-        self.sae.require_decoder()
-        return orthonormal_basis(self._rows)
-
-    def writes(self, values: Tensor, source: Tensor) -> Tensor:
-        """What ``values`` [..., S] of the latents add to the activation [..., d_out] of tokens that read ``source``."""
-        self.sae.require_decoder()
-        normal = self.sae.normalised(source)
-        written = values @ self._rows
-        return written if normal is None else written * normal.scale
-
-    def encode(self, x: Tensor) -> Tensor:
-        """These latents' values [..., S]: equal to ``sae.encode(x)[..., latents]``."""
-        activation = self.sae.activation
-        if not isinstance(activation, TopK):
-            normal = self.sae.normalised(x)
-            x = x.to(self.W_enc.dtype) if normal is None else normal.x
-            pre = x @ self.W_enc + self.b_enc
-            if isinstance(activation, Identity):
-                return pre
-            if isinstance(activation, JumpReLU):
-                return torch.relu(pre) * (pre > activation.threshold[self.latents])
-            return torch.relu(pre)
-        everything = self.sae.pre(x)
-        pre = everything[..., self.latents]
-        if 0 < len(self.latents) <= _COUNT_UP_TO:
-            counts = [_before(everything, j) for j in self.latents.tolist()]
-            return torch.where(torch.stack(counts, -1) < activation.k, torch.relu(pre), 0.0)
-        return activation(everything)[..., self.latents]
-
-
-def _before(pre: Tensor, latent: int) -> Tensor:
-    """How many pre-activations [..., F] go before a latent's: the larger ones, and equal ones that stand before it.
-
-    NaN is the largest, as in ``kernels.topk_rows``, whose rule this is.
-    """
-    z, earlier, later = pre[..., latent : latent + 1], pre[..., :latent], pre[..., latent + 1 :]
-    ahead = (earlier >= z) | earlier.isnan()
-    behind = (later > z) | (later.isnan() & ~z.isnan())
-    return ahead.sum(-1) + behind.sum(-1)
+_DIFFERENCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "clamp": lambda f, c: c - f,
+    "min-clamp": lambda f, c: (c - f).clamp(min=0),
+    "cap": lambda f, c: (c - f).clamp(max=0),
+    "add": lambda f, c: c,
+    "multiply": lambda f, c: (c - 1) * f,
+}
+"""what is added to a latent with value f, by mode"""
 
 
 @dataclass(frozen=True)
@@ -136,9 +61,10 @@ class Edit:
     change: Callable[[Tensor, Tensor], Tensor]
     """(what the SAE reads, what it writes to) -> the new value of the latter"""
     where: Where
+    when: Fires | None = None
 
     def __post_init__(self) -> None:
-        _roles_of(self.where)
+        roles_of(self.where)
 
     @property
     def site(self) -> Site:
@@ -148,149 +74,163 @@ class Edit:
 
     @property
     def needs(self) -> tuple[Site, ...]:
-        return () if self.sae.read == self.sae.write or self.sae.read is None else (self.sae.read,)
+        sites = [self.sae.read or self.site, *([] if self.when is None else [self.when.site])]
+        return tuple(site for site in dict.fromkeys(sites) if site != self.site)
 
     def verify(self, lm: LM) -> None:
-        """Refuses a model that is not the SAE's."""
+        """Refuses a model that is not the SAE's, and a condition that comes too late."""
         self.sae.verify(lm)
+        if self.when is not None:
+            self.when.verify(lm, self.site)
 
     def __call__(self, x: Tensor, at: At) -> Tensor | None:
-        source = at.read[self.needs[0]] if self.needs else x
-        new = self.change(source, x)
-        return torch.where(self._tokens_to_edit(source, at).unsqueeze(-1), new, x)
+        def value(site: Site | None) -> Tensor:
+            return at.read[site] if site in self.needs else x
 
-    def _tokens_to_edit(self, source: Tensor, at: At) -> Tensor:
-        """The tokens to change, bool [B, P]."""
-        if callable(self.where):
-            keep = self.where(at)
-            if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != at.mask.shape:
-                raise UnweaveError(
-                    f"where gave {_seen(keep)}, not a bool tensor {list(at.mask.shape)}",
-                    where=repr(self),
-                    remedy="return one truth value per token, e.g. lambda at: at.roles == Role.USER",
-                )
-            return keep.to(at.mask.device) & at.mask
-        roles = _roles_of(self.where)
-        if roles is not None:
-            return torch.isin(at.roles, torch.tensor(roles, dtype=at.roles.dtype, device=at.roles.device)) & at.mask
-        return self.sae.policy.keep(source, at.ids, at.mask) if self.where == "policy" else at.mask
+        source = value(self.sae.read)
+        tokens = tokens_where(self.where, self.sae.policy, source, at)
+        if self.when is not None:
+            tokens = tokens & self.when.holds(value(self.when.site), at)
+        return torch.where(tokens.unsqueeze(-1), self.change(source, x), x)
 
     def __repr__(self) -> str:
         return f"{self.name} at {self.sae.write}"
 
 
-def _seen(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
+@dataclass(frozen=True)
+class Change:
+    """What is done to one latent in one row of a batch."""
+
+    sae: SAE
+    latent: int
+    value: float
+    """the strength, in the latent's own units; of ``multiply`` and ``project`` a factor"""
+    mode: Mode = "clamp"
+    where: Where = "policy"
+    when: Fires | None = None
 
 
-def _roles_of(where: Where) -> list[int] | None:
-    """The roles that ``where`` names; None where it is "policy", "all" or a function. Else UnweaveError."""
-    if callable(where) or (isinstance(where, str) and where in ("policy", "all")):
-        return None
-    by_name = {role.name.lower(): role for role in Role if role is not Role.PAD}
-    named = [where] if isinstance(where, (str, Role)) else where
-    if not isinstance(named, (list, tuple, set, frozenset)):
-        named = None
-    roles = [by_name.get(one.name.lower() if isinstance(one, Role) else str(one)) for one in named or ()]
-    if not roles or None in roles:
-        raise UnweaveError(
-            f"where = {where!r} does not say which tokens to edit",
-            remedy=f'use "policy", "all", a role or several ({", ".join(by_name)}), or a function of At',
-        )
-    return [int(role) for role in roles if role is not None]
+def together(rows: Sequence[Sequence[Change]]) -> list[Edit]:
+    """The edits of a batch whose row b has the changes ``rows[b]``, in order of their first appearance.
+
+    Changes that differ only in latent and value are one edit; directions that a row projects out are one span.
+    """
+    strengths: dict[tuple[object, ...], tuple[Change, dict[int, Tensor]]] = {}
+    for b, changes in enumerate(rows):
+        for change in changes:
+            like = (change.sae, change.mode, change.where, change.when)
+            spans = [c.latent for c in changes if (c.sae, c.mode, c.where, c.when) == like]
+            key = (*like, *(spans if change.mode == "project" else ()))
+            _, values = strengths.setdefault(key, (change, {}))
+            value = values.setdefault(change.latent, torch.full((len(rows),), torch.nan, dtype=torch.float64))
+            if not value[b].isnan() or finite(change.value) is None:
+                raise UnweaveError(
+                    f"latent {change.latent} of row {b} is set twice, or to {change.value!r}",
+                    remedy="give one finite value",
+                )
+            value[b] = change.value
+    return [edit(one.sae, one.mode, values, one.where, one.when) for one, values in strengths.values()]
 
 
-def _whole(latent: object) -> int:
-    """A latent's number. UnweaveError unless it is a whole number."""
-    try:
-        if _is_truth(latent):
-            raise TypeError
-        return operator.index(latent)  # type: ignore[arg-type]
-    except TypeError:
-        raise UnweaveError(f"{latent!r} is not a latent", remedy="name latents by whole numbers") from None
-
-
-def finite(value: object) -> float | None:
-    """A finite number, be it NumPy's or a tensor; None for anything else, truth values and texts among them."""
-    if _is_truth(value) or isinstance(value, (str, bytes)):
-        return None
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _is_truth(value: object) -> bool:
-    return isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool)
-
-
-def _vector(sae: SAE, values: Mapping[int, float]) -> Tensor:
-    """The values in the SAE's dtype, [S]. UnweaveError for what is not finite there."""
+def _strengths(sae: SAE, values: Mapping[int, Strength]) -> Tensor:
+    """The values in the SAE's dtype, [S], or [B, 1, S] where some are given by row. UnweaveError for what is not
+    finite there; NaN may stand in a row."""
     if not isinstance(values, Mapping):
         raise UnweaveError(f"{values!r} does not say which latents get which values", remedy="pass {latent: value}")
     if not values:
         raise UnweaveError("no latents were named", remedy="pass {latent: value}")
-    dtype, numbers = sae.W_dec.dtype, list[float]()
+    dtype, device = sae.W_dec.dtype, sae.W_dec.device
+    columns: list[Tensor] = []
     for latent, value in values.items():
-        number = finite(value)
-        if number is None or abs(number) > torch.finfo(dtype).max:
+        if isinstance(value, Tensor) and value.ndim == 1 and len(value) > 1 and value.dtype != torch.bool:
+            column = value.detach().double()
+            good = not bool((column.abs() > torch.finfo(dtype).max).any())
+        else:
+            column = torch.tensor(number := finite(value) or 0.0, dtype=torch.float64)
+            good = finite(value) is not None and abs(number) <= torch.finfo(dtype).max
+        if not good:
             raise UnweaveError(
                 f"the value for latent {latent!r} is {value!r}",
-                remedy=f"give a finite number for each latent, within the range of {dtype}",
+                remedy=f"give a finite number within the range of {dtype}, or a tensor with one for each row",
             )
-        numbers.append(number)
-    return torch.tensor(numbers, dtype=dtype, device=sae.W_dec.device)
+        columns.append(column.to(device, dtype))
+    if not any(column.ndim for column in columns):
+        return torch.stack(columns)
+    sizes = {len(column) for column in columns if column.ndim}
+    if len(sizes) > 1:
+        raise UnweaveError(f"strengths are given for {sorted(sizes)} rows", remedy="give one per row of the batch")
+    return torch.stack([column.expand(*sizes) for column in columns], -1).unsqueeze(1)
 
 
-def _numbers(latents: Iterable[int]) -> list[int]:
-    """The numbers of latents. UnweaveError for anything else."""
-    if not isinstance(latents, Iterable) or isinstance(latents, (str, bytes)):
-        raise UnweaveError(f"{latents!r} does not name latents", remedy="pass the numbers of latents, as a list")
-    return [_whole(latent) for latent in latents]
-
-
-def clamp(sae: SAE, values: Mapping[int, float], where: Where = "policy") -> Edit:
-    """See ``SAE.clamp``."""
+def edit(
+    sae: SAE, mode: Mode, values: Mapping[int, Strength], where: Where = "policy", when: Fires | None = None
+) -> Edit:
+    """See ``SAE.edit``."""
+    if mode not in MODES:
+        raise UnweaveError(f"unknown way to steer {mode!r}", remedy=f"use one of {', '.join(MODES)}")
     sae.require_decoder()
-    target, subset = _vector(sae, values), Subset(sae, list(values))
+    strengths, subset = _strengths(sae, values), Subset(sae, list(values))
+    change = (_projection if mode == "project" else _difference)(mode, subset, strengths)
+    named = {
+        latent: "by row" if isinstance(value, Tensor) and value.ndim else value for latent, value in values.items()
+    }
+    return Edit(f"{mode} {named}", sae, change, where, when)
+
+
+def _difference(mode: str, subset: Subset, strengths: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    edited, c = ~strengths.isnan(), strengths.nan_to_num()
 
     def change(source: Tensor, x: Tensor) -> Tensor:
-        return x + subset.writes(target - subset.encode(source), source).to(x.dtype)
+        _check_rows(strengths, x)
+        f = c if mode == "add" else subset.encode(source)
+        difference = torch.where(edited, _DIFFERENCE[mode](f, c), 0.0)
+        return x + subset.writes(difference, source).to(x.dtype)
 
-    return Edit(f"clamp {dict(values)}", sae, change, where)
+    return change
 
 
-def add(sae: SAE, values: Mapping[int, float], where: Where = "policy") -> Edit:
-    """See ``SAE.add``."""
-    sae.require_decoder()
-    amounts, subset = _vector(sae, values), Subset(sae, list(values))
+def _projection(mode: str, subset: Subset, strengths: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    basis, share = subset.span(), strengths[..., :1].nan_to_num()
+    if not torch.equal(strengths.nan_to_num(), share.expand_as(strengths)):
+        raise UnweaveError(
+            f"latents that are projected out together have different strengths ({mode})",
+            remedy="give all the same: 1 takes their span away, 0.5 halves it",
+        )
 
     def change(source: Tensor, x: Tensor) -> Tensor:
-        return x + subset.writes(amounts, source).to(x.dtype)
+        del source
+        _check_rows(strengths, x)
+        rows = basis.to(x.dtype)
+        return x - share.to(x.dtype) * ((x @ rows.T) @ rows)
 
-    return Edit(f"add {dict(values)}", sae, change, where)
+    return change
 
 
-def ablate(sae: SAE, latents: Iterable[int], mode: Literal["zero", "span"] = "zero", where: Where = "policy") -> Edit:
+def _check_rows(strengths: Tensor, x: Tensor) -> None:
+    if strengths.ndim == 3 and len(strengths) != len(x):
+        raise UnweaveError(
+            f"strengths are given for {len(strengths)} rows, and the batch has {len(x)}",
+            remedy="give one per row of the batch, or one for all",
+        )
+
+
+def ablate(
+    sae: SAE,
+    latents: Iterable[int],
+    mode: Literal["zero", "span"] = "zero",
+    where: Where = "policy",
+    when: Fires | None = None,
+) -> Edit:
     """See ``SAE.ablate``."""
     if mode not in ("zero", "span"):
         raise UnweaveError(f"unknown way to ablate {mode!r}", remedy="use mode zero or span")
-    chosen = _numbers(latents)
+    chosen = numbers(latents)
     if not chosen:
         raise UnweaveError("no latents were named", remedy="pass the numbers of latents")
-    subset = Subset(sae, chosen)
-    basis = subset.span()
-
-    def zero(source: Tensor, x: Tensor) -> Tensor:
-        return x - subset.writes(subset.encode(source), source).to(x.dtype)
-
-    def span(source: Tensor, x: Tensor) -> Tensor:
-        del source
-        rows = basis.to(x.dtype)
-        return x - (x @ rows.T) @ rows
-
-    return Edit(f"ablate ({mode}) {chosen}", sae, {"zero": zero, "span": span}[mode], where)
+    Subset(sae, chosen)  # refuses a latent that is named twice
+    how: tuple[Mode, float] = ("multiply", 0.0) if mode == "zero" else ("project", 1.0)
+    one = edit(sae, how[0], dict.fromkeys(chosen, how[1]), where, when)
+    return Edit(f"ablate ({mode}) {chosen}", sae, one.change, where, when)
 
 
 def reconstruct(sae: SAE, where: Where = "policy") -> Edit:
@@ -301,12 +241,3 @@ def reconstruct(sae: SAE, where: Where = "policy") -> Edit:
         return sae.reconstruct_sparsely(source).to(x.dtype)
 
     return Edit("reconstruct", sae, change, where)
-
-
-def orthonormal_basis(directions: Tensor, tolerance: float = 1e-5) -> Tensor:
-    """Orthonormal rows [r, D] that span directions [S, D]; r <= S, since parallel directions count once.
-
-    From an SVD above a relative tolerance: a plain QR would turn the rounding error of dependent rows into directions.
-    """
-    _, sizes, rows = torch.linalg.svd(directions.double(), full_matrices=False)
-    return rows[sizes > tolerance * sizes.max()].to(directions.dtype)

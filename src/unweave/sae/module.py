@@ -269,19 +269,47 @@ class SAE(nn.Module):
 
     # -- edits ----------------------------------------------------------------------------------------------------
 
-    def clamp(self, values: Mapping[int, float], *, where: edits.Where = "policy") -> edits.Edit:
-        """Sets latents to fixed values, keeping the SAE's error: x + sum_j (c_j - f_j(x)) d_j."""
-        return edits.clamp(self, values, where)
+    def edit(
+        self,
+        mode: edits.Mode,
+        values: Mapping[int, edits.Strength],
+        *,
+        where: edits.Where = "policy",
+        when: edits.Fires | None = None,
+    ) -> edits.Edit:
+        """Changes latents, keeping the SAE's error, by one of the modes of ``sae/edits.py``.
 
-    def add(self, values: Mapping[int, float], *, where: edits.Where = "policy") -> edits.Edit:
-        """Adds multiples of latents' directions: x + sum_j c_j d_j."""
-        return edits.add(self, values, where)
+        ``values`` has a strength for each latent: a number, or a tensor [B] with one per row of the batch, in which NaN
+        leaves the row alone. ``where`` says on which tokens, ``when`` while which other latent fires (``SAE.fires``).
+        """
+        return edits.edit(self, mode, values, where, when)
+
+    def clamp(
+        self, values: Mapping[int, edits.Strength], *, where: edits.Where = "policy", when: edits.Fires | None = None
+    ) -> edits.Edit:
+        """Sets latents to fixed values, keeping the SAE's error: x + sum_j (c_j - f_j(x)) d_j. See ``edit``."""
+        return edits.edit(self, "clamp", values, where, when)
+
+    def add(
+        self, values: Mapping[int, edits.Strength], *, where: edits.Where = "policy", when: edits.Fires | None = None
+    ) -> edits.Edit:
+        """Adds multiples of latents' directions: x + sum_j c_j d_j. See ``edit``."""
+        return edits.edit(self, "add", values, where, when)
 
     def ablate(
-        self, latents: Iterable[int], *, mode: Literal["zero", "span"] = "zero", where: edits.Where = "policy"
+        self,
+        latents: Iterable[int],
+        *,
+        mode: Literal["zero", "span"] = "zero",
+        where: edits.Where = "policy",
+        when: edits.Fires | None = None,
     ) -> edits.Edit:
         """Removes latents: what they wrote (``zero``: x - sum_j f_j d_j), or their span altogether (x - Q Q^T x)."""
-        return edits.ablate(self, latents, mode, where)
+        return edits.ablate(self, latents, mode, where, when)
+
+    def fires(self, latent: int, above: float = 0.0) -> edits.Fires:
+        """The condition that a latent's activation is larger than ``above``, for ``when=`` of an edit."""
+        return edits.Fires(self, latent, above)
 
     def reconstruct(self, *, where: edits.Where = "policy") -> edits.Edit:
         """Puts the reconstruction in place of the activation; the error is lost."""

@@ -1,8 +1,9 @@
-"""One latent at several strengths: what the model writes, and what that does to the writing.
+"""What the model writes while latents are changed, and what that does to the writing.
 
-1. Each prompt is answered unedited, then with the latent set to (``clamp``) or moved by (``add``) a multiple of its
-   largest activation; greedy, so that the same call gives the same text.
-2. Beside every text stand three numbers: how much of it is among the tokens that the latent's direction promotes (does
+1. ``generate_sweep`` continues many prompts, each with changes of its own, in full batches.
+2. ``sweep`` answers each prompt unedited, then with one latent at multiples of its largest activation; greedy, so that
+   the same call gives the same text.
+3. Beside every text stand three numbers: how much of it is among the tokens that the latent's direction promotes (does
    it steer?), how many of its 3-grams are distinct, and its perplexity under the unedited model (does it still write?).
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +23,13 @@ from unweave.core.progress import task
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
 from unweave.lm.unembed import top_tokens
-from unweave.sae.edits import Edit, Where, finite
+from unweave.sae.edits import MODES, Change, Mode, Where, finite, together
 from unweave.sae.module import SAE
-
-Mode = Literal["clamp", "add"]
 
 _GRAM = 3
 _THEME = 20
+_TOKENS = 2048
+"""of which logits over the whole vocabulary are held at once"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SteeredText:
     strength: float | None
     """multiples of the latent's largest activation; None: unedited"""
     value: float | None
-    """the latent's value (clamp) or what was added to it (add)"""
+    """the latent's value (clamp), what was added to it (add), and so on; see ``sae/edits.py``"""
     text: str
     n_tokens: int
     """new tokens before the end token"""
@@ -50,6 +51,53 @@ class SteeredText:
     """distinct 3-grams of new tokens over all of them; 1 where nothing repeats, near 0 in a loop"""
     perplexity: float | None
     """of the new tokens after the prompt, under the unedited model; None for an empty text"""
+
+
+class Generated(NamedTuple):
+    """New tokens ``ids`` int64 [N, T], of which the first ``lengths`` int64 [N] of each row come before its end."""
+
+    ids: Tensor
+    lengths: Tensor
+
+    def texts(self, lm: LM) -> list[str]:
+        """Every row's text, special tokens left out."""
+        return [lm.decode(row[:n]) for row, n in zip(self.ids, self.lengths.tolist(), strict=True)]
+
+
+def generate_sweep(
+    lm: LM,
+    prompts: Tokens,
+    changes: Sequence[Sequence[Change]],
+    *,
+    max_new_tokens: int = 60,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_tokens: int = 8192,
+) -> Generated:
+    """Continues every prompt, padded on the left (``prompt_tokens``), under the changes of its row; none: unedited.
+
+    Rows go into batches from the longest prompt to the shortest, each of as many as have at most ``max_tokens`` tokens
+    with their answers, whatever SAEs, sites, latents and strengths they have. Raises UnweaveError before anything is
+    generated for changes that do not fit the prompts, the SAEs or the model.
+    """
+    if len(changes) != len(prompts):
+        raise UnweaveError(f"changes are given for {len(changes)} rows, there are {len(prompts)} prompts")
+    for edit in together(changes):
+        edit.verify(lm)
+    order = prompts.mask.sum(1).argsort(descending=True, stable=True).tolist()
+    ids = torch.full((len(order), max_new_tokens), lm.pad_id, dtype=torch.int64)
+    first = 0
+    with task("generate", total=len(order), unit="texts") as shown:
+        while first < len(order):
+            width = int(prompts.mask[order[first]].sum())
+            rows = order[first : first + max(1, max_tokens // (width + max_new_tokens))]
+            batch = Tokens(prompts.ids[rows], prompts.mask[rows], prompts.roles[rows])
+            edits = together([changes[row] for row in rows])
+            new = lm.generate_ids(batch, edits, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+            ids[rows, : new.shape[1]] = new.cpu()
+            first += len(rows)
+            shown.advance(len(rows))
+    return Generated(ids, until_end(lm, ids))
 
 
 def sweep(
@@ -71,11 +119,7 @@ def sweep(
     prompts in the model's chat template; None does so where it has one. Raises UnweaveError for a latent that never
     fires, and for invalid strengths or modes.
     """
-    if not prompts:
-        raise UnweaveError("there are no prompts", remedy="give at least one")
-    for index, prompt in enumerate(prompts):
-        if not prompt.strip():
-            raise UnweaveError(f"prompt {index} holds no words", where=repr(prompt), remedy="write it or leave it out")
+    check_prompts(prompts)
     if not (finite(maximum) or 0.0) > 0:
         raise UnweaveError(
             f"latent {latent} has no largest activation to measure strengths by ({maximum})",
@@ -83,34 +127,37 @@ def sweep(
         )
     if any(finite(strength) is None for strength in strengths):
         raise UnweaveError(f"strengths must be numbers, not {list(strengths)}", remedy="for example 1 2 4")
-    edits = [_edit(sae, latent, strength * maximum, mode, where) for strength in strengths]
-    theme = lens_tokens(lm, sae, [latent])[0] if sae.d_out == lm.d_model else None
-    tokens = prompt_tokens(lm, prompts, chat)
-    texts: list[list[SteeredText]] = [[] for _ in prompts]
-    with task(f"steer latent {latent}", total=1 + len(strengths), unit="strengths") as shown:
-        for strength, edit in zip([None, *strengths], [None, *edits], strict=True):
-            ids = lm.generate_ids(tokens, edit, max_new_tokens=max_new_tokens)
-            written = until_end(lm, ids)
-            perplexities = perplexity(lm, tokens, ids, written)
-            for row, prompt in enumerate(prompts):
-                new = ids[row, : int(written[row])]
-                on_theme = None if theme is None or len(new) == 0 else float(torch.isin(new, theme).float().mean())
-                value = None if strength is None else strength * maximum
-                texts[row].append(
-                    SteeredText(
-                        prompt, strength, value, lm.decode(new), len(new), on_theme, distinct(new), perplexities[row]
-                    )
-                )
-            shown.advance()
-    return [text for row in texts for text in row]
+    if mode not in MODES:
+        raise UnweaveError(f"unknown way to steer {mode!r}", remedy=f"use one of {', '.join(MODES)}")
+    unit = 1.0 if mode in ("multiply", "project") else maximum
+    cells = [
+        (prompt, strength, None if strength is None else strength * unit)
+        for prompt in prompts
+        for strength in (None, *strengths)
+    ]
+    tokens = prompt_tokens(lm, [prompt for prompt, _, _ in cells], chat)
+    changes = [[] if value is None else [Change(sae, latent, value, mode, where)] for _, _, value in cells]
+    theme = lens_tokens(lm, sae, [latent])[0].cpu() if sae.d_out == lm.d_model else None
+    written = generate_sweep(lm, tokens, changes, max_new_tokens=max_new_tokens)
+    perplexities = perplexity(lm, tokens, *written)
+    texts = written.texts(lm)
+    steered = []
+    for row, (prompt, strength, value) in enumerate(cells):
+        new = written.ids[row, : int(written.lengths[row])]
+        on_theme = None if theme is None or len(new) == 0 else float(torch.isin(new, theme).float().mean())
+        steered.append(
+            SteeredText(prompt, strength, value, texts[row], len(new), on_theme, distinct(new), perplexities[row])
+        )
+    return steered
 
 
-def _edit(sae: SAE, latent: int, value: float, mode: Mode, where: Where) -> Edit:
-    if mode == "clamp":
-        return sae.clamp({latent: value}, where=where)
-    if mode == "add":
-        return sae.add({latent: value}, where=where)
-    raise UnweaveError(f"unknown way to steer {mode!r}", remedy="use clamp or add")
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises UnweaveError where there are no prompts, or one holds no words."""
+    if not prompts:
+        raise UnweaveError("there are no prompts", remedy="give at least one")
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UnweaveError(f"prompt {index} holds no words", where=repr(prompt), remedy="write it or leave it out")
 
 
 def prompt_tokens(lm: LM, prompts: Sequence[str], chat: bool | None) -> Tokens:
@@ -138,7 +185,15 @@ def distinct(ids: Tensor, n: int = _GRAM) -> float:
 def perplexity(lm: LM, prompt: Tokens, ids: Tensor, written: Tensor) -> list[float | None]:
     """exp of the mean cross-entropy, in nats, of each row's first ``written`` [B] new tokens ``ids`` [B, N] after its
     left-padded prompt; None where there are none. Taps that are open are in force."""
-    prompt = prompt.to(ids.device)
+    values: list[float | None] = []
+    step = max(1, _TOKENS // (prompt.ids.shape[1] + ids.shape[1]))
+    for start in range(0, len(ids), step):
+        rows = slice(start, start + step)
+        values += _perplexity(lm, prompt.rows(rows).to(lm.device), ids[rows].to(lm.device), written[rows].to(lm.device))
+    return values
+
+
+def _perplexity(lm: LM, prompt: Tokens, ids: Tensor, written: Tensor) -> list[float | None]:
     counted = torch.arange(ids.shape[1], device=ids.device) < written.unsqueeze(1)
     roles = torch.where(counted, int(Role.ASSISTANT), int(Role.PAD)).to(torch.uint8)
     whole = Tokens(
