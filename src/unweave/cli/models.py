@@ -13,6 +13,7 @@ HELP = (
     "For example:\n\n    unweave models\n    unweave train --model stories15m --sites resid_post.3"
 )
 
+_KINDS = {"model": "models", "text": "texts", "labels": "labels"}
 _JSON = Parameter(help="Print one JSON object for machines.", negative=(), show_default=False)
 
 
@@ -27,15 +28,15 @@ def models(*, json: Annotated[bool, _JSON] = False) -> dict[str, Any] | None:
             | {"sha256": list(entry.sha256)}
             for entry in entries
         ]
-        return {f"{kind}s": [row for row in rows if row["kind"] == kind] for kind in ("model", "text")}
+        return {name: [row for row in rows if row["kind"] == kind] for kind, name in _KINDS.items()}
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    for kind, title in (("model", "Models"), ("text", "Texts")):
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    for kind, name in _KINDS.items():
+        table = Table(title=name.capitalize(), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
         table.add_column(no_wrap=True, style="bold")
         table.add_column()
         for entry in (e for e in entries if e.kind == kind):

@@ -36,18 +36,19 @@ def friendly_io(path: Path) -> Iterator[None]:
     except UnweaveError:
         raise
     except Exception as error:  # torch and safetensors say in their own ways that a file could not be written
-        if "No space left" in str(error) or _free_bytes(path) < _NEARLY_NOTHING:
+        if "No space left" in str(error) or disk_free(path) < _NEARLY_NOTHING:
             raise _disk_full(path) from error
         raise
 
 
 def _disk_full(path: Path) -> UnweaveError:
-    left = f"{_free_bytes(path) / 1e6:.0f} MB left"
+    left = f"{disk_free(path) / 1e6:.0f} MB left"
     remedy = f"free some space ({left}) or choose another --runs folder; what is finished is kept"
     return UnweaveError("the disk is full", where=str(path), remedy=remedy)
 
 
-def _free_bytes(path: Path) -> int:
+def disk_free(path: Path) -> int:
+    """How many bytes are free where a path is, or would be."""
     return shutil.disk_usage(next(folder for folder in (path, *path.resolve().parents) if folder.exists())).free
 
 

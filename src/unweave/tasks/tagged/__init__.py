@@ -1,0 +1,1 @@
+"""Texts with tags: where they come from, and how they are divided."""
