@@ -15,18 +15,11 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
-from unweave.methods.steer.output_score import (
-    NEUTRAL,
-    PROMPTS,
-    TRIAL,
-    choose_latents,
-    expressions,
-    output_scores,
-    trials,
-)
+from unweave.methods.steer.choice import PROMPTS, TRIAL, choose_latents, expressions, trials
 from unweave.methods.steer.themes import Theme, themes
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
+from unweave.sae.output_score import NEUTRAL, output_scores
 from unweave.sae.steered import distinct, lens_tokens, perplexity, sweep, until_end
 
 F = 24
@@ -293,7 +286,7 @@ def test_trials_against_texts_written_one_at_a_time(lm: LM) -> None:
 
 
 def test_the_best_in_trials_come_first(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    import unweave.methods.steer.output_score as module
+    import unweave.methods.steer.choice as module
 
     sae = make_sae(lm)
     records = make_records(WINDOWS, COUNTS)

@@ -6,9 +6,10 @@ from unweave.core.stage import Context, stage
 from unweave.inputs.saes import open_one
 from unweave.latents import stage as latents
 from unweave.latents.spec import LatentsSpec
-from unweave.methods.steer.output_score import choose_latents, output_scores
+from unweave.methods.steer.choice import choose_latents
 from unweave.methods.steer.result import Sample, Steering
 from unweave.methods.steer.spec import SteerSpec
+from unweave.sae.output_score import output_scores
 from unweave.sae.steered import sweep
 
 

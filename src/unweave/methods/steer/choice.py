@@ -1,14 +1,10 @@
 """Which latent to steer with: one that has a theme, and that brings the theme out when it is turned up.
 
-1. The output score (Arad et al. 2025) asks whether the model says what a latent's direction promotes. At the last token
-   of a neutral prompt the latent is raised by 10 times the largest activation of any latent there; with p the
-   next-token distribution, S_out = (1 - r / |V|) p_max, p_max the largest probability among the 20 tokens of the
-   direction's logit lens and r that token's rank (0 is best). Tokens are the |V| ids that the tokenizer has; p is the
-   model's own distribution, over all rows of its unembedding.
-2. In a small model's early layers that finds latents that promote function words. So ``choose_latents`` begins from
-   the latents with the clearest themes (``themes``) and asks for their expression: what the theme's words add to the
-   divergence of the next token's distribution, at neutral prompts, when the latent is turned up as it will be in use.
-3. The strongest of them often write nothing but their words. So those that express their theme most write a few words
+1. In a small model's early layers a high output score (``sae/output_score.py``) finds latents that promote function
+   words. So ``choose_latents`` begins from the latents with the clearest themes (``themes``) and asks for their
+   expression: what the theme's words add to the divergence of the next token's distribution, at neutral prompts, when
+   the latent is turned up as it will be in use.
+2. The strongest of them often write nothing but their words. So those that express their theme most write a few words
    each, and the ones that come to their theme in text that neither repeats itself nor falls apart are best
    (``trials``).
 
@@ -18,82 +14,26 @@ All candidates are rows of a few batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
-from unweave.core.site import Site
 from unweave.latents.records import Records
-from unweave.lm.model import LM, Tokens
+from unweave.lm.model import LM
 from unweave.lm.taps import At
 from unweave.methods.steer.result import Candidate
 from unweave.methods.steer.themes import Theme, themes
 from unweave.sae.module import SAE
-from unweave.sae.steered import distinct, lens_tokens, perplexity, prompt_tokens, until_end
+from unweave.sae.output_score import output_scores, raised, written_site
+from unweave.sae.steered import distinct, perplexity, prompt_tokens, until_end
 
-NEUTRAL = "From my experience,"
-"""the paper's prompt"""
 PROMPTS = ("I would like to tell you about the", "My favourite thing is the", "It was all about")
 """beginnings that a word of almost any theme may follow"""
 TRIAL = "Tell me about something you like."
 
-_SHOWN = 10
 _TINY = 1e-12
-
-
-@dataclass(frozen=True)
-class OutputScore:
-    """How well one latent brings out what its direction promotes."""
-
-    latent: int
-    score: float
-    """S_out in [0, 1]"""
-    probability: float
-    """p_max"""
-    rank: int
-    """r"""
-    tokens: tuple[str, ...]
-    """its first ten lens tokens, as text"""
-
-
-def output_scores(
-    lm: LM,
-    sae: SAE,
-    latents: Sequence[int],
-    *,
-    prompt: str = NEUTRAL,
-    amount: float = 10.0,
-    max_tokens: int = 1024,
-) -> list[OutputScore]:
-    """The output score of each latent, in the order given; see the module. The SAE's error is kept.
-
-    Raises UnweaveError when no latent fires at the prompt's last token, since strengths are measured by that.
-    """
-    write = _written(lm, sae)
-    row = lm.tokenize(prompt)
-    reads = [sae.read or write]
-    with lm.taps(read=reads, stop=reads[0]) as seen:
-        lm(row)
-    strongest = float(sae.encode(seen[reads[0]][0, -1]).max())
-    if not strongest > 0:
-        raise UnweaveError(
-            "no latent fires at the prompt's last token", where=repr(prompt), remedy="use another prompt"
-        )
-    lens = lens_tokens(lm, sae, latents)
-    shift = torch.zeros(len(lens), row.ids.shape[1], sae.d_out, dtype=sae.W_dec.dtype, device=lm.device)
-    shift[:, -1] = amount * strongest * sae.subset(latents).directions
-    scores: list[OutputScore] = []
-    vocabulary = lm.known_ids.to(lm.device)
-    for part, p in _raised(lm, write, row, shift, max_tokens):
-        best = p.gather(1, lens[part]).max(1).values
-        ranks = (p[:, vocabulary] > best.unsqueeze(1)).sum(1).tolist()
-        for latent, theme, high, rank in zip(latents[part], lens[part], best.tolist(), ranks, strict=True):
-            tokens = tuple(lm.token_strings(theme[:_SHOWN]))
-            scores.append(OutputScore(int(latent), (1 - rank / len(vocabulary)) * high, high, rank, tokens))
-    return scores
 
 
 def expressions(
@@ -108,7 +48,7 @@ def expressions(
     """How much turning each latent up brings out its theme, in nats: sum p' log(p' / p) over the theme's tokens, mean
     over neutral prompts. p is the next-token distribution, p' the one with ``strength`` times the latent's largest
     activation added on all tokens that the SAE was trained on; a rare word that becomes likely counts most."""
-    write = _written(lm, sae)
+    write = written_site(lm, sae)
     shift = strength * torch.as_tensor(maxima, dtype=sae.W_dec.dtype, device=sae.W_dec.device).unsqueeze(1)
     shift = shift * sae.subset([theme.latent for theme in selected]).directions
     total = [0.0] * len(selected)
@@ -120,7 +60,7 @@ def expressions(
         assert logits is not None
         before = torch.softmax(logits[0, -1].float(), -1).clamp(min=_TINY)
         keep = sae.policy.keep(seen[reads], row.ids.to(lm.device), row.mask.to(lm.device)).unsqueeze(-1)
-        for part, p in _raised(lm, write, row, shift.unsqueeze(1) * keep, max_tokens):
+        for part, p in raised(lm, write, row, shift.unsqueeze(1), keep, max_tokens):
             for place, after in zip(range(part.start, part.stop), p, strict=True):
                 ids = torch.tensor(selected[place].token_ids, device=p.device)
                 now = after[ids].clamp(min=_TINY)
@@ -143,18 +83,18 @@ def trials(
     theme: 1 with two or more of the theme's tokens, 0.5 with one. variety: distinct 3-grams over all. sense: 1 while
     the perplexity under the unedited model is at most twice that of unedited text, else 1 over the number of doublings.
     """
-    write = _written(lm, sae)
+    write = written_site(lm, sae)
     cells = [(i, strength) for i in range(len(selected)) for strength in strengths]
     scale = torch.tensor([0.0, *(strength * maxima[i] for i, strength in cells)], dtype=sae.W_dec.dtype)
     latents = torch.tensor([0, *(selected[i].latent for i, _ in cells)])
     shift = scale.unsqueeze(1).to(lm.device) * sae.W_dec[latents.to(lm.device)]
 
-    def raised(x: Tensor, at: At) -> Tensor:
+    def turned_up(x: Tensor, at: At) -> Tensor:
         keep = sae.policy.keep(x, at.ids, at.mask) if sae.read == write else at.mask
         return x + (shift.unsqueeze(1) * keep.unsqueeze(-1)).to(x.dtype)
 
     rows = prompt_tokens(lm, [prompt] * len(scale), None)
-    ids = lm.generate_ids(rows, {write: raised}, max_new_tokens=max_new_tokens)
+    ids = lm.generate_ids(rows, {write: turned_up}, max_new_tokens=max_new_tokens)
     written = until_end(lm, ids)
     perplexities = perplexity(lm, rows, ids, written)
     usual = perplexities[0] or 1.0
@@ -194,23 +134,3 @@ def choose_latents(
         Candidate(clearest[i].latent, clearest[i].words, values[i], shown.get(i, 0.0), score.score, score.tokens)
         for i, score in zip(order, scores, strict=True)
     ]
-
-
-def _written(lm: LM, sae: SAE) -> Site:
-    if sae.write is None:
-        raise UnweaveError("this SAE's file named no site", remedy='name it: sae.at("resid_post.9")')
-    sae.verify(lm)
-    return sae.write
-
-
-def _raised(lm: LM, site: Site, row: Tokens, shifts: Tensor, max_tokens: int) -> Iterator[tuple[slice, Tensor]]:
-    """Next-token probabilities [R, V] after one prompt, with ``shifts`` [N, P, D] added at a site, some at a time."""
-    step = max(1, max_tokens // row.ids.shape[1])
-    for start in range(0, len(shifts), step):
-        part = slice(start, min(start + step, len(shifts)))
-        here = shifts[part]
-        rows = Tokens(*(column.expand(len(here), -1) for column in (row.ids, row.mask, row.roles)))
-        with lm.taps(edit={site: lambda x, _at, here=here: x + here.to(x.dtype)}):
-            logits = lm(rows, keep_logits=1)
-        assert logits is not None
-        yield part, torch.softmax(logits[:, -1].float(), -1)
