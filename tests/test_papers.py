@@ -14,7 +14,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.result import as_read, as_written
 from unweave.inputs.subject import SAEInfo, Subject
 from unweave.lm.model import LM
-from unweave.methods.rubric.result import Difference, Interval, JudgeInfo, RubricResult, Scores
+from unweave.methods.explain.rubric.result import Difference, Interval, JudgeInfo, RubricResult, Scores
 from unweave.methods.special_tokens.result import (
     GROUPS,
     AlphaSweep,

@@ -1,4 +1,4 @@
-"""methods/rubric against counting by hand, and `unweave rubric` with a scripted judge on a tiny model's SAE."""
+"""methods/explain/rubric against counting by hand, and `unweave rubric` with a scripted judge on a tiny model's SAE."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from unweave.latents.contexts import RecordsSpec, find_contexts
 from unweave.latents.records import Records
 from unweave.latents.spec import LatentsSpec
 from unweave.lm.model import LM
-from unweave.methods.rubric import rubric as rules
-from unweave.methods.rubric import stage as rubric
-from unweave.methods.rubric import view
-from unweave.methods.rubric.result import Difference, Interval, RatedLatent, RubricResult
-from unweave.methods.rubric.rubric import Item, Rating, difference, eligible, parse, question, rate, summarise
-from unweave.methods.rubric.spec import COMMAND, RubricSpec
+from unweave.methods.explain.rubric import rubric as rules
+from unweave.methods.explain.rubric import stage as rubric
+from unweave.methods.explain.rubric import view
+from unweave.methods.explain.rubric.result import Difference, Interval, RatedLatent, RubricResult
+from unweave.methods.explain.rubric.rubric import Item, Rating, difference, eligible, parse, question, rate, summarise
+from unweave.methods.explain.rubric.spec import COMMAND, RubricSpec
 from unweave.methods.train import stage as train
 from unweave.methods.train.kinds import TopKSpec
 from unweave.methods.train.spec import TrainSpec

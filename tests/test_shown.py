@@ -20,7 +20,7 @@ from unweave.latents.records import Records, RecordsSpec, build
 from unweave.latents.view import entry_of
 from unweave.lm.model import LM
 from unweave.lm.shown import pieces
-from unweave.methods.rubric import rubric
+from unweave.methods.explain.rubric import rubric
 from unweave.methods.shift import relevance
 from unweave.methods.shift.spec import RuleOptions
 from unweave.methods.steer.themes import themes

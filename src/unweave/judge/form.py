@@ -78,6 +78,11 @@ class Rating(Generic[Case]):
         return float(self.answer.values[0]) if self.answer and self.answer.values else math.nan
 
     @property
+    def words(self) -> str:
+        """The answer's words; empty for failures."""
+        return self.answer.words if self.answer else ""
+
+    @property
     def best(self) -> float:
         """The first expected rating where it is known, else the rating itself."""
         return self.value if not self.expected or self.expected[0] is None else self.expected[0]
@@ -122,7 +127,7 @@ class Ratings(Generic[Case]):
             "reply": [row.reply.text for row in self.rows],
             "values": [list(answer.values) for answer in answers],
             "expected": [list(row.expected) for row in self.rows],
-            "words": [answer.words for answer in answers],
+            "words": [row.words for row in self.rows],
             "failure": [row.failure for row in self.rows],
             "prompt_tokens": [row.reply.prompt_tokens for row in self.rows],
             "new_tokens": [row.reply.new_tokens for row in self.rows],

@@ -18,7 +18,7 @@ METHODS = (
     "latents",
     "methods.trace",
     "methods.steer",
-    "methods.rubric",
+    "methods.explain.rubric",
     "methods.special_tokens",
     "methods.circuits",
     "methods.shift",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from unweave.methods.rubric.result import Scores
+from unweave.methods.explain.rubric.result import Scores
 from unweave.methods.special_tokens.view import finding
 from unweave.papers.claims import Claim, Verdict
 from unweave.papers.instruct_saes.compare import Contest, cells, contest

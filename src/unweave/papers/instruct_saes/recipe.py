@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from unweave.core.refs import contents_of
 from unweave.core.run import Run
 from unweave.core.stage import Context, stage
-from unweave.methods.rubric import stage as rubric
-from unweave.methods.rubric.result import RubricResult
-from unweave.methods.rubric.spec import RubricSpec
+from unweave.methods.explain.rubric import stage as rubric
+from unweave.methods.explain.rubric.result import RubricResult
+from unweave.methods.explain.rubric.spec import RubricSpec
 from unweave.methods.special_tokens import stage as special_tokens
 from unweave.methods.special_tokens.result import SpecialTokenResult
 from unweave.methods.special_tokens.spec import SpecialTokensSpec

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unweave.core.result import Result
-from unweave.methods.rubric.result import RubricResult
+from unweave.methods.explain.rubric.result import RubricResult
 from unweave.methods.special_tokens.result import Group, GroupErrors, SpecialTokenResult, TokenErrors
 
 Recipe = Literal["BT(P)", "BT(F)", "FAST"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unweave.core.result import Row
 from unweave.core.writing import write_file
-from unweave.methods.rubric import view as rubric
+from unweave.methods.explain.rubric import view as rubric
 from unweave.methods.special_tokens import view as special_tokens
 from unweave.papers.claims import markdown
 from unweave.papers.instruct_saes import figures

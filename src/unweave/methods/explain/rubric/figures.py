@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unweave.methods.rubric.result import RubricResult
+from unweave.methods.explain.rubric.result import RubricResult
 from unweave.show.figures import COLOURS, as_svg, new_figure, settings
 
 

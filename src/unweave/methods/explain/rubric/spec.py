@@ -10,7 +10,7 @@ from unweave.core.rules import at_least
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import UseSpec
 from unweave.judge.spec import JudgeSpec
-from unweave.methods.rubric.result import RubricResult
+from unweave.methods.explain.rubric.result import RubricResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ COMMAND = Command(
     words="rubric",
     spec=RubricSpec,
     result=RubricResult,
-    stage="unweave.methods.rubric.stage:run",
+    stage="unweave.methods.explain.rubric.stage:run",
     summary="Have a chat model score how clear latents are, from 1 to 5.",
     about="The judge sees the five strongest contexts of random latents, and beside them sets of contexts of five "
     "different latents, which should score low. By default a small judge runs here (a download of 1.1 GB, once, "

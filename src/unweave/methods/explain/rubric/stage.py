@@ -15,8 +15,8 @@ from unweave.inputs.inputs import load_lm
 from unweave.judge.base import REPLIES, check_judge, open_judge
 from unweave.latents import stage as latents
 from unweave.latents.spec import LatentsSpec
-from unweave.methods.rubric.result import JudgeInfo, RatedLatent, RubricResult
-from unweave.methods.rubric.rubric import (
+from unweave.methods.explain.rubric.result import JudgeInfo, RatedLatent, RubricResult
+from unweave.methods.explain.rubric.rubric import (
     Rating,
     difference,
     eligible,
@@ -25,7 +25,7 @@ from unweave.methods.rubric.rubric import (
     shuffled_items,
     summarise,
 )
-from unweave.methods.rubric.spec import RubricSpec
+from unweave.methods.explain.rubric.spec import RubricSpec
 
 
 @stage("rubric", version=4)

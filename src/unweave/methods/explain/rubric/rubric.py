@@ -22,10 +22,12 @@ from typing import Literal
 import numpy as np
 
 from unweave.core.errors import UnweaveError
+from unweave.judge import form
 from unweave.judge.base import Conversation, Judge, Reply
+from unweave.judge.form import Answer, Form
 from unweave.latents.contexts import KINDS, Array
 from unweave.latents.records import Context, Records
-from unweave.methods.rubric.result import SCALE, Difference, Interval, Scores
+from unweave.methods.explain.rubric.result import SCALE, Difference, Interval, Scores
 
 CONTEXTS = 5
 _TOP = 10.0
@@ -197,22 +199,22 @@ def parse(text: str) -> tuple[int, str]:
     return int(score), name
 
 
+def _answer(text: str, item: Item) -> Answer:
+    score, name = parse(text)
+    return Answer((score,), (_ANSWER.search(text).start(1),), name)  # type: ignore[union-attr]
+
+
+FORM: Form[Item] = Form("rubric", 4, question, _answer, tuple(sorted(SCALE)))
+"""The question as a form; the whole reply is read, since two answers in it are none."""
+
+
 def rate(judge: Judge, items: Sequence[Item]) -> list[Rating]:
     """Every item's rating, in order. Errors as in ``judge.ask``."""
-    prompts = [question(item) for item in items]
-    replies = judge.ask(prompts)
-    return [_rating(*each) for each in zip(items, prompts, replies, strict=True)]
-
-
-def _rating(item: Item, prompt: Conversation, reply: Reply) -> Rating:
-    if reply.text is None:
-        return Rating(item, prompt, reply, None, "", reply.failure)
-    try:
-        score, name = parse(reply.text)
-    except ValueError as error:
-        reason = f"{error}, cut at the length allowed" if reply.cut else str(error)
-        return Rating(item, prompt, reply, None, "", reason)
-    return Rating(item, prompt, reply, score, name, "")
+    rows = form.rate(judge, FORM, items).rows
+    return [
+        Rating(row.case, row.prompt, row.reply, int(row.value) if row.answer else None, row.words, row.failure)
+        for row in rows
+    ]
 
 
 # -- the numbers --------------------------------------------------------------------------------------------------

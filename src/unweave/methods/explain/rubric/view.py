@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from unweave.core.result import Row
 from unweave.judge.spec import DEFAULT_JUDGE
-from unweave.methods.rubric.figures import scores_bars
-from unweave.methods.rubric.result import SCALE, Difference, Interval, JudgeInfo, RubricResult, Scores
+from unweave.methods.explain.rubric.figures import scores_bars
+from unweave.methods.explain.rubric.result import SCALE, Difference, Interval, JudgeInfo, RubricResult, Scores
 from unweave.show.page import ALONE, Around, Section, Tile, figure
 from unweave.show.pieces import esc, latent_link, table
 
