@@ -12,9 +12,9 @@ from unweave.core.site import Site
 from unweave.latents.logit_weights import logit_effects
 from unweave.lm.model import LM
 from unweave.lm.unembed import top_tokens
-from unweave.sae.output_score import NEUTRAL, output_scores
 from unweave.sae.activations import TopK
 from unweave.sae.module import SAE
+from unweave.sae.output_score import NEUTRAL, output_scores
 from unweave.sae.steered import lens_tokens
 
 SITE = Site("resid_post", 1)

@@ -1,7 +1,7 @@
 """The output score: whether the model says what a latent's direction promotes (Arad et al. 2025).
 
-At the last token of a neutral prompt the latent is raised by 10 times the largest activation of any latent there; with p
-the next-token distribution, S_out = (1 - r / |V|) p_max, p_max the largest probability among the 20 tokens of the
+At the last token of a neutral prompt the latent is raised by 10 times the largest activation of any latent there; with
+p the next-token distribution, S_out = (1 - r / |V|) p_max, p_max the largest probability among the 20 tokens of the
 direction's logit lens and r that token's rank (0 is best). Tokens are the |V| ids that the tokenizer has; p is the
 model's own distribution, over all rows of its unembedding. All latents are rows of a few batches.
 """
