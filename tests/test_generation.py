@@ -58,7 +58,7 @@ def test_generated_tokens_are_the_assistants_without_a_cache_too(tiny_lm: Callab
     lm = tiny_lm()
     seen: list[list[int]] = []
     prompt = Tokens.of(torch.tensor([[40, 41, 42][:length]]))
-    with lm._running(prompt), lm.taps(edit={"embed": lambda x, at: seen.append(at.roles[0].tolist())}):
+    with lm.running(prompt), lm.taps(edit={"embed": lambda x, at: seen.append(at.roles[0].tolist())}):
         for new in range(3):
             ids = torch.cat([prompt.ids, torch.full((1, new), 50)], dim=1)
             lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

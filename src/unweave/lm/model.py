@@ -20,6 +20,7 @@ from unweave.lm import taps as _taps
 from unweave.lm import template as templates
 from unweave.lm.admission import check_model, check_tokens, confirm_layout, known_ids
 from unweave.lm.chat import Role
+from unweave.lm.decoding import decode
 from unweave.lm.ends import end_ids
 from unweave.lm.fingerprint import fingerprint
 from unweave.lm.layout import Layout
@@ -262,6 +263,7 @@ class LM:
         stop: str | Site | None = None,
         grad: bool = False,
         start: _taps.Start | None = None,
+        newest: bool = False,
     ) -> AbstractContextManager[_taps.Seen]:
         """Reads and edits activations in the forward passes of a ``with`` block; see ``lm/taps.py``.
 
@@ -269,7 +271,7 @@ class LM:
         ...     lm(lm.tokenize(["The keys to the cabinet"]))
         >>> seen["resid_post.9"].shape                               # [batch, position, d_model]
         """
-        return _taps.taps(self, read, edit, stop, grad, start)
+        return _taps.taps(self, read, edit, stop, grad, start, newest)
 
     def __call__(self, tokens: Tokens | Tensor, *, keep_logits: int = 0) -> Tensor | None:
         """Logits [B, P, V] of a forward pass, or None where taps stopped it.
@@ -277,7 +279,7 @@ class LM:
         ``keep_logits`` computes only those of the last so many positions. Positions count from each row's first token,
         whatever the padding side (trap 1). Gradients are recorded only inside ``taps(grad=True)``.
         """
-        batch = self._admitted(tokens if isinstance(tokens, Tokens) else Tokens.of(tokens))
+        batch = self.admitted(tokens if isinstance(tokens, Tokens) else Tokens.of(tokens))
         extra: dict[str, Tensor] = {}
         # Causal attention sees padding on the left. On the right positions would run on, past a table's end perhaps.
         width = batch.ids.shape[1]
@@ -286,19 +288,21 @@ class LM:
             extra["position_ids"] = (batch.mask.long().cumsum(-1) - 1).clamp(min=0)
         grad = any(session.grad for session in self.sessions)
         options = {"use_cache": False, "logits_to_keep": keep_logits, "return_dict": True}
-        with self._running(batch), torch.set_grad_enabled(grad):
+        with self.running(batch), torch.set_grad_enabled(grad):
             try:
                 out = self.model(input_ids=batch.ids, **options, **extra)
             except _taps.Stop:
                 return None
         return out[0] if isinstance(out, tuple) else out.logits
 
-    def _admitted(self, tokens: Tokens, new: int = 0) -> Tokens:
+    def admitted(self, tokens: Tokens, new: int = 0) -> Tokens:
+        """Tokens on the model's device. UnweaveError for what it cannot read, or has no room for with ``new`` more."""
         check_tokens(self.model, self.layout, tokens, new)
         return tokens.to(self.device)
 
     @contextmanager
-    def _running(self, tokens: Tokens) -> Iterator[None]:
+    def running(self, tokens: Tokens) -> Iterator[None]:
+        """Within, forward passes of the model are of these tokens, and of what is generated behind them."""
         self.current = tokens
         try:
             with rows_apart(self.rotaries):
@@ -315,12 +319,13 @@ class LM:
         temperature: float = 0.0,
         seed: int = 0,
         chat: bool | None = None,
+        persist: bool = True,
     ) -> Any:
         """Continues prompts, with edits at every step; a string for one prompt, a list of strings for several.
 
         ``chat`` puts each prompt in the model's chat template as the user's turn; None does so where there is one.
         Greedy at temperature 0, otherwise sampled from the whole distribution with ``seed``. Text only, no special
-        tokens. Generation stops at the first of ``end_ids``.
+        tokens. Generation stops at the first of ``end_ids``. ``persist`` as in ``generate_ids``.
         """
         if isinstance(prompt, Tokens):
             tokens = prompt
@@ -332,7 +337,9 @@ class LM:
                 tokens = self.chat(talks, side="left", add_generation_prompt=True)
             else:
                 tokens = self.tokenize(texts, side="left")
-        ids = self.generate_ids(tokens, edit, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        ids = self.generate_ids(
+            tokens, edit, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, persist=persist
+        )
         texts = [self.decode(row) for row in ids]
         return texts[0] if isinstance(prompt, str) else texts
 
@@ -343,33 +350,22 @@ class LM:
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
+        persist: bool = True,
     ) -> Tensor:
-        """The new token ids [B, up to max_new_tokens]; rows that ended early are filled with ``pad_id``."""
-        from transformers import GenerationConfig
+        """The new token ids [B, up to max_new_tokens]; rows that ended early are filled with ``pad_id``.
 
+        ``seed``: one, or one for each row, whose text then is the same in any batch. ``persist`` False: edits change
+        what the model says and not what it remembers; see ``lm/decoding.py``.
+        """
         if not bool(tokens.mask[:, -1].all()):
             raise UnweaveError("generation needs padding on the left", remedy='tokenize with side="left"')
         if max_new_tokens < 1 or not temperature >= 0:
             raise UnweaveError(f"cannot generate {max_new_tokens} tokens at temperature {temperature}")
-        batch = self._admitted(tokens.columns(slice(int(tokens.mask.any(0).int().argmax()), None)), max_new_tokens)
-        own = self.model.generation_config
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
-        # Nothing else: many instruct models ship settings of their own (sampling, penalties) that fill every gap.
-        self.model.generation_config = GenerationConfig(
-            **sampling,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(self.end_ids) or None,
-            pad_token_id=self.pad_id,
-            use_cache=self.may_cache(batch.mask.sum(1), max_new_tokens),
+        new = decode(
+            self, tokens, edit, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, persist=persist
         )
-        with self._running(batch), self.taps(edit=edit), torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed)
-            try:
-                out = self.model.generate(input_ids=batch.ids, attention_mask=batch.mask.long())
-            finally:
-                self.model.generation_config = own
-        return out[:, batch.ids.shape[1] :]
+        return torch.stack(list(new), 1)
 
     def may_cache(self, lengths: Tensor, new: int) -> bool:
         """Whether keys stay right while ``new`` tokens are added to rows of these lengths; see ``lm/rotary.py``."""

@@ -206,7 +206,7 @@ def _check(site: Site, x: Any, session: Session) -> Tensor:
     return x
 
 
-def _edited(edit: EditFn, x: Tensor, at: At) -> Tensor | None:
+def _edited(edit: EditFn, x: Tensor, at: At, newest: bool) -> Tensor | None:
     version = x._version
     new = edit(x, at)
     if x._version != version:
@@ -219,7 +219,7 @@ def _edited(edit: EditFn, x: Tensor, at: At) -> Tensor | None:
             where=str(at.site),
             remedy="return a tensor of the same shape and dtype",
         )
-    return new
+    return torch.cat([x[:, :-1], new[:, -1:]], 1) if newest else new
 
 
 def _first(out: Any) -> Any:
@@ -310,12 +310,14 @@ def taps(
     stop: str | Site | None = None,
     grad: bool = False,
     start: Start | None = None,
+    newest: bool = False,
 ) -> Iterator[Seen]:
     """Hooks a model for the forward passes inside the ``with`` block; see the module's first lines.
 
     With ``grad`` the values read keep their graph; otherwise they are detached and nothing is recorded. With ``start``
     the forward pass begins at a site with the value given, [B, P, D] (cast to the stream's dtype, gradients flow to
-    it): blocks below it are not computed, and sites below it can be neither read nor edited.
+    it): blocks below it are not computed, and sites below it can be neither read nor edited. With ``newest`` only the
+    last position of every pass is edited.
     """
     edits = _by_site(lm, edit)
     reads = sorted({lm.site(s) for s in read} | {site for _, _, needs in edits for site in needs})
@@ -326,7 +328,7 @@ def taps(
         return lambda x: seen._put(site, x if grad else x.detach())
 
     def change(site: Site, fn: EditFn) -> Callable[[Tensor], Tensor | None]:
-        return lambda x: _edited(fn, x, session.at(site))
+        return lambda x: _edited(fn, x, session.at(site), newest)
 
     def halt(_x: Tensor) -> None:
         raise Stop

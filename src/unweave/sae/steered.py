@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.lm.chat import Role
+from unweave.lm.decoding import row_seed
 from unweave.lm.model import LM, Tokens
 from unweave.lm.unembed import top_tokens
 from unweave.sae.edits import MODES, Change, Mode, Where, finite, together
@@ -72,12 +73,14 @@ def generate_sweep(
     max_new_tokens: int = 60,
     temperature: float = 0.0,
     seed: int = 0,
+    persist: bool = True,
     max_tokens: int = 8192,
 ) -> Generated:
     """Continues every prompt, padded on the left (``prompt_tokens``), under the changes of its row; none: unedited.
 
     Rows go into batches from the longest prompt to the shortest, each of as many as have at most ``max_tokens`` tokens
-    with their answers, whatever SAEs, sites, latents and strengths they have. Raises UnweaveError before anything is
+    with their answers, whatever SAEs, sites, latents and strengths they have. What a row draws depends on ``seed`` and
+    its place in ``prompts`` alone. ``persist`` False: see ``lm/decoding.py``. Raises UnweaveError before anything is
     generated for changes that do not fit the prompts, the SAEs or the model.
     """
     if len(changes) != len(prompts):
@@ -93,7 +96,14 @@ def generate_sweep(
             rows = order[first : first + max(1, max_tokens // (width + max_new_tokens))]
             batch = Tokens(prompts.ids[rows], prompts.mask[rows], prompts.roles[rows])
             edits = together([changes[row] for row in rows])
-            new = lm.generate_ids(batch, edits, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+            new = lm.generate_ids(
+                batch,
+                edits,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=[row_seed(seed, row) for row in rows],
+                persist=persist,
+            )
             ids[rows, : new.shape[1]] = new.cpu()
             first += len(rows)
             shown.advance(len(rows))
