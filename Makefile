@@ -55,7 +55,7 @@ test: $(VENV)/.ready-dev
 # The interpreter runs on CPUs; it must be asked for before Triton is first imported.
 test-triton: $(VENV)/.ready-dev
 	@$(PIP) -q -c constraints.txt -e '.[gpu]'
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/interpreted_triton.py
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/sae/interpreted_triton.py
 
 lint: $(VENV)/.ready-dev
 	@$(BIN)/ruff check .

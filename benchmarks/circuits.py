@@ -8,11 +8,11 @@ SAEs at the embedding and, in every block, at what attention and MLP add and at 
 gradients with 10 points, pairs of random tokens that differ in a third of their places, about as many retained
 downstream nodes as ``--nodes`` says, weights summed over positions.
 
-The loop (``tests/circuit_loop.py``) has no handicap. Nodes: a forward and backward pass of the whole batch per site and
-point, from the last logits to the site. Edges: one forward pass in which every node is a leaf, then a backward pass per
-retained node that asks for the leaves it reaches and nothing else, over the graph of the whole batch or of the node's
-own example, whichever is faster. Where the loop would take long, nodes are timed with fewer points and edges with a
-sample of the retained nodes, and the rest is extrapolated: the table says how much was timed.
+The loop (``tests/helpers/circuit_loop.py``) has no handicap. Nodes: a forward and backward pass of the whole batch per
+site and point, from the last logits to the site. Edges: one forward pass in which every node is a leaf, then a backward
+pass per retained node that asks for the leaves it reaches and nothing else, over the graph of the whole batch or of the
+node's own example, whichever is faster. Where the loop would take long, nodes are timed with fewer points and edges
+with a sample of the retained nodes, and the rest is extrapolated: the table says how much was timed.
 
 Both sides take turns; seconds are medians over rounds, ratios medians of the ratio within a round. ``by operations``
 counts both sides' floating-point operations (of matrix products, as PyTorch counts them): the ratio that arithmetic
@@ -42,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import circuit_loop
+from helpers import circuit_loop
 from unweave.attribute.attribution import SiteEffects, node_effects
 from unweave.attribute.states import change_of, moved_positions, states
 from unweave.circuits.edges import edge_effects

@@ -1,4 +1,4 @@
-"""What every test may use: tiny random models of each family, a tiny tokenizer, and the default real model."""
+"""Fixtures for every test: tiny random models, a tiny tokenizer, a small finished training, the default real model."""
 
 from __future__ import annotations
 
@@ -8,123 +8,20 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-VOCAB = 97
-N_LAYERS = 3
-D_MODEL = 32
-
-# "gpt_neox" adds attention and MLP in parallel (there is no resid_mid); "gpt_neox_sequential" does not.
-FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "olmo2",
-    "phi3",
-    "smollm3",
-    "gpt2",
-    "gpt_neox",
-    "gpt_neox_sequential",
-)
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# Character level and 97 ids, so that it fits the tiny models.  The BOS id is 0 on purpose: code that asks
-# `if tokenizer.bos_token_id` instead of `is not None` fails with it.
-SPECIALS = ("<|im_start|>", "<|im_end|>", "<pad>", "<unk>")
-CHARACTERS = [chr(c) for c in range(32, 127) if chr(c) not in "`~^"] + ["\n"]
+from helpers.models import FAMILIES, build_tiny, build_tiny_tokenizer
+from helpers.progress import ShownTask
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tests run beside each other; more threads than cores make all of them slower, and sums less repeatable."""
     torch.set_num_threads(1)
-
-
-def build_tiny(family: str, seed: int = 0, vocab_size: int = VOCAB) -> Any:
-    """A random Hugging Face causal LM of `family`, fp32, eval mode: 3 layers, d 32, 4 heads, 97 ids, 64 positions.
-
-    Weights are larger than a fresh initialisation's and norms and biases are not at 1 and 0, so that attention is not
-    uniform and a forgotten norm or bias changes the numbers.  The global random state is left as it was.
-    """
-    import transformers as hf
-
-    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": vocab_size}
-    base: dict[str, Any] = {
-        **ids,
-        "hidden_size": D_MODEL,
-        "num_hidden_layers": N_LAYERS,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 64,
-    }
-    kv: dict[str, Any] = {**base, "num_key_value_heads": 2}
-    gemma: dict[str, Any] = {**kv, "head_dim": 8}
-    gpt2: dict[str, Any] = {**ids, "n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": 64}
-    recipes: dict[str, Callable[[], Any]] = {
-        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**kv)),
-        "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**kv)),
-        "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**kv)),
-        "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**kv, head_dim=8)),
-        "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**gemma)),
-        "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**gemma, sliding_window=8)),
-        "gemma3_text": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**gemma, sliding_window=8)),
-        "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**kv)),
-        "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**kv)),
-        "smollm3": lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**kv)),
-        "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**gpt2)),
-        "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**base, use_parallel_residual=True)),
-        "gpt_neox_sequential": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**base, use_parallel_residual=False)),
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = recipes[family]().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(0.3 * torch.randn_like(parameter))
-                else:
-                    parameter.normal_(0.0, 0.15)
-    return model
-
-
-def build_tiny_tokenizer(add_bos: bool = False, chat_template: str | None = CHATML) -> Any:
-    """A fast character-level tokenizer of 97 ids: `<|im_start|>` 0 is BOS, `<|im_end|>` 1 EOS, `<pad>` 2, `<unk>` 3.
-
-    `add_bos` makes `tokenizer(text)` put a BOS in front, as Llama's and Gemma's do; `chat_template=None` gives one
-    that cannot chat.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {token: i for i, token in enumerate([*SPECIALS, *CHARACTERS])}
-    assert len(vocab) == VOCAB
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    core.decoder = decoders.Fuse()
-    core.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
-    if add_bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<|im_start|> $A", pair="<|im_start|> $A <|im_start|> $B", special_tokens=[("<|im_start|>", 0)]
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = chat_template
-    return tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -170,22 +67,6 @@ def default_lm() -> Any:
     return LM.load("smollm2-135m-instruct")
 
 
-class ShownTask:
-    """What a piece of long work says of itself: its name, total and unit, how far it got, and how it ended."""
-
-    def __init__(self, name: str, total: float, unit: str, done: float) -> None:
-        self.name, self.total, self.unit, self.done = name, total, unit, done
-        self.end = ""
-
-    def advance(self, amount: float = 1) -> None:
-        self.done += amount
-
-    def note(self, text: str) -> None: ...
-
-    def close(self, *, stopped: bool = False) -> None:
-        self.end = "stopped" if stopped else "done"
-
-
 @pytest.fixture
 def shown_tasks() -> Iterator[list[ShownTask]]:
     """The long work that is announced during the test."""
@@ -201,3 +82,28 @@ def shown_tasks() -> Iterator[list[ShownTask]]:
 def generator() -> torch.Generator:
     """A generator with a fixed seed."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/ and text/, a few hundred short documents; ``helpers.jobs.spec_of(home)`` trains on it."""
+    from helpers.jobs import write_home
+
+    folder = tmp_path_factory.mktemp("home")
+    write_home(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for runs."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path, runs: Path) -> Any:
+    """The finished run of ``spec_of(home)`` in ``runs``."""
+    from helpers.jobs import spec_of
+    from unweave.methods.train import stage as train
+
+    return train.run(spec_of(home), runs)

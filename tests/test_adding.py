@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from test_example_scripts import ROOT
-from test_examples import fenced
+from helpers.pages import fenced
+from helpers.paths import ROOT
 from unweave import methods
 from unweave.cli.stages import stages
 from unweave.core.spec import unite

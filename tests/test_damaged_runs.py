@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from test_circuit_jobs import home as circuit_home  # noqa: F401
-from test_circuit_jobs import spec_of as find_spec_of
-from test_jobs import home, runs, spec_of, trained  # noqa: F401
-from test_report import steering, trace
+from helpers import circuit_jobs
+from helpers.jobs import spec_of
+from helpers.report import steering, trace
 from unweave.circuits.opened import open_circuit
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
@@ -65,7 +64,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.fixture(scope="module")
-def finished(trained: Run, runs: Path) -> Path:  # noqa: F811
+def finished(trained: Run, runs: Path) -> Path:
     """A runs folder in which every stage that a report reads has finished."""
     sae = trained.path / "sae"
     evaluation.run(EvalSpec(sae=sae, device="cpu", tokens=600), runs)
@@ -157,8 +156,15 @@ def test_damaged_lines_of_a_log_are_passed_over(finished: Path, copy: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def circuit(circuit_home: Path) -> Path:  # noqa: F811
-    return find.run(find_spec_of(circuit_home, edges=False), circuit_home / "runs").path
+def circuit_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("circuit")
+    circuit_jobs.write_home(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def circuit(circuit_home: Path) -> Path:
+    return find.run(circuit_jobs.spec_of(circuit_home, edges=False), circuit_home / "runs").path
 
 
 @pytest.mark.parametrize("command", ["draw", "evaluate"])
@@ -203,7 +209,7 @@ def test_pieces_of_unfinished_work_that_are_damaged_are_named(damage: str, tmp_p
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"files": 3}', '{"files": [3]}', '{"files": ["../x"]}', "\0", "{"])
-def test_a_damaged_list_of_checkpoints_is_named(content: str, home: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_damaged_list_of_checkpoints_is_named(content: str, home: Path, tmp_path: Path) -> None:
     with Run.open(tmp_path, "train", spec_of(home)) as run:
         (run.path / "checkpoint.json").write_text(content)
         with pytest.raises(UnweaveError) as caught:
@@ -223,7 +229,7 @@ def test_the_files_of_a_run_that_are_read_are_those_that_it_wrote(circuit: Path,
             Run.at(folder).file(name)
 
 
-def test_a_run_made_elsewhere_is_not_said_to_be_of_this_environment(trained: Run, tmp_path: Path, home: Path) -> None:  # noqa: F811
+def test_a_run_made_elsewhere_is_not_said_to_be_of_this_environment(trained: Run, tmp_path: Path, home: Path) -> None:
     folder = tmp_path / trained.path.name
     shutil.copytree(trained.path, folder)
     (folder / "env.json").unlink()

@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
-import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from conftest import build_tiny, build_tiny_tokenizer
+from helpers.models import build_tiny, build_tiny_tokenizer
+from helpers.pages import EXAMPLES, write_text_and_pairs
+from helpers.paths import ROOT
 from unweave.core.errors import UnweaveError
-
-ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def example(name: str) -> Callable[[list[str]], int]:
@@ -37,23 +34,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_tiny_tokenizer().save_pretrained(folder / "model")
     write_text_and_pairs(folder)
     return folder
-
-
-def write_text_and_pairs(folder: Path) -> None:
-    """500 short texts, and six pairs of sentences for characters as tokens."""
-    (folder / "text").mkdir()
-    rng = random.Random(0)
-    words = re.findall(
-        r"\w+", "the keys to a cabinet are on the table near an old door while she was reading about rain"
-    )
-    texts = [json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(5, 10)))}) for _ in range(500)]
-    (folder / "text" / "rows.jsonl").write_text("\n".join(texts))
-    pairs = [
-        {"clean_prefix": f"the {a} {p}", "patch_prefix": f"the {b} {p}", "clean_answer": "s", "patch_answer": "t"}
-        for a, b in (("key", "hat"), ("cat", "dog"), ("sea", "bed"))
-        for p in ("near", "with")
-    ]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
 
 
 def test_every_example_is_run_here() -> None:

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import build_tiny, build_tiny_tokenizer
-from test_example_scripts import EXAMPLES, ROOT, write_text_and_pairs
-from test_layers import LAYERS, SOURCE
+from helpers.models import build_tiny, build_tiny_tokenizer
+from helpers.pages import EXAMPLES, FENCE, fenced, write_text_and_pairs
+from helpers.paths import ROOT, SOURCE, TESTS
 from unweave.cli import bridge
 from unweave.cli.app import build_app, main
 from unweave.cli.convert import convert
@@ -40,12 +40,6 @@ PAGES = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "src/unweave/papers/README.md",
 ]  # fmt: skip
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-
-
-def fenced(page: Path, *languages: str) -> list[str]:
-    """The code blocks of a page in one of the languages ("" for blocks that name none)."""
-    return [code for language, code in FENCE.findall(page.read_text(encoding="utf-8")) if language in languages]
 
 
 def snippets(page: Path) -> list[str]:
@@ -331,8 +325,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 )
 def test_source_files_that_are_named_exist(page: Path) -> None:
     for name in re.findall(r"(?<![\w/.-])[\w/-]+\.py\b", page.read_text(encoding="utf-8")):
-        places = (ROOT, SOURCE, ROOT / "tests", ROOT / "examples", page.parent)
-        anywhere = "/" not in name and any(SOURCE.rglob(name))  # as "a method's spec.py"
+        places = (ROOT, SOURCE, ROOT / "examples", page.parent)
+        anywhere = "/" not in name and any(any(tree.rglob(name)) for tree in (SOURCE, TESTS))  # as "a method's spec.py"
         assert anywhere or any((place / name).is_file() for place in places), name
 
 
@@ -361,17 +355,6 @@ def test_the_table_of_sites_is_right() -> None:
             name = "none"
         assert found.pop(point if site.layer is None else f"{point}.N") == name
     assert list(found) == ["path.MODULE"]
-
-
-def test_the_drawing_of_the_house_is_right() -> None:
-    block = fenced(ROOT / "docs" / "architecture.md", "text")[0]
-    named = re.findall(r"^ ?(\d+)  (methods/\S+|[a-z]+(?: [a-z]+)*)", block, re.M)
-    drawn = {int(number): set(names.split()) for number, names in named}
-    layers = [set(layer) for layer in LAYERS if layer not in (("unweave",), ("__main__",))]
-    written = {"methods": "methods/<name>", "demo": "methods/demo"}
-    assert drawn == {n: {written.get(name, name) for name in layer} for n, layer in enumerate(layers, 1)}
-    there = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
-    assert there == set().union(*layers) - {"demo"}, "a layer for every package, and no layer without one"
 
 
 def test_every_metric_is_explained() -> None:

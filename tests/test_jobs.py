@@ -9,14 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import build_tiny, build_tiny_tokenizer
+from helpers.jobs import long_spec_of, spec_of
+from helpers.models import build_tiny, build_tiny_tokenizer
+from helpers.paths import TESTS
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.files import read_json
 from unweave.core.run import Run
@@ -34,80 +35,10 @@ from unweave.methods.steer.spec import SteerSpec
 from unweave.methods.trace.spec import TraceSpec
 from unweave.methods.train import doctor
 from unweave.methods.train import stage as train
-from unweave.methods.train.kinds import TopKSpec
 from unweave.methods.train.result import Training
 from unweave.methods.train.spec import DoctorSpec, TrainSpec
 from unweave.methods.train.trainer import SAETrainer
 from unweave.sae.module import SAE
-
-WORDS = [
-    "the",
-    "keys",
-    "to",
-    "cabinet",
-    "are",
-    "on",
-    "a",
-    "table",
-    "near",
-    "old",
-    "door",
-    "and",
-    "she",
-    "was",
-    "reading",
-    "about",
-    "sea",
-    "while",
-    "it",
-    "rained",
-]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/ and text/ with a few hundred short documents."""
-    folder = tmp_path_factory.mktemp("home")
-    build_tiny("llama").save_pretrained(folder / "model")
-    build_tiny_tokenizer().save_pretrained(folder / "model")
-    rng = random.Random(0)
-    (folder / "text").mkdir()
-    lines = [json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(4, 11)))}) for _ in range(400)]
-    (folder / "text" / "a.jsonl").write_text("\n".join(lines))
-    talk = [{"role": "user", "content": "where are the keys"}, {"role": "assistant", "content": "on the table"}]
-    (folder / "text" / "b.jsonl").write_text(
-        "\n".join(json.dumps({"messages": talk + talk[: i % 3]}) for i in range(60))
-    )
-    return folder
-
-
-def spec_of(home: Path, **changes) -> TrainSpec:  # type: ignore[no-untyped-def]
-    base = TrainSpec(
-        model=str(home / "model"),
-        sites=("resid_post.1",),
-        data=DataSpec(
-            sources=(Source(path=str(home / "text")),),
-            pack=PackSpec(context=48),
-            tokens=6000,
-            heldout=0.3,
-            heldout_tokens=2000,
-        ),
-        stream=StreamSpec(chunk_tokens=1000, buffer_tokens=2000, batch_tokens=512),
-        sae=TopKSpec(expansion=4, k=4, tokens=20_000, batch=64, k_aux=16, dead_after=3000),
-        device="cpu",
-        checkpoint_seconds=0.05,
-    )
-    return replace(base, **changes)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def trained(home: Path, runs: Path) -> Iterator[Run]:
-    yield train.run(spec_of(home), runs)
 
 
 def weights(run: Run) -> bytes:
@@ -244,7 +175,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from test_jobs import spec_of
+from helpers.jobs import spec_of
 from unweave.methods.train import stage as train
 train.run(spec_of(Path(sys.argv[2]), sites=tuple(sys.argv[4:])), Path(sys.argv[3]))
 """
@@ -254,7 +185,7 @@ def in_two_processes(home: Path, runs: Path, *sites: str, killed_after: float | 
     """torchrun's environment, without its launcher's second and more of start-up."""
     port = str(random.SystemRandom().randint(20_000, 60_000))
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", TWO_RANKS, str(Path(__file__).parent), str(home), str(runs), *sites]
+    command = [sys.executable, "-c", TWO_RANKS, str(TESTS), str(home), str(runs), *sites]
     ranks = [
         subprocess.Popen(command, env={**os.environ, **common, "RANK": str(i)}, stderr=subprocess.PIPE) for i in (0, 1)
     ]
@@ -302,7 +233,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from test_jobs import long_spec_of
+from helpers.jobs import long_spec_of
 from unweave.methods.train import stage as train
 spec, rng, kills, runs = long_spec_of(Path(sys.argv[2])), random.Random(1), 0, Path(sys.argv[3])
 def written():
@@ -328,15 +259,9 @@ print(kills)
 """
 
 
-def long_spec_of(home: Path) -> TrainSpec:
-    """A few seconds of training of two SAEs, with a checkpoint every few steps."""
-    base = spec_of(home, sites=("resid_post.{0,1}",), epochs=40.0, checkpoint_seconds=0.02)
-    return replace(base, sae=replace(base.sae, tokens=160_000))
-
-
 def test_trap_26_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(home: Path, tmp_path: Path) -> None:
     """kill -9 again and again, from before the first checkpoint on; then let it finish. Forks spare Python's start."""
-    command = [sys.executable, "-c", KILLER, str(Path(__file__).parent), str(home), str(tmp_path / "killed")]
+    command = [sys.executable, "-c", KILLER, str(TESTS), str(home), str(tmp_path / "killed")]
     child = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert child.stdout.strip() == "20", child.stderr
     resumed = train.run(long_spec_of(home), tmp_path / "killed")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "unweave"
+from helpers.pages import fenced
+from helpers.paths import ROOT, SOURCE, TESTS
 
 # Bottom to top. A package imports only from itself and from strictly lower ones; those on one line never import each
 # other. A method is a package of its own: none imports another. "unweave" is the package's own __init__ with the public
@@ -223,6 +224,28 @@ def test_every_extra_is_used() -> None:
     imported = {name for path in FILES for name in third_party(ast.parse(path.read_text(encoding="utf-8")))}
     assert unused_extras(project["optional-dependencies"], imported) == []
     assert unused_extras({"ray": ["ray>=2"], "gpu": ["triton>=3; sys_platform == 'linux'"]}, imported) == ["ray"]
+
+
+def test_the_drawing_of_the_house_is_right() -> None:
+    block = fenced(ROOT / "docs" / "architecture.md", "text")[0]
+    named = re.findall(r"^ ?(\d+)  (methods/\S+|[a-z]+(?: [a-z]+)*)", block, re.M)
+    drawn = {int(number): set(names.split()) for number, names in named}
+    layers = [set(layer) for layer in LAYERS if layer not in (("unweave",), ("__main__",))]
+    written = {"methods": "methods/<name>", "demo": "methods/demo"}
+    assert drawn == {n: {written.get(name, name) for name in layer} for n, layer in enumerate(layers, 1)}
+    there = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert there == set().union(*layers) - {"demo"}, "a layer for every package, and no layer without one"
+
+
+def test_tests_have_the_tree_of_the_source_and_import_helpers_only() -> None:
+    paths = sorted(TESTS.rglob("*.py"))
+    folders = {path.parent.relative_to(TESTS) for path in paths} - {Path("helpers")}
+    assert Path("core") in folders and [folder for folder in folders if not (SOURCE / folder).is_dir()] == []
+    names = {path.stem for path in paths if path.parent.name != "helpers"}
+    assert len(names) == len([path for path in paths if path.parent.name != "helpers"]), "a file's name is there twice"
+    for path in paths:
+        imported = {name for _, name in imported_modules(ast.parse(path.read_text(encoding="utf-8")), path.stem)}
+        assert imported & names == set(), path
 
 
 # Each rule must be able to find what it looks for.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "unweave"
+from helpers.paths import SOURCE
+
 LINES, LONGEST, MOST_PARAMETERS, MOST_FIELDS = 400, 60, 8, 15
 
 _ONE_CALL = "one call of the library; keyword-only options, each a setting of the method"

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from test_layers import SOURCE
+from helpers.paths import SOURCE, TESTS
 
-TESTS = Path(__file__).parent
 PAGE = SOURCE.parent.parent / "docs" / "traps.md"
 LIST = r"\d+(?:(?:, | and |_and_|_)\d+)*"
 

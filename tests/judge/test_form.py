@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from raw_server import KEY, Raw, http, leaks
+from helpers.raw_server import KEY, Raw, http, leaks
 from unweave.core.errors import UnweaveError
 from unweave.judge.base import CachedJudge, Reply
 from unweave.judge.form import Answer, Form, expectation, rate, rating_form

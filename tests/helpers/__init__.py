@@ -1,0 +1,1 @@
+"""What several tests use: tiny models, small jobs, files of other tools, servers, oracles. No test imports another."""
