@@ -48,12 +48,7 @@ _HELP = (
 
 def build_app() -> App:
     """The command line's parser. Commands are made only when they are asked for."""
-    app = App(
-        name="unweave",
-        help=_HELP,
-        help_format="plaintext",
-        version=unweave.__version__,
-    )
+    app = App(name="unweave", help=_HELP, help_format="plaintext", version=unweave.__version__)
     groups = {
         name: App(name=name, help=text, help_format="plaintext", sort_key=_AFTER) for name, text in GROUPS.items()
     }

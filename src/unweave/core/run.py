@@ -269,9 +269,7 @@ class Run(Generic[R]):
         problem = self.problem
         if problem is not None:
             raise UnweaveError(
-                f"damaged: {problem}",
-                where=str(self.path),
-                remedy="run the same command again, which makes it anew",
+                f"damaged: {problem}", where=str(self.path), remedy="run the same command again, which makes it anew"
             )
         if self.kind is None:
             raise TypeError("a run that is opened without the class of its result has none to give")

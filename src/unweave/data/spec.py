@@ -18,12 +18,7 @@ ModelRef = Annotated[str, Content("unweave.core.contents:tree_of", named=True)]
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
-DEFAULT_SOURCES = (
-    Source(path="chitchat", weight=4.0),
-    Source(path="alpaca"),
-    Source(path="wiki"),
-    Source(path="c4"),
-)
+DEFAULT_SOURCES = (Source(path="chitchat", weight=4.0), Source(path="alpaca"), Source(path="wiki"), Source(path="c4"))
 
 
 PAPER_CONTEXT = {"documents": 8192, "blocks": 2048}

@@ -185,8 +185,7 @@ def _write_rows(folder: Path, rows: Iterable[Row], budget: int, unit: Unit) -> d
             what = "the text has no tokens" if starts[-1] == 0 else f"the text has only {held:,} {unit}"
             why = f" ({rows.in_words()})" if isinstance(rows, Packed) else ""
             raise UnweaveError(
-                f"{what}, {budget:,} were asked for{why}",
-                remedy=f"add text, ask for fewer {unit}, or lower min_tokens",
+                f"{what}, {budget:,} were asked for{why}", remedy=f"add text, ask for fewer {unit}, or lower min_tokens"
             )
     if by_role[Role.PAD]:
         raise UnweaveError(f"{by_role[Role.PAD]} padding tokens are among the text's", remedy="store rows unpadded")

@@ -159,9 +159,7 @@ def _command(package: Package, folder: Path) -> list[str]:
         return [npm, "pack", "--ignore-scripts", "--loglevel=error", f"{package.name}@{package.version}"]
     if importlib.util.find_spec("pip") is None:
         raise UnweaveError(
-            "this Python has no pip",
-            where=sys.executable,
-            remedy=f"run `{sys.executable} -m ensurepip` and try again",
+            "this Python has no pip", where=sys.executable, remedy=f"run `{sys.executable} -m ensurepip` and try again"
         )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--dest", str(folder)]

@@ -26,10 +26,7 @@ def fingerprint(lm: LM, site: Site) -> dict[str, list[float]]:
         lm(lm.probe())
     x = seen[site][0].double().cpu()
     directions = torch.randn(x.shape[-1], 4, generator=torch.Generator().manual_seed(0)).double()
-    return {
-        "norms": x.norm(dim=-1).tolist(),
-        "products": (x @ directions / directions.norm(dim=0)).flatten().tolist(),
-    }
+    return {"norms": x.norm(dim=-1).tolist(), "products": (x @ directions / directions.norm(dim=0)).flatten().tolist()}
 
 
 def fingerprint_distance(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:

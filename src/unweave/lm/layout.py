@@ -51,10 +51,7 @@ _LLAMA = Family(
     mid="post_attention_layernorm",
 )
 _GEMMA2 = replace(
-    _LLAMA,
-    attn_add="post_attention_layernorm",
-    mlp_add="post_feedforward_layernorm",
-    mid="pre_feedforward_layernorm",
+    _LLAMA, attn_add="post_attention_layernorm", mlp_add="post_feedforward_layernorm", mid="pre_feedforward_layernorm"
 )
 
 FAMILIES: dict[str, Family] = {
@@ -163,8 +160,7 @@ class Layout:
                     return Tap(self.model.get_output_embeddings(), "out")  # type: ignore[operator]
         if site.layer is None or site.layer >= self.n_layers:
             raise UnweaveError(
-                f"site {site} does not exist in this model",
-                remedy=f"its layers are 0 to {self.n_layers - 1}",
+                f"site {site} does not exist in this model", remedy=f"its layers are 0 to {self.n_layers - 1}"
             )
         if site.point not in self.points():
             raise UnweaveError(

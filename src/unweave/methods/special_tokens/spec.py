@@ -37,10 +37,7 @@ class SpecialTokensSpec(UseSpec):
     """The latent to steer with; by default the token's strongest, by its average largest activation."""
     questions: tuple[str, ...] = ()
     """What to ask the model; by default ten questions of different kinds."""
-    alphas: Annotated[
-        tuple[float, ...],
-        _MOVES,
-    ] = (0.0, 15.0, 25.0, 50.0, 100.0, 150.0, 200.0)
+    alphas: Annotated[tuple[float, ...], _MOVES] = (0.0, 15.0, 25.0, 50.0, 100.0, 150.0, 200.0)
     """How far to move every position along the latent's direction; the default is the FAST paper's."""
     unit: Literal["absolute", "median"] = "absolute"
     """What alpha counts: the activation's own units, or multiples of its median norm where the SAE writes."""

@@ -94,9 +94,6 @@ COMMANDS = (
             "Takes the same fields as train. Looks at the model, the site, the data and the machine, and tells tokens, "
             "memory, disk and time, and every problem it can find without doing the work."
         ),
-        examples=(
-            "unweave doctor my.yaml",
-            "unweave doctor --model smollm2-135m-instruct --sites resid_post.9 --json",
-        ),
+        examples=("unweave doctor my.yaml", "unweave doctor --model smollm2-135m-instruct --sites resid_post.9 --json"),
     ),
 )

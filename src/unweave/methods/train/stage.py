@@ -176,11 +176,7 @@ class _Work:
             policies=self.policies,
         )
         self.rows = RowBatches(
-            self.store,
-            self.lm.pad_id,
-            batch_tokens=self.spec.sae.batch,
-            seed=self.spec.seed,
-            min_rows=self.shared.size,
+            self.store, self.lm.pad_id, batch_tokens=self.spec.sae.batch, seed=self.spec.seed, min_rows=self.shared.size
         )
         saved = checkpoint.load(self.run, [member.name for member in self.own])
         if saved is not None:

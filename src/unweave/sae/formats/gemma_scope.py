@@ -23,12 +23,7 @@ from unweave.sae.module import SAE
 
 NAME = "gemma_scope"
 ARRAYS, WEIGHTS = "params.npz", "params.safetensors"
-_NAMES = {
-    "W_enc": ("W_enc", "w_enc"),
-    "b_enc": ("b_enc",),
-    "W_dec": ("W_dec", "w_dec"),
-    "b_dec": ("b_dec",),
-}
+_NAMES = {"W_enc": ("W_enc", "w_enc"), "b_enc": ("b_enc",), "W_dec": ("W_dec", "w_dec"), "b_dec": ("b_dec",)}
 _STATED = {"W_enc": "as is", "W_dec": "as is"}
 
 

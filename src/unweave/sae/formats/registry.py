@@ -13,15 +13,7 @@ from typing import Protocol
 
 from unweave.core.errors import UnweaveError
 from unweave.sae.activations import Identity
-from unweave.sae.formats import (
-    circuit_tracer,
-    dictionary_learning,
-    gemma_scope,
-    hub,
-    openmoss,
-    saelens,
-    sparsify,
-)
+from unweave.sae.formats import circuit_tracer, dictionary_learning, gemma_scope, hub, openmoss, saelens, sparsify
 from unweave.sae.formats.source import WEIGHTS, Source
 from unweave.sae.module import SAE
 
@@ -76,9 +68,7 @@ def detect(source: Source) -> Format:
         if format.recognise(source):
             return format
     raise UnweaveError(
-        "this is not an SAE in a known format",
-        where=source.origin,
-        remedy=f"{_inside(source)}; see docs/formats.md",
+        "this is not an SAE in a known format", where=source.origin, remedy=f"{_inside(source)}; see docs/formats.md"
     )
 
 
