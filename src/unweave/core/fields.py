@@ -110,13 +110,14 @@ class Fields:
         inner = self._inside(name)
         return tuple(number for key in inner if (number := inner.number(key)) is not None)
 
+    def error(self, what: str, remedy: str) -> UnweaveError:
+        """The error for something wrong with this file."""
+        return UnweaveError(what, where=self.where, remedy=remedy)
+
     def wrong(self, name: str, expected: str) -> UnweaveError:
         """The error for a field of another type or size."""
-        return UnweaveError(
-            f"{self._named(name)} is {_shown(self.values.get(name))}, not {expected}",
-            where=self.where,
-            remedy="restore the file, or correct this field",
-        )
+        shown = _shown(self.values.get(name))
+        return self.error(f"{self._named(name)} is {shown}, not {expected}", "restore the file, or correct this field")
 
     def _named(self, name: str) -> str:
         return f"{self._at}.{name}" if self._at else str(name)

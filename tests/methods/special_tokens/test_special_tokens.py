@@ -42,7 +42,7 @@ from unweave.methods.special_tokens.result import (
     Level,
     SpecialTokenResult,
 )
-from unweave.methods.special_tokens.spec import COMMAND, SpecialTokensSpec
+from unweave.methods.special_tokens.spec import COMMAND, SpecialTokensSpec, Tolerance
 from unweave.methods.special_tokens.stage import run as measure
 from unweave.methods.train import stage as train
 from unweave.methods.train.kinds import TopKSpec
@@ -191,11 +191,11 @@ def test_the_papers_mean_is_over_sequences_and_not_over_tokens(lm: LM) -> None:
     by_sequence = sum(sum(e) / len(e) for e in rows.values()) / len(rows)
     by_token = sum(sum(e) for e in rows.values()) / len(table)
     assert abs(by_sequence / by_token - 1) > 1e-3
-    assert found.mse == pytest.approx(by_sequence, rel=1e-4)
+    assert found.everything.all.mse == pytest.approx(by_sequence, rel=1e-4)
     assert found.everything.all.mse_tokens == pytest.approx(by_token, rel=1e-4)
-    assert found.log2_mse == pytest.approx(math.log2(by_sequence), abs=1e-3)
+    assert found.everything.all.log2_mse == pytest.approx(math.log2(by_sequence), abs=1e-3)
     of_special = [[u.error / D for u in table if u.row == r and u.group == "special"] for r in range(9)]
-    assert found.mse_special == pytest.approx(sum(sum(e) / len(e) for e in of_special) / 9, rel=1e-4)
+    assert found.everything.special.mse == pytest.approx(sum(sum(e) / len(e) for e in of_special) / 9, rel=1e-4)
 
 
 def test_trap_33_how_tokens_are_split_ordered_and_padded_changes_nothing(lm: LM, tmp_path: Path) -> None:
@@ -244,8 +244,8 @@ def test_trap_07_outliers_are_counted_and_told_apart(tiny_lm: Any, limit: float 
         assert_errors(found.everything, table)
         assert_errors(found.without_outliers, short)
         assert found.median_norm_first > 5 * found.median_norm
-    assert found.mse is not None and found.without_outliers.all.mse is not None
-    assert found.mse > 10 * found.without_outliers.all.mse
+    assert found.everything.all.mse is not None and found.without_outliers.all.mse is not None
+    assert found.everything.all.mse > 10 * found.without_outliers.all.mse
 
 
 def test_a_bad_first_guess_of_the_limit_is_made_good(tiny_lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,10 +295,10 @@ def test_predicting_the_mean_scores_one_and_a_copy_zero(lm: LM) -> None:
     both = torch.cat([torch.eye(D), -torch.eye(D)], 1)
     copy = SAE(both, torch.zeros(2 * D), both.T.contiguous(), torch.zeros(D), ReLU(), read=Site("resid_post", 1))
     found = special_token_errors(lm, {"mean": nothing, "copy": copy}, batches_of(lm, [11]))
-    assert found["mean"].unexplained_variance == pytest.approx(1, abs=1e-4)
-    assert found["mean"].l0 == 0
-    assert found["copy"].unexplained_variance == pytest.approx(0, abs=1e-6)
-    assert found["copy"].mse == 0 and found["copy"].log2_mse is None
+    assert found["mean"].everything.all.unexplained_variance == pytest.approx(1, abs=1e-4)
+    assert found["mean"].everything.all.l0 == 0
+    assert found["copy"].everything.all.unexplained_variance == pytest.approx(0, abs=1e-6)
+    assert found["copy"].everything.all.mse == 0 and found["copy"].everything.all.log2_mse is None
     json.dumps(to_plain(found["copy"].plain()), allow_nan=False)
 
 
@@ -511,10 +511,10 @@ def test_the_sweet_spot_by_hand() -> None:
     ]
     found = sweet_spot(levels)
     assert found.alphas == (4, 5) and found.certain
-    assert sweet_spot(levels, max_distinct_loss=0.2).alphas == (2, 3, 4, 5)
-    assert sweet_spot(levels, max_perplexity_ratio=1.0, min_answers_changed=0.1).alphas == (1,)
-    assert sweet_spot(levels, max_distinct_loss=0.0, max_perplexity_ratio=0.5).alphas == ()
-    assert not sweet_spot(levels, max_distinct_loss=0.0, max_perplexity_ratio=0.5).certain
+    assert sweet_spot(levels, Tolerance(max_distinct_loss=0.2)).alphas == (2, 3, 4, 5)
+    assert sweet_spot(levels, Tolerance(max_perplexity_ratio=1.0, min_answers_changed=0.1)).alphas == (1,)
+    nothing = sweet_spot(levels[:5], Tolerance(max_distinct_loss=0.0, max_perplexity_ratio=1.0))
+    assert nothing.alphas == () and not nothing.certain
     doubtful = [levels[0], level_of(1, 0.05, 1.1, 1.0, spread=0.06), level_of(2, 0.5, 1.1, 1.0)]
     assert sweet_spot(doubtful).alphas == (1,) and not sweet_spot(doubtful).certain
 
@@ -672,6 +672,8 @@ def test_the_stage_refuses_what_it_cannot_do(home: Path, tmp_path: Path) -> None
     )
     with pytest.raises(UnweaveError, match="no conversations"):
         measure(asked(data=plain), home / "runs")
-    for wrong in ({"alphas": (0.0,)}, {"alphas": (-1.0, 2.0)}, {"max_perplexity_ratio": 0.5}, {"samples": 0}):
+    for wrong in ({"alphas": (0.0,)}, {"alphas": (-1.0, 2.0)}, {"samples": 0}):
         with pytest.raises(UnweaveError, match="must be"):
             asked(**wrong)
+    with pytest.raises(UnweaveError, match="must be"):
+        Tolerance(max_perplexity_ratio=0.5)

@@ -432,7 +432,7 @@ def test_resampling_draws_inputs_in_proportion_to_their_squared_error() -> None:
     y = x.clone()
     y[1, 5], y[3, 5] = 1.0, 2.0  # squared errors 0, 1, 0, 4
     silent = torch.ones(t.d_sae, dtype=torch.bool)
-    resample.begin_anew(t.spec, t.weights, t.optimiser, silent, x, x, y, t.generator, t.group)
+    resample.begin_anew(t, silent, x, x, y)
     counts = (t.weights.W_dec @ x.T > 0.99).sum(0)
     assert counts[0] == counts[2] == 0 and int(counts.sum()) == t.d_sae
     assert float(counts[3] / t.d_sae) == pytest.approx(0.8, abs=0.05)

@@ -512,11 +512,11 @@ def test_bad_starts_are_refused() -> None:
 @pytest.mark.parametrize("kind", ["data", "random", "kaiming"])
 def test_first_decoder_rows_are_distinct_unit_vectors(kind: init.InitKind) -> None:
     x = _data(50) - _data(50).mean(0)
-    rows = init.decoder_rows(kind, 120, D, x, torch.Generator().manual_seed(0))
+    rows = init.unit_rows(init.drawn_rows(kind, 120, D, x, torch.Generator().manual_seed(0)))
     assert rows.shape == (120, D)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(120))
     assert float((rows @ rows.T - 2 * torch.eye(120)).max()) < 0.99999
-    again = init.decoder_rows(kind, 120, D, x, torch.Generator().manual_seed(0))
+    again = init.unit_rows(init.drawn_rows(kind, 120, D, x, torch.Generator().manual_seed(0)))
     assert torch.equal(rows, again)
     closeness = (rows @ init.unit_rows(x.clone()).T).max(1).values
     assert (float(closeness.min()) > 0.8) == (kind == "data")

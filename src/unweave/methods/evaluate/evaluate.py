@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,15 +63,15 @@ def evaluate(lm: LM, sae: SAE, batches: Iterable[Tokens]) -> CoreMetrics:
         pieces = [piece for batch in batches for piece in _split(batch, at_once * lm.vocab_size)]
         if not pieces:
             raise UnweaveError("there are no tokens to evaluate on", remedy="give at least one batch of tokens")
-        told = _count(passes, sae, pieces)
-        if told.n == 0:
+        counted = _count(passes, sae, pieces)
+        if counted.n == 0:
             raise UnweaveError(
-                f"none of the tokens counts: {', '.join(f'{n} {reason}' for reason, n in told.excluded.items())}",
+                f"none of the tokens counts: {', '.join(f'{n} {reason}' for reason, n in counted.excluded.items())}",
                 where=str(read),
                 remedy="give text with ordinary tokens, or an SAE with another token policy",
             )
-        measured = _measure(passes, sae, pieces, told)
-    return _metrics(write, measured, told.excluded, lm.vocab_size)
+        measured = _measure(passes, sae, pieces, counted)
+    return _metrics(write, measured, counted.excluded, lm.vocab_size)
 
 
 # -- what is evaluated ------------------------------------------------------------------------------------------------
@@ -94,16 +95,9 @@ def _split(batch: Tokens, vocab_size: int) -> Iterator[Tokens]:
         yield batch.rows(slice(start, start + rows))
 
 
-def _rows_before(pieces: Sequence[Tokens]) -> list[int]:
-    starts = [0]
-    for piece in pieces:
-        starts.append(starts[-1] + len(piece))
-    return starts
-
-
-def _require_finite(good: Tensor, first_row: int, what: str) -> None:
-    """``good`` [B, P] must be True everywhere; names the first row where it is not."""
-    bad = (~good).any(-1).nonzero()
+def _require_finite(finite: Tensor, first_row: int, what: str) -> None:
+    """``finite`` [B, P] must be True everywhere; names the first row where it is not."""
+    bad = (~finite).any(-1).nonzero()
     if len(bad):
         raise UnweaveError(
             f"{what} are not finite (NaN or infinity)",
@@ -182,12 +176,12 @@ def _count(passes: Passes, sae: SAE, pieces: Sequence[Tokens]) -> _Counted:
     excluded = {"padding": 0, "special tokens": 0, "norm outliers": 0}
     special_ids = torch.tensor(sae.policy.exclude_ids, dtype=torch.int64, device=lm.device)
     with task("mean activation", total=sum(piece.n_tokens for piece in pieces), unit="tokens") as progress:
-        for first_row, piece in zip(_rows_before(pieces), pieces, strict=False):
+        for first_row, piece in zip(accumulate(map(len, pieces), initial=0), pieces, strict=False):
             batch = piece.to(lm.device)
             seen = passes.first(batch)
             x, y = seen[read], seen[write]
-            good = torch.isfinite(x).all(-1) & torch.isfinite(y).all(-1)
-            _require_finite(good | ~batch.mask, first_row, f"activations at {read}")
+            finite = torch.isfinite(x).all(-1) & torch.isfinite(y).all(-1)
+            _require_finite(finite | ~batch.mask, first_row, f"activations at {read}")
             keep = sae.policy.keep(x, batch.ids, batch.mask)
             special = torch.isin(batch.ids, special_ids) & batch.mask
             excluded["padding"] += int((~batch.mask).sum())
@@ -206,40 +200,39 @@ def _count(passes: Passes, sae: SAE, pieces: Sequence[Tokens]) -> _Counted:
 # -- second round: reconstruction, and what the model loses -----------------------------------------------------------
 
 
-@dataclass
-class _Loss:
-    ce: float = 0.0
-    kl: float = 0.0
+_VARIANTS: tuple[str, ...] = ("clean", "sae", "mean", "zero")
 
 
 @dataclass
 class _Measured:
-    """Sums over the counted and over the other real tokens, and of each variant's losses over next tokens."""
+    """Sums over the counted and over the other real tokens, and over next tokens."""
 
     counted: _Sums
     left_out: _Sums
-    predictions: int
-    losses: dict[str, _Loss]
+    losses: Tensor
+    """cross-entropy and divergence of each of ``_VARIANTS``, float64 [2, 4]"""
+    predictions: int = 0
 
 
-def _measure(passes: Passes, sae: SAE, pieces: Sequence[Tokens], told: _Counted) -> _Measured:
+def _measure(passes: Passes, sae: SAE, pieces: Sequence[Tokens], counted: _Counted) -> _Measured:
     def empty() -> _Sums:
         zeros = torch.zeros(sae.d_out, dtype=torch.float64, device=passes.lm.device)
         return _Sums(0, zeros, 0.0, torch.zeros(sae.d_sae, dtype=torch.int64, device=zeros.device))
 
-    measured = _Measured(empty(), empty(), 0, {name: _Loss() for name in ("clean", "sae", "mean", "zero")})
+    measured = _Measured(empty(), empty(), torch.zeros(2, len(_VARIANTS), dtype=torch.float64))
     known: tuple[list[Row], ...] = ([], [], [])  # of each edited pass, the rows of the last batch
-    total = len(measured.losses) * sum(piece.n_tokens for piece in pieces)
+    total = len(_VARIANTS) * sum(piece.n_tokens for piece in pieces)
     with task("evaluate", total=total, unit="tokens") as progress:
-        for first_row, piece, keep, low in zip(_rows_before(pieces), pieces, told.keeps, told.low, strict=False):
+        first_rows = accumulate(map(len, pieces), initial=0)
+        for first_row, piece, keep, low in zip(first_rows, pieces, counted.keeps, counted.low, strict=False):
             batch, keep = piece.to(passes.lm.device), keep.to(passes.lm.device)
             seen, end = passes.clean(batch, None if low is None else low.to(passes.lm.device))
             progress.advance(batch.n_tokens)
             x, y = seen[passes.read], seen[passes.write]
             xhat = _reconstruct(sae, measured, x, y, keep, batch.mask, first_row, passes.write)
             ends, stream = [end], None if passes.stream is None else seen[passes.stream]
-            zero = torch.zeros_like(told.mean)
-            variants = ((xhat, zero), (told.mean, told.mean), (zero, zero))
+            zero = torch.zeros_like(counted.mean)
+            variants = ((xhat, zero), (counted.mean, counted.mean), (zero, zero))
             for (value, padding), rows in zip(variants, known, strict=True):
                 edited = y.masked_scatter(keep[..., None], value.to(y.dtype).expand(int(keep.sum()), -1))
                 # Nothing sees what padding holds; filled alike, rows of several lengths are alike.
@@ -256,13 +249,13 @@ def _reconstruct(
     sae: SAE, measured: _Measured, x: Tensor, y: Tensor, keep: Tensor, mask: Tensor, first_row: int, write: Site
 ) -> Tensor:
     """Adds up what x [B, P, d_in] says of y [B, P, d_out]; returns the counted tokens' reconstructions [n, d_out]."""
-    parts = []
-    for which, sums in ((keep, measured.counted), (mask & ~keep, measured.left_out)):
-        parts.append(_add_rows(sae, sums, x[which], y[which]))
-        good = torch.ones_like(mask)
-        good[which] = torch.isfinite(parts[-1]).all(-1)
-        _require_finite(good, first_row, f"reconstructions at {write}")
-    return parts[0]
+    reconstructions = []
+    for rows, sums in ((keep, measured.counted), (mask & ~keep, measured.left_out)):
+        reconstructions.append(_add_rows(sae, sums, x[rows], y[rows]))
+        finite = torch.ones_like(mask)
+        finite[rows] = torch.isfinite(reconstructions[-1]).all(-1)
+        _require_finite(finite, first_row, f"reconstructions at {write}")
+    return reconstructions[0]
 
 
 def _add_rows(sae: SAE, sums: _Sums, x: Tensor, y: Tensor) -> Tensor:
@@ -270,28 +263,26 @@ def _add_rows(sae: SAE, sums: _Sums, x: Tensor, y: Tensor) -> Tensor:
 
     Returns the reconstructions [n, d_out].
     """
-    parts = [y[:0]]
+    reconstructions = [y[:0]]
     step = max(1, 4 * _CHUNK_ELEMENTS // sae.d_sae)
     for start in range(0, len(x), step):
         rows = x[start : start + step].to(sae.W_enc.dtype)
         codes = sae.codes(rows)
-        parts.append(sae.explained(codes, rows))
-        sums.add(y[start : start + step], codes, parts[-1])
-    return torch.cat([part.to(y.dtype) for part in parts])
+        xhat = sae.explained(codes, rows)
+        sums.add(y[start : start + step], codes, xhat)
+        reconstructions.append(xhat.to(y.dtype))
+    return torch.cat(reconstructions)
 
 
 def _add_losses(measured: _Measured, passes: Passes, ends: Sequence[Tensor], batch: Tokens, first_row: int) -> None:
-    """Adds the losses of a batch's passes that ended with ``ends``, which are in the order of ``measured.losses``."""
+    """Adds the losses of a batch's passes, which are in the order of ``_VARIANTS`` and ended with ``ends``."""
     places, ce, kl = passes.losses(ends, batch)
-    good = torch.isfinite(ce) & torch.isfinite(kl)
-    for name, finite in zip(measured.losses, good, strict=True):
-        marks = torch.ones_like(batch.mask)
-        marks[places] = finite
-        _require_finite(marks, first_row, f"logits ({name})")
+    for name, of_variant in zip(_VARIANTS, torch.isfinite(ce) & torch.isfinite(kl), strict=True):
+        finite = torch.ones_like(batch.mask)
+        finite[places] = of_variant
+        _require_finite(finite, first_row, f"logits ({name})")
     measured.predictions += len(places[0])
-    for loss, ce_sum, kl_sum in zip(measured.losses.values(), ce.sum(1).tolist(), kl.sum(1).tolist(), strict=True):
-        loss.ce += ce_sum
-        loss.kl += kl_sum
+    measured.losses += torch.stack([ce.sum(1), kl.sum(1)]).cpu()
 
 
 # -- from sums to metrics ---------------------------------------------------------------------------------------------
@@ -306,12 +297,8 @@ def _metrics(site: Site, measured: _Measured, excluded: dict[str, int], vocabula
         everything.spread_with(left_out.n, left_out.mean, left_out.deviations)
         everything.errors += left_out.errors
         everything.l0 += left_out.l0
-    ce = {name: loss.ce / predictions for name, loss in measured.losses.items()}
-    kl = {name: loss.kl / predictions for name, loss in measured.losses.items()}
-    recovered, notes = {}, []
-    for name in ("mean", "zero"):
-        recovered[name], note = recovered_share(ce, name, vocabulary)
-        notes += [note] if note else []
+    ce, kl = (dict(zip(_VARIANTS, row, strict=True)) for row in (measured.losses / predictions).tolist())
+    recovered = {name: recovered_share(ce, name, vocabulary) for name in ("mean", "zero")}
     return CoreMetrics(
         metric_set=METRIC_SET,
         site=str(site),
@@ -330,15 +317,10 @@ def _metrics(site: Site, measured: _Measured, excluded: dict[str, int], vocabula
         l0_all_tokens=everything.l0 / everything.n,
         predictions=predictions,
         ce_clean=ce["clean"],
-        ce_sae=ce["sae"],
-        ce_mean=ce["mean"],
-        ce_zero=ce["zero"],
-        kl_sae=kl["sae"],
-        kl_mean=kl["mean"],
-        kl_zero=kl["zero"],
-        recovered_vs_mean=recovered["mean"],
-        recovered_vs_zero=recovered["zero"],
-        notes=tuple(notes),
+        **{f"{loss}_{name}": of[name] for loss, of in (("ce", ce), ("kl", kl)) for name in _VARIANTS[1:]},
+        recovered_vs_mean=recovered["mean"][0],
+        recovered_vs_zero=recovered["zero"][0],
+        notes=tuple(note for _, note in recovered.values() if note),
         firing_counts=counted.counts.cpu(),
     )
 

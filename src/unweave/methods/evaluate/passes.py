@@ -83,9 +83,9 @@ class Passes:
         if self.stream != self.write:
             return self._run(batch, {self.write: lambda x, at: value}, (self.stream, stream))
         rows: list[Row] = []
-        for one, mask in zip(value, batch.mask, strict=True):
-            alike = (row for row in (*known, *rows) if row.is_like(one, mask, whole_mask=bool(self.lm.rotaries)))
-            rows.append(next(alike, None) or Row(one, mask))
+        for x, mask in zip(value, batch.mask, strict=True):
+            alike = (row for row in (*known, *rows) if row.is_like(x, mask, whole_mask=bool(self.lm.rotaries)))
+            rows.append(next(alike, None) or Row(x, mask))
         places = [place for place, row in enumerate(rows) if row.end is None and row not in rows[:place]]
         if places:
             new = Tokens(batch.ids[places], batch.mask[places], batch.roles[places])
@@ -114,15 +114,14 @@ class Passes:
         rows, positions = (batch.mask[:, :-1] & batch.mask[:, 1:]).nonzero(as_tuple=True)
         targets = batch.ids[rows, positions + 1]
         n_tokens, n_ids = _TILES.get(rows.device.type, _LARGE_TILE)
-        found = []
-        for r, p, target in zip(*(part.split(n_tokens) for part in (rows, positions, targets)), strict=True):
-            parts = [end[r, p] for end in ends]
-            tally = _Tally(len(parts), target)
+        losses = []
+        for r, p, target in zip(*(each.split(n_tokens) for each in (rows, positions, targets)), strict=True):
+            tally, states = _Tally(len(ends), target), [end[r, p] for end in ends]
             for first in range(0, self.lm.vocab_size, n_ids):
                 ids = slice(first, first + n_ids)
-                tally.add([part[:, ids] if self.end is None else unembed(self.lm, part, ids) for part in parts], first)
-            found.append(tally.losses())
-        ce, kl = (torch.cat(values, 1) for values in zip(*found, strict=True))
+                tally.add([x[:, ids] if self.end is None else unembed(self.lm, x, ids) for x in states], first)
+            losses.append(tally.losses())
+        ce, kl = (torch.cat(values, 1) for values in zip(*losses, strict=True))
         return (rows, positions), ce, kl
 
 
@@ -156,11 +155,9 @@ class _Tally:
         n, device = len(targets), targets.device
         self.targets = targets
         self.top = torch.full((n_passes, n), -torch.inf, dtype=torch.float64, device=device)
-        self.total = torch.zeros(n_passes, n, dtype=torch.float64, device=device)  # of exp(z - top)
-        self.cross = torch.zeros(
-            n_passes, n, dtype=torch.float64, device=device
-        )  # of exp(z - top) (z - w), z the first
-        self.chosen = torch.zeros(n_passes, n, dtype=torch.float64, device=device)  # the target's logit
+        self.total = torch.zeros_like(self.top)  # of exp(z - top)
+        self.cross = torch.zeros_like(self.top)  # of exp(z - top) (z - w), z the first
+        self.chosen = torch.zeros_like(self.top)  # the target's logit
 
     def add(self, logits: Sequence[Tensor], first: int) -> None:
         """Takes in the logits [n, v] of every pass for the ids from ``first`` on."""

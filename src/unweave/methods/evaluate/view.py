@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from unweave.core.result import Row, to_plain
 from unweave.inputs.subject import SAEInfo
 from unweave.methods.evaluate import figures
-from unweave.methods.evaluate.numbers import KNOWN, MEASURES, sentence, shown, value_of
+from unweave.methods.evaluate.numbers import MEASURES, sentence, shown, value_of
 from unweave.methods.evaluate.result import Density, Evaluation
 from unweave.show.page import ALONE, Around, Section, Tile, beside, figure
-from unweave.show.pieces import esc, number, table
+from unweave.show.pieces import esc, table
 
 _TILES = {"unexplained_variance": "unexplained variance", "recovered_vs_mean": "of the loss recovered"}
 
@@ -38,23 +38,21 @@ def section(result: Evaluation, around: Around = ALONE) -> Section:
     """Every number with its meaning, the losses as bars and the density of the latents."""
     del around
     sae, values = result.subject.saes[0], to_plain(result.metrics)
-    drawn = []
-    losses = [value_of(values, f"ce_{name}") for name in ("clean", "sae", "mean", "zero")]
-    if sum(value is not None for value in losses) > 1:
-        caption = (
-            "The model's loss with the SAE in place, between the untouched model and one whose activations are "
-            "replaced with their average or with zeros. The closer to the first bar, the better."
-        )
-        drawn.append(figure(figures.cross_entropy_bars(*losses), caption))
-    drawn += _density(result.metrics.density)
-    parts = [_lead(result), beside(*drawn) if drawn else "", *_measures(values, sae)]
+    m = result.metrics
+    caption = (
+        "The model's loss with the SAE in place, between the untouched model and one whose activations are replaced "
+        "with their average or with zeros. The closer to the first bar, the better."
+    )
+    drawn = [figure(figures.cross_entropy_bars(m.ce_clean, m.ce_sae, m.ce_mean, m.ce_zero), caption)]
+    drawn += _density(m.density)
+    body = "".join([_lead(result), beside(*drawn), *_measures(values, sae)])
     tiles = tuple(
         Tile(shown(key, values), name, sentence(key, values, sae) or "")
         for key, name in _TILES.items()
         if value_of(values, key) is not None
     )
-    heading = f"How faithful it is: {esc(result.metrics.site)}"
-    return Section("Evaluation", heading, "".join(parts), tiles=tiles, notes=(*result.subject.notes, *result.drift))
+    heading = f"How faithful it is: {esc(m.site)}"
+    return Section("Evaluation", heading, body, tiles=tiles, notes=(*result.subject.notes, *result.drift))
 
 
 def _density(density: Density) -> list[str]:
@@ -91,6 +89,4 @@ def _measures(values: Mapping[str, object], sae: SAEInfo) -> list[str]:
         if rows:
             listed = table(("Measure", "Value", "What it says"), rows, (1,), group)
             parts.append(f'<div class="uw-measures">{listed}</div>')
-    unknown = [(esc(key), esc(number(value_of(values, key)))) for key in values if key not in KNOWN]
-    rest = [row for row in unknown if row[1] != "n/a"]
-    return parts + ([table(("Measure", "Value"), rest, (1,), "Also measured")] if rest else [])
+    return parts

@@ -18,40 +18,34 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from unweave.methods.special_tokens.result import Answer, Interval, Level, SweetSpot
+from unweave.methods.special_tokens.spec import Tolerance
+
+_DEFAULT = Tolerance()
 
 
-def sweet_spot(
-    levels: Sequence[Level],
-    *,
-    max_distinct_loss: float = 0.1,
-    max_perplexity_ratio: float = 1.25,
-    min_answers_changed: float = 0.5,
-) -> SweetSpot:
-    """The longest run of neighbouring alphas above 0 at which, on the mean over questions, ``distinct`` is lower by at
-    most ``max_distinct_loss``, perplexity is higher by at most the factor ``max_perplexity_ratio``, no more answers
-    are empty than at alpha 0, and at least ``min_answers_changed`` of them differ; the first of equally long runs.
+def sweet_spot(levels: Sequence[Level], tolerance: Tolerance = _DEFAULT) -> SweetSpot:
+    """The longest run of neighbouring alphas above 0 at which, on the mean over questions, ``distinct`` and perplexity
+    stay within the tolerance, no more answers are empty than at alpha 0, and enough of them differ; the first of
+    equally long runs.
 
     This is no statement about quality: a text can change for the worse in many ways that neither number sees.
     """
+
+    def within(loss: float, ratio: float) -> bool:
+        return loss <= tolerance.max_distinct_loss and ratio <= tolerance.max_perplexity_ratio
+
     runs: list[list[Level]] = [[]]
+    certain: dict[float, bool] = {}
     for level in levels[1:]:
-        ratio = level.perplexity_ratio
-        fine = level.distinct_loss.mean <= max_distinct_loss and level.empty <= levels[0].empty
-        fine = fine and ratio is not None and ratio.mean <= max_perplexity_ratio
-        if fine and level.answers_changed.mean >= min_answers_changed:
+        loss, ratio = level.distinct_loss, level.perplexity_ratio
+        changed = level.answers_changed.mean >= tolerance.min_answers_changed and level.empty <= levels[0].empty
+        if changed and ratio is not None and within(loss.mean, ratio.mean):
             runs[-1].append(level)
+            certain[level.alpha] = within(loss.high, ratio.high)
         else:
             runs.append([])
-    best = max(runs, key=len)
-    certain = bool(best) and all(
-        level.distinct_loss.high <= max_distinct_loss
-        and level.perplexity_ratio is not None
-        and level.perplexity_ratio.high <= max_perplexity_ratio
-        for level in best
-    )
-    return SweetSpot(
-        tuple(level.alpha for level in best), certain, max_distinct_loss, max_perplexity_ratio, min_answers_changed
-    )
+    alphas = tuple(level.alpha for level in max(runs, key=len))
+    return SweetSpot(alphas, bool(alphas) and all(certain[alpha] for alpha in alphas), **tolerance.to_dict())
 
 
 def words_changed(before: str, after: str) -> float:
@@ -70,28 +64,31 @@ def levels_of(
 ) -> tuple[Level, ...]:
     """One level per alpha; ``draws`` [resamples, Q] are the questions of each resample."""
 
-    asked = [{(answer.question, answer.alpha): answer for answer in answers} for answers in by_latent]
+    answered = [{(answer.question, answer.alpha): answer for answer in answers} for answers in by_latent]
 
-    def at(alpha: float, value: Callable[[Answer, Answer], float]) -> np.ndarray:
-        """A value of each answer and the unedited one, averaged over latents, [Q]."""
-        return np.array([_mean([value(a[question, alpha], a[question, 0.0]) for a in asked]) for question in questions])
+    def level(alpha: float) -> Level:
+        def at(value: Callable[[Answer, Answer], float]) -> np.ndarray:
+            """A value of each answer and the unedited one, averaged over latents, [Q]."""
+            return np.array([_mean([value(a[q, alpha], a[q, 0.0]) for a in answered]) for q in questions])
 
-    levels = []
-    for alpha in alphas:
-        levels.append(
-            Level(
-                alpha=alpha,
-                length=alpha * unit,
-                distinct=_sure(interval(at(alpha, lambda a, _: a.distinct), draws)),
-                distinct_loss=_sure(interval(at(alpha, lambda a, z: z.distinct - a.distinct), draws)),
-                perplexity=_exp(interval(at(alpha, lambda a, _: _nats(a)), draws)),
-                perplexity_ratio=_exp(interval(at(alpha, lambda a, z: _nats(a) - _nats(z)), draws)),
-                answers_changed=_sure(interval(at(alpha, lambda a, z: float(a.text != z.text)), draws)),
-                words_changed=_sure(interval(at(alpha, lambda a, _: a.words_changed), draws)),
-                empty=float(at(alpha, lambda a, _: float(a.n_tokens == 0)).mean()),
-            )
+        def sure(value: Callable[[Answer, Answer], float]) -> Interval:
+            known = interval(at(value), draws)
+            assert known is not None  # these values are never missing
+            return known
+
+        return Level(
+            alpha=alpha,
+            length=alpha * unit,
+            distinct=sure(lambda a, _: a.distinct),
+            distinct_loss=sure(lambda a, z: z.distinct - a.distinct),
+            perplexity=_exp(interval(at(lambda a, _: _nats(a)), draws)),
+            perplexity_ratio=_exp(interval(at(lambda a, z: _nats(a) - _nats(z)), draws)),
+            answers_changed=sure(lambda a, z: float(a.text != z.text)),
+            words_changed=sure(lambda a, _: a.words_changed),
+            empty=float(at(lambda a, _: float(a.n_tokens == 0)).mean()),
         )
-    return tuple(levels)
+
+    return tuple(level(alpha) for alpha in alphas)
 
 
 def _nats(answer: Answer) -> float:
@@ -100,24 +97,18 @@ def _nats(answer: Answer) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     """The mean of what is not NaN; NaN where nothing is."""
-    there = [value for value in values if not math.isnan(value)]
-    return sum(there) / len(there) if there else math.nan
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def interval(values: np.ndarray, draws: np.ndarray) -> Interval | None:
     """The mean of values [Q] (NaN: no value) and the 2.5 % and 97.5 % quantiles of its resamples ``draws`` [n, Q]."""
-    there = ~np.isnan(values)
-    if not there.any():
+    known = ~np.isnan(values)
+    if not known.any():
         return None
-    picked, counted = np.where(there, values, 0.0)[draws].sum(1), there[draws].sum(1)
-    means = picked[counted > 0] / counted[counted > 0]
-    low, high = np.quantile(means, [0.025, 0.975]).tolist()
-    return Interval(float(values[there].mean()), low, high)
-
-
-def _sure(known: Interval | None) -> Interval:
-    assert known is not None  # these values are never missing
-    return known
+    sums, counts = np.where(known, values, 0.0)[draws].sum(1), known[draws].sum(1)
+    low, high = np.quantile(sums[counts > 0] / counts[counts > 0], [0.025, 0.975]).tolist()
+    return Interval(float(values[known].mean()), low, high)
 
 
 def _exp(nats: Interval | None) -> Interval | None:

@@ -67,17 +67,17 @@ def special_token_errors(
         raise UnweaveError("there is no SAE to measure", remedy="give at least one")
     if not any(batch.n_tokens for batch in batches):
         raise UnweaveError("there are no tokens to measure on", remedy="give at least one row")
-    chosen = special or SpecialTokens.of(lm)
+    special = special or SpecialTokens.of(lm)
     n_rows = sum(len(batch) for batch in batches)
     with torch.no_grad():
         tallies = [_Tally(read, write, group, n_rows) for (read, write), group in _by_sites(lm, saes).items()]
-        _pass(lm, tallies, batches, chosen)
+        _pass(lm, tallies, batches, special)
         again = [tally.afresh() for tally in tallies if tally.held_too_few]
         if again:
-            _pass(lm, again, batches, chosen)
+            _pass(lm, again, batches, special)
             redone = {(tally.read, tally.write): tally for tally in again}
             tallies = [redone.get((tally.read, tally.write), tally) for tally in tallies]
-    by_name = {name: _result(tally, name, chosen, lm.dtype) for tally in tallies for name in tally.saes}
+    by_name = {name: _result(tally, name, special, lm.dtype) for tally in tallies for name in tally.saes}
     return {name: by_name[name] for name in saes}
 
 
@@ -138,43 +138,39 @@ class _Words:
 
 @dataclass
 class _OfSAE:
-    """What is kept of one SAE: errors and l0 by cell (sequence and kind), and of every token that was held aside."""
+    """Sums of one SAE, by cell (sequence and kind), and what was measured of each token that was held aside."""
 
     errors: Tensor  # float64 [R * K]
     l0: Tensor  # float64 [R * K]
     fired: Tensor  # int64 [F]
     untrained: int = 0
     untrained_special: int = 0
-    held_errors: list[Tensor] = field(default_factory=list)
-    held_l0: list[Tensor] = field(default_factory=list)
+    held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """errors and l0 [h] of every batch"""
 
 
 class _Tally:
     """Sums for the SAEs that read one site and write one (mostly the same) site.
 
     A token is an outlier by its norm where the SAEs read and, for transcoders, also where they write: one or two
-    norms per token. ``floors`` are the norms above which tokens are held aside; None: guessed as the pass goes on.
+    norms per token. ``floors`` are the norms above which tokens are held aside; None: estimated as the pass goes on.
     """
 
     def __init__(
         self, read: Site, write: Site, saes: dict[str, SAE], n_rows: int, floors: tuple[float, ...] | None = None
     ) -> None:
-        self.read, self.write, self.saes, self.n_rows, self.given = read, write, saes, n_rows, floors
+        self.read, self.write, self.saes, self.n_rows, self.fixed = read, write, saes, n_rows, floors is not None
         self.two = read != write
         cells, width = n_rows * len(KINDS), next(iter(saes.values())).d_out
-        self.of = {
-            name: _OfSAE(torch.zeros(cells).double(), torch.zeros(cells).double(), torch.zeros(sae.d_sae).long())
-            for name, sae in saes.items()
-        }
-        self.counts = torch.zeros(cells, dtype=torch.float64)
+        zeros = torch.zeros(cells, dtype=torch.float64)
+        self.of = {n: _OfSAE(zeros.clone(), zeros.clone(), torch.zeros(s.d_sae).long()) for n, s in saes.items()}
+        self.counts = zeros
         self.first, self.second = torch.zeros(len(KINDS), width).double(), torch.zeros(len(KINDS)).double()
         self.shift = torch.zeros(0, dtype=torch.float64)
-        self.norms: list[Tensor] = []  # float32 [n, 1 or 2]
-        self.kinds: list[Tensor] = []  # int8 [n]
-        self.begins: list[Tensor] = []  # bool [n]
-        self.held_cells: list[Tensor] = []  # int64 [h]
-        self.held_norms: list[Tensor] = []  # [h, 1 or 2]
-        self.held_values: list[Tensor] = []  # float64 [h, D], less the shift
+        self.tokens: list[tuple[Tensor, Tensor, Tensor]] = []
+        """norms float32 [n, 1 or 2], kinds int8 [n], whether first of its row bool [n], of every batch"""
+        self.held: list[tuple[Tensor, Tensor, Tensor]] = []
+        """of the h tokens held aside: cells int64 [h], norms [h, 1 or 2], values float64 [h, D] less the shift"""
         self._floors = self._highest = floors or ()
         self._seen = self._known_at = 0
 
@@ -186,50 +182,44 @@ class _Tally:
         for value, site in ((x, self.read), (y, self.write)):
             _require_finite(value, words.rows, f"activations at {site}")
         norms = torch.stack([value.float().norm(dim=-1) for value in ((x, y) if self.two else (x,))], 1).cpu()
-        self.norms.append(norms)
-        self.kinds.append(words.kinds.to(torch.int8))
-        self.begins.append(words.first)
+        self.tokens.append((norms, words.kinds.to(torch.int8), words.first))
         self._seen += len(norms)
         held = (norms > torch.tensor(self._floor())).any(1)
         cells = words.rows * len(KINDS) + words.kinds
-        self.held_cells.append(cells[held])
-        self.held_norms.append(norms[held])
+        self.held.append((cells[held], norms[held], self._moments(y, words.kinds, held)))
         self.counts.index_add_(0, cells[~held], torch.ones(int((~held).sum())).double())
-        self._moments(y, words.kinds, held)
         for name, sae in self.saes.items():
             self._measure(name, sae, words, x, y, cells, held)
 
     def _floor(self) -> tuple[float, ...]:
         """The norms above which tokens are held aside now: at most what the limits are expected to be."""
-        if self.given is None and self._seen >= 2 * self._known_at:  # medians of few tokens change, of many do not
+        if not self.fixed and self._seen >= 2 * self._known_at:  # medians of few tokens change, of many do not
             self._known_at = self._seen
-            medians = torch.cat(self.norms).median(0).values.tolist()
+            medians = _joined(self.tokens)[0].median(0).values.tolist()
             own = [sae.policy.max_norm for sae in self.saes.values()]
             lowest = min(_LONG_RATIO * medians[0] if limit is None else limit for limit in own)
             self._floors = (lowest, _LONG_RATIO * medians[1]) if self.two else (lowest,)
             self._highest = tuple(map(max, zip(self._floors, self._highest or self._floors, strict=True)))
         return self._floors
 
-    def _moments(self, y: Tensor, kinds: Tensor, held: Tensor) -> None:
+    def _moments(self, y: Tensor, kinds: Tensor, held: Tensor) -> Tensor:
+        """Adds up the moments of y [n, D], and returns the values that are held aside."""
         values = y.double()
         if not len(self.shift):
             self.shift = values.mean(0).cpu()
         values = values - self.shift.to(values.device)
-        self.held_values.append(values[held.to(values.device)].cpu())
-        by_kind = F.one_hot(kinds, len(KINDS)).double() * ~held[:, None]
-        by_kind = by_kind.to(values.device)
+        by_kind = (F.one_hot(kinds, len(KINDS)).double() * ~held[:, None]).to(values.device)
         self.first += (by_kind.T @ values).cpu()
         self.second += (by_kind.T @ values.square().sum(-1)).cpu()
+        return values[held.to(values.device)].cpu()
 
     def _measure(self, name: str, sae: SAE, words: _Words, x: Tensor, y: Tensor, cells: Tensor, held: Tensor) -> None:
         own, step = self.of[name], max(64, _PIECE_ELEMENTS // sae.d_sae)
-        parts = [_compare(sae, own, a, b) for a, b in zip(x.split(step), y.split(step), strict=True)]
-        errors, fired = (torch.cat(part) for part in zip(*parts, strict=True))
+        errors, fired = _joined([_compare(sae, own, a, b) for a, b in zip(x.split(step), y.split(step), strict=True)])
         _require_finite(errors[:, None], words.rows, f"reconstructions of {name} at {self.write}")
         own.errors.index_add_(0, cells[~held], errors[~held])
         own.l0.index_add_(0, cells[~held], fired[~held])
-        own.held_errors.append(errors[held])
-        own.held_l0.append(fired[held])
+        own.held.append((errors[held], fired[held]))
         excluded = torch.isin(words.ids, torch.tensor(sae.policy.exclude_ids, dtype=torch.int64))
         own.untrained += int(excluded.sum())
         own.untrained_special += int((excluded & (words.kinds == _SPECIAL)).sum())
@@ -237,13 +227,9 @@ class _Tally:
     # -- limits -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def all_norms(self) -> Tensor:
-        """Of every token where the SAEs read and, for transcoders, where they write [N, 1 or 2]; after the pass."""
-        return torch.cat(self.norms)
-
-    @cached_property
     def medians(self) -> list[float]:
-        return self.all_norms.median(0).values.tolist()
+        """Of the norms where the SAEs read and, for transcoders, where they write; after the pass."""
+        return _joined(self.tokens)[0].median(0).values.tolist()
 
     def limits(self, sae: SAE) -> tuple[float, ...]:
         """The norms above which tokens are outliers for this SAE."""
@@ -266,16 +252,22 @@ class _Tally:
     def sums(self, name: str, held: Tensor) -> Sums:
         """The sums of one SAE over the tokens not held aside and those of the held ones that ``held`` [h] names."""
         own, shape = self.of[name], (self.n_rows, len(KINDS))
-        cells, values = torch.cat(self.held_cells)[held], torch.cat(self.held_values)[held]
+        cells, values = (part[held] for part in _joined(self.held)[::2])
+        errors, l0 = (part[held] for part in _joined(own.held))
         kinds = cells % len(KINDS)
         return Sums(
             counts=self.counts.index_add(0, cells, torch.ones(len(cells)).double()).view(shape),
-            errors=own.errors.index_add(0, cells, torch.cat(own.held_errors)[held]).view(shape),
-            l0=own.l0.index_add(0, cells, torch.cat(own.held_l0)[held]).view(shape),
+            errors=own.errors.index_add(0, cells, errors).view(shape),
+            l0=own.l0.index_add(0, cells, l0).view(shape),
             first=self.first.index_add(0, kinds, values),
             second=self.second.index_add(0, kinds, values.square().sum(-1)),
             shift=self.shift,
         )
+
+
+def _joined(batches: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Each column of tensors as one."""
+    return tuple(torch.cat(column) for column in zip(*batches, strict=True))
 
 
 def _compare(sae: SAE, own: _OfSAE, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,14 +299,14 @@ def _require_finite(x: Tensor, rows: Tensor, what: str) -> None:
 def _result(tally: _Tally, name: str, special: SpecialTokens, dtype: torch.dtype) -> MeasuredErrors:
     sae, own = tally.saes[name], tally.of[name]
     limits = tally.limits(sae)
-    held = torch.cat(tally.held_norms)
-    outliers = (held > torch.tensor(limits)).any(1)
-    norms, kinds = tally.all_norms[:, 0], torch.cat(tally.kinds)
+    cells, long_norms, _ = _joined(tally.held)
+    outliers = (long_norms > torch.tensor(limits)).any(1)
+    both_norms, kinds, first = _joined(tally.tokens)
+    norms = both_norms[:, 0]
     # Where tokens differ only by rounding, there is nothing to explain.
     flat = max(1e-10, (4 * torch.finfo(dtype).eps) ** 2)
     everything = tally.sums(name, torch.ones_like(outliers)).groups(flat)
     of_special = norms[kinds == _SPECIAL]
-    long_special = outliers & (torch.cat(tally.held_cells) % len(KINDS) == _SPECIAL)
     return MeasuredErrors(
         metric_set=METRIC_SET,
         site=str(tally.write),
@@ -328,11 +320,11 @@ def _result(tally: _Tally, name: str, special: SpecialTokens, dtype: torch.dtype
         median_norm=float(norms.median()),
         median_norm_write=tally.medians[1] if tally.two else None,
         median_norm_special=float(of_special.median()) if len(of_special) else None,
-        median_norm_first=float(norms[torch.cat(tally.begins)].median()),
+        median_norm_first=float(norms[first].median()),
         max_norm=limits[0],
         max_norm_write=limits[1] if tally.two else None,
         outliers=int(outliers.sum()),
-        outliers_special=int(long_special.sum()),
+        outliers_special=int((outliers & (cells % len(KINDS) == _SPECIAL)).sum()),
         untrained=own.untrained,
         untrained_special=own.untrained_special,
         alive_fraction=float((own.fired > 0).float().mean()),
@@ -342,13 +334,10 @@ def _result(tally: _Tally, name: str, special: SpecialTokens, dtype: torch.dtype
 
 
 def _notes(own: _OfSAE, everything: ByGroup) -> tuple[str, ...]:
-    notes = []
     n = everything.special.tokens
-    if n == 0:
-        notes.append("no token is special: these rows are not conversations, or the ids are not this template's")
-    if own.untrained:
-        notes.append(
-            f"the SAE's policy excludes the ids of {own.untrained:,} of these tokens, {own.untrained_special:,} of the "
-            f"{n:,} special ones among them: it was not trained on them, and is measured on them all the same"
-        )
-    return tuple(notes)
+    none = "no token is special: these rows are not conversations, or the ids are not this template's"
+    excluded = (
+        f"the SAE's policy excludes the ids of {own.untrained:,} of these tokens, {own.untrained_special:,} of the "
+        f"{n:,} special ones among them: it was not trained on them, and is measured on them all the same"
+    )
+    return (*([none] if n == 0 else []), *([excluded] if own.untrained else []))

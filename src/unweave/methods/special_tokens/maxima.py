@@ -22,10 +22,11 @@ from unweave.lm.model import LM, Tokens
 from unweave.methods.special_tokens.degradation import levels_of, words_changed
 from unweave.methods.special_tokens.result import AlphaSweep, Answer, TokenMaxima
 from unweave.sae.module import SAE
-from unweave.sae.steered import SteeredText, sweep
+from unweave.sae.steered import sweep
 from unweave.tasks.special_tokens import QUESTIONS, SpecialTokens
 
-PAPER_ALPHAS = (0.0, 15.0, 25.0, 50.0, 100.0, 150.0, 200.0)
+_RESAMPLES = 2000
+"""of the questions, behind every interval"""
 _DENSE_ELEMENTS = 1 << 23
 
 # -- which latents answer to a special token --------------------------------------------------------------------------
@@ -85,7 +86,8 @@ class _Maxima:
         inside = x.float().norm(dim=-1) <= max_norm
         self.tokens += torch.bincount(places, minlength=len(self.ids)).cpu()
         self.outliers += torch.bincount(places[~inside], minlength=len(self.ids)).cpu()
-        pairs, place_of, sizes = _runs(pairs, len(self.ids))
+        distinct, pairs, sizes = torch.unique_consecutive(pairs, return_inverse=True, return_counts=True)
+        place_of = distinct % len(self.ids)
         ends = sizes.cumsum(0).tolist()
         step = max(1, _DENSE_ELEMENTS // self.sae.d_sae)
         for first in range(0, len(sizes), step):
@@ -98,13 +100,13 @@ class _Maxima:
         codes = self.sae.codes(x.to(self.sae.W_enc.dtype))
         rows = codes.row_of_each()
         where = pairs[rows] * self.sae.d_sae + codes.indices
-        for which, kept in enumerate((torch.ones_like(inside), inside)):
+        for which, counted in enumerate((torch.ones_like(inside), inside)):
             maxima = codes.values.new_zeros(len(place_of) * self.sae.d_sae)
-            some = kept[rows]
-            maxima.scatter_reduce_(0, where[some], codes.values[some], "amax")
+            of_counted = counted[rows]
+            maxima.scatter_reduce_(0, where[of_counted], codes.values[of_counted], "amax")
             self.totals[which].index_add_(0, place_of, maxima.view(len(place_of), -1).double())
-            held = torch.bincount(pairs[kept], minlength=len(place_of)) > 0
-            self.talks[which] += torch.bincount(place_of[held], minlength=len(self.ids)).cpu()
+            holds_any = torch.bincount(pairs[counted], minlength=len(place_of)) > 0
+            self.talks[which] += torch.bincount(place_of[holds_any], minlength=len(self.ids)).cpu()
 
     def of(self, place: int, lm: LM, top: int) -> TokenMaxima:
         best = []
@@ -125,24 +127,18 @@ class _Maxima:
         )
 
 
-def _runs(pairs: Tensor, n_ids: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorted pair numbers [n] as 0, 1, ... [n], each one's id [p] and how many tokens it has [p]."""
-    distinct, numbered, sizes = torch.unique_consecutive(pairs, return_inverse=True, return_counts=True)
-    return numbered, distinct % n_ids, sizes
-
-
 def strongest(lm: LM, maxima: Sequence[TokenMaxima], token: str | None = None) -> tuple[int, int]:
     """(id, latent): a special token and its strongest latent. By default the token that opens a turn, where it occurs.
 
     Raises UnweaveError for a token that is not among ``maxima``, and where no latent fires on it.
     """
-    wanted = _opener(lm) if token is None else None
-    chosen = next((one for one in maxima if one.id == wanted or (token is not None and one.text == token)), None)
+    opener = _opener(lm) if token is None else None
+    chosen = next((m for m in maxima if (m.id == opener if token is None else m.text == token)), None)
     if chosen is None and token is not None:
         raise UnweaveError(
             f"{token!r} is not among the special tokens that occur",
             where="token",
-            remedy=f"use one of {', '.join(repr(one.text) for one in maxima)}",
+            remedy=f"use one of {', '.join(repr(m.text) for m in maxima)}",
         )
     chosen = chosen or maxima[0]
     if not chosen.top:
@@ -165,14 +161,12 @@ def alpha_sweep(
     lm: LM,
     sae: SAE,
     latent: int,
-    alphas: Sequence[float] = PAPER_ALPHAS,
+    alphas: Sequence[float],
     *,
     unit: float = 1.0,
     questions: Sequence[str] = QUESTIONS,
     controls: Sequence[int] = (),
     max_new_tokens: int = 60,
-    resamples: int = 2000,
-    seed: int = 0,
 ) -> AlphaSweep:
     """Greedy answers with z + alpha d at every position that is not padding, for ``latent`` and each of ``controls``.
 
@@ -193,8 +187,7 @@ def alpha_sweep(
         for chosen in (latent, *controls):
             by_latent[chosen] = _answers(lm, sae, chosen, rising, unit, questions, max_new_tokens)
             shown.advance()
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(questions), (resamples, len(questions)))
+    draws = np.random.default_rng(0).integers(0, len(questions), (_RESAMPLES, len(questions)))
     every = (0.0, *rising)
     return AlphaSweep(
         latent=latent,
@@ -220,21 +213,12 @@ def _answers(
     if not length > 0:
         raise UnweaveError(f"latent {latent} has no direction", remedy="choose another")
     texts = sweep(
-        lm,
-        sae,
-        latent,
-        questions,
-        alphas,
-        maximum=unit / length,
-        mode="add",
-        where="all",
+        lm, sae, latent, questions, alphas, maximum=unit / length, mode="add", where="all",
         max_new_tokens=max_new_tokens,
-    )
-    unedited = {text.prompt: text.text for text in texts if text.strength is None}
-    return [_answer(latent, text, unedited[text.prompt]) for text in texts]
-
-
-def _answer(latent: int, text: SteeredText, unedited: str) -> Answer:
-    changed = words_changed(unedited, text.text)
-    alpha = text.strength or 0.0
-    return Answer(text.prompt, alpha, latent, text.text, text.n_tokens, text.distinct, text.perplexity, changed)
+    )  # fmt: skip
+    unedited = {t.prompt: t.text for t in texts if t.strength is None}
+    return [
+        Answer(t.prompt, t.strength or 0.0, latent, t.text, t.n_tokens, t.distinct, t.perplexity,
+               words_changed(unedited[t.prompt], t.text))
+        for t in texts
+    ]  # fmt: skip

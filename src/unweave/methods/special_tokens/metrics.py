@@ -41,21 +41,17 @@ class Sums:
 
     def groups(self, flat: float) -> ByGroup:
         """The errors of every group. Tokens whose spread is below ``flat`` of their mean square do not vary."""
-        special = KINDS.index("special")
-        members = {kind: [KINDS.index(kind)] for kind in KINDS} | {
-            "all": list(range(len(KINDS))),
-            "other": [place for place in range(len(KINDS)) if place != special],
-        }
+        members = {kind: [kind] for kind in KINDS} | {"all": KINDS, "other": [k for k in KINDS if k != "special"]}
         return ByGroup(**{group: self._group(members[group], flat) for group in GROUPS})
 
-    def _group(self, kinds: Sequence[int], flat: float) -> GroupErrors:
-        chosen = list(kinds)
+    def _group(self, kinds: Sequence[str], flat: float) -> GroupErrors:
+        chosen = [KINDS.index(kind) for kind in kinds]
         counts, errors = self.counts[:, chosen].sum(1), self.errors[:, chosen].sum(1)
         n, width = float(counts.sum()), len(self.shift)
         if n == 0:
             return GroupErrors(0, 0, None, None, None, None, None, None)
-        some = counts > 0
-        mse = float((errors[some] / counts[some]).mean()) / width
+        holds_any = counts > 0
+        mse = float((errors[holds_any] / counts[holds_any]).mean()) / width
         total = float(errors.sum())
         offset = self.first[chosen].sum(0) / n
         spread = float(self.second[chosen].sum()) - n * float(offset.square().sum())
@@ -63,7 +59,7 @@ class Sums:
         varies = spread > flat * n * length and n > 1
         return GroupErrors(
             tokens=int(n),
-            sequences=int(some.sum()),
+            sequences=int(holds_any.sum()),
             mse=mse,
             log2_mse=log2(mse),
             mse_tokens=total / (n * width),

@@ -104,36 +104,6 @@ class TokenErrors:
         """Of the activations that adding a latent moves: those where the SAE writes."""
         return self.median_norm if self.median_norm_write is None else self.median_norm_write
 
-    @property
-    def mse(self) -> float | None:
-        """The paper's error over all tokens."""
-        return self.everything.all.mse
-
-    @property
-    def log2_mse(self) -> float | None:
-        """Its logarithm, as the paper's tables show it."""
-        return self.everything.all.log2_mse
-
-    @property
-    def mse_special(self) -> float | None:
-        """The paper's error over special tokens."""
-        return self.everything.special.mse
-
-    @property
-    def log2_mse_special(self) -> float | None:
-        """Its logarithm, as the paper's tables show it."""
-        return self.everything.special.log2_mse
-
-    @property
-    def unexplained_variance(self) -> float | None:
-        """Over all tokens."""
-        return self.everything.all.unexplained_variance
-
-    @property
-    def l0(self) -> float | None:
-        """Over all tokens."""
-        return self.everything.all.l0
-
 
 # -- latents of special tokens ----------------------------------------------------------------------------------------
 

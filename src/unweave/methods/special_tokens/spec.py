@@ -7,12 +7,24 @@ from typing import Annotated, Literal
 
 from unweave.core.command import Command
 from unweave.core.rules import at_least, rule, share
-from unweave.core.spec import operational
+from unweave.core.spec import Spec, operational
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import UseSpec
 from unweave.methods.special_tokens.result import SpecialTokenResult
 
 _MOVES = rule("at least 0, one of them above", lambda alphas: min(alphas, default=-1) >= 0 < max(alphas))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance(Spec):
+    """What answers may lose, against the unedited ones, and still count as changed but not degraded."""
+
+    max_distinct_loss: Annotated[float, at_least(0)] = 0.1
+    """How much lower the share of distinct 3-grams may be."""
+    max_perplexity_ratio: Annotated[float, at_least(1)] = 1.25
+    """By what factor perplexity under the unedited model may be higher."""
+    min_answers_changed: Annotated[float, share()] = 0.5
+    """What share of the answers must differ for an alpha to count as having done something."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +57,10 @@ class SpecialTokensSpec(UseSpec):
     """With how many latents drawn at random to do the same beside it."""
     max_new_tokens: Annotated[int, at_least(1)] = 60
     """Length of the answers."""
-    max_distinct_loss: Annotated[float, at_least(0)] = 0.1
-    """How much lower the share of distinct 3-grams may be than unedited for answers to count as not degraded."""
-    max_perplexity_ratio: Annotated[float, at_least(1)] = 1.25
-    """By what factor perplexity under the unedited model may be higher."""
-    min_answers_changed: Annotated[float, share()] = 0.5
-    """What share of the answers must differ from the unedited ones for an alpha to count as having done something."""
+    sweet_spot: Tolerance = Tolerance()
+    """The alphas at which answers change and are not degraded."""
     seed: int = 0
-    """Choice of the random latents and of the resamples behind the intervals."""
+    """Choice of the random latents."""
 
 
 COMMAND = Command(

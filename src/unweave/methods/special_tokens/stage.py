@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from unweave.methods.special_tokens import view
 from unweave.methods.special_tokens.degradation import sweet_spot
 from unweave.methods.special_tokens.errors import special_token_errors
 from unweave.methods.special_tokens.maxima import alpha_sweep, average_maxima, random_latents, strongest
-from unweave.methods.special_tokens.result import Level, SpecialTokenResult, Steering, SweetSpot
+from unweave.methods.special_tokens.result import SpecialTokenResult, Steering
 from unweave.methods.special_tokens.spec import SpecialTokensSpec
 from unweave.tasks.special_tokens import QUESTIONS, SpecialTokens
 
@@ -45,10 +44,9 @@ def run(spec: SpecialTokensSpec, ctx: Context) -> SpecialTokenResult:
         questions=spec.questions or QUESTIONS,
         controls=random_latents(latent, errors.firing_counts, spec.controls, spec.seed),
         max_new_tokens=spec.max_new_tokens,
-        seed=spec.seed,
     )
-    control = _spot(spec, sweep.control_levels) if sweep.control_levels else None
-    steered = Steering(sweep, token, spec.unit, _spot(spec, sweep.levels), control)
+    control = sweet_spot(sweep.control_levels, spec.sweet_spot) if sweep.control_levels else None
+    steered = Steering(sweep, token, spec.unit, sweet_spot(sweep.levels, spec.sweet_spot), control)
     result = SpecialTokenResult(opened.subject, errors.plain(), tuple(maxima), steered)
     view.write(result, ctx.path)
     return result
@@ -62,20 +60,11 @@ def _conversations(spec: SpecialTokensSpec, opened: Opened, runs: Path) -> tuple
     data = data_of(opened.sae, spec.data)
     data = replace(data, pack=replace(data.pack, packing="documents"))
     store, _ = token_store(opened.lm, opened.model, data, "heldout", spec.tokens, runs)
-    speaks = np.isin(store.roles, [int(Role.USER), int(Role.ASSISTANT)])
-    rows = np.flatnonzero(np.logical_or.reduceat(speaks, store.starts[:-1])).tolist()
+    spoken = np.isin(store.roles, [int(Role.USER), int(Role.ASSISTANT)])
+    rows = np.flatnonzero(np.logical_or.reduceat(spoken, store.starts[:-1])).tolist()
     if not rows:
         raise UnweaveError(
-            "there are no conversations in this text, so it has no special tokens to speak of",
+            "this text holds no conversations, so it has no special tokens to measure",
             remedy="name a source that holds some, e.g. --data.sources chitchat",
         )
     return store, rows
-
-
-def _spot(spec: SpecialTokensSpec, levels: Sequence[Level]) -> SweetSpot:
-    return sweet_spot(
-        levels,
-        max_distinct_loss=spec.max_distinct_loss,
-        max_perplexity_ratio=spec.max_perplexity_ratio,
-        min_answers_changed=spec.min_answers_changed,
-    )

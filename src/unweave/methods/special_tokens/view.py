@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from unweave.core.result import Row
-from unweave.core.writing import atomic_write, write_file
+from unweave.core.writing import write_file
 from unweave.methods.special_tokens import figures
 from unweave.methods.special_tokens.result import (
     GROUPS,
@@ -61,7 +62,7 @@ def _span(spot: SweetSpot) -> str:
 
 def chosen(result: SpecialTokenResult) -> str:
     """Why this latent was steered with."""
-    token = next((one for one in result.maxima if one.id == result.steering.token), None)
+    token = next((m for m in result.maxima if m.id == result.steering.token), None)
     if token is None:
         return "named"
     value = token.top[0][1]
@@ -77,13 +78,13 @@ def finding(steered: Steering) -> str:
     )
     latent = steered.sweep.latent
     if spot.alphas:
-        span = f"from alpha {spot.alphas[0]:g} to {spot.alphas[-1]:g} ({steered.unit})"
         certain = "and the intervals of both lie within that too" if spot.certain else ""
-        words = f"With latent {latent}, {span}, {rule}, {certain or 'though not with their whole intervals'}."
+        span, doubt = f"from {_span(spot)} ({steered.unit})", "though not with their whole intervals"
+        words = f"With latent {latent}, {span}, {rule}, {certain or doubt}."
     else:
         words = f"With latent {latent} there is no alpha at which {rule}."
     if control is not None:
-        other = f"from alpha {control.alphas[0]:g} to {control.alphas[-1]:g}" if control.alphas else "at no alpha"
+        other = f"from {_span(control)}" if control.alphas else "at no alpha"
         words += f" With latents drawn at random, moved by the same lengths, the same holds {other}."
     return f"{words} Whether any answer is better was not measured."
 
@@ -120,11 +121,10 @@ def section(result: SpecialTokenResult, around: Around = ALONE) -> Section:
         _levels_table(steered.sweep.levels),
         f"<details><summary>Every answer</summary>{_answers_table(steered.sweep.answers)}</details>",
     ]  # fmt: skip
-    tiles = ()
-    if errors.log2_mse_special is not None:
-        tiles = (Tile(f"{errors.log2_mse_special:.2f}", "log2 MSE, special tokens", "Lower is better."),)
-    heading = f"Special tokens: {esc(errors.site)}"
-    notes = (*result.subject.notes, *errors.notes)
+    special, tiles = errors.everything.special.log2_mse, ()
+    if special is not None:
+        tiles = (Tile(f"{special:.2f}", "log2 MSE, special tokens", "Lower is better."),)
+    heading, notes = f"Special tokens: {esc(errors.site)}", (*result.subject.notes, *errors.notes)
     return Section("Special tokens", heading, "".join(body), tiles=tiles, notes=notes)
 
 
@@ -146,8 +146,7 @@ def _maxima_table(maxima: Sequence[TokenMaxima], around: Around) -> str:
         return ", ".join(f"{shown} ({number(value)})" for shown, value in pairs) or "none"
 
     lines = [
-        (token_chip(one.text), f"{one.conversations:,}", latents(one.top), latents(one.top_without_outliers))
-        for one in maxima
+        (token_chip(m.text), f"{m.conversations:,}", latents(m.top), latents(m.top_without_outliers)) for m in maxima
     ]
     head = ("Token", "Conversations", "Latents, with their largest values on average", "Without norm outliers")
     return table(head, lines, (1,))
@@ -187,7 +186,11 @@ def write(result: SpecialTokenResult, folder: Path) -> None:
         "answers": [asdict(answer) for answer in (*swept.answers, *swept.control_answers)],
     }
     for name, lines in tables.items():
-        _csv(folder / f"{name}.csv", lines)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, dict.fromkeys(column for line in lines for column in line))
+        writer.writeheader()
+        writer.writerows(lines)
+        write_file(folder / f"{name}.csv", text.getvalue())
     drawings: dict[str, figures.Draw] = {
         "errors": lambda colours: figures.errors(errors, colours),
         "steering": lambda colours: figures.steering(result.steering, colours),
@@ -212,15 +215,6 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Intervals as three columns."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        parts = {f"{name}_{k}" if k != "mean" else name: v for k, v in value.items()} if isinstance(value, dict) else {}
-        flat |= parts or {name: value}
+        columns = value if isinstance(value, dict) else {"mean": value}
+        flat |= {name if part == "mean" else f"{name}_{part}": v for part, v in columns.items()}
     return flat
-
-
-def _csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows as a table; a column that only some rows have is empty in the others."""
-    columns = list(dict.fromkeys(name for row in lines for name in row))
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, columns)
-        writer.writeheader()
-        writer.writerows(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -52,7 +52,6 @@ class Attempt:
 class Tally:
     """What the attempts of one step have in common: sums over their rows, in one process."""
 
-    attempts: int
     loss: float
     fired: Tensor
     active: Tensor
@@ -70,17 +69,12 @@ class Tally:
         error = torch.linalg.vector_norm(attempt.scaled.detach() - goal).square()
         square = torch.linalg.vector_norm(goal).square()
         return cls(
-            1, loss, attempt.fired, attempt.active, len(goal), error, goal.sum(0), square, attempt.observed,
-            (attempt.x,),
-        )  # fmt: skip
+            loss, attempt.fired, attempt.active, len(goal), error, goal.sum(0), square, attempt.observed, (attempt.x,)
+        )
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.attempts + other.attempts, self.loss + other.loss, self.fired | other.fired,
-            self.active + other.active, self.rows + other.rows, self.error + other.error,
-            self.goal_sum + other.goal_sum, self.goal_square + other.goal_square, self.observed.joined(other.observed),
-            self.inputs + other.inputs,
-        )  # fmt: skip
+        """Of both; ``fired`` where either has."""
+        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Tally)))
 
     def over(self, group: Group) -> Tally:
         """Over all processes: one exchange of sums, one of what fired."""
@@ -89,10 +83,9 @@ class Tally:
         counts = torch.stack([self.active.double(), self.error.double(), self.goal_square.double()])
         sums = group.sum(torch.cat([counts, counts.new_tensor([self.rows]), self.goal_sum.double()]))
         fired = group.max(self.fired.to(torch.uint8)).bool()
-        return Tally(
-            self.attempts, self.loss, fired, sums[0], int(sums[3]), sums[1], sums[4:], sums[2], self.observed,
-            self.inputs,
-        )  # fmt: skip
+        return replace(
+            self, fired=fired, active=sums[0], error=sums[1], goal_square=sums[2], rows=int(sums[3]), goal_sum=sums[4:]
+        )
 
     @property
     def fvu(self) -> float:

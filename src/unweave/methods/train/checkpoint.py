@@ -44,17 +44,17 @@ def load(run: Run, names: Collection[str]) -> dict[str, Any] | None:
     """
     if not (run.path / _INDEX).exists():
         return None
-    found: dict[str, Any] = {}
+    whole: dict[str, Any] = {"trainers": {}}
     for file in _files(run.path / _INDEX):
-        part = _read(run.path / file)
-        trainers = {name: state for name, state in part.pop("trainers").items() if name in names}
-        found = part | found | {"trainers": found.get("trainers", {}) | trainers}
-    return found
+        state = _read(run.path / file)
+        trainers = {name: trainer for name, trainer in state["trainers"].items() if name in names}
+        whole = state | whole | {"trainers": whole["trainers"] | trainers}
+    return whole
 
 
 def _files(index: Path) -> list[str]:
-    found = read_json(index)
-    files = found.get("files") if isinstance(found, dict) else None
+    about = read_json(index)
+    files = about.get("files") if isinstance(about, dict) else None
     if not isinstance(files, list) or not all(isinstance(file, str) and "/" not in file for file in files):
         remedy = "delete it: training begins again, from the activations that are kept"
         raise UnweaveError("the checkpoint is damaged: it names no files", where=str(index), remedy=remedy)

@@ -58,34 +58,29 @@ def code(
         f = spec.latents(w, entries)
         ys = spec.reconstructions(w, x, wide, entries, f)
         sums = spec.sums(Part(w, x, goal, dead, rows, state, entries, f))
-        positive = f.detach() > 0
-        return Coded(ys, sums, entries.fired(f.detach()), positive.sum(), _least(spec, entries))
+        smallest = _smallest_of(entries) if spec.one_threshold else None
+        return Coded(ys, sums, entries.fired(f.detach()), (f.detach() > 0).sum(), smallest)
 
-    wide = spec.select(w, x, state, group)
+    selected = spec.select(w, x, state, group)
     step = kernels.chunk_rows(len(w.W_enc), x.element_size())
-    if wide is not None or len(x) <= step:
-        return coded(x, goal, wide)
-    parts = [
-        checkpoint(coded, x_part, goal_part, use_reentrant=False, preserve_rng_state=False)
-        for x_part, goal_part in zip(x.split(step), goal.split(step), strict=True)
-    ]
-    return _joined(parts)
+    if selected is not None or len(x) <= step:
+        return coded(x, goal, selected)
+    chunks = zip(x.split(step), goal.split(step), strict=True)
+    return _joined([checkpoint(coded, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
 
 
-def _least(spec: SAESpec, entries: Entries) -> Tensor | None:
-    if not spec.one_threshold:
-        return None
+def _smallest_of(entries: Entries) -> Tensor:
     values = entries.values.detach()
     return values.min() if len(values) else values.new_tensor(math.inf)
 
 
-def _joined(parts: list[Coded]) -> Coded:
+def _joined(chunks: list[Coded]) -> Coded:
     """Chunks of rows one below the other."""
-    weights = [weight for weight, _ in parts[0].reconstructions]
-    ys = [(weight, torch.cat([part.reconstructions[i][1] for part in parts])) for i, weight in enumerate(weights)]
-    sums = {name: torch.stack([part.sums[name] for part in parts]).sum() for name in parts[0].sums}
-    fired = torch.stack([part.fired for part in parts]).any(0)
-    return Coded(ys, sums, fired, torch.stack([part.active for part in parts]).sum())
+    columns = zip(*(chunk.reconstructions for chunk in chunks), strict=True)
+    ys = [(column[0][0], torch.cat([y for _, y in column])) for column in columns]
+    sums = {name: torch.stack([chunk.sums[name] for chunk in chunks]).sum() for name in chunks[0].sums}
+    fired = torch.stack([chunk.fired for chunk in chunks]).any(0)
+    return Coded(ys, sums, fired, torch.stack([chunk.active for chunk in chunks]).sum())
 
 
 def penalty(
@@ -93,7 +88,10 @@ def penalty(
 ) -> tuple[Tensor | None, Observed]:
     """The kind's terms other than the goal's reconstruction and AuxK, None where it has none; and what was observed."""
     sums = {name: total(share, group) for name, share in coded.sums.items()}
-    smallest = None if coded.smallest is None else _smallest(coded.smallest, group)
+    smallest = None
+    if coded.smallest is not None:  # at least 0; 0 where nothing won
+        least = -float(group.max(-coded.smallest[None]))
+        smallest = max(least, 0.0) if math.isfinite(least) else 0.0
     return spec.terms(sums, state, tokens_seen), Observed(smallest, spec.sizes(sums))
 
 
@@ -101,9 +99,3 @@ def follow(spec: SAESpec, state: State, observed: Observed, l0: float, n_latents
     """Brings ``state`` up to date after a step: ``l0`` of the whole batch, ``tokens_seen`` before it."""
     state.density, state.wait = l0 / n_latents, max(0, state.wait - 1)
     spec.follow(state, observed, l0, tokens_seen)
-
-
-def _smallest(least: Tensor, group: Group) -> float:
-    """The smallest winner of the whole batch, at least 0; 0 where nothing won."""
-    smallest = -float(group.max(-least[None]))
-    return max(smallest, 0.0) if math.isfinite(smallest) else 0.0

@@ -57,8 +57,8 @@ def end_to_end_step(
         with lm.taps(read=[site]) as seen:
             logits = lm(part)
         assert logits is not None
-        kept, found = _counted(seen[site], logits, part, policy)
-        silent, of_norm, bad = group.sum(found).tolist()
+        counts, left_out = _counted(seen[site], logits, part, policy)
+        empty, of_norm, bad = group.sum(left_out).tolist()
         if bad and nonfinite == "stop":
             raise UnweaveError(
                 f"{bad} tokens are in rows where the model's activations or predictions are NaN or infinite",
@@ -67,26 +67,31 @@ def end_to_end_step(
                 "and counted (stream.nonfinite: drop)",
             )
         outliers, spoiled = outliers + of_norm, spoiled + bad
-        if silent:
-            continue  # nothing counts in it, in some process
-        clean, attempts = logits[kept], list[Attempt]()
-
-        def put(x: Tensor, at: At, kept: Tensor = kept, attempts: list[Attempt] = attempts) -> Tensor:
-            attempt = trainer.attempt(x[kept])
-            attempts.append(attempt)
-            return x.index_put((kept,), attempt.y.to(x))
-
-        with lm.taps(edit={site: put}, grad=True):
-            logits = lm(part)
-        assert logits is not None
-        (attempt,) = attempts
-        divergence = total(_divergence(clean, logits[kept]), group)
+        if empty:
+            continue  # no token of it counts, in some process
+        logits = logits[counts]
+        attempt, edited = _with_sae(lm, trainer, part, site, counts)
+        divergence = total(_divergence(logits, edited), group)
         other = attempt.penalty + reconstruction * attempt.reconstruction
         trainer.accumulate(attempt, divergence + attempt.rows * other)
         rows, kl = rows + attempt.rows, kl + float(divergence.detach())
     if rows == 0:
         raise UnweaveError("no token of this batch counts", where=str(site), remedy="give rows with ordinary tokens")
     return trainer.apply(over=rows) | {"kl": kl / rows, "outliers": outliers, "nonfinite": spoiled}
+
+
+def _with_sae(lm: LM, trainer: SAETrainer, part: Tokens, site: Site, counts: Tensor) -> tuple[Attempt, Tensor]:
+    """What the SAE makes of the tokens that count, and what the model then predicts there [n, V]."""
+    attempts: list[Attempt] = []
+
+    def put(x: Tensor, at: At) -> Tensor:
+        attempts.append(trainer.attempt(x[counts]))
+        return x.index_put((counts,), attempts[0].y.to(x))
+
+    with lm.taps(edit={site: put}, grad=True):
+        logits = lm(part)
+    assert logits is not None
+    return attempts[0], logits[counts]
 
 
 def _counted(x: Tensor, logits: Tensor, part: Tokens, policy: TokenPolicy) -> tuple[Tensor, Tensor]:
@@ -96,16 +101,16 @@ def _counted(x: Tensor, logits: Tensor, part: Tokens, policy: TokenPolicy) -> tu
     finite = torch.isfinite(x).all(-1) & torch.isfinite(logits.amax(-1)).to(x.device)
     whole = (finite | ~part.mask).all(1, keepdim=True)
     inside = TokenPolicy(policy.exclude_ids).keep(x, part.ids, part.mask)
-    kept = policy.keep(x, part.ids, part.mask) & whole
-    found = [~kept.any(), (inside & whole & ~kept).sum(), (inside & ~whole).sum()]
-    return kept, torch.stack([count.long() for count in found])
+    counts = policy.keep(x, part.ids, part.mask) & whole
+    left_out = [~counts.any(), (inside & whole & ~counts).sum(), (inside & ~whole).sum()]
+    return counts, torch.stack([number.long() for number in left_out])
 
 
 def _parts(tokens: Tokens, part_tokens: int, group: Group) -> list[Tokens]:
     """Whole rows in parts of about ``part_tokens``: as many parts in every process."""
     n, width = tokens.ids.shape
-    wanted = torch.tensor([-(-n * width // part_tokens), -n], device=tokens.ids.device)
-    parts, fewest = group.max(wanted).tolist()
+    own = torch.tensor([-(-n * width // part_tokens), -n], device=tokens.ids.device)
+    parts, fewest = group.max(own).tolist()
     if fewest == 0:
         raise UnweaveError(
             "a process has no rows", where=f"{group.size} processes", remedy="give each at least one: larger batches"

@@ -18,9 +18,8 @@ _BLOCK_BYTES = 1 << 20
 
 def blocks(W: Tensor) -> tuple[Tensor, ...]:
     """W [F, D] in blocks of rows; on a GPU, which gains nothing by it, in one."""
-    return W.split(
-        max(1, _BLOCK_BYTES // (W.element_size() * W.shape[1])) if W.device.type == "cpu" else max(1, len(W))
-    )
+    size = _BLOCK_BYTES // (W.element_size() * W.shape[1]) if W.device.type == "cpu" else len(W)
+    return W.split(max(1, size))
 
 
 def unit_rows(W: Tensor) -> Tensor:
@@ -28,11 +27,6 @@ def unit_rows(W: Tensor) -> Tensor:
     for rows in blocks(W):
         rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(W.dtype).tiny))
     return W
-
-
-def decoder_rows(kind: InitKind, n_latents: int, width: int, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Unit decoder rows [F, D] to begin with, on x's device: ``drawn_rows`` at norm 1."""
-    return unit_rows(drawn_rows(kind, n_latents, width, x, generator))
 
 
 def drawn_rows(kind: InitKind, n_latents: int, width: int, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -44,7 +38,7 @@ def drawn_rows(kind: InitKind, n_latents: int, width: int, x: Tensor, generator:
     """
     device = generator.device
     if kind in ("kaiming", "independent"):
-        rows = torch.rand(n_latents, width, generator=generator, device=device).mul_(2).sub_(1)
+        rows = _uniform(n_latents, width, generator)
     else:
         rows = unit_rows(torch.randn(n_latents, width, generator=generator, device=device))
     if kind == "data":
@@ -67,8 +61,11 @@ def encoder_rows(n_latents: int, width: int, x: Tensor, generator: torch.Generat
     That is PyTorch's Kaiming-uniform of the matrix [D, F], which takes its second dimension for the fan-in; a row's
     norm is then about sqrt(2 D / F) whatever the width.
     """
-    rows = torch.rand(n_latents, width, generator=generator, device=generator.device).mul_(2).sub_(1)
-    return rows.mul_(kaiming(n_latents)).to(x)
+    return _uniform(n_latents, width, generator).mul_(kaiming(n_latents)).to(x)
+
+
+def _uniform(n_latents: int, width: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(n_latents, width, generator=generator, device=generator.device).mul_(2).sub_(1)
 
 
 def skip_weights(kind: Literal["zero", "fit"], x: Tensor, target: Tensor) -> Tensor:

@@ -31,26 +31,25 @@ def members(spec: TrainSpec, lm: LM) -> list[Member]:
     """The SAEs that a spec asks for in a model, in the order of sites. UnweaveError for a pattern that fits no site."""
     pairs = lm.matching(spec.sites)
     for site in (site for pair in pairs for site in pair if site.point == "path"):
-        raise UnweaveError(
-            "activations of module paths cannot be harvested", where=str(site), remedy="use a named site"
-        )
+        what = "activations of module paths cannot be harvested"
+        raise UnweaveError(what, where=str(site), remedy="use a named site")
     variants = variants_of(spec.sae, spec.variants)
-    found = []
+    every = []
     for read, write in sorted(pairs):
         site = str(read) if read == write else f"{read}-{write}"
         for variant, sae in variants.items():
-            parts = [site] if len(pairs) > 1 or variant else []
-            found.append(Member("/".join([*parts, variant] if variant else parts), read, write, sae))
+            folders = [site] if len(pairs) > 1 or variant else []
+            every.append(Member("/".join([*folders, variant] if variant else folders), read, write, sae))
     if spec.objective == "end-to-end":
-        _refuse_end_to_end(found)
-    return found
+        _refuse_end_to_end(every)
+    return every
 
 
-def _refuse_end_to_end(found: list[Member]) -> None:
+def _refuse_end_to_end(every: list[Member]) -> None:
     """Trap 31: what end-to-end training would ignore."""
-    sites = sorted({member.read for member in found})
+    sites = sorted({member.read for member in every})
     remedy = "use objective: reconstruction"
-    if any(member.read != member.write for member in found):
+    if any(member.read != member.write for member in every):
         raise UnweaveError("transcoders are not trained end to end", where="objective", remedy=remedy)
     if len(sites) > 1:
         raise UnweaveError(
@@ -58,7 +57,7 @@ def _refuse_end_to_end(found: list[Member]) -> None:
             where="sites",
             remedy="make it one training run per site",
         )
-    if any(member.spec.nested for member in found):
+    if any(member.spec.nested for member in every):
         raise UnweaveError(
             "nested reconstructions (matryoshka's groups, multi_topk) take no part in end-to-end training",
             where="objective",

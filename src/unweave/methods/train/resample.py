@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from unweave.core.dist import Group
 from unweave.methods.train import init
 from unweave.methods.train.kinds import SAESpec
-from unweave.methods.train.parameters import Weights
+
+if TYPE_CHECKING:
+    from unweave.methods.train.trainer import SAETrainer
 
 _QUIET = 0.2
 """norm of a new encoder row, as a share of the living ones' mean: it takes part, but does not take over"""
 
 
 @torch.no_grad()
-def begin_anew(
-    spec: SAESpec,
-    weights: Weights,
-    optimiser: torch.optim.Optimizer,
-    silent: Tensor,
-    x: Tensor,
-    goal: Tensor,
-    y: Tensor,
-    generator: torch.Generator,
-    group: Group,
-) -> None:
+def begin_anew(trainer: SAETrainer, silent: Tensor, x: Tensor, goal: Tensor, y: Tensor) -> None:
     """Gives the latents in ``silent`` (bool [F]) new weights, in place.
+
+    x [N, D], goal and its reconstruction y [N, D_out] are the last batch, scaled.
 
     For each a row of the batch is drawn with a probability proportional to its squared error |goal - y|^2, its share of
     the loss (published versions take the error's norm, or the loss squared). The decoder row becomes the goal's
     direction, the encoder row the input's at 0.2 times the mean norm of the others, biases 0, the threshold what it was
     at the start, and Adam's memory of all of these 0. In a group rows are drawn from the whole batch.
     """
-    which = silent.nonzero().squeeze(1)
+    which, weights, group = silent.nonzero().squeeze(1), trainer.weights, trainer.group
     if len(which) == 0:
         return
-    mass = (goal - y).square().sum(1).double()
-    masses = group.gather(mass)
+    masses = group.gather((goal - y).square().sum(1).double())
     before, whole = sum(len(m) for m in masses[: group.rank]), torch.cat(masses).cpu()
     if not float(whole.sum()) > 0:
         return
     distinct = len(which) <= int((whole > 0).sum())
-    drawn = torch.multinomial(whole, len(which), replacement=not distinct, generator=generator).to(x.device)
+    drawn = torch.multinomial(whole, len(which), replacement=not distinct, generator=trainer.generator).to(x.device)
     own = (drawn >= before) & (drawn < before + len(x))
     inputs, goals = (group.sum(_rows_at(t, drawn - before, own)) for t in (x, goal))
     alive = weights.W_enc[~silent].norm(dim=1)
@@ -50,12 +44,12 @@ def begin_anew(
     weights.W_enc[which] = init.unit_rows(inputs) * (_QUIET * size)
     weights.W_dec[which] = init.unit_rows(goals)
     weights.b_enc[which] = 0
-    for name, value in spec.renewed().items():
+    for name, value in trainer.spec.renewed().items():
         own = weights.own[name]
         own[which] = torch.as_tensor(value).to(own)
     for name, parameter in weights.named().items():
         if name not in ("b_dec", "W_skip"):
-            for memory in optimiser.state[parameter].values():
+            for memory in trainer.optimiser.state[parameter].values():
                 if memory.shape == parameter.shape:
                     memory[which] = 0
 

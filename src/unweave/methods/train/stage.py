@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,35 +58,34 @@ def run(spec: TrainSpec, ctx: Context) -> Training:
     variants_of(spec.sae, spec.variants)  # refused before the model loads, and what follows before text is read
     for _ in group.in_turn():
         lm = load_lm(spec.model, spec.dtype, spec.device)
-    wanted = members(spec, lm)
-    own = _own(wanted, group)
-    _refuse_empty_shares(spec, wanted, group)
+    every = members(spec, lm)
+    _refuse_empty_shares(spec, every, group)
     _refuse_too_little(spec, spec.data.tokens + spec.data.pack.context, "data.tokens")
-    starts = start.fitting(spec, lm, wanted, own)
+    starts = start.fitting(spec, lm, every, _own(every, group))
     for _ in group.in_turn():
         store, store_run = token_store(lm, spec.model, spec.data, "train", None, runs)
         heldout, _ = token_store(lm, spec.model, spec.data, "heldout", None, runs)
-    sites = sorted({site for member in wanted for site in (member.read, member.write)})
+    sites = sorted({site for member in every for site in (member.read, member.write)})
     source = activation_source(lm, store, store_run, sites, spec.stream, spec.dtype, runs, group)
     _refuse_too_little(spec, _counted(store, source), f"epochs allows {spec.epochs:g}")
-    work = _Work(ctx.run, spec, lm, store, source, wanted, group, starts)
+    work = _Work(ctx.run, spec, lm, store, source, every, group, starts)
     work.train()
     work.save(heldout)
     return work.result()
 
 
-def _divided(found: list[Member], group: Group) -> bool:
+def _divided(every: list[Member], group: Group) -> bool:
     """Whether each process trains members of its own."""
-    return 1 < group.size <= len(found)
+    return 1 < group.size <= len(every)
 
 
-def _own(wanted: list[Member], group: Group) -> list[Member]:
+def _own(every: list[Member], group: Group) -> list[Member]:
     """The members that this process trains."""
-    return wanted[group.rank :: group.size] if _divided(wanted, group) else wanted
+    return every[group.rank :: group.size] if _divided(every, group) else every
 
 
-def _refuse_empty_shares(spec: TrainSpec, found: list[Member], group: Group) -> None:
-    if not _divided(found, group) and spec.sae.batch < group.size:
+def _refuse_empty_shares(spec: TrainSpec, every: list[Member], group: Group) -> None:
+    if not _divided(every, group) and spec.sae.batch < group.size:
         raise UnweaveError(
             f"batches of {spec.sae.batch} tokens cannot be divided among {group.size} processes",
             where="sae.batch",
@@ -118,17 +116,10 @@ def _trained(run: Run[Any], member: Member) -> TrainedSAE:
     )
 
 
-def _rounded(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.6g}") for name, value in values.items()}
-
-
 def _counted(store: TokenStore, source: ActivationSource) -> int:
     """How many of the stored tokens are not excluded."""
-    excluded = sum(
-        int(np.isin(store.ids[first : first + _SLICE], source.exclude_ids).sum())
-        for first in range(0, store.n_tokens, _SLICE)
-    )
-    return store.n_tokens - excluded
+    slices = (store.ids[first : first + _SLICE] for first in range(0, store.n_tokens, _SLICE))
+    return store.n_tokens - sum(int(np.isin(ids, source.exclude_ids).sum()) for ids in slices)
 
 
 def _refuse_too_little(spec: TrainSpec, counted: int, where: str) -> None:
@@ -164,20 +155,14 @@ class _Work:
         self.accepted: dict[str, dict[str, Any]] = {}  # what was measured of SAEs to start from
 
     def train(self) -> None:
-        self.norms: dict[Site, Norms] = calibrate(self.source, self.spec.stream.max_norm_ratio)
+        spec, source = self.spec, self.source
+        batch, seed = spec.sae.batch, spec.seed
+        self.norms: dict[Site, Norms] = calibrate(source, spec.stream.max_norm_ratio)
         self._warn_of_norms()
-        limits = {site: norms.max_norm for site, norms in self.norms.items()}
-        self.policies = {site: TokenPolicy(self.source.exclude_ids, limit) for site, limit in limits.items()}
-        self.buffer = MixingBuffer(
-            self.source,
-            batch=self.spec.sae.batch,
-            capacity=max(self.spec.stream.buffer_tokens, 2 * self.spec.sae.batch),
-            seed=self.spec.seed,
-            policies=self.policies,
-        )
-        self.rows = RowBatches(
-            self.store, self.lm.pad_id, batch_tokens=self.spec.sae.batch, seed=self.spec.seed, min_rows=self.shared.size
-        )
+        self.policies = {site: TokenPolicy(source.exclude_ids, norms.max_norm) for site, norms in self.norms.items()}
+        capacity = max(spec.stream.buffer_tokens, 2 * batch)
+        self.buffer = MixingBuffer(source, batch=batch, capacity=capacity, seed=seed, policies=self.policies)
+        self.rows = RowBatches(self.store, self.lm.pad_id, batch_tokens=batch, seed=seed, min_rows=self.shared.size)
         saved = checkpoint.load(self.run, [member.name for member in self.own])
         if saved is not None:
             self.buffer.load_state_dict(saved["stream"])
@@ -196,11 +181,11 @@ class _Work:
     def _trainer(self, member: Member, sample: dict[Site, Tensor]) -> SAETrainer:
         x, device = sample[member.read].to(self.lm.device), self.lm.device
         goal = None if member.read == member.write else sample[member.write].to(device)
-        first, accepted = self.starts.pop(member.name, (None, None))
+        sae, accepted = self.starts.pop(member.name, (None, None))
         if accepted is not None:
             self.accepted[member.name] = accepted
         return SAETrainer(
-            member.spec, x.shape[1], init_x=x, init_target=goal, device=device, start=first, group=self.shared
+            member.spec, x.shape[1], init_x=x, init_target=goal, device=device, start=sae, group=self.shared
         )
 
     @property
@@ -230,11 +215,11 @@ class _Work:
         with task(name, total=total, unit="tokens", done=self.tokens_seen) as progress:
             while self.tokens_seen < total:
                 before = self.tokens_seen
-                found = self._step()
+                rows = self._step()
                 if before >= next_log or self.tokens_seen >= total:
-                    self._log(found)
+                    self._log(rows)
                     next_log = self.tokens_seen + _LOG_EVERY_TOKENS
-                    first = next(iter(found.values()))
+                    first = next(iter(rows.values()))
                     progress.note(f"unexplained {first['fvu']:.3f}, dead {first['dead']:.0f}")
                 progress.advance(self.tokens_seen - before)
                 due = time.monotonic() - last_saved > self.spec.checkpoint_seconds
@@ -247,22 +232,17 @@ class _Work:
         """One optimiser step of every trainer here."""
         if self.spec.objective == "end-to-end":
             tokens, _ = self.rows.next()
-            mine = tokens.rows(self.shared.share(len(tokens)))
-            found = {
-                member.name: end_to_end_step(
-                    self.lm,
-                    self.trainers[member.name],
-                    mine,
-                    member.read,
-                    self.policies[member.read],
-                    nonfinite=self.spec.stream.nonfinite,
+            mine, nonfinite = tokens.rows(self.shared.share(len(tokens))), self.spec.stream.nonfinite
+            rows, left_out = {}, (0, 0)
+            for member in self.own:
+                trainer, policy = self.trainers[member.name], self.policies[member.read]
+                rows[member.name] = row = end_to_end_step(
+                    self.lm, trainer, mine, member.read, policy, nonfinite=nonfinite
                 )
-                for member in self.own
-            }
-            lost = [[int(row.pop(name)) for name in ("outliers", "nonfinite")] for row in found.values()]
-            self.rows.outliers += lost[0][0]  # the same for every member, since all are at one site
-            self.rows.nonfinite += lost[0][1]
-            return found
+                left_out = int(row.pop("outliers")), int(row.pop("nonfinite"))  # equal for all, which are at one site
+            self.rows.outliers += left_out[0]
+            self.rows.nonfinite += left_out[1]
+            return rows
         batch = {site: x.to(self.lm.device) for site, x in self.buffer.next().items()}
         mine = self.shared.share(self.spec.sae.batch)
         return {
@@ -272,11 +252,11 @@ class _Work:
             for member in self.own
         }
 
-    def _log(self, found: dict[str, dict[str, float]]) -> None:
+    def _log(self, rows: dict[str, dict[str, float]]) -> None:
         for member in self.own if self.writes else ():
             place = {"site": str(member.write)} | ({"sae": member.name} if member.name else {})
-            tokens = self.trainers[member.name].tokens_seen
-            self.run.log("train", place | {"tokens": tokens, **_rounded(found[member.name])})
+            rounded = {name: float(f"{value:.6g}") for name, value in rows[member.name].items()}
+            self.run.log("train", place | {"tokens": self.trainers[member.name].tokens_seen, **rounded})
 
     def _checkpoint(self) -> None:
         state = {
@@ -292,16 +272,10 @@ class _Work:
     def save(self, heldout: TokenStore) -> None:
         """Saves every SAE with its provenance, and its unexplained variance and L0 on held-out text in that."""
         source = ActivationSource(
-            self.lm,
-            heldout,
-            self.source.sites,
-            chunk_tokens=heldout.n_tokens,
-            batch_tokens=self.source.batch_tokens,
-            exclude_ids=self.source.exclude_ids,
-            nonfinite=self.source.nonfinite,
-            group=self.group,
-        )
-        tokens = self.tokens_seen
+            self.lm, heldout, self.source.sites, chunk_tokens=heldout.n_tokens, batch_tokens=self.source.batch_tokens,
+            exclude_ids=self.source.exclude_ids, nonfinite=self.source.nonfinite, group=self.group,
+        )  # fmt: skip
+        tokens, pack = self.tokens_seen, self.spec.data.pack
         measured = {member.name: self._finished(member) for member in self.own if self.writes}
         for batch in source.passes(0):
             for member in self.own if self.writes else ():
@@ -311,18 +285,14 @@ class _Work:
                 measured[member.name].add(x, goal)
         for member in self.own if self.writes else ():
             sae = measured[member.name].sae
-            asked = self.spec.to_dict() | {"sae": member.spec.to_dict()}
-            if asked["accept_mismatch"] is None:
-                del asked["accept_mismatch"]
+            settings = self.spec.to_dict() | {"sae": member.spec.to_dict()}
+            if settings["accept_mismatch"] is None:
+                del settings["accept_mismatch"]
+            rows = {"context": pack.context, "bos": pack.bos, "begins_with_bos": self._begins_with_bos()}
             sae.provenance = {
                 "model": provenance.describe_model(self.lm, sae),
-                "data": {
-                    "context": self.spec.data.pack.context,
-                    "bos": self.spec.data.pack.bos,
-                    "begins_with_bos": self._begins_with_bos(),
-                    **self.store.meta,
-                },
-                "train": asked,
+                "data": rows | self.store.meta,
+                "train": settings,
                 "tokens": tokens,
                 "distinct_tokens": self.store.n_tokens,
                 "reference": measured[member.name].reference(),
@@ -333,9 +303,10 @@ class _Work:
         self.group.barrier()
 
     def _finished(self, member: Member) -> Heldout:
-        """A member's SAE, to be measured; what its training held is let go."""
-        policy = self.policies[member.read]
-        return Heldout(self.trainers.pop(member.name).to_sae(read=member.read, write=member.write, policy=policy))
+        """A member's SAE, to be measured; what its training held is released."""
+        sae = self.trainers.pop(member.name).to_sae().at(member.read, member.write)
+        sae.policy = self.policies[member.read]
+        return Heldout(sae)
 
     def _begins_with_bos(self) -> bool:
         """Whether the rows that were trained on begin with the BOS token (traps 3 and 6)."""
@@ -352,15 +323,15 @@ class _Work:
 
     def result(self) -> Training:
         """What the run holds, once every SAE is saved."""
-        tokens, epochs, lost = self.counted
+        tokens, epochs, (outliers, nonfinite) = self.counted
         return Training(
             model=self.lm.name,
             note=self.lm.note,
             tokens=tokens,
             distinct_tokens=self.store.n_tokens,
             epochs=epochs,
-            outliers_dropped=lost[0],
-            nonfinite_dropped=lost[1],
+            outliers_dropped=outliers,
+            nonfinite_dropped=nonfinite,
             text={name: value for name, value in self.store.meta.items() if name != "tokenizer"},
             norms=tuple(SiteNorms(site=site, **asdict(norms)) for site, norms in self.norms.items()),
             sites=tuple(self.source.sites),

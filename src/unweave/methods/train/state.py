@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -25,14 +24,6 @@ class State:
     recent: list[tuple[float, float]] = field(default_factory=list)
     """p-anneal: the last sizes of the penalty, at this power and at the next"""
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> State:
-        recent = [(float(now), float(then)) for now, then in values["recent"]]
-        return cls(**{**values, "recent": recent})
-
 
 @dataclass
 class Observed:
@@ -43,7 +34,7 @@ class Observed:
     sizes: tuple[float, float] | None = None
     """p-anneal: the penalty before its coefficient, at this power and at the next"""
 
-    def joined(self, other: Observed) -> Observed:
+    def __add__(self, other: Observed) -> Observed:
         """Of two parts of a batch: the smaller of the smallest, sizes added up."""
         smallest, sizes = self.smallest, self.sizes
         if smallest is not None and other.smallest is not None:

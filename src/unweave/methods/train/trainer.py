@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,8 +24,6 @@ from torch import Tensor
 
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
-from unweave.core.site import Site
-from unweave.data.policy import TokenPolicy
 from unweave.methods.train import coding, fit, init, objectives, resample, weights, window
 from unweave.methods.train.attempt import Attempt, Tally
 from unweave.methods.train.kinds import SAESpec
@@ -227,10 +226,7 @@ class SAETrainer:
         self._gathered = None
         if resample.due(self.spec, before, self.tokens_seen):
             silent = self.dead_for > self.spec.resample_every / 2
-            resample.begin_anew(
-                self.spec, self.weights, self.optimiser, silent, last.x, last.goal, last.scaled.detach(),
-                self.generator, self.group,
-            )  # fmt: skip
+            resample.begin_anew(self, silent, last.x, last.goal, last.scaled.detach())
             self.dead_for = self.dead_for.masked_fill(silent, 0)
         return {"loss": tally.loss / over, "fvu": tally.fvu, "l0": l0, "dead": dead, "lr": lr}
 
@@ -258,15 +254,12 @@ class SAETrainer:
 
     def _diverged(self, x: Tensor, value: float) -> UnweaveError:
         where = f"training step {self.steps} ({self.tokens_seen} tokens)"
+        what = f"the loss became {value}"
+        remedy = f"lower lr (now {self.spec.lr:g}); the last checkpoint, before this step, is good"
         if not bool(torch.isfinite(x).all()):
-            return UnweaveError(
-                "this batch of activations holds NaN or infinity", where=where,
-                remedy="look at the data and the model's dtype; the weights are still those of the step before",
-            )  # fmt: skip
-        return UnweaveError(
-            f"the loss became {value}", where=where,
-            remedy=f"lower lr (now {self.spec.lr:g}); the last checkpoint, before this step, is good",
-        )  # fmt: skip
+            what = "this batch of activations holds NaN or infinity"
+            remedy = "look at the data and the model's dtype; the weights are still those of the step before"
+        return UnweaveError(what, where=where, remedy=remedy)
 
     # -- checkpoints and the result -----------------------------------------------------------------------------------
 
@@ -279,7 +272,7 @@ class SAETrainer:
             "dead_for": self.dead_for.clone(),
             "tokens_seen": self.tokens_seen,
             "steps": self.steps,
-            "kind": self.state.to_dict(),
+            "kind": asdict(self.state),
             "window": self._window.clone(),
             "generator": self.generator.get_state(),
         }
@@ -289,20 +282,19 @@ class SAETrainer:
         named = self.weights.named()
         saved = state["parameters"]
         if {n: tuple(p.shape) for n, p in named.items()} != {n: tuple(p.shape) for n, p in saved.items()}:
-            raise UnweaveError(
-                "this checkpoint is of another SAE", remedy="use the spec it was made with, or start anew"
-            )
+            remedy = "use the spec it was made with, or start anew"
+            raise UnweaveError("this checkpoint is of another SAE", remedy=remedy)
         with torch.no_grad():
             for name, parameter in named.items():
                 parameter.copy_(saved[name])
         self.optimiser.load_state_dict(_copied(state["optimiser"]))
         (centre_in, scale_in), (centre_out, scale_out) = state["scaling"]
-        tied = self._output is self._input
+        transcodes = self._output is not self._input
         self._input = Affine(centre_in.to(self.device), scale_in)
-        self._output = self._input if tied else Affine(centre_out.to(self.device), scale_out)
+        self._output = Affine(centre_out.to(self.device), scale_out) if transcodes else self._input
         self.dead_for = state["dead_for"].to(self.device).clone()
         self.tokens_seen, self.steps = state["tokens_seen"], state["steps"]
-        self.state = State.from_dict(state["kind"])
+        self.state = State(**_copied(state["kind"]))
         self._window = state["window"].to(self.device).clone()
         self.generator.set_state(state["generator"])
         self._gathered = None
@@ -316,19 +308,9 @@ class SAETrainer:
             return window.threshold(self.spec, self.weights, self._window)
         return self.state.batch_threshold or 0.0
 
-    def to_sae(
-        self,
-        *,
-        read: Site | None = None,
-        write: Site | None = None,
-        policy: TokenPolicy | None = None,
-        provenance: Mapping[str, Any] | None = None,
-    ) -> SAE:
+    def to_sae(self) -> SAE:
         """The SAE as it stands, with centring and scaling folded in: ReLU, JumpReLU or TopK (see ``weights.fold``)."""
-        return weights.fold(
-            self.spec, self.weights, self.batch_threshold(), self._input, self._output,
-            read=read, write=write, policy=policy, provenance=provenance,
-        )  # fmt: skip
+        return weights.fold(self.spec, self.weights, self.batch_threshold(), self._input, self._output)
 
 
 def _fastest(device: torch.device) -> dict[str, bool]:

@@ -9,14 +9,9 @@ positive factors, so with x~ = (x - c) s and y~ = (y - c') s' the SAE of raw and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from unweave.core.site import Site
-from unweave.data.policy import TokenPolicy
 from unweave.methods.train import init
 from unweave.methods.train.kinds import SAESpec
 from unweave.methods.train.parameters import Weights, parameter
@@ -50,18 +45,7 @@ def begin(spec: SAESpec, n_latents: int, x: Tensor, target: Tensor | None, gener
 
 
 @torch.no_grad()
-def fold(
-    spec: SAESpec,
-    weights: Weights,
-    batch_threshold: float,
-    source: Affine,
-    goal: Affine,
-    *,
-    read: Site | None,
-    write: Site | None,
-    policy: TokenPolicy | None,
-    provenance: Mapping[str, Any] | None,
-) -> SAE:
+def fold(spec: SAESpec, weights: Weights, batch_threshold: float, source: Affine, goal: Affine) -> SAE:
     """The SAE of raw activations, decoder rows of norm 1: TopK, JumpReLU or ReLU, as the kind says."""
     s_in, s_out = source.scale, goal.scale
     encoder, bias, threshold = spec.folded(weights, batch_threshold)
@@ -77,10 +61,8 @@ def fold(
         W_skip = weights.W_skip.double() * (s_in / s_out)
         b_dec = b_dec - source.centre.double() @ W_skip
         W_skip = W_skip.to(dtype)
-    return SAE(
-        W_enc.T.to(dtype).contiguous(), b_enc.to(dtype), weights.W_dec.clone(), b_dec.to(dtype), activation,
-        W_skip=W_skip, read=read, write=write, policy=policy, provenance=provenance,
-    )  # fmt: skip
+    W_enc, b_enc, b_dec = W_enc.T.to(dtype).contiguous(), b_enc.to(dtype), b_dec.to(dtype)
+    return SAE(W_enc, b_enc, weights.W_dec.clone(), b_dec, activation, W_skip=W_skip)
 
 
 @torch.no_grad()

@@ -28,9 +28,9 @@ _MOVES = ("device",)
 def own_block(sae: SAE, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What we keep of an SAE beside its weights, for JSON, with the ``config`` and ``tensors`` that are written."""
     written = {"config": {k: v for k, v in config.items() if k not in _MOVES}, "tensors": digest(tensors)}
-    block: dict[str, Any] = {"read": _text(sae.read)}
+    block: dict[str, Any] = {"read": sae.read and str(sae.read)}
     if sae.write != sae.read:
-        block["write"] = _text(sae.write)
+        block["write"] = sae.write and str(sae.write)
     return block | {"policy": sae.policy.to_dict(), "provenance": sae.provenance, "written": written}
 
 
@@ -39,17 +39,15 @@ def check_written(own: Fields, config: Fields, tensors: Tensors) -> None:
     written = own.mapping("written")
     for name, value in written.mapping("config").values.items():
         if config.values.get(name) != value:
-            raise UnweaveError(
+            raise config.error(
                 f"{name} was written as {str(value)[:80]} and is now {str(config.values.get(name))[:80]}",
-                where=config.where,
-                remedy='restore the file; or, where the change is meant, remove "written" from its unweave block',
+                'restore the file; or, where the change is meant, remove "written" from its unweave block',
             )
     stored = written.text("tensors")
     if stored is not None and stored != digest(tensors.values):
-        raise UnweaveError(
+        raise tensors.error(
             "the weights are not those that were written: the file is damaged, or was changed",
-            where=tensors.where,
-            remedy=f'restore it; or, where the change is meant, remove "written" from the unweave block in {own.where}',
+            f'restore it; or, where the change is meant, remove "written" from the unweave block in {own.where}',
         )
 
 
@@ -74,24 +72,18 @@ def _check_provenance(provenance: Fields) -> None:
     fingerprint = model.mapping("fingerprint")
     norms, products = fingerprint.numbers("norms"), fingerprint.numbers("products")
     if fingerprint and (not norms or not products or len(products) % len(norms)):
-        raise UnweaveError(
-            "the model's fingerprint is damaged: norms and products do not belong together", where=provenance.where,
-            remedy="restore the file, or remove provenance.model.fingerprint",
-        )  # fmt: skip
-    data = provenance.mapping("data")
-    data.boolean("begins_with_bos")
-    data.integer("context")
-    train = provenance.mapping("train")
-    train.text("model")
-    train.text("dtype")
-    for name in ("data", "stream", "sae"):
-        train.mapping(name)
-    reference = provenance.mapping("reference")
-    for name in ("l0", "unexplained_variance"):
-        reference.number(name)
-    source = provenance.mapping("source")
-    for name in ("hook_name", "hook_name_out"):
-        source.text(name)
+        raise provenance.error(
+            "the model's fingerprint is damaged: norms and products do not belong together",
+            "restore the file, or remove provenance.model.fingerprint",
+        )
+    for part, read, names in (
+        ("data", Fields.boolean, ("begins_with_bos",)), ("data", Fields.integer, ("context",)),
+        ("train", Fields.text, ("model", "dtype")), ("train", Fields.mapping, ("data", "stream", "sae")),
+        ("reference", Fields.number, ("l0", "unexplained_variance")),
+        ("source", Fields.text, ("hook_name", "hook_name_out")),
+    ):  # fmt: skip
+        for name in names:
+            read(provenance.mapping(part), name)
     provenance.sequence("accepted")
 
 
@@ -177,7 +169,3 @@ def sites_of_module(path: str, transcodes: bool) -> tuple[Site | None, Site | No
         return None, None
     before, after = before_after[part]
     return Site(before if transcodes else after, layer), Site(after, layer)
-
-
-def _text(site: Site | None) -> str | None:
-    return None if site is None else str(site)

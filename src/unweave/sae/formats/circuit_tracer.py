@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import re
 
-from unweave.core.errors import UnweaveError
+from torch import Tensor
+
 from unweave.core.fields import Fields
 from unweave.sae.formats.about import build_foreign
-from unweave.sae.formats.parts import Parts, assemble, vector
+from unweave.sae.formats.parts import Parts, assemble
 from unweave.sae.formats.source import Source
-from unweave.sae.formats.tensors import Tensors, oriented, read_safetensors
+from unweave.sae.formats.tensors import Tensors, read_safetensors
 from unweave.sae.module import SAE
 
 NAME = "circuit_tracer"
@@ -41,17 +42,13 @@ def load(source: Source) -> SAE:
     cross_layer = next((name for name in tensors.values if re.fullmatch(r"W_enc_\d+", name)), None)
     if cross_layer is not None:
         return _cross_layer(source, config, tensors, int(cross_layer.rsplit("_", 1)[-1]))
-    where = tensors.where
     parts = assemble(tensors, _NAMES, _STATED)
-    skip = tensors.maybe("W_skip")
-    if skip is not None:
-        parts.W_skip = oriented(skip, "W_skip", parts.d_in, len(parts.b_dec), stated="transposed", where=where)
-    stated = config or "k" in tensors or _THRESHOLD in tensors or (skip is not None and source.path.name != _SAELENS)
-    if not stated:
-        raise UnweaveError(
+    parts.take_skip(tensors)
+    skips = parts.W_skip is not None and source.path.name != _SAELENS
+    if not (config or "k" in tensors or _THRESHOLD in tensors or skips):
+        raise tensors.error(
             "nothing says which activation these weights go with",
-            where=where,
-            remedy="restore what lay beside them: config.yaml of circuit-tracer, or cfg.json of SAELens",
+            "restore what lay beside them: config.yaml of circuit-tracer, or cfg.json of SAELens",
         )
     _activation(config, tensors, parts)
     tensors.finish()
@@ -65,41 +62,38 @@ def _layer(name: str) -> int | None:
 
 
 def _activation(config: Fields, tensors: Tensors, parts: Parts) -> None:
-    where = tensors.where
     activation = config.text("activation")
     k = tensors.integer("k")
-    threshold = tensors.maybe(_THRESHOLD)
-    if threshold is not None:
-        parts.threshold = vector(threshold.flatten(), _THRESHOLD, where, parts.d_sae)
-        if bool((parts.threshold < 0).any()):
-            raise UnweaveError("thresholds below 0 let negative latents through, which is not understood", where=where)
+    parts.threshold = _thresholds(tensors, _THRESHOLD, parts.d_sae)
+    if parts.threshold is not None and bool((parts.threshold < 0).any()):
+        raise tensors.error("thresholds below 0 let negative latents through, which is not understood", "")
     if k is not None or activation == "topk":
         k = config.integer("k", least=1) if k is None else k
-        if k is None or threshold is not None:
-            raise UnweaveError("a TopK transcoder needs k, and no threshold", where=where, remedy="restore config.yaml")
+        if k is None or parts.threshold is not None:
+            raise tensors.error("a TopK transcoder needs k, and no threshold", "restore config.yaml")
         parts.k = k
     elif "k" in config:
-        raise UnweaveError(
-            "the configuration says k, and an activation that has none", where=config.where,
-            remedy="restore its activation, or remove k",
-        )  # fmt: skip
-    elif activation not in (None, "relu", "jump_relu", "jumprelu"):
-        raise UnweaveError(
-            f"the activation {activation!r} is not understood", where=where, remedy="known: relu, jump_relu, topk"
+        raise config.error(
+            "the configuration says k, and an activation that has none", "restore its activation, or remove k"
         )
-    elif activation in ("jump_relu", "jumprelu") and threshold is None:
-        raise UnweaveError(f"missing {_THRESHOLD}", where=where, remedy="the file is incomplete: restore it")
+    elif activation not in (None, "relu", "jump_relu", "jumprelu"):
+        raise tensors.error(f"the activation {activation!r} is not understood", "known: relu, jump_relu, topk")
+    elif activation in ("jump_relu", "jumprelu") and parts.threshold is None:
+        raise tensors.error(f"missing {_THRESHOLD}", "the file is incomplete: restore it")
+
+
+def _thresholds(tensors: Tensors, name: str, length: int) -> Tensor | None:
+    """Thresholds [F], of any shape in the file; None where it has none."""
+    if name not in tensors:
+        return None
+    tensors.values[name] = tensors.values[name].flatten()
+    return tensors.vector(name, length=length)
 
 
 def _cross_layer(source: Source, config: Fields, tensors: Tensors, layer: int) -> SAE:
-    where = tensors.where
-    b_enc = vector(tensors.take(f"b_enc_{layer}"), f"b_enc_{layer}", where)
-    b_dec = vector(tensors.take(f"b_dec_{layer}"), f"b_dec_{layer}", where)
-    name = f"W_enc_{layer}"
-    W_enc = oriented(tensors.take(name), name, len(b_dec), len(b_enc), stated="transposed", where=where)
-    threshold = tensors.maybe(f"threshold_{layer}")
-    if threshold is not None:
-        threshold = vector(threshold.flatten(), f"threshold_{layer}", where, len(b_enc))
+    b_enc, b_dec = tensors.vector(f"b_enc_{layer}"), tensors.vector(f"b_dec_{layer}")
+    W_enc = tensors.matrix(f"W_enc_{layer}", rows=len(b_dec), columns=len(b_enc), stated="transposed")
+    threshold = _thresholds(tensors, f"threshold_{layer}", len(b_enc))
     tensors.drop(f"W_skip_{layer}")
     tensors.finish()
     parts = Parts(
@@ -114,13 +108,6 @@ def _build(source: Source, config: Fields, parts: Parts, layer: int | None) -> S
         f"blocks.{layer}.{hook}" if layer is not None and hook else None
         for hook in (config.text("feature_input_hook"), config.text("feature_output_hook"))
     ]
-    complete = hooks[0] is not None and hooks[1] is not None
-    return build_foreign(
-        parts,
-        source,
-        NAME,
-        hook=hooks[0],
-        hook_out=hooks[1],
-        sites=None if complete else (None, None),
-        model=config.text("model_name"),
-    )
+    sites = (None, None) if None in hooks else None
+    model = config.text("model_name")
+    return build_foreign(parts, source, NAME, hook=hooks[0], hook_out=hooks[1], sites=sites, model=model)

@@ -27,7 +27,7 @@ from unweave.core.site import Site
 from unweave.core.writing import atomic_write, write_json
 from unweave.sae.activations import JumpReLU, TopK
 from unweave.sae.formats.about import build_foreign, build_own, check_written, own_block, site_of
-from unweave.sae.formats.parts import Parts, agree, assemble, vector, with_input_bias
+from unweave.sae.formats.parts import Parts, agree, assemble, with_input_bias
 from unweave.sae.formats.source import Source
 from unweave.sae.formats.tensors import Tensors, read_torch
 from unweave.sae.module import SAE
@@ -58,27 +58,20 @@ def load(source: Source) -> SAE:
     tensors = read_torch(path)
     check_written(own, config, tensors)
     where = str(path)
-    kind = _kind(tensors, trainer.text("dict_class"), where)
+    kind = _kind(tensors, trainer.text("dict_class"))
     parts = _parts(kind, tensors, trainer, source)
     tensors.finish()
     agree("activation_dim", trainer.integer("activation_dim"), parts.d_in, where)
     agree("dict_size", trainer.integer("dict_size"), parts.d_sae, where)
     if own:
         return build_own(parts, own)
-    taken_for = _taken_for(kind, trainer, where)
-    site = _site(config, source)
-    return build_foreign(
-        parts,
-        source,
-        NAME,
-        hook=trainer.text("submodule_name"),
-        sites=(site, site),
-        model=trainer.text("lm_name"),
-        about={"dict_class": kind, "taken_for": taken_for, "context": config.mapping("buffer").integer("ctx_len")},
-    )
+    about = {"dict_class": kind, "taken_for": _taken_for(kind, trainer, where)}
+    about["context"] = config.mapping("buffer").integer("ctx_len")
+    site, hook, model = _site(config, source), trainer.text("submodule_name"), trainer.text("lm_name")
+    return build_foreign(parts, source, NAME, hook=hook, sites=(site, site), model=model, about=about)
 
 
-def _kind(tensors: Tensors, stated: str | None, where: str) -> str:
+def _kind(tensors: Tensors, stated: str | None) -> str:
     """The class whose tensors these are; UnweaveError when the configuration says another, or must say and does not."""
     if "r_mag" in tensors:
         classes = {"GatedAutoEncoder"}
@@ -95,22 +88,21 @@ def _kind(tensors: Tensors, stated: str | None, where: str) -> str:
     elif "W_enc" in tensors and "b_dec" in tensors:
         classes = {"plain"}
     else:
-        raise UnweaveError(
+        raise tensors.error(
             f"tensors {', '.join(sorted(tensors.values)[:8])} match no known kind of SAE",
-            where=where,
-            remedy="known: AutoEncoder, AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, "
+            "known: AutoEncoder, AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, "
             "MatryoshkaBatchTopKSAE, JumpReluAutoEncoder",
         )
     if stated is None and len(classes) > 1:
-        raise UnweaveError(
+        raise tensors.error(
             "TopK and BatchTopK dictionaries hold the same tensors, and no configuration says which of them this is",
-            where=where, remedy=f"put {CONFIG} with trainer.dict_class beside it",
-        )  # fmt: skip
+            f"put {CONFIG} with trainer.dict_class beside it",
+        )
     if stated is not None and stated not in classes:
-        raise UnweaveError(
+        raise tensors.error(
             f"the configuration says {stated}, but the tensors are those of {' or '.join(sorted(classes))}",
-            where=where, remedy="configuration and weights do not belong together: restore them",
-        )  # fmt: skip
+            "configuration and weights do not belong together: restore them",
+        )
     return stated or classes.pop()
 
 
@@ -130,36 +122,32 @@ def _taken_for(kind: str, trainer: Fields, where: str) -> str | None:
 
 
 def _parts(kind: str, tensors: Tensors, trainer: Fields, source: Source) -> Parts:
-    where = tensors.where
-    names = _NAMES
-    if kind == "AutoEncoder":  # a decoder.bias beside bias would be another class: it stays, and is refused
-        names = names | {"b_dec": ("bias",)}
-    linear = kind not in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE")
     if kind == "plain":
         return _plain(tensors, source)
+    # Of AutoEncoder a decoder.bias beside bias would be another class: it stays, and is refused.
+    names = _NAMES | ({"b_dec": ("bias",)} if kind == "AutoEncoder" else {})
+    linear = kind not in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE")
     parts = assemble(tensors, names, _LINEAR if linear else _DIRECT)
     if kind == "GatedAutoEncoder":
-        gate, gain = (vector(tensors.take(name), name, where, parts.d_sae) for name in ("gate_bias", "r_mag"))
+        gate, gain = (tensors.vector(name, length=parts.d_sae) for name in ("gate_bias", "r_mag"))
         parts.fold_gate(gate, parts.b_enc, gain)
     elif kind == "JumpReluAutoEncoder":
-        parts.threshold = vector(tensors.take("threshold"), "threshold", where, parts.d_sae)
+        parts.threshold = tensors.vector("threshold", length=parts.d_sae)
     elif kind == "AutoEncoderTopK":
-        parts.k = _k(tensors, trainer, where)
+        parts.k = _k(tensors, trainer)
         tensors.drop("threshold")  # an estimate for another way of encoding, which is not the class's own
     elif kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        _k(tensors, trainer, where)
+        _k(tensors, trainer)
         groups = tensors.integers("group_sizes")
         if groups is not None:
-            agree("group_sizes that sum to", sum(groups), parts.d_sae, where)
+            agree("group_sizes that sum to", sum(groups), parts.d_sae, tensors.where)
         threshold = tensors.number("threshold")
         if threshold is None or threshold < 0:
-            raise UnweaveError(
+            raise tensors.error(
                 "this BatchTopK dictionary has no threshold, so a single token cannot be encoded",
-                where=where,
-                remedy="train it past threshold_start_step, where the threshold is first estimated",
+                "train it past threshold_start_step, where the threshold is first estimated",
             )
-        parts.widen()
-        parts.threshold = torch.full_like(parts.b_enc, threshold)
+        parts.one_threshold(threshold)
     if kind not in ("AutoEncoderNew", "JumpReluAutoEncoder"):
         parts.fold_input_bias()
     return parts
@@ -176,10 +164,9 @@ def _plain(tensors: Tensors, source: Source) -> Parts:
         return parts
     match = re.search(r"L0_(\d+)", source.hint)
     if match is None:
-        raise UnweaveError(
+        raise tensors.error(
             "this file holds bare weights, and nothing says which activation they go with",
-            where=tensors.where,
-            remedy="keep what lies beside it (NAME_cfg.json), or, for Qwen Scope, the repository's name as a folder: "
+            "keep what lies beside it (NAME_cfg.json), or, for Qwen Scope, the repository's name as a folder: "
             "SAE-Res-Qwen3-8B-Base-W64K-L0_50/",
         )
     parts = assemble(tensors, _NAMES, _LINEAR)
@@ -187,13 +174,13 @@ def _plain(tensors: Tensors, source: Source) -> Parts:
     return parts
 
 
-def _k(tensors: Tensors, trainer: Fields, where: str) -> int:
+def _k(tensors: Tensors, trainer: Fields) -> int:
     stored, stated = tensors.integer("k"), trainer.integer("k", least=1)
     if stored is not None:
-        agree("k", stated, stored, where)
+        agree("k", stated, stored, tensors.where)
         return stored
     if stated is None:
-        raise UnweaveError("neither the file nor its configuration says k", where=where, remedy=f"restore {CONFIG}")
+        raise tensors.error("neither the file nor its configuration says k", f"restore {CONFIG}")
     return stated
 
 
@@ -226,10 +213,8 @@ def save(sae: SAE, folder: Path) -> Path:
     if sae.is_transcoder:
         raise UnweaveError("dictionary_learning has no transcoders", where=repr(sae), remedy="convert it to saelens")
     if sae.input_norm is not None:
-        raise UnweaveError(
-            f"dictionary_learning has no inputs normalised token by token ({sae.input_norm})",
-            where=repr(sae), remedy="convert it to saelens",
-        )  # fmt: skip
+        what = f"dictionary_learning has no inputs normalised token by token ({sae.input_norm})"
+        raise UnweaveError(what, where=repr(sae), remedy="convert it to saelens")
     linear = {"encoder.weight": sae.W_enc.T, "decoder.weight": sae.W_dec.T}
     if isinstance(sae.activation, TopK):
         kind, trainer = "AutoEncoderTopK", "TopKTrainer"
@@ -254,11 +239,7 @@ def save(sae: SAE, folder: Path) -> Path:
 
 def _config(sae: SAE, kind: str, trainer: str) -> dict[str, Any]:
     site = sae.read
-    point = (
-        None
-        if site is None
-        else {"resid_post": "resid_post", "mlp_out": "mlp_out", "attn_out": "attn_out"}.get(site.point)
-    )
+    place = None if site is None else f"{site.point}_layer_{site.layer}"
     about: dict[str, Any] = {
         "dict_class": kind,
         "trainer_class": trainer,
@@ -266,7 +247,7 @@ def _config(sae: SAE, kind: str, trainer: str) -> dict[str, Any]:
         "dict_size": sae.d_sae,
         "layer": None if site is None else site.layer,
         "lm_name": sae.provenance.get("model", {}).get("name", ""),
-        "submodule_name": None if site is None or point is None else f"{point}_layer_{site.layer}",
+        "submodule_name": place if site and site.point in ("resid_post", "mlp_out", "attn_out") else None,
     }
     if isinstance(sae.activation, TopK):
         about["k"] = sae.activation.k

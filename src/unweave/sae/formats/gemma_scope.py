@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from unweave.core.site import Site
 from unweave.sae.formats.about import build_foreign, site_of_hf_hook
-from unweave.sae.formats.parts import Parts, assemble, vector
+from unweave.sae.formats.parts import Parts, assemble
 from unweave.sae.formats.source import Source
-from unweave.sae.formats.tensors import oriented, read_npz, read_safetensors
+from unweave.sae.formats.tensors import Tensors, read_npz, read_safetensors
 from unweave.sae.module import SAE
 
 NAME = "gemma_scope"
@@ -44,7 +43,7 @@ def load(source: Source) -> SAE:
 def _first(source: Source, path: Path) -> SAE:
     tensors = read_npz(path)
     parts = assemble(tensors, _NAMES, _STATED)
-    parts.threshold = vector(tensors.take("threshold"), "threshold", tensors.where, parts.d_sae)
+    parts.threshold = tensors.vector("threshold", length=parts.d_sae)
     tensors.finish()
     hook, hook_out, site = _place(source.hint)
     if _is_embedding(source.hint):
@@ -82,36 +81,25 @@ def _second(source: Source, path: Path) -> SAE:
     tensors = read_safetensors(path)
     cross_layer = "w_dec" in tensors and tensors.values["w_dec"].ndim == 3
     if cross_layer:
-        parts = _encoder_of_many(tensors.take("w_enc"), tensors.take("b_enc"), str(path))
+        parts = _encoder_of_many(tensors)
         tensors.drop("w_dec", "b_dec", "affine_skip_connection")
     else:
         parts = assemble(tensors, _NAMES, _STATED)
-        skip = tensors.maybe("affine_skip_connection")
-        if skip is not None:
-            parts.W_skip = oriented(
-                skip, "affine_skip_connection", parts.d_in, len(parts.b_dec), stated="as is", where=str(path)
-            )
-    parts.threshold = vector(tensors.take("threshold"), "threshold", str(path), parts.d_sae)
+        parts.take_skip(tensors, "affine_skip_connection", "as is")
+    parts.threshold = tensors.vector("threshold", length=parts.d_sae)
     tensors.finish()
     hook, hook_out = config.text("hf_hook_point_in"), config.text("hf_hook_point_out")
     read, write = site_of_hf_hook(hook), site_of_hf_hook(hook_out or hook)
     if cross_layer:
         write = read
-    return build_foreign(
-        parts,
-        source,
-        "gemma_scope_2",
-        hook=hook,
-        hook_out=hook_out,
-        sites=(read, write) if read and write else (None, None),
-        model=config.text("model_name"),
-    )
+    sites, model = (read, write) if read and write else (None, None), config.text("model_name")
+    return build_foreign(parts, source, "gemma_scope_2", hook=hook, hook_out=hook_out, sites=sites, model=model)
 
 
-def _encoder_of_many(W_enc: Any, b_enc: Any, where: str) -> Parts:
-    b_enc = vector(b_enc, "b_enc", where)
-    turned = oriented(W_enc, "w_enc", None, len(b_enc), stated="as is", where=where)
+def _encoder_of_many(tensors: Tensors) -> Parts:
+    b_enc = tensors.vector("b_enc")
+    W_enc = tensors.matrix("w_enc", rows=None, columns=len(b_enc), stated="as is")
     return Parts(
-        turned, b_enc, b_enc.new_zeros(len(b_enc), 0), b_enc.new_zeros(0),
+        W_enc, b_enc, b_enc.new_zeros(len(b_enc), 0), b_enc.new_zeros(0),
         encode_only="it is one layer of a cross-layer transcoder, which writes to many layers",
     )  # fmt: skip

@@ -19,7 +19,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.fields import Fields
 from unweave.sae.formats.about import build_foreign
 from unweave.sae.formats.headers import tensor_names
-from unweave.sae.formats.parts import Parts, agree, assemble, vector
+from unweave.sae.formats.parts import Parts, agree, assemble
 from unweave.sae.formats.source import Source
 from unweave.sae.formats.tensors import Tensors, read_safetensors
 from unweave.sae.module import SAE
@@ -70,15 +70,9 @@ def load(source: Source) -> SAE:
         parts.fold_input_bias()
     _activate(config, tensors, parts, norms)
     tensors.finish()
-    hook, hook_out = config.text("hook_point_in"), config.text("hook_point_out")
-    return build_foreign(
-        parts,
-        source,
-        NAME if old else "openmoss",
-        hook=hook,
-        hook_out=None if hook_out == hook else hook_out,
-        model=config.text("model_name"),
-    )
+    hook, hook_out, model = (config.text(name) for name in ("hook_point_in", "hook_point_out", "model_name"))
+    name, hook_out = NAME if old else "openmoss", None if hook_out == hook else hook_out
+    return build_foreign(parts, source, name, hook=hook, hook_out=hook_out, model=model)
 
 
 def _weights(source: Source) -> Path:
@@ -92,7 +86,7 @@ def _weights(source: Source) -> Path:
 def _k(config: Fields) -> int:
     k = config.integer("top_k", least=1)
     if k is None:
-        raise UnweaveError("the configuration must say top_k", where=config.where, remedy="restore the file")
+        raise config.error("the configuration must say top_k", "restore the file")
     return k
 
 
@@ -109,10 +103,10 @@ def _no_bias(config: Fields, tensors: Tensors) -> torch.Tensor:
     width = config.integer("d_model", least=1)
     decoder = next((tensors.values[name] for name in _NAMES["W_dec"] if name in tensors), None)
     if width is None or decoder is None or width not in decoder.shape:
-        raise UnweaveError(
-            f"the configuration says d_model {width}, which no side of the decoder has", where=config.where,
-            remedy="configuration and weights do not belong together: restore them",
-        )  # fmt: skip
+        raise config.error(
+            f"the configuration says d_model {width}, which no side of the decoder has",
+            "configuration and weights do not belong together: restore them",
+        )
     return decoder.new_zeros(width)
 
 
@@ -120,15 +114,11 @@ def _refuse(config: Fields) -> None:
     if "sae_type" in config:
         config.choice("sae_type", ("sae", "transcoder"), "sae")
     if config.flag("use_glu_encoder"):
-        raise UnweaveError(
-            "encoders with a gated linear unit are not understood", where=config.where, remedy="use another SAE"
-        )
+        raise config.error("encoders with a gated linear unit are not understood", "use another SAE")
     scaling = config.text("norm_activation") or _DATASET
     if scaling not in (_DATASET, "token-wise", "inference"):
-        raise UnweaveError(
-            f"inputs scaled {scaling[:80]!r} cannot be encoded one token at a time", where=config.where,
-            remedy="fold the scale into the weights before saving",
-        )  # fmt: skip
+        what = f"inputs scaled {scaling[:80]!r} cannot be encoded one token at a time"
+        raise config.error(what, "fold the scale into the weights before saving")
 
 
 def _norms(config: Fields, tensors: Tensors) -> dict[str, float]:
@@ -143,12 +133,8 @@ def _norms(config: Fields, tensors: Tensors) -> dict[str, float]:
         value = tensors.number(name)
         if value is not None:
             by_name[name.removeprefix(f"{_NORM}.")] = value
-    norms: dict[str, float] = {}
-    for side in ("in", "out"):
-        value = by_name.get(side, by_name.get(config.text(f"hook_point_{side}") or ""))
-        if value is not None:
-            norms[side] = value
-    return norms
+    sides = {side: by_name.get(side, by_name.get(config.text(f"hook_point_{side}") or "")) for side in ("in", "out")}
+    return {side: norm for side, norm in sides.items() if norm is not None}
 
 
 def _activate(config: Fields, tensors: Tensors, parts: Parts, norms: dict[str, float]) -> None:
@@ -156,9 +142,9 @@ def _activate(config: Fields, tensors: Tensors, parts: Parts, norms: dict[str, f
     function = (config.text("act_fn") or "jumprelu").lower()
     by_norm = config.flag("sparsity_include_decoder_norm")
     transcodes = config.text("hook_point_out") not in (None, config.text("hook_point_in"))
-    s_in, s_out = _scales(config, parts, norms, transcodes, tensors.where)
+    s_in, s_out = _scales(config, tensors, parts, norms, transcodes)
     if function == "jumprelu":
-        parts.threshold = _threshold(config, tensors, parts, s_out if by_norm else s_in)
+        _set_threshold(config, tensors, parts, s_out if by_norm else s_in)
         if by_norm:
             parts.fold_jump_by_norm()
     elif function == "topk":
@@ -166,40 +152,35 @@ def _activate(config: Fields, tensors: Tensors, parts: Parts, norms: dict[str, f
         if by_norm:
             parts.fold_rank_by_norm()
     elif function != "relu":
-        raise UnweaveError(
-            f"the activation {function!r} is not understood", where=tensors.where, remedy="known: relu, jumprelu, topk"
-        )
+        raise tensors.error(f"the activation {function!r} is not understood", "known: relu, jumprelu, topk")
     if s_in != 1.0 or s_out != 1.0:
         parts.fold_input_scale(s_in, s_out)
 
 
-def _scales(config: Fields, parts: Parts, norms: dict[str, float], transcodes: bool, where: str) -> tuple[float, float]:
+def _scales(
+    config: Fields, tensors: Tensors, parts: Parts, norms: dict[str, float], transcodes: bool
+) -> tuple[float, float]:
     scaling = config.text("norm_activation") or _DATASET
     if scaling == "token-wise":
         parts.input_norm = "constant_norm"
     if scaling != _DATASET:
         return 1.0, 1.0
-    missing = [name for name in (("in", "out") if transcodes else ("in",)) if not norms.get(name, 0.0) > 0]
-    if missing:
-        raise UnweaveError(
+    if not all(norms.get(name, 0.0) > 0 for name in (("in", "out") if transcodes else ("in",))):
+        raise tensors.error(
             f"this SAE wants its inputs scaled by the data's average norm ({_NORM}), and the file does not hold it",
-            where=where,
-            remedy=f'add "{_NORM}": {{"in": NUMBER, "out": NUMBER}} to the configuration',
+            f'add "{_NORM}": {{"in": NUMBER, "out": NUMBER}} to the configuration',
         )
     root = math.sqrt(parts.d_in)
     s_in = root / norms["in"]
     return s_in, (root / norms["out"] if transcodes else s_in)
 
 
-def _threshold(config: Fields, tensors: Tensors, parts: Parts, unit: float) -> torch.Tensor:
+def _set_threshold(config: Fields, tensors: Tensors, parts: Parts, unit: float) -> None:
     """Thresholds of scaled pre-activations (times |d|, where those count); ``unit`` turns raw ones into those."""
-    stored = tensors.maybe(*_THRESHOLDS)
-    if stored is not None:
-        return vector(stored.float(), _THRESHOLDS[0], tensors.where, parts.d_sae).exp()
     scalar = config.number("jump_relu_threshold")
-    if scalar is None:
-        raise UnweaveError(
-            "a JumpReLU SAE needs its threshold", where=tensors.where, remedy="restore the configuration"
-        )
-    parts.widen()
-    return torch.full_like(parts.b_enc, scalar * unit)
+    if any(name in tensors for name in _THRESHOLDS):
+        parts.threshold = tensors.vector(*_THRESHOLDS, length=parts.d_sae).float().exp()
+    elif scalar is not None:
+        parts.one_threshold(scalar * unit)
+    else:
+        raise tensors.error("a JumpReLU SAE needs its threshold", "restore the configuration")

@@ -25,7 +25,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
-from unweave.sae.formats.tensors import Tensors, oriented
+from unweave.sae.formats.tensors import Tensors
 from unweave.sae.input_norm import InputNorm
 from unweave.sae.module import SAE
 
@@ -85,12 +85,12 @@ class Parts:
 
         Pre-activations and thresholds stay as they are.
         """
-        if not s_in > 0 or (s_out is not None and not s_out > 0):
+        s_out = s_in if s_out is None else s_out
+        if not (s_in > 0 and s_out > 0):
             raise UnweaveError(
-                f"an input scale must be above 0; the file has {s_in if s_in <= 0 else s_out}", remedy="fix the file"
+                f"an input scale must be above 0; the file has {min(s_in, s_out)}", remedy="fix the file"
             )
         self.widen()
-        s_out = s_in if s_out is None else s_out
         self.W_enc, self.W_dec, self.b_dec = self.W_enc * s_in, self.W_dec / s_out, self.b_dec / s_out
         if self.W_skip is not None:
             self.W_skip = self.W_skip * (s_in / s_out)
@@ -101,6 +101,11 @@ class Parts:
         gate, magnitude, gain = (t.to(self.W_enc.dtype) for t in (gate, magnitude, log_gain.to(self.W_enc.dtype).exp()))
         self.W_enc, self.b_enc = self.W_enc * gain, magnitude
         self.threshold = (magnitude - gain * gate).clamp(min=0)
+
+    def one_threshold(self, threshold: float) -> None:
+        """BatchTopK: every latent has the same threshold."""
+        self.widen()
+        self.threshold = torch.full_like(self.b_enc, threshold)
 
     def fold_decoder_scale(self, factor: Tensor) -> None:
         """Latents times ``factor`` [F] before they are decoded."""
@@ -130,6 +135,11 @@ class Parts:
             return TopK(self.k)
         return ReLU() if self.threshold is None else JumpReLU(self.threshold)
 
+    def take_skip(self, tensors: Tensors, name: str = "W_skip", stated: str = "transposed") -> None:
+        """The file's skip, where it has one."""
+        if name in tensors:
+            self.W_skip = tensors.matrix(name, rows=self.d_in, columns=len(self.b_dec), stated=stated)
+
     def build(
         self,
         *,
@@ -140,22 +150,12 @@ class Parts:
     ) -> SAE:
         """The SAE, in the widest dtype that any of its tensors has."""
         self._cast()
-        for name, tensor in self._tensors().items():
-            setattr(self, name, tensor.contiguous())
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        self.threshold = tensors.pop("threshold", None)
         return SAE(
-            self.W_enc,
-            self.b_enc,
-            self.W_dec,
-            self.b_dec,
-            self.activation(),
-            W_skip=self.W_skip,
-            input_norm=self.input_norm,
-            encode_only=self.encode_only,
-            read=read,
-            write=write,
-            policy=policy,
-            provenance=provenance,
-        )
+            **tensors, activation=self.activation(), input_norm=self.input_norm, encode_only=self.encode_only,
+            read=read, write=write, policy=policy, provenance=provenance,
+        )  # fmt: skip
 
 
 def assemble(tensors: Tensors, names: Mapping[str, tuple[str, ...]], stated: Mapping[str, str]) -> Parts:
@@ -164,14 +164,9 @@ def assemble(tensors: Tensors, names: Mapping[str, tuple[str, ...]], stated: Map
     ``names`` gives each one's possible names, ``stated`` how the format writes the matrices ("as is" or "transposed"),
     which decides for square ones. Raises UnweaveError for what is missing or does not fit.
     """
-    b_enc, b_dec = (vector(tensors.take(*names[name]), names[name][0], tensors.where) for name in ("b_enc", "b_dec"))
-    matrices = {"W_enc": tensors.take(*names["W_enc"]), "W_dec": tensors.take(*names["W_dec"])}
-    W_enc = oriented(
-        matrices["W_enc"], names["W_enc"][0], None, len(b_enc), stated=stated["W_enc"], where=tensors.where
-    )
-    W_dec = oriented(
-        matrices["W_dec"], names["W_dec"][0], len(b_enc), len(b_dec), stated=stated["W_dec"], where=tensors.where
-    )
+    b_enc, b_dec = tensors.vector(*names["b_enc"]), tensors.vector(*names["b_dec"])
+    W_enc = tensors.matrix(*names["W_enc"], rows=None, columns=len(b_enc), stated=stated["W_enc"])
+    W_dec = tensors.matrix(*names["W_dec"], rows=len(b_enc), columns=len(b_dec), stated=stated["W_dec"])
     return Parts(W_enc, b_enc, W_dec, b_dec)
 
 
@@ -180,17 +175,6 @@ def with_input_bias(tensors: Mapping[str, Tensor], bias: str, sae: SAE) -> dict[
     wide = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()}
     dtype = wide[bias].dtype
     return wide | {bias: wide[bias] + sae.b_dec.to(dtype) @ sae.W_enc.to(dtype)}
-
-
-def vector(tensor: Tensor, name: str, where: str, length: int | None = None) -> Tensor:
-    """A bias or threshold, checked to be a vector (of ``length``)."""
-    if tensor.ndim != 1 or (length is not None and len(tensor) != length):
-        raise UnweaveError(
-            f"{name} has shape {list(tensor.shape)}, not [{'?' if length is None else length}]",
-            where=where,
-            remedy="restore the file",
-        )
-    return tensor
 
 
 def agree(what: str, stated: int | None, actual: int, where: str) -> None:

@@ -12,17 +12,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.site import Site
 from unweave.core.writing import atomic_write, write_json
 from unweave.sae.activations import JumpReLU, TopK
 from unweave.sae.formats.about import build_foreign, build_own, check_written, own_block
-from unweave.sae.formats.parts import Parts, agree, assemble, vector
+from unweave.sae.formats.parts import Parts, agree, assemble
 from unweave.sae.formats.saelens_config import Config, modern
 from unweave.sae.formats.source import Source
-from unweave.sae.formats.tensors import Tensors, oriented, read_safetensors
+from unweave.sae.formats.tensors import Tensors, read_safetensors
 from unweave.sae.module import SAE
 
 NAME = "saelens"
@@ -30,6 +28,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _FORMAT_VERSION = "6.0.0"
 _NAMES = {name: (name,) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 _STATED = {"W_enc": "as is", "W_dec": "as is"}
+_FINETUNING = ("finetuning_scaling_factor", "scaling_factor")
 
 
 def recognise(source: Source) -> bool:
@@ -141,53 +140,43 @@ def load(source: Source) -> SAE:
         return build_own(parts, own)
     _warn_of_processed_models(config, str(folder))
     metadata = config.metadata
-    head = metadata.integer("hook_head_index")
-    return build_foreign(
-        parts,
-        source,
-        NAME,
-        hook=metadata.text("hook_name") or None,
-        hook_out=metadata.text("hook_name_out") or None,
-        sites=(None, None) if head is not None else None,  # one head alone is no site of ours
-        model=metadata.text("model_name") or None,
-        about={
-            "hook_head_index": head,
-            "prepend_bos": metadata.boolean("prepend_bos"),
-            "context": metadata.integer("context_size"),
-        },
-    )
+    about = {"hook_head_index": metadata.integer("hook_head_index"), "prepend_bos": metadata.boolean("prepend_bos")}
+    about["context"] = metadata.integer("context_size")
+    sites = None if about["hook_head_index"] is None else (None, None)  # one head alone is no site of ours
+    hook, hook_out, model = (metadata.text(name) or None for name in ("hook_name", "hook_name_out", "model_name"))
+    return build_foreign(parts, source, NAME, hook=hook, hook_out=hook_out, sites=sites, model=model, about=about)
 
 
 def _parts(config: Config, tensors: Tensors) -> Parts:
     where = tensors.where
-    _finetuning, scale = _known_extras(config, tensors)
+    if "log_threshold" in tensors and "threshold" in config.tensors:  # as older files have it
+        tensors.values["threshold"] = tensors.take("log_threshold").exp()
+    finetuned = {name for name in _FINETUNING if name in tensors}
     gated = config.architecture == "gated"
-    tensors.require(config.tensors, f"check the architecture in {CONFIG}")
+    tensors.require(config.tensors | finetuned, f"check the architecture in {CONFIG}")
     names = _NAMES | ({"b_enc": ("b_mag",)} if gated else {})
     parts = assemble(tensors, names, _STATED)
     agree("d_in", config.d_in, parts.d_in, where)
     agree("d_sae", config.d_sae, parts.d_sae, where)
     agree("d_out", config.d_in if config.d_out is None else config.d_out, len(parts.b_dec), where)
     if gated:
-        gate, gain = (vector(tensors.take(name), name, where, parts.d_sae) for name in ("b_gate", "r_mag"))
+        gate, gain = (tensors.vector(name, length=parts.d_sae) for name in ("b_gate", "r_mag"))
         parts.fold_gate(gate, parts.b_enc, gain)
     elif "threshold" in config.tensors:
-        parts.threshold = vector(tensors.take("threshold"), "threshold", where, parts.d_sae)
+        parts.threshold = tensors.vector("threshold", length=parts.d_sae)
     elif "topk_threshold" in config.tensors:
         _batch_threshold(config, tensors, parts)
     elif config.k is not None:
         parts.k = config.k
         if config.rescale:
             parts.fold_rank_by_norm()
-    if "W_skip" in config.tensors:
-        skip = tensors.take("W_skip")
-        parts.W_skip = oriented(skip, "W_skip", parts.d_in, len(parts.b_dec), stated="transposed", where=where)
-    if _finetuning is not None:
-        parts.fold_decoder_scale(vector(_finetuning, "finetuning_scaling_factor", where, parts.d_sae))
+    parts.take_skip(tensors)
+    if finetuned:
+        _fold_finetuning(config, tensors, parts)
     if config.input_bias:
         parts.fold_input_bias()
-    if scale is not None:
-        parts.fold_input_scale(scale)
+    if config.input_scale is not None:
+        parts.fold_input_scale(config.input_scale)
     parts.input_norm = config.input_norm
     return parts
 
@@ -196,46 +185,36 @@ def _batch_threshold(config: Config, tensors: Tensors, parts: Parts) -> None:
     """A BatchTopK checkpoint of training: its running threshold makes it a JumpReLU, as SAELens itself saves it."""
     threshold = tensors.number("topk_threshold")
     if threshold is None or not threshold > 0:
-        raise UnweaveError(
+        raise tensors.error(
             "this BatchTopK checkpoint has no threshold yet",
-            where=tensors.where,
-            remedy="save the inference model (SAELens: save_inference_model) after some training",
+            "save the inference model (SAELens: save_inference_model) after some training",
         )
     if config.rescale:
         parts.fold_rank_by_norm()
-    parts.widen()
-    parts.threshold = torch.full_like(parts.b_enc, threshold)
+    parts.one_threshold(threshold)
 
 
-def _known_extras(config: Config, tensors: Tensors) -> tuple[torch.Tensor | None, float | None]:
-    """What older files carry besides their architecture's tensors: finetuning scales, and logarithms of thresholds."""
-    if "log_threshold" in tensors and "threshold" in config.tensors:
-        tensors.values["threshold"] = tensors.take("log_threshold").exp()
-    scaling = tensors.maybe("finetuning_scaling_factor", "scaling_factor")
-    if scaling is not None and bool((scaling == 1).all()):
-        scaling = None
-    if scaling is not None and not config.finetuned:
-        raise UnweaveError(
+def _fold_finetuning(config: Config, tensors: Tensors, parts: Parts) -> None:
+    """Older files may hold factors that finetuning gave the latents."""
+    scaling = tensors.vector(*_FINETUNING, length=parts.d_sae)
+    if bool((scaling == 1).all()):
+        return
+    if not config.finetuned:
+        raise tensors.error(
             "the file holds scaling factors for its latents, but its configuration says they are not in use",
-            where=tensors.where,
-            remedy=f"set finetuning_scaling_factor in {CONFIG} to true if decoding multiplies by them",
+            f"set finetuning_scaling_factor in {CONFIG} to true if decoding multiplies by them",
         )
-    return scaling, config.input_scale
+    parts.fold_decoder_scale(scaling)
+
+
+_PROCESSING = (
+    "center_writing_weights", "fold_ln", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices",
+)  # fmt: skip
 
 
 def _warn_of_processed_models(config: Config, where: str) -> None:
     kwargs = config.metadata.mapping("model_from_pretrained_kwargs")
-    changes = [
-        name
-        for name in (
-            "center_writing_weights",
-            "fold_ln",
-            "center_unembed",
-            "fold_value_biases",
-            "refactor_factored_attn_matrices",
-        )
-        if kwargs.boolean(name)
-    ]
+    changes = [name for name in _PROCESSING if kwargs.boolean(name)]
     if changes:  # trap 12: weights that a tool has changed
         warnings.warn(
             f"{where}: this SAE was trained on a model whose weights TransformerLens had changed "

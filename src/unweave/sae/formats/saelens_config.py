@@ -69,23 +69,19 @@ def modern(raw: Fields) -> Config:
     architecture = config.text("architecture") or ("standard" if old else "")
     arguments = config.mapping("activation_fn_kwargs")
     if set(arguments) - {"k"}:
-        raise UnweaveError(
-            f"activation_fn_kwargs {', '.join(sorted(set(arguments) - {'k'}))} are not understood", where=where
-        )
+        unknown = ", ".join(sorted(set(arguments) - {"k"}))
+        raise UnweaveError(f"activation_fn_kwargs {unknown} are not understood", where=where)
     function = config.choice("activation_fn_str", ("relu", "topk"), "relu")
     if architecture == "standard" and function == "topk":  # trap 19, loaded as another kind: ReLU in place of TopK
         architecture = "topk"
     if architecture == "standard" and ("k" in config or "k" in arguments):
-        raise UnweaveError(
-            "the configuration says k, and an activation that has none", where=where,
-            remedy="restore architecture or activation_fn_str, or remove k",
-        )  # fmt: skip
-    if architecture not in TENSORS:
-        raise UnweaveError(
-            f"SAEs of architecture {architecture[:80]!r} cannot be loaded",
-            where=where,
-            remedy=f"known: {', '.join(TENSORS)}",
+        raise raw.error(
+            "the configuration says k, and an activation that has none",
+            "restore architecture or activation_fn_str, or remove k",
         )
+    if architecture not in TENSORS:
+        known = f"known: {', '.join(TENSORS)}"
+        raise raw.error(f"SAEs of architecture {architecture[:80]!r} cannot be loaded", known)
     config.choice("reshape_activations", ("none", "hook_z"), "none")  # trap 17; hook_z flattens heads, as our sites do
     scale, norm = _scaling(config)
     return Config(
@@ -111,9 +107,7 @@ def _renamed(raw: Fields) -> Fields:
         new = _OLD_NAMES.get(name, name)
         if new in renamed and renamed[new] != value:
             old = next(older for older, newer in _OLD_NAMES.items() if newer == new)
-            raise UnweaveError(
-                f"{new} and {old} are one field and differ", where=raw.where, remedy="remove one of them"
-            )
+            raise raw.error(f"{new} and {old} are one field and differ", "remove one of them")
         renamed[new] = value
     return Fields(renamed, raw.where)
 
@@ -124,25 +118,22 @@ def _k(architecture: str, config: Fields, arguments: Fields) -> int | None:
     k, argument = config.integer("k", least=1), arguments.integer("k", least=1)
     if k is None and argument is None:
         says = "the activation 'topk'" if config.text("architecture") != architecture else "a TopK SAE's configuration"
-        raise UnweaveError(f"{says} must say k", where=config.where, remedy='add "k": a whole number')
+        raise config.error(f"{says} must say k", 'add "k": a whole number')
     if k is not None and argument is not None and k != argument:
-        raise UnweaveError(f"k is {k} and also {argument}", where=config.where, remedy="remove one of them")
+        raise config.error(f"k is {k} and also {argument}", "remove one of them")
     return argument if k is None else k
 
 
 def _input_bias(architecture: str, config: Fields, old: bool) -> bool:
     """Whether b_dec is taken off the input: version 6 says it, older ones did it by default (trap 21)."""
-    where, stated = config.where, config.boolean("apply_b_dec_to_input")
+    stated = config.boolean("apply_b_dec_to_input")
     if architecture.endswith("transcoder"):
         if stated:
-            raise UnweaveError("a transcoder cannot take b_dec off its input (apply_b_dec_to_input)", where=where)
+            raise config.error("a transcoder cannot take b_dec off its input (apply_b_dec_to_input)", "")
         return False
     if stated is None and not (old and ("hook_name" in config or "activation_fn_str" in config)):
-        raise UnweaveError(
-            "the configuration does not say whether b_dec is taken off the input (apply_b_dec_to_input)",
-            where=where,
-            remedy="add it: true or false",
-        )
+        what = "the configuration does not say whether b_dec is taken off the input (apply_b_dec_to_input)"
+        raise config.error(what, "add it: true or false")
     return True if stated is None else stated
 
 
@@ -159,14 +150,10 @@ def _scaling(config: Fields) -> tuple[float | None, InputNorm | None]:
         factor = config.number("norm_scaling_factor", above=0)
         if factor is not None:
             return factor, None
-        raise UnweaveError(
+        raise config.error(
             f"this SAE wants its inputs scaled by one number ({scaling}), and the file does not hold it",
-            where=config.where,
-            remedy='add it to cfg.json as "norm_scaling_factor" (SAELens lists it with the release), or fold it before '
-            "saving (SAELens: fold_activation_norm_scaling_factor)",
+            'add it to cfg.json as "norm_scaling_factor" (SAELens lists it with the release), or fold it before saving '
+            "(SAELens: fold_activation_norm_scaling_factor)",
         )
-    raise UnweaveError(
-        f"this SAE wants its inputs scaled by {scaling[:80]!r}, which the file does not hold",
-        where=config.where,
-        remedy="fold the scaling into the weights before saving",
-    )
+    what = f"this SAE wants its inputs scaled by {scaling[:80]!r}, which the file does not hold"
+    raise config.error(what, "fold the scaling into the weights before saving")

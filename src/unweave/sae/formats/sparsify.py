@@ -18,7 +18,7 @@ from unweave.sae.activations import TopK
 from unweave.sae.formats.about import build_foreign, build_own, check_written, own_block, sites_of_module
 from unweave.sae.formats.parts import agree, assemble, with_input_bias
 from unweave.sae.formats.source import Source
-from unweave.sae.formats.tensors import oriented, read_safetensors
+from unweave.sae.formats.tensors import read_safetensors
 from unweave.sae.module import SAE
 
 NAME = "sparsify"
@@ -44,12 +44,10 @@ def load(source: Source) -> SAE:
     own, tensors = source.config(OWN), read_safetensors(path)
     check_written(own, config, tensors)
     parts = assemble(tensors, _NAMES, _STATED)
-    skip = tensors.maybe("W_skip")
-    if skips != (skip is not None):
-        actual = "no W_skip" if skip is None else "a W_skip"
+    if skips != ("W_skip" in tensors):
+        actual = "no W_skip" if skips else "a W_skip"
         raise UnweaveError(f"the tensors hold {actual}, against skip_connection in the configuration", where=where)
-    if skip is not None:
-        parts.W_skip = oriented(skip, "W_skip", parts.d_in, len(parts.b_dec), stated="transposed", where=str(path))
+    parts.take_skip(tensors)
     tensors.finish()
     agree("d_in", config.integer("d_in"), parts.d_in, where)
     agree("num_latents", config.integer("num_latents") or _product(config), parts.d_sae, where)
@@ -58,14 +56,8 @@ def load(source: Source) -> SAE:
         parts.fold_input_bias()
     if own:
         return build_own(parts, own)
-    return build_foreign(
-        parts,
-        source,
-        NAME,
-        hook=path.parent.name,
-        sites=sites_of_module(path.parent.name, transcodes),
-        model=source.config("../config.json").text("model"),
-    )
+    module, model = path.parent.name, source.config("../config.json").text("model")
+    return build_foreign(parts, source, NAME, hook=module, sites=sites_of_module(module, transcodes), model=model)
 
 
 def _product(config: Fields) -> int | None:
@@ -77,13 +69,13 @@ def _settings(config: Fields) -> tuple[int, bool, bool]:
     """k, whether it is a transcoder, and whether it has a skip."""
     k = config.integer("k", least=1)
     if k is None:
-        raise UnweaveError("the configuration must say k", where=config.where, remedy="restore the file")
+        raise config.error("the configuration must say k", "restore the file")
     config.choice("activation", ("topk",), "topk")
     if config.flag("signed"):
-        raise UnweaveError(
-            "signed latents are not understood: a latent here is never below 0", where=config.where,
-            remedy="use an SAE whose latents are not signed",
-        )  # fmt: skip
+        raise config.error(
+            "signed latents are not understood: a latent here is never below 0",
+            "use an SAE whose latents are not signed",
+        )
     return k, config.flag("transcode"), config.flag("skip_connection")
 
 
