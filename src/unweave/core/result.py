@@ -51,12 +51,19 @@ def to_arrow(rows: Iterable[Any]) -> Any:
     return pyarrow.Table.from_pylist([dict(_columns(to_plain(row))) for row in rows])
 
 
-def _columns(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _columns(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in flat(values):
+        if isinstance(value, list) and len(set(map(type, value))) > 1:  # a column has one type
+            yield from ((f"{name}[{place}]", part) for place, part in enumerate(value))
+        else:
+            yield name, value
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Named values, those of inner mappings under dotted names."""
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _columns(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and len({type(one) for one in value}) > 1:  # a column has one type
-            yield from ((f"{prefix}{name}[{place}]", one) for place, one in enumerate(value))
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

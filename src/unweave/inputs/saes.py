@@ -58,35 +58,12 @@ def info_of(sae: SAE) -> SAEInfo:
 
 def open_one(spec: UseSpec) -> Opened:
     """The SAE of a question about one, and the model to use it in; refused where they do not belong together."""
-    sae = SAE.load(spec.sae)
-    training = sae.provenance.get("train", {})
-    model = spec.model or training.get("model")
-    if model is None:
-        raise UnweaveError(
-            "this SAE does not say which model it belongs to", where=str(spec.sae), remedy="name it with --model"
-        )
-    lm = load_lm(model, training.get("dtype", "float32"), spec.device)
-    accepted: dict[str, Any] = {}
-    sae = _belonging(sae, lm, spec.accept_mismatch, accepted)
+    sae, name = SAE.load(spec.sae), str(spec.sae)
     place = sae.write or sae.read  # an SAE that only encodes writes nowhere
-    assert place is not None  # else there was nothing to verify
-    asked = OfSAEsSpec(
-        saes=(str(spec.sae),), model=spec.model, device=spec.device, accept_mismatch=spec.accept_mismatch
-    )
-    return Opened(lm, {place: sae}, {place: str(spec.sae)}, model, accepted, asked)
-
-
-def _belonging(sae: SAE, lm: LM, reason: str | None, accepted: dict[str, Any]) -> SAE:
-    """The SAE on the model's device; refused in a model that is not its own, or accepted for a ``reason``.
-
-    What was measured of an accepted one goes into ``accepted``, by site.
-    """
-    sae = sae.to(lm.device)
-    if reason is None:
-        sae.verify(lm)
-    else:
-        accepted[str(sae.write or sae.read)] = sae.accept(lm, reason)
-    return sae
+    if place is None:
+        raise UnweaveError("this SAE's file named no site", where=name, remedy='name it: sae.at("resid_post.9")')
+    alone = OfSAEsSpec(saes=(name,), model=spec.model, device=spec.device, accept_mismatch=spec.accept_mismatch)
+    return _opened(alone, {(place, name): sae}, None)
 
 
 def split_name(written: str) -> tuple[Site | None, str]:
@@ -140,18 +117,14 @@ def open_saes(spec: OfSAEsSpec, lm: LM | None = None) -> Opened:
         if sae.write is None:
             raise UnweaveError("this SAE's file names no site", where=name, remedy=f"write resid_post.9={name}")
         loaded[sae.write, name] = sae
-    if lm is None:
-        model, dtype = _model_of(spec, loaded)
-        return _placed(spec, load_lm(model, dtype, spec.device), model, loaded)
-    return _placed(spec, lm, spec.model or lm.name, loaded)
+    return _opened(spec, loaded, lm)
 
 
 def _model_of(spec: OfSAEsSpec, loaded: Mapping[tuple[Site, str], SAE]) -> tuple[str, str]:
-    """The model's name and dtype: what is asked for, else what the SAEs were trained on."""
-    models = {}
-    if not spec.model:
-        models = {sae.provenance.get("train", {}).get("model"): name for (_, name), sae in loaded.items()}
-    if len(models) > 1 or None in models:
+    """The model's name and dtype: the spec's model, else what the SAEs were trained on."""
+    trainings = {name: sae.provenance.get("train", {}) for (_, name), sae in loaded.items()}
+    models = {training.get("model"): name for name, training in trainings.items()}
+    if not spec.model and (len(models) > 1 or None in models):
         raise UnweaveError(
             f"the SAEs name several models or none: {', '.join(map(str, models))}",
             where=", ".join(models.values()),
@@ -159,12 +132,17 @@ def _model_of(spec: OfSAEsSpec, loaded: Mapping[tuple[Site, str], SAE]) -> tuple
         )
     model = spec.model or next(iter(models))
     assert model is not None  # the spec's own check: saes, or a model
-    dtypes = {sae.provenance.get("train", {}).get("dtype", "float32") for sae in loaded.values()} or {"float32"}
-    return model, next(iter(dtypes)) if len(dtypes) == 1 else "float32"
+    dtypes = {training.get("dtype", "float32") for training in trainings.values()}
+    return model, dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
-def _placed(spec: OfSAEsSpec, lm: LM, model: str, loaded: Mapping[tuple[Site, str], SAE]) -> Opened:
-    """The SAEs on the model's device, by site, with neurons at the other sites that were asked for."""
+def _opened(spec: OfSAEsSpec, loaded: Mapping[tuple[Site, str], SAE], lm: LM | None) -> Opened:
+    """The SAEs on the model's device, by site, with neurons at the spec's other sites."""
+    if lm is None:
+        model, dtype = _model_of(spec, loaded)
+        lm = load_lm(model, dtype, spec.device)
+    else:
+        model = spec.model or lm.name
     chosen = {site for pattern in spec.sites for _, site in matching(pattern, lm.sites())}
     saes: dict[Site, SAE] = {}
     names: dict[Site, str] = {}
@@ -174,12 +152,15 @@ def _placed(spec: OfSAEsSpec, lm: LM, model: str, loaded: Mapping[tuple[Site, st
             continue
         if site in saes:
             raise UnweaveError(f"two SAEs are at {site}", where=f"{names[site]}, {name}", remedy="name one per site")
-        saes[site], names[site] = _belonging(sae, lm, spec.accept_mismatch, accepted), name
-    missing = chosen - set(saes)
+        saes[site], names[site] = sae.to(lm.device), name
+        if spec.accept_mismatch is None:
+            sae.verify(lm)
+        else:
+            accepted[str(site)] = sae.accept(lm, spec.accept_mismatch)
+    missing = ", ".join(map(str, sorted(chosen - set(saes))))
     if missing:
         there = ", ".join(map(str, sorted(saes)))
-        names_of = ", ".join(map(str, sorted(missing)))
-        raise UnweaveError(f"no SAE is at {names_of}", where="sites", remedy=f"there are: {there}")
+        raise UnweaveError(f"no SAE is at {missing}", where="sites", remedy=f"there are: {there}")
     for _, site in lm.matching(spec.neurons):
         if site in saes:
             raise UnweaveError(f"both an SAE and neurons are asked for at {site}", where="neurons", remedy="name one")

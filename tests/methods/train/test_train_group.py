@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _train(case: str, group: Group) -> dict[str, Any]:
         rows.append(t.step(x[mine], None if goal is None else goal[mine]))
     trace = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64)
     named = {name: p.detach() for name, p in t.weights.named().items()}
-    state = str(t.state.to_dict())
+    state = str(asdict(t.state))
     return {
         "trace": trace, "clocks": t.dead_for, "weights": named, "tokens": t.tokens_seen, "steps": t.steps,
         "state": state, "threshold": t.batch_threshold(),

@@ -41,21 +41,17 @@ def drift(measured: Metrics, reference: Mapping[str, float]) -> tuple[str, ...]:
     ``reference`` holds ``l0`` and ``unexplained_variance`` as stored with the SAE; what it does not hold is passed
     over. Says so when L0 differs by more than 20 %, or unexplained variance by more than 25 % and more than 0.02.
     """
-    messages = []
-    advice = "other text, another model, or tokens (a BOS, a chat template) that the SAE was not trained on"
-    l0, fvu = reference.get("l0"), reference.get("unexplained_variance")
+    differing = []
+    l0, fvu, fvu_here = reference.get("l0"), reference.get("unexplained_variance"), measured.unexplained_variance
     if l0 is not None and not abs(measured.l0 - l0) <= 0.2 * abs(l0):
-        messages.append(f"L0 is {measured.l0:.1f} here and was {l0:.1f} where the SAE was made: {advice}")
-    if fvu is not None:
-        change = abs(measured.unexplained_variance - fvu)
-        if not (change <= 0.25 * abs(fvu) or change <= 0.02):
-            messages.append(
-                f"unexplained variance is {measured.unexplained_variance:.3f} here and was {fvu:.3f} where the SAE was "
-                f"made: {advice}"
-            )
+        differing.append(f"L0 is {measured.l0:.1f} here and was {l0:.1f}")
+    if fvu is not None and not abs(fvu_here - fvu) <= max(0.25 * abs(fvu), 0.02):
+        differing.append(f"unexplained variance is {fvu_here:.3f} here and was {fvu:.3f}")
+    advice = "other text, another model, or tokens (a BOS, a chat template) that the SAE was not trained on"
+    messages = tuple(f"{words} where the SAE was made: {advice}" for words in differing)
     for message in messages:
         warnings.warn(message, UnweaveWarning, stacklevel=2)
-    return tuple(messages)
+    return messages
 
 
 def density_histogram(counts: Tensor, n_tokens: int) -> Density:

@@ -21,16 +21,9 @@ def run(spec: EvalSpec, ctx: Context) -> Evaluation:
     lm, sae = opened.lm, opened.sae
     data = data_of(sae, spec.data)
     store, _ = token_store(lm, opened.model, data, "heldout", spec.tokens, ctx.runs)
-    _warn_of_context(data.pack.context, sae.provenance.get("data", {}).get("context"))
+    trained = sae.provenance.get("data", {}).get("context")
+    if trained is not None and data.pack.context > trained:  # positions beyond the ones trained on (trap 8)
+        words = f"rows of up to {data.pack.context} tokens, and the SAE was trained on rows of up to {trained}"
+        warnings.warn(words, UnweaveWarning, stacklevel=2)
     metrics = evaluate(lm, sae, store_batches(lm, store, range(store.n_rows), spec.batch_tokens))
     return Evaluation(opened.subject, metrics.plain(), drift(metrics, sae.provenance.get("reference", {})))
-
-
-def _warn_of_context(here: int, trained: int | None) -> None:
-    """Positions beyond the ones trained on (trap 8)."""
-    if trained is not None and here > trained:
-        warnings.warn(
-            f"rows of up to {here} tokens, and the SAE was trained on rows of up to {trained}",
-            UnweaveWarning,
-            stacklevel=3,
-        )

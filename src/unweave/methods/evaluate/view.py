@@ -8,7 +8,7 @@ from unweave.core.result import Row, to_plain
 from unweave.inputs.subject import SAEInfo
 from unweave.methods.evaluate import figures
 from unweave.methods.evaluate.numbers import MEASURES, sentence, shown, value_of
-from unweave.methods.evaluate.result import Density, Evaluation
+from unweave.methods.evaluate.result import Evaluation
 from unweave.show.page import ALONE, Around, Section, Tile, beside, figure
 from unweave.show.pieces import esc, table
 
@@ -37,15 +37,21 @@ def rows(result: Evaluation) -> list[Row]:
 def section(result: Evaluation, around: Around = ALONE) -> Section:
     """Every number with its meaning, the losses as bars and the density of the latents."""
     del around
-    sae, values = result.subject.saes[0], to_plain(result.metrics)
-    m = result.metrics
-    caption = (
+    sae, m, values = result.subject.saes[0], result.metrics, to_plain(result.metrics)
+    losses = (
         "The model's loss with the SAE in place, between the untouched model and one whose activations are replaced "
         "with their average or with zeros. The closer to the first bar, the better."
     )
-    drawn = [figure(figures.cross_entropy_bars(m.ce_clean, m.ce_sae, m.ce_mean, m.ce_zero), caption)]
-    drawn += _density(m.density)
-    body = "".join([_lead(result), beside(*drawn), *_measures(values, sae)])
+    never = f"{m.density.never:,} latents never fired." if m.density.never else "Every latent fired."
+    density = (
+        "How often latents fire, each bar a range of frequencies. A healthy SAE has one broad hill; a heap at the "
+        f"right end would be latents that are always on and mean little. {never}"
+    )
+    drawn = beside(
+        figure(figures.cross_entropy_bars(m.ce_clean, m.ce_sae, m.ce_mean, m.ce_zero), losses),
+        figure(figures.density(m.density), density),
+    )
+    body = "".join([_lead(result), drawn, *_measures(values, sae)])
     tiles = tuple(
         Tile(shown(key, values), name, sentence(key, values, sae) or "")
         for key, name in _TILES.items()
@@ -53,17 +59,6 @@ def section(result: Evaluation, around: Around = ALONE) -> Section:
     )
     heading = f"How faithful it is: {esc(m.site)}"
     return Section("Evaluation", heading, body, tiles=tiles, notes=(*result.subject.notes, *result.drift))
-
-
-def _density(density: Density) -> list[str]:
-    if not density.counts:
-        return []
-    never = f" {density.never:,} latents never fired." if density.never else " Every latent fired."
-    caption = (
-        "How often latents fire, each bar a range of frequencies. A healthy SAE has one broad hill; a heap at the "
-        f"right end would be latents that are always on and mean little.{never}"
-    )
-    return [figure(figures.density(density), caption)]
 
 
 def _lead(result: Evaluation) -> str:
@@ -79,14 +74,13 @@ def _lead(result: Evaluation) -> str:
 
 
 def _measures(values: Mapping[str, object], sae: SAEInfo) -> list[str]:
-    parts = []
+    tables = []
     for group in dict.fromkeys(measure.group for measure in MEASURES):
         rows = [
             (esc(measure.name), esc(shown(measure.key, values)), esc(sentence(measure.key, values, sae)))
             for measure in MEASURES
             if measure.group == group and value_of(values, measure.key) is not None
         ]
-        if rows:
-            listed = table(("Measure", "Value", "What it says"), rows, (1,), group)
-            parts.append(f'<div class="uw-measures">{listed}</div>')
-    return parts
+        listed = table(("Measure", "Value", "What it says"), rows, (1,), group)
+        tables.append(f'<div class="uw-measures">{listed}</div>')
+    return tables

@@ -12,10 +12,10 @@ from unweave.core.command import Command
 from unweave.core.contents import content_of
 from unweave.core.errors import UnweaveError
 from unweave.core.files import printable
-from unweave.core.result import Result
+from unweave.core.result import Result, view_of
 from unweave.core.run import Run
 from unweave.core.spec import digest
-from unweave.inputs.subject import Subject
+from unweave.inputs.subject import SAEInfo, Subject
 from unweave.methods import command_of
 
 ABOUT_AN_SAE = ("eval", "latents", "trace", "steer")
@@ -31,10 +31,20 @@ class Shown:
     result: Result
 
     @property
+    def view(self) -> Any:
+        """The module that shows the result."""
+        return view_of(type(self.result))
+
+    @property
+    def saes(self) -> tuple[SAEInfo, ...]:
+        """The SAEs that it is about."""
+        subject = getattr(self.result, "subject", None)
+        return subject.saes if isinstance(subject, Subject) else ()
+
+    @property
     def sae(self) -> str:
         """The digest of the one SAE that it is about; empty where it is not about one."""
-        subject = getattr(self.result, "subject", None)
-        return subject.saes[0].digest if isinstance(subject, Subject) and len(subject.saes) == 1 else ""
+        return self.saes[0].digest if len(self.saes) == 1 else ""
 
 
 def content(folders: Sequence[Path]) -> str:
@@ -44,24 +54,18 @@ def content(folders: Sequence[Path]) -> str:
 
 def _finished(folder: Path) -> Path:
     if not os.path.isfile(folder / "DONE"):
-        raise UnweaveError(
-            "this is not a finished run",
-            where=printable(folder),
-            remedy="give run directories as the commands print them",
-        )
+        remedy = "give run directories as the commands print them"
+        raise UnweaveError("this is not a finished run", where=printable(folder), remedy=remedy)
     return folder
 
 
 def opened(folder: Path) -> Shown:
     """A run's result. UnweaveError where it has not finished, or is of no command that has a view."""
-    untyped: Run[Any] = Run.at(_finished(folder))
-    command = command_of(untyped.asked["stage"])
+    name = Run.at(_finished(folder)).asked["stage"]
+    command = command_of(name)
     if command is None:
-        raise UnweaveError(
-            f"runs of {untyped.asked['stage']!r} are parts of others and have no page",
-            where=printable(folder),
-            remedy="give runs as the commands print them",
-        )
+        what, remedy = f"runs of {name!r} are parts of others and have no page", "give runs as the commands print them"
+        raise UnweaveError(what, where=printable(folder), remedy=remedy)
     run: Run[Any] = Run.at(folder, command.result)
     return Shown(run, command, run.result)
 
@@ -71,20 +75,11 @@ def of_sae(sae: Path, runs: Path) -> list[Path]:
     from unweave.inputs.identity import sae as identity_of
 
     identity = identity_of(sae)
-    newest: dict[str, tuple[float, Path]] = {}
-    for path in Path(runs).glob("*-*"):
-        if not (path / "DONE").is_file():
-            continue
-        question = Run.at(path).asked
+    newest: dict[str, Path] = {}
+    for done in sorted(Path(runs).glob("*-*/DONE"), key=lambda done: done.stat().st_mtime):
+        question = Run.at(done.parent).asked
         if question["inputs"].get("sae") == identity and command_of(question["stage"]) is not None:
-            finished = (path / "DONE").stat().st_mtime
-            if question["stage"] not in newest or finished > newest[question["stage"]][0]:
-                newest[question["stage"]] = (finished, path)
-    return [*_training(sae), *(path for _, path in newest.values())]
-
-
-def _training(sae: Path) -> list[Path]:
-    for folder in sae.resolve().parents:
-        if folder.name.startswith("train-") and (folder / "DONE").is_file():
-            return [folder]
-    return []
+            newest[question["stage"]] = done.parent
+    above = (folder for folder in sae.resolve().parents if folder.name.startswith("train-"))
+    training = next((folder for folder in above if (folder / "DONE").is_file()), None)
+    return [*([] if training is None else [training]), *newest.values()]

@@ -34,11 +34,8 @@ class ReportSpec(Spec):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.of and self.sae is None:
-            raise UnweaveError(
-                "there is nothing to report",
-                where=type(self).__name__,
-                remedy="name run directories, or an SAE with --sae",
-            )
+            remedy = "name run directories, or an SAE with --sae"
+            raise UnweaveError("there is nothing to report", where=type(self).__name__, remedy=remedy)
 
 
 COMMAND = Command(

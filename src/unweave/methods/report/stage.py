@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,13 +25,9 @@ def run(spec: ReportSpec, runs: Path) -> Run[Report]:
 def written(spec: ReportSpec, ctx: Context) -> Report:
     """The page of exactly these runs."""
     shown = [reading.opened(folder) for folder in spec.of]
-    missing = _missing(shown) if spec.sae is not None else []
+    names = {part.command.name for part in shown}
+    missing = () if spec.sae is None else tuple(name for name in reading.ABOUT_AN_SAE if name not in names)
     text = render(spec.title, shown, missing, spec.latents)
     write_file(ctx.path / "report.html", text)
-    names = tuple(one.run.path.name for one in shown)
-    return Report(Path("report.html"), round(len(text.encode()) / 1e6, 2), names, tuple(missing))
-
-
-def _missing(shown: Sequence[reading.Shown]) -> list[str]:
-    there = {one.command.name for one in shown}
-    return [name for name in reading.ABOUT_AN_SAE if name not in there]
+    runs = tuple(part.run.path.name for part in shown)
+    return Report(Path("report.html"), round(len(text.encode()) / 1e6, 2), runs, missing)

@@ -21,42 +21,39 @@ def contests(result: InstructSaes, measure: Measure) -> list[tuple[Recipe, Conte
     return [(other, contest(every, "FAST", other)) for other in RECIPES[:2]]
 
 
-def words(found: Contest) -> str:
+def words(c: Contest) -> str:
     """`lower in 5 of 6 cells (4 by every seed; 0 higher by every seed), 0.31 lower on average`."""
-    if not found.cells:
+    if not c.cells:
         return "nothing to compare"
-    difference = found.mean_difference
-    by = f"{abs(difference):.2f} {'lower' if difference < 0 else 'higher'} on average"
-    rest = f"; {found.left_out} not comparable" if found.left_out else ""
-    return (
-        f"lower in {found.lower} of {found.cells} cells ({found.clearly} by every seed; {found.clearly_higher} higher "
-        f"by every seed), {by}{rest}"
-    )
+    by = f"{abs(c.mean_difference):.2f} {'lower' if c.mean_difference < 0 else 'higher'} on average"
+    rest = f"; {c.left_out} not comparable" if c.left_out else ""
+    seeds = f"{c.clearly} by every seed; {c.clearly_higher} higher by every seed"
+    return f"lower in {c.lower} of {c.cells} cells ({seeds}), {by}{rest}"
 
 
 def claims(result: InstructSaes) -> list[Claim]:
     """Every claim of the paper, and three more that stand beside it."""
     basis = "at equal coefficients, whatever the L0" if result.k is None else f"all at L0 {result.k}"
 
-    def against(measure: Measure) -> tuple[str, Verdict]:
-        found = contests(result, measure)
-        text = "; ".join(f"against {other}: {words(one)}" for other, one in found)
-        return f"FAST's {measure_name(measure)}, {basis}: {text}", _verdict([one for _, one in found])
+    def measured(measure: Measure) -> tuple[str, Verdict]:
+        against = contests(result, measure)
+        text = "; ".join(f"against {other}: {words(contest)}" for other, contest in against)
+        return f"FAST's {measure_name(measure)}, {basis}: {text}", _verdict([contest for _, contest in against])
 
     return [
         Claim(
             "FAST reconstructs all tokens better than both block trainings in most settings (Llama-3.2-3B, layer 20, "
             "Standard, 8x: log2 MSE -0.953 against -0.693 BT(P) and -0.919 BT(F))",
-            *against(Measure("all")),
+            *measured(Measure("all")),
         ),
         Claim(
             "FAST reconstructs special tokens far better (Qwen2.5-7B, layer 18: Standard 0.647 against 5.199 and "
             "1.509, JumpReLU -9.760 against -4.001 and -8.074)",
-            *against(Measure("special")),
+            *measured(Measure("special")),
         ),
-        Claim("(not in the paper) the same without norm outliers", *against(Measure("all", outliers=False))),
-        Claim("(not in the paper) special tokens without norm outliers", *against(Measure("special", outliers=False))),
-        Claim("(not in the paper) the assistant's own words", *against(Measure("assistant"))),
+        Claim("(not in the paper) the same without norm outliers", *measured(Measure("all", outliers=False))),
+        Claim("(not in the paper) special tokens without norm outliers", *measured(Measure("special", outliers=False))),
+        Claim("(not in the paper) the assistant's own words", *measured(Measure("assistant"))),
         rating_claim(result.ratings),
         Claim(
             "steering with latents of special tokens improves answers within a range of coefficients, and degrades "
@@ -68,13 +65,13 @@ def claims(result: InstructSaes) -> list[Claim]:
     ]
 
 
-def _verdict(found: Sequence[Contest]) -> Verdict:
+def _verdict(against: Sequence[Contest]) -> Verdict:
     """As claimed: lower in most cells against every other recipe, and nowhere clearly higher."""
-    if not all(c.cells for c in found):
+    if not all(c.cells for c in against):
         return "not measured"
-    if all(c.lower > c.cells / 2 and c.clearly_higher == 0 for c in found):
+    if all(c.lower > c.cells / 2 and c.clearly_higher == 0 for c in against):
         return "as claimed"
-    return "not as claimed" if all(c.lower <= c.cells / 2 for c in found) else "partly"
+    return "not as claimed" if all(c.lower <= c.cells / 2 for c in against) else "partly"
 
 
 def rating_claim(ratings: Sequence[Rated]) -> Claim:
@@ -82,21 +79,23 @@ def rating_claim(ratings: Sequence[Rated]) -> Claim:
     claim = "more of FAST's latents are rated 4 or 5 (Llama-3.2-3B, 8x: 21.1 % against 7.0 % BT(P) and 10.2 % BT(F))"
     if not ratings:
         return Claim(claim, "", "not measured")
-    scored = ", ".join(f"{one.recipe} {_share(one.rubric.real)}" for one in ratings)
+    rubrics = {rated.recipe: rated.rubric for rated in ratings}
+    scored = ", ".join(f"{recipe} {_share(rubric.real)}" for recipe, rubric in rubrics.items())
     controls = ", ".join(
-        f"{one.recipe} {one.rubric.shuffled.mean.value:.1f} against {one.rubric.real.mean.value:.1f}"
-        for one in ratings
-        if one.rubric.shuffled and one.rubric.shuffled.mean and one.rubric.real.mean
+        f"{recipe} {rubric.shuffled.mean.value:.1f} against {rubric.real.mean.value:.1f}"
+        for recipe, rubric in rubrics.items()
+        if rubric.shuffled and rubric.shuffled.mean and rubric.real.mean
     )
     judge = ratings[0].rubric.judge.model
     ours = f"{judge}: {scored}. Mean score of shuffled against real contexts: {controls}."
-    fewest = min(one.rubric.real.scored for one in ratings)
-    deaf = [one.recipe for one in ratings if one.rubric.above_shuffled is None or not one.rubric.above_shuffled.shown]
-    if fewest < _ENOUGH_RATED or deaf:
-        why = f"{fewest} latents are too few for a verdict" if fewest < _ENOUGH_RATED else ""
-        unread = f"the judge was not shown to tell latents from shuffled contexts ({', '.join(deaf)})" if deaf else ""
-        return Claim(claim, f"{ours} {'; '.join(part for part in (why, unread) if part)}.", "not measured")
-    high = {one.recipe: one.rubric.real.high.value for one in ratings if one.rubric.real.high is not None}
+    fewest = min(rubric.real.scored for rubric in rubrics.values())
+    unread = [name for name, rubric in rubrics.items() if not (rubric.above_shuffled and rubric.above_shuffled.shown)]
+    reasons = [f"{fewest} latents are too few for a verdict"] if fewest < _ENOUGH_RATED else []
+    if unread:
+        reasons.append(f"the judge was not shown to tell latents from shuffled contexts ({', '.join(unread)})")
+    if reasons:
+        return Claim(claim, f"{ours} {'; '.join(reasons)}.", "not measured")
+    high = {recipe: rubric.real.high.value for recipe, rubric in rubrics.items() if rubric.real.high is not None}
     best = all(high["FAST"] > high[other] for other in RECIPES[:2])
     return Claim(claim, ours, "as claimed" if best else "not as claimed")
 

@@ -66,9 +66,7 @@ def cells(rows: Sequence[Measured], measure: Measure, k: int | None) -> list[Cel
     groups = grouped(rows)
     kinds = dict.fromkeys((row.kind, row.expansion) for row in rows)
     sites = dict.fromkeys(row.site for row in rows)
-    places: list[tuple[Recipe, str, int, str]] = [
-        (recipe, *kind, site) for kind in kinds for site in sites for recipe in RECIPES
-    ]
+    places = ((recipe, *kind, site) for kind in kinds for site in sites for recipe in RECIPES)
     every = [_cell(groups.get(place, []), measure, k) for place in places]
     return [cell for cell in every if cell is not None]
 
@@ -109,8 +107,7 @@ def _moved(
 
 def curve(group: Sequence[Measured], measure: Measure, seed: int) -> list[tuple[float, float]]:
     """(log2 L0, log2 MSE) of the SAEs of one seed, by L0."""
-    errors = [row.errors for row in group if row.seed == seed]
-    pairs = [(measure.whole(one).l0, measure.of(one).log2_mse) for one in errors]
+    pairs = [(measure.whole(row.errors).l0, measure.of(row.errors).log2_mse) for row in group if row.seed == seed]
     return sorted((math.log2(l0), value) for l0, value in pairs if l0 and value is not None)
 
 

@@ -10,7 +10,6 @@ from unweave.data.batches import store_batches
 from unweave.inputs.inputs import load_lm, token_store
 from unweave.methods.special_tokens.errors import special_token_errors
 from unweave.methods.train import stage as train
-from unweave.methods.train.kinds import SAESpec
 from unweave.methods.train.members import Member, members
 from unweave.papers.instruct_saes.result import RECIPES, Measured, Recipe, RecipeErrors
 from unweave.papers.instruct_saes.spec import RecipeErrorsSpec
@@ -26,9 +25,9 @@ def run(spec: RecipeErrorsSpec, ctx: Context) -> RecipeErrors:
     lm = load_lm(training.model, training.dtype, training.device)
     store, _ = token_store(lm, training.model, spec.data, "heldout", None, ctx.runs)
     every: list[tuple[Recipe, Member, Path]] = [
-        (recipe, member, train.sae_folder(part, member.name))
-        for recipe, part, asked in zip(RECIPES, trained, spec.trainings, strict=True)
-        for member in members(asked, lm)
+        (recipe, member, train.sae_folder(run, member.name))
+        for recipe, run, training in zip(RECIPES, trained, spec.trainings, strict=True)
+        for member in members(training, lm)
     ]
     saes = {}
     with task("load SAEs", total=len(every), unit="SAEs") as progress:
@@ -44,15 +43,10 @@ def run(spec: RecipeErrorsSpec, ctx: Context) -> RecipeErrors:
                 kind=member.spec.kind,
                 expansion=member.spec.expansion,
                 site=str(member.write),
-                k=aimed_at(member.spec),
+                k=member.spec.k if member.spec.aims else None,
                 seed=member.spec.seed,
                 errors=errors[str(folder)].plain(),
             )
             for recipe, member, folder in every
         )
     )
-
-
-def aimed_at(spec: SAESpec) -> int | None:
-    """The L0 that a training aims at; None where a fixed coefficient decides."""
-    return spec.k if spec.aims else None

@@ -30,11 +30,11 @@ _PARTS = (train.run, errors_stage.run, rubric.run, special_tokens.run)
 
 def _planned(spec: InstructSaesSpec, _handle: object) -> dict[str, str]:
     """What the plan says and reads beside the question, and the versions of the parts."""
-    asked: dict[str, str] = {"parts": " ".join(f"{part.name}/{part.version}" for part in _PARTS)}
+    planned: dict[str, str] = {"parts": " ".join(f"{part.name}/{part.version}" for part in _PARTS)}
     for name, training in plan_of(spec).trainings.items():
-        asked[name] = training.digest()
-        asked |= contents_of(training, f"{name}.")
-    return asked
+        planned[name] = training.digest()
+        planned |= contents_of(training, f"{name}.")
+    return planned
 
 
 @stage("paper-instruct-saes", version=3, also=_planned)
@@ -45,12 +45,9 @@ def run(spec: InstructSaesSpec, ctx: Context) -> InstructSaes:
     for name, training in plan.trainings.items():
         trained[name] = train.run(training, ctx.runs)
         gc.collect()  # a recipe's SAEs and activations take gigabytes
-    measured = errors_stage.run(
-        RecipeErrorsSpec(
-            trainings=tuple(plan.trainings.values()), data=plan.measured, special_ids=plan.special_ids, where=plan.where
-        ),
-        ctx.runs,
-    )
+    trainings = tuple(plan.trainings.values())
+    errors = RecipeErrorsSpec(trainings=trainings, data=plan.measured, special_ids=plan.special_ids, where=plan.where)
+    measured = errors_stage.run(errors, ctx.runs)
     steered = _steered(spec, plan, trained["FAST"], ctx)
     rated = _rated(spec, plan, trained, ctx) if spec.rubric else {}
     saes, training = measured.result.saes, plan.trainings["FAST"]
@@ -58,7 +55,7 @@ def run(spec: InstructSaesSpec, ctx: Context) -> InstructSaes:
         scale=spec.scale,
         sites=training.sites,
         tokens=training.sae.tokens,
-        k=MATCHED_L0 if any(one.k == MATCHED_L0 for one in saes) else None,  # the paper fixes coefficients instead
+        k=MATCHED_L0 if any(sae.k == MATCHED_L0 for sae in saes) else None,  # the paper fixes coefficients instead
         saes=saes,
         ratings=tuple(Rated(name, part.result) for name, part in rated.items()),
         special_tokens=steered.result,

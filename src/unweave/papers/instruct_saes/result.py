@@ -7,7 +7,7 @@ from typing import Literal
 
 from unweave.core.result import Result
 from unweave.methods.explain.rubric.result import RubricResult
-from unweave.methods.special_tokens.result import Group, GroupErrors, SpecialTokenResult, TokenErrors
+from unweave.methods.special_tokens.result import ByGroup, Group, GroupErrors, SpecialTokenResult, TokenErrors
 
 Recipe = Literal["BT(P)", "BT(F)", "FAST"]
 RECIPES: tuple[Recipe, ...] = ("BT(P)", "BT(F)", "FAST")
@@ -24,20 +24,19 @@ class Measure:
 
     def of(self, errors: TokenErrors) -> GroupErrors:
         """The errors that it is taken from."""
-        return (errors.everything if self.outliers else errors.without_outliers).of(self.group)
+        return self._groups(errors).of(self.group)
 
     def whole(self, errors: TokenErrors) -> GroupErrors:
         """The errors of all tokens, whose L0 errors are compared at."""
-        return (errors.everything if self.outliers else errors.without_outliers).all
+        return self._groups(errors).all
+
+    def _groups(self, errors: TokenErrors) -> ByGroup:
+        return errors.everything if self.outliers else errors.without_outliers
 
 
 MEASURES = (
-    Measure("all"),
-    Measure("special"),
-    Measure("all", outliers=False),
-    Measure("special", outliers=False),
-    Measure("user"),
-    Measure("assistant"),
+    *(Measure("all"), Measure("special"), Measure("all", outliers=False), Measure("special", outliers=False)),
+    *(Measure("user"), Measure("assistant")),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +38,8 @@ def rows(result: InstructSaes) -> list[Row]:
     """FAST against the other recipes, and the judge's mean scores."""
     lines: list[Row] = [("SAEs", len(result.saes), "all measured on the same held-out conversations")]
     for measure in _SHOWN:
-        for other, one in contests(result, measure):
-            lines.append((f"FAST against {other}", words(one), measure_name(measure)))
+        for other, contest in contests(result, measure):
+            lines.append((f"FAST against {other}", words(contest), measure_name(measure)))
     for rated in result.ratings:
         mean, judge = rated.rubric.real.mean, rated.rubric.judge.model
         lines.append((f"rating of {rated.recipe}", mean.value if mean else None, f"mean of 1 to 5, by {judge}"))
@@ -53,7 +52,7 @@ def section(result: InstructSaes, around: Around = ALONE) -> Section:
     images = "".join(figure(picture, _CAPTIONS[name]) for name, picture in _pictures(result).items())
     tables = "".join(
         f"<h3>{esc(measure_name(measure))}</h3>"
-        + table(_head(), [[esc(cell) for cell in row] for row in _table(result, measure)])
+        + table(_HEAD, [[esc(cell) for cell in row] for row in _table(result, measure)])
         for measure in MEASURES
     )
     body = (
@@ -104,8 +103,7 @@ def _pictures(result: InstructSaes) -> dict[str, bytes]:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _head() -> list[str]:
-    return ["kind", "site", *RECIPES]
+_HEAD = ("kind", "site", *RECIPES)
 
 
 def _table(result: InstructSaes, measure: Measure) -> list[list[str]]:
@@ -128,7 +126,6 @@ def _cell_words(cell: Cell) -> str:
 
 
 def _markdown(result: InstructSaes, measure: Measure) -> str:
-    head: Sequence[str] = _head()
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(row) + " |" for row in _table(result, measure)]
+    lines = ["| " + " | ".join(row) + " |" for row in (_HEAD, *_table(result, measure))]
+    lines.insert(1, "|" + " --- |" * len(_HEAD))
     return f"### {measure_name(measure)}\n\n" + "\n".join(lines) + "\n"
