@@ -30,7 +30,7 @@ _CALIBRATION = 32_768
 
 @dataclass(frozen=True)
 class Examined:
-    """What was found; has what every stage's outcome has."""
+    """The outcome, with what every run has."""
 
     path: Path
     result: Checkup
@@ -44,12 +44,15 @@ def run(spec: DoctorSpec, runs: Path) -> Examined:
     cost: Cost | None = None
     if lm is not None:
         _try(problems, lambda: refuse_long_rows(lm, spec.data.pack.context))
-        asked = _try(problems, lambda: members(spec, lm))
-        if asked:
-            cost = _try(problems, lambda: _cost(spec, lm, asked))
-        _look_at_text(spec, lm, problems)
-    _look_at_folder(runs, problems)
-    free = round(shutil.disk_usage(_existing(runs)).free / 1e9, 1)
+        every = _try(problems, lambda: members(spec, lm))
+        if every:
+            cost = _try(problems, lambda: _cost(spec, lm, every))
+        _check_text(spec, lm, problems)
+    runs = runs.resolve()
+    folder = next(path for path in (runs, *runs.parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        problems.append(f"{folder} is not a writable folder: choose another with --runs")
+    free = round(shutil.disk_usage(folder).free / 1e9, 1)
     if cost is not None and cost.disk_gb > free:
         problems.append(f"needs {cost.disk_gb} GB of disk, {free} GB are free: see stream.cache")
     if cost is not None and cost.memory_gb > _memory_gb():
@@ -65,7 +68,7 @@ def _try(problems: list[str], work: Any) -> Any:
         return None
 
 
-def _look_at_text(spec: DoctorSpec, lm: LM, problems: list[str]) -> None:
+def _check_text(spec: DoctorSpec, lm: LM, problems: list[str]) -> None:
     if spec.sae.tokens > spec.epochs * spec.data.tokens:
         problems.append(
             f"sae.tokens {spec.sae.tokens} is more than {spec.epochs:g} epochs over data.tokens {spec.data.tokens}: "
@@ -77,35 +80,23 @@ def _look_at_text(spec: DoctorSpec, lm: LM, problems: list[str]) -> None:
 
 def _enough(spec: DoctorSpec, lm: LM, split: str) -> None:
     """Packs the text, without keeping it, until there is enough."""
-    (wanted, unit), found, documents = budget_of(spec.data, split), 0, set()
+    (budget, unit), amount, documents = budget_of(spec.data, split), 0, set()
     for row in pack(documents_of(spec.data, split), lm.tokenizer, spec.data.pack):
         documents.add(row.document)
-        found = len(documents) if unit == "documents" else found + len(row.ids)
-        if found >= wanted:
+        amount = len(documents) if unit == "documents" else amount + len(row.ids)
+        if amount >= budget:
             return
-    raise UnweaveError(
-        f"the {split} text has only {found:,} {unit}, {wanted:,} were asked for", remedy="give more text"
-    )
-
-
-def _look_at_folder(runs: Path, problems: list[str]) -> None:
-    folder = _existing(runs)
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        problems.append(f"{folder} is not a writable folder: choose another with --runs")
-
-
-def _existing(path: Path) -> Path:
-    path = Path(path).resolve()
-    return next(p for p in (path, *path.parents) if p.exists())
+    what = f"the {split} text has only {amount:,} {unit}, {budget:,} were asked for"
+    raise UnweaveError(what, remedy="give more text")
 
 
 def _memory_gb() -> float:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
 
 
-def _cost(spec: DoctorSpec, lm: LM, asked: list[Member]) -> Cost:
+def _cost(spec: DoctorSpec, lm: LM, every: list[Member]) -> Cost:
     """Times one harvest batch and a few training steps of every SAE."""
-    sites = sorted({site for member in asked for site in (member.read, member.write)})
+    sites = sorted({site for member in every for site in (member.read, member.write)})
     tokens = _random_tokens(spec, lm, spec.stream.batch_tokens)
     seconds = 0.0
     for _ in range(2):  # the first is for warming up
@@ -115,12 +106,11 @@ def _cost(spec: DoctorSpec, lm: LM, asked: list[Member]) -> Cost:
         seconds = time.perf_counter() - started
     harvest = tokens.n_tokens / seconds
     x = {site: seen[site].flatten(0, 1).float() for site in sites}
-    found = [_timed(spec, lm, member, x) for member in asked]
-    train = spec.sae.batch / sum(seconds for _, seconds in found)
-    width = sum(found.shape[1] for found in x.values())
-    latents = sum(n for n, _ in found)
-    widths = [x[member.read].shape[1] + x[member.write].shape[1] for member in asked]
-    parameters = sum(n * both for (n, _), both in zip(found, widths, strict=True))
+    timed = [_timed(spec, lm, member, x) for member in every]
+    train = spec.sae.batch / sum(seconds for _, seconds in timed)
+    width = sum(values.shape[1] for values in x.values())
+    widths = [x[member.read].shape[1] + x[member.write].shape[1] for member in every]
+    parameters = sum(n * both for (n, _), both in zip(timed, widths, strict=True))
     end_to_end = spec.objective == "end-to-end"  # which harvests no more than it begins from
     begun = min(spec.data.tokens, max(_CALIBRATION, spec.stream.buffer_tokens))
     distinct = begun if end_to_end else spec.data.tokens
@@ -129,8 +119,8 @@ def _cost(spec: DoctorSpec, lm: LM, asked: list[Member]) -> Cost:
     model = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     memory = model + 4 * parameters * _FP32 + 3 * spec.stream.buffer_tokens * width * _FP32 + 1e9
     return Cost(
-        saes=len(asked),
-        latents=latents,
+        saes=len(every),
+        latents=sum(n for n, _ in timed),
         distinct_tokens=spec.data.tokens,
         training_tokens=spec.sae.tokens,
         epochs=round(spec.sae.tokens / spec.data.tokens, 2),
@@ -152,21 +142,19 @@ def _random_tokens(spec: DoctorSpec, lm: LM, count: int) -> Tokens:
 
 def _timed(spec: DoctorSpec, lm: LM, member: Member, x: dict[Site, torch.Tensor]) -> tuple[int, float]:
     """How many latents a member has, and how many seconds a batch of it takes. UnweaveError where it cannot start."""
-    first, _ = start.opened(spec, lm, member.name, member.read, member.write)
+    sae, _ = start.opened(spec, lm, member.name, member.read, member.write)
     inputs, goal = x[member.read], None if member.read == member.write else x[member.write]
     batch, text = member.spec.batch, _random_tokens(spec, lm, member.spec.batch)
     enough = 4 * max(batch, text.n_tokens)  # a step more than are taken
     own = replace(member.spec, tokens=max(member.spec.tokens, enough))
-    trainer = SAETrainer(own, inputs.shape[1], init_x=inputs, init_target=goal, device=lm.device, start=first)
+    trainer = SAETrainer(own, inputs.shape[1], init_x=inputs, init_target=goal, device=lm.device, start=sae)
     chosen = torch.randint(0, len(inputs), (batch,), generator=torch.Generator().manual_seed(0))
-    times = []
+    end_to_end, times = spec.objective == "end-to-end", []
     for _ in range(3):
         started = time.perf_counter()
-        if spec.objective == "end-to-end":
+        if end_to_end:
             end_to_end_step(lm, trainer, text, member.read, nonfinite="drop")
         else:
             trainer.step(inputs[chosen], None if goal is None else goal[chosen])
         times.append(time.perf_counter() - started)
-    if spec.objective == "end-to-end":
-        return trainer.d_sae, min(times) * batch / text.n_tokens
-    return trainer.d_sae, min(times)
+    return trainer.d_sae, min(times) * (batch / text.n_tokens if end_to_end else 1)

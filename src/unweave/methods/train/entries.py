@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unweave.sae.sparse import kernels, products
 from unweave.sae.sparse.kernels import Choice
@@ -56,10 +57,9 @@ class Entries:
         out, first = [], 0
         for size in sizes:
             inside = (self.choice.indices >= first) & (self.choice.indices < first + size)
-            before = torch.cat([inside.new_zeros(1, dtype=torch.int64), inside.cumsum(0)])
-            offsets = before[self.choice.offsets.long()]
-            part = Choice(self.choice.indices[inside] - first, offsets, size)
-            out.append((Entries(self.values[inside], part), values[inside]))
+            offsets = F.pad(inside.cumsum(0), (1, 0))[self.choice.offsets.long()]
+            choice = Choice(self.choice.indices[inside] - first, offsets, size)
+            out.append((Entries(self.values[inside], choice), values[inside]))
             first += size
         return out
 

@@ -37,31 +37,30 @@ def _latents_of(start: SAE, spec: SAESpec, d_in: int) -> int:
     if "expansion" in changed(spec):
         raise UnweaveError(
             f"the SAE to start from has {start.d_sae} latents, which is no multiple of its width {d_in}: "
-            f"expansion {spec.expansion} cannot be meant",
-            remedy=f"leave expansion out, or set it to {default_of(spec, 'expansion')}: it then says nothing",
+            f"expansion {spec.expansion} does not fit it",
+            remedy=f"leave expansion out, or set it to {default_of(spec, 'expansion')}: it then has no effect",
         )
     return start.d_sae
 
 
 def _refuse_idle(spec: SAESpec, start: SAE) -> None:
     """Trap 31: what would have no effect on weights that are there already."""
-    given = changed(spec)
-    for name in (name for name in spec.begun() if name in given):
+    fields = changed(spec)
+    for name in (name for name in spec.begun() if name in fields):
         raise UnweaveError(
-            f"{name} = {given[name]!r} would have no effect: weights are those of the SAE to start from",
+            f"{name} = {fields[name]!r} would have no effect: weights are those of the SAE to start from",
             remedy=f"leave {name} out; beside a preset, set it to {str(default_of(spec, name)).lower()}",
         )
     if spec.skip == "fit" and start.W_skip is not None:
-        raise UnweaveError(
-            "skip = 'fit' would have no effect: the SAE to start from has its skip", remedy="use skip: zero"
-        )
+        what = "skip = 'fit' would have no effect: the SAE to start from has its skip"
+        raise UnweaveError(what, remedy="use skip: zero")
 
 
-def _refuse_unfit(spec: SAESpec, start: SAE, wanted: tuple[int, int, int]) -> None:
-    if (start.d_in, start.d_sae, start.d_out) != wanted:
+def _refuse_unfit(spec: SAESpec, start: SAE, sizes: tuple[int, int, int]) -> None:
+    if (start.d_in, start.d_sae, start.d_out) != sizes:
         raise UnweaveError(
             f"the SAE to start from is {start.d_in} -> {start.d_sae} latents -> {start.d_out}, not "
-            f"{' -> '.join(map(str, wanted))}",
+            f"{' -> '.join(map(str, sizes))}",
             remedy="set expansion to its latents per dimension, and use activations of its site",
         )
     start.require_decoder()
@@ -80,10 +79,8 @@ def _refuse_other_kind(spec: SAESpec, start: SAE) -> None:
     norms = start.W_dec.double().norm(dim=1)
     if not _goes_on(spec, start, norms):
         others = [kind() for kind in SAESpec.kinds() if not isinstance(spec, kind)]
-        possible = [other.kind for other in others if _goes_on(other, start, norms)]
-        raise UnweaveError(
-            f"a {start.kind} SAE cannot go on as {spec.kind}", where="start", remedy=f"use kind {' or '.join(possible)}"
-        )
+        remedy = f"use kind {' or '.join(other.kind for other in others if _goes_on(other, start, norms))}"
+        raise UnweaveError(f"a {start.kind} SAE cannot go on as {spec.kind}", where="start", remedy=remedy)
     if isinstance(start.activation, TopK):
         _refuse_other_topk(start.activation.k, spec.k, norms)
 
@@ -98,9 +95,9 @@ def _goes_on(spec: SAESpec, start: SAE, norms: Tensor) -> bool:
     return spec.continues(threshold)
 
 
-def _refuse_other_topk(k: int, wanted: int, norms: Tensor) -> None:
-    if k != wanted:
-        raise UnweaveError(f"this SAE has k {k}, not {wanted}", where="start", remedy="set k to its own")
+def _refuse_other_topk(k: int, k_of_spec: int, norms: Tensor) -> None:
+    if k != k_of_spec:
+        raise UnweaveError(f"this SAE has k {k}, not {k_of_spec}", where="start", remedy="set k to its own")
     if float(norms.max() - norms.min()) > _SAME * float(norms.max()):
         raise UnweaveError(
             "decoder rows of this TopK SAE differ in norm, and scaling them to 1 would change which latents win",

@@ -136,31 +136,25 @@ def off_target(l0: Tensor, target: float) -> Tensor:
 
 
 def below_threshold(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, entries: Entries, counted: Tensor | None, rows: int
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, entries: Entries, only: Tensor | None, rows: int
 ) -> Tensor:
     """Sum over latents of relu(threshold - z), averaged over tokens: silent latents are drawn towards firing.
 
     ``entries`` hold at least the z above their thresholds; at all others relu(a) = a, and the sum of all z over tokens
-    is one product with the summed inputs. So it costs no dense z. ``counted`` bool [F] says of which latents, None: of
+    is one product with the summed inputs. So it costs no dense z. ``only`` bool [F] says of which latents, None: of
     all. (Anthropic, January 2025: of all latents; SAELens: of dead ones.)
     """
     every = threshold * len(x) - (W_enc @ x.sum(0) + b_enc * len(x))
     above = torch.relu(entries.values - entries.of(threshold))
-    if counted is not None:
-        every, above = every * counted, above * entries.of(counted.to(above.dtype))
+    if only is not None:
+        every, above = every * only, above * entries.of(only.to(above.dtype))
     return (every.sum() + above.sum()) / rows
 
 
 def auxk(
-    x: Tensor,
-    residual: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    dead: Tensor,
-    k_aux: int,
+    x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, dead: Tensor, k_aux: int,
     group: Group = SOLO,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Dead latents are taught to explain what the others leave over (Gao et al. 2024, section A.2).
 
     The k_aux largest pre-activations among the dead latents, after ReLU and decoded without bias, reconstruct the
@@ -176,10 +170,10 @@ def auxk(
     residual = residual.detach()
     rows_enc, biases, rows_dec = W_enc.index_select(0, dead), b_enc.index_select(0, dead), W_dec.index_select(0, dead)
     if len(dead) <= k_aux:
-        said = torch.relu(torch.addmm(biases, x, rows_enc.T)) @ rows_dec
+        explained = torch.relu(torch.addmm(biases, x, rows_enc.T)) @ rows_dec
     else:
         values, choice = kernels.choose_topk(x, rows_enc.detach(), biases.detach(), k_aux)
         values = kernels.attach(x, rows_enc, biases, values, choice)
-        said = kernels.decode(torch.relu(values), choice, rows_dec)
+        explained = kernels.decode(torch.relu(values), choice, rows_dec)
     whole = group.sum(residual.square().sum())
-    return total((residual - said).square().sum(), group) / whole.clamp_min(torch.finfo(x.dtype).tiny)
+    return total((residual - explained).square().sum(), group) / whole.clamp_min(torch.finfo(x.dtype).tiny)

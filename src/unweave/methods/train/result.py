@@ -88,7 +88,7 @@ class Training(Result):
         """One of its SAEs by name; the only one by default."""
         if not name and len(self.saes) == 1:
             return self.saes[0]
-        return next(one for one in self.saes if one.name == name)
+        return next(sae for sae in self.saes if sae.name == name)
 
 
 @dataclass(frozen=True)

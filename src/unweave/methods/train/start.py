@@ -39,7 +39,7 @@ def content(start: Path) -> str:
 
 
 def fitting(
-    spec: TrainSpec, lm: LM, wanted: list[Member], own: list[Member]
+    spec: TrainSpec, lm: LM, every: list[Member], own: list[Member]
 ) -> dict[str, tuple[SAE, dict[str, Any] | None]]:
     """The SAEs that this process's ``own`` members go on with, by name, each as ``opened``.
 
@@ -47,12 +47,10 @@ def fitting(
     no text is read for it.
     """
     starts = {}
-    widths = {site: lm.width(site) for site in {site for member in wanted for site in (member.read, member.write)}}
-    for member in wanted:
+    for member in every:
         sae, accepted = opened(spec, lm, member.name, member.read, member.write)
-        fit.latents(
-            member.spec, widths[member.read], None if member.read == member.write else widths[member.write], sae
-        )
+        d_out = None if member.read == member.write else lm.width(member.write)
+        fit.latents(member.spec, lm.width(member.read), d_out, sae)
         if sae is not None and member in own:
             starts[member.name] = sae, accepted
     return starts

@@ -23,7 +23,7 @@ def variants_of(base: SAESpec, variants: Sequence[Mapping[str, Any]]) -> dict[st
     """
     if not variants:
         return {"": base}
-    found: dict[str, SAESpec] = {}
+    specs: dict[str, SAESpec] = {}
     for number, variant in enumerate(variants):
         where = f"variants[{number}]"
         lists = [_values(name, value, where) for name, value in variant.items()]
@@ -39,10 +39,10 @@ def variants_of(base: SAESpec, variants: Sequence[Mapping[str, Any]]) -> dict[st
                     remedy="set these in sae, or make it a training run of its own",
                 )
             name = _name(change)
-            if name in found or spec in found.values():
+            if name in specs or spec in specs.values():
                 raise UnweaveError(f"two variants are the same: {name}", where=where, remedy="name each one once")
-            found[name] = spec
-    return found
+            specs[name] = spec
+    return specs
 
 
 def _values(name: str, value: Any, where: str) -> Sequence[Any]:
@@ -50,7 +50,7 @@ def _values(name: str, value: Any, where: str) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
         return [value]
     is_list = any(isinstance(getattr(kind, name, None), tuple) for kind in SAESpec.kinds())
-    if is_list and not all(isinstance(one, (list, tuple)) for one in value):
+    if is_list and not all(isinstance(item, (list, tuple)) for item in value):
         raise UnweaveError(
             f"{name} is a list itself, and the values of a variant are one SAE each",
             where=where,
@@ -64,17 +64,15 @@ def _spec(base: SAESpec, change: Mapping[str, Any], where: str) -> SAESpec:
         return SAESpec.from_dict(change, where=where, base=base)
     shared = {"tokens": base.tokens, "batch": base.batch}
     alone = SAESpec.from_dict({**shared, **change}, where=where)
-    kept = {name: value for name, value in _said_beside_presets(base).items() if name not in {**shared, **change}}
-    if not kept:
+    own = {name: value for name, value in _beside_presets(base).items() if name not in {**shared, **change}}
+    if not own:
         return alone
     try:
-        return SAESpec.from_dict({**shared, **kept, **change}, where=where)
+        return SAESpec.from_dict({**shared, **own, **change}, where=where)
     except UnweaveError as error:
-        raise UnweaveError(
-            f"preset {change['preset']} does not go with what sae says itself ({', '.join(kept)}): {error.what}",
-            where=where,
-            remedy="name fewer fields in sae, or give them other values in the variant",
-        ) from error
+        what = f"preset {change['preset']} does not go with what sae says itself ({', '.join(own)}): {error.what}"
+        remedy = "name fewer fields in sae, or give them other values in the variant"
+        raise UnweaveError(what, where=where, remedy=remedy) from error
 
 
 def _name(change: Mapping[str, Any]) -> str:
@@ -83,13 +81,13 @@ def _name(change: Mapping[str, Any]) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(words))
 
 
-def _said_beside_presets(spec: SAESpec) -> dict[str, Any]:
-    """What is left to say of a spec that begins with the defaults, or with a preset where that leaves less to say."""
-    given = changed(spec)
+def _beside_presets(spec: SAESpec) -> dict[str, Any]:
+    """The fields in which a spec differs from the defaults, or from a preset where those are fewer."""
+    fewest = changed(spec)
     for preset in PRESETS:
         other = SAESpec.from_dict({"preset": preset})
         if all(hasattr(spec, name) for name in changed(other)):
             pairs = {f.name: getattr(other, f.name, f.default) for f in fields(spec)}
-            left = {name: getattr(spec, name) for name, value in pairs.items() if getattr(spec, name) != value}
-            given = min(given, left, key=len)
-    return given
+            differing = {name: getattr(spec, name) for name, value in pairs.items() if getattr(spec, name) != value}
+            fewest = min(fewest, differing, key=len)
+    return fewest

@@ -9,6 +9,7 @@ from typing import Any
 
 from unweave.core.result import Row, to_plain
 from unweave.core.run import Run
+from unweave.inputs.subject import Subject
 from unweave.methods.train.figures import loss_curve
 from unweave.methods.train.result import Checkup, Curve, TrainedSAE, Training
 from unweave.show.page import ALONE, Around, Section, beside, figure
@@ -35,9 +36,8 @@ def rows(result: Training) -> list[Row]:
         ("training tokens", result.tokens, f"{result.distinct_tokens:,} distinct ones"),
         *((name, count, "") for name, count in left_out.items() if count),
     ]
-    for one in result.saes[:_SHOWN]:
-        about = one.reference
-        lines.append((one.label, about.unexplained_variance, f"unexplained; L0 {about.l0:.1f}"))
+    for sae in result.saes[:_SHOWN]:
+        lines.append((sae.label, sae.reference.unexplained_variance, f"unexplained; L0 {sae.reference.l0:.1f}"))
     more = len(result.saes) - _SHOWN
     return [*lines, (f"... and {more} more", "", "in result.json")] if more > 0 else lines
 
@@ -65,55 +65,46 @@ def section(result: Training, around: Around = ALONE) -> Section:
         f"different ones ({result.epochs:.3g} passes over the text).</p>"
     )
     head = ("SAE", "Site", "Kind", "Latents", "Times its width", "Unexplained variance", "L0")
-    listed = table(head, [_row(one) for one in result.saes], (3, 4, 5, 6))
-    drawn = [_curve_figure(one, around.folder) for one in result.saes[:4]]
+    listed = table(head, [_row(sae) for sae in result.saes], (3, 4, 5, 6))
+    drawn = [_curve_figure(sae, around.folder) for sae in result.saes[:4]]
     body = words + listed + (beside(*filter(None, drawn)) if any(drawn) else "")
-    return Section("Training", "What was trained", body, notes=_notes(result))
+    return Section("Training", "What was trained", body, notes=Subject(result.model, result.note, (), {}).notes)
 
 
-def _notes(result: Training) -> tuple[str, ...]:
-    if not result.note:
-        return ()
-    return (f"The model's weights are {result.note}: results are of them, not of the original ones.",)
+def _row(sae: TrainedSAE) -> tuple[str, ...]:
+    site = str(sae.write) if sae.read == sae.write else f"{sae.read} to {sae.write}"
+    kind = sae.kind + (f", k {sae.k}" if sae.k else "")
+    times = f"{sae.latents / sae.d_in:.3g}"
+    values = (number(sae.reference.unexplained_variance), number(sae.reference.l0))
+    return (esc(sae.name or "sae"), esc(site), esc(kind), f"{sae.latents:,}", times, *values)
 
 
-def _row(one: TrainedSAE) -> tuple[str, ...]:
-    site = str(one.write) if one.read == one.write else f"{one.read} to {one.write}"
-    kind = one.kind + (f", k {one.k}" if one.k else "")
-    times = f"{one.latents / one.d_in:.3g}"
-    values = (number(one.reference.unexplained_variance), number(one.reference.l0))
-    return (esc(one.name or "sae"), esc(site), esc(kind), f"{one.latents:,}", times, *values)
-
-
-def _curve_figure(one: TrainedSAE, folder: Path | None) -> str:
-    curve = curve_of(one, folder)
+def _curve_figure(sae: TrainedSAE, folder: Path | None) -> str:
+    curve = curve_of(sae, folder)
     if curve is None:
         return ""
     end = curve.dead_fraction[-1]
     share = "no latent" if end == 0 else f"{percent(end)} of the latents"
     caption = (
-        f"{esc(one.label)}: the unexplained variance during training ended at {number(curve.loss[-1])} on the training "
+        f"{esc(sae.label)}: the unexplained variance during training ended at {number(curve.loss[-1])} on the training "
         f"text. Below it, the share of latents that had not fired for a while; at the end {share}."
     )
     return figure(loss_curve(curve), caption)
 
 
-def curve_of(one: TrainedSAE, folder: Path | None) -> Curve | None:
+def curve_of(sae: TrainedSAE, folder: Path | None) -> Curve | None:
     """The course of training in the run's log. Lines that a crash made the run log twice count once; damaged ones are
     passed over."""
     if folder is None:
         return None
     logged = Run.at(folder).events("train")
-    mine = [e for e in logged if e.get("site") == str(one.write) and e.get("sae", "") == one.name]
-    lines = {e["tokens"]: e for e in mine if all(map(_is_number, map(e.get, ("tokens", "fvu", "dead"))))}
-    if not lines:
+    own = [e for e in logged if e.get("site") == str(sae.write) and e.get("sae", "") == sae.name]
+    values = [tuple(map(e.get, ("tokens", "fvu", "dead"))) for e in own]
+    by_tokens = {line[0]: line for line in values if all(map(_is_number, line))}
+    if not by_tokens:
         return None
-    ordered = [lines[tokens] for tokens in sorted(lines)]
-    return Curve(
-        tuple(e["tokens"] for e in ordered),
-        tuple(e["fvu"] for e in ordered),
-        tuple(e["dead"] / one.latents for e in ordered),
-    )
+    tokens, loss, dead = zip(*(by_tokens[tokens] for tokens in sorted(by_tokens)), strict=True)
+    return Curve(tokens, loss, tuple(n / sae.latents for n in dead))
 
 
 def _is_number(value: Any) -> bool:

@@ -10,29 +10,10 @@ from unweave.methods.train.kinds.p_anneal import PAnnealSpec
 from unweave.methods.train.kinds.relu import ReLUSpec
 from unweave.methods.train.kinds.topk import TopKSpec
 
-KINDS: tuple[type[SAESpec], ...] = (
-    TopKSpec,
-    BatchTopKSpec,
-    MatryoshkaSpec,
-    ReLUSpec,
-    PAnnealSpec,
-    GatedSpec,
-    JumpReLUSpec,
-)
+KINDS = (TopKSpec, BatchTopKSpec, MatryoshkaSpec, ReLUSpec, PAnnealSpec, GatedSpec, JumpReLUSpec)
 unite(SAESpec, KINDS)
 
 __all__ = [
-    "KINDS",
-    "BatchTopKSpec",
-    "GatedSpec",
-    "JumpReLUSpec",
-    "MatryoshkaSpec",
-    "PAnnealSpec",
-    "Part",
-    "Penalised",
-    "ReLUSpec",
-    "SAESpec",
-    "TopKSpec",
-    "changed",
-    "default_of",
-]
+    "KINDS", "BatchTopKSpec", "GatedSpec", "JumpReLUSpec", "MatryoshkaSpec", "PAnnealSpec", "Part", "Penalised",
+    "ReLUSpec", "SAESpec", "TopKSpec", "changed", "default_of",
+]  # fmt: skip

@@ -77,23 +77,17 @@ class JumpReLUSpec(Penalised):
         else:
             sums = {"l0": objectives.l0(entries.values, entries.of(threshold), self.bandwidth, part.rows)}
         if self.preact_weight > 0 and (self.preact_on == "all" or len(part.dead) > 0):
-            counted = None
+            dead = None
             if self.preact_on == "dead":
-                counted = w.b_enc.new_zeros(len(w.b_enc)).bool()
-                counted[part.dead] = True
-            sums["silent"] = objectives.below_threshold(
-                part.x, w.W_enc, w.b_enc, threshold, entries, counted, part.rows
-            )
+                dead = w.b_enc.new_zeros(len(w.b_enc)).bool().index_fill(0, part.dead, True)
+            sums["silent"] = objectives.below_threshold(part.x, w.W_enc, w.b_enc, threshold, entries, dead, part.rows)
         return sums
 
     def terms(self, sums: Mapping[str, Tensor], state: State, tokens_seen: int) -> Tensor:
         from unweave.methods.train import objectives
 
-        weight = self.weight(state, tokens_seen)
-        if self.penalty == "tanh":
-            term = weight * sums["tanh"]
-        else:
-            term = weight * (objectives.off_target(sums["l0"], self.k) if self.targets else sums["l0"])
+        penalty = sums["tanh"] if self.penalty == "tanh" else sums["l0"]
+        term = self.weight(state, tokens_seen) * (objectives.off_target(penalty, self.k) if self.targets else penalty)
         return term + self.preact_weight * sums["silent"] if "silent" in sums else term
 
     # -- parameters, and the inference form ---------------------------------------------------------------------------
@@ -104,9 +98,8 @@ class JumpReLUSpec(Penalised):
         return self.bandwidth if self.threshold_init is None else self.threshold_init
 
     def _parameter(self, threshold: Tensor) -> dict[str, Tensor]:
-        if self.threshold_parameter == "log":
-            return {"log_threshold": threshold.log()}
-        return {"plain_threshold": threshold}
+        log = self.threshold_parameter == "log"
+        return {"log_threshold": threshold.log()} if log else {"plain_threshold": threshold}
 
     def added(self, zeros: Tensor, rows: Tensor) -> dict[str, Tensor]:
         from unweave.methods.train import init

@@ -53,10 +53,7 @@ class MatryoshkaSpec(OverBatch):
         self, w: Weights, x: Tensor, wide: Entries, entries: Entries, f: Tensor
     ) -> list[tuple[float, Tensor]]:
         sizes = self.group_sizes(len(w.W_enc))
-        y = w.base(x)
-        parts = zip(entries.split(f, sizes), w.W_dec.split(sizes), strict=True)
-        out: list[tuple[float, Tensor]] = []
-        for (part, values), rows in parts:
-            y = part.decode(values, rows) + y
-            out.append((1 / len(sizes), y))
-        return out
+        ys = [w.base(x)]
+        for (group, values), rows in zip(entries.split(f, sizes), w.W_dec.split(sizes), strict=True):
+            ys.append(group.decode(values, rows) + ys[-1])
+        return [(1 / len(sizes), y) for y in ys[1:]]
