@@ -99,7 +99,7 @@ def curve_of(sae: TrainedSAE, folder: Path | None) -> Curve | None:
         return None
     logged = Run.at(folder).events("train")
     own = [e for e in logged if e.get("site") == str(sae.write) and e.get("sae", "") == sae.name]
-    values = [tuple(map(e.get, ("tokens", "fvu", "dead"))) for e in own]
+    values: list[tuple[Any, ...]] = [(e.get("tokens"), e.get("fvu"), e.get("dead")) for e in own]
     by_tokens = {line[0]: line for line in values if all(map(_is_number, line))}
     if not by_tokens:
         return None

@@ -66,7 +66,9 @@ def cells(rows: Sequence[Measured], measure: Measure, k: int | None) -> list[Cel
     groups = grouped(rows)
     kinds = dict.fromkeys((row.kind, row.expansion) for row in rows)
     sites = dict.fromkeys(row.site for row in rows)
-    places = ((recipe, *kind, site) for kind in kinds for site in sites for recipe in RECIPES)
+    places: list[tuple[Recipe, str, int, str]] = [
+        (recipe, *kind, site) for kind in kinds for site in sites for recipe in RECIPES
+    ]
     every = [_cell(groups.get(place, []), measure, k) for place in places]
     return [cell for cell in every if cell is not None]
 
