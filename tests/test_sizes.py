@@ -26,7 +26,6 @@ EXCEPTIONS: dict[str, str] = {
     "circuits/edges.py edge_effects: parameters": _ONE_CALL,
     "circuits/faithfulness.py ablate_outside: parameters": _ONE_CALL,
     "cli/annotate.py annotate: parameters": "the options of a command",
-    "data/stream.py: lines": "its one class and what it needs",
     "data/stream.py __init__: parameters": _ONE_CALL,
     "methods/circuits/spec.py CircuitFindSpec: fields": _SPLIT,
     "methods/circuits/spec.py CircuitEvaluateSpec: fields": _SPLIT,

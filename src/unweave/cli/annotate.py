@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from unweave.cli.output import JSON
 from unweave.core.shown import plain
 
 if TYPE_CHECKING:
@@ -40,18 +41,9 @@ _CIRCUIT = Parameter(
     help="A run of 'unweave circuit find', or a file of a circuit: circuit.safetensors, or circuit-0.safetensors of "
     "'unweave circuit shift'."
 )
-_SAES = Parameter(
-    help="SAEs, where no circuit is named, or where a circuit's have moved to.",
-    negative=(),
-    consume_multiple=True,
-    show_default=False,
-)
-_LATENTS = Parameter(
-    help="Latents: numbers, or names such as resid_post.24/3036 where there are several SAEs.",
-    negative=(),
-    consume_multiple=True,
-    show_default=False,
-)
+_LIST = Parameter(negative=(), consume_multiple=True, show_default=False)
+_SAES = Parameter(help="SAEs, where no circuit is named, or where a circuit's have moved to.")
+_LATENTS = Parameter(help="Latents: numbers, or names such as resid_post.24/3036 where there are several SAEs.")
 _OUT = Parameter(help="The file of answers.")
 _THRESHOLD = Parameter(help="Ask about a circuit's latents with a larger effect; by default about 60 nodes pass.")
 _TOP = Parameter(help="Ask about this many at most.")
@@ -60,14 +52,13 @@ _AGAIN = Parameter(help="Ask about latents with answers too; Enter keeps an answ
 _MODEL = Parameter(help="The model; by default the one that the SAEs were trained on.")
 _DEVICE = Parameter(help="cpu, cuda, cuda:1...; by default a GPU where there is one.")
 _RUNS = Parameter(help="Where contexts that were collected are kept and found again.")
-_JSON = Parameter(help="Print one JSON object for machines at the end.", negative=(), show_default=False)
 
 
 def annotate(
     circuit: Annotated[Path | None, _CIRCUIT] = None,
     *,
-    saes: Annotated[list[str] | None, _SAES] = None,
-    latents: Annotated[list[str] | None, _LATENTS] = None,
+    saes: Annotated[list[str] | None, _LIST, _SAES] = None,
+    latents: Annotated[list[str] | None, _LIST, _LATENTS] = None,
     out: Annotated[Path, _OUT] = Path("annotations.jsonl"),
     threshold: Annotated[float | None, _THRESHOLD] = None,
     top: Annotated[int | None, _TOP] = None,
@@ -76,7 +67,7 @@ def annotate(
     model: Annotated[str | None, _MODEL] = None,
     device: Annotated[str | None, _DEVICE] = None,
     runs: Annotated[Path, _RUNS] = Path("runs"),
-    json: Annotated[bool, _JSON] = False,
+    json: Annotated[bool, JSON] = False,
 ) -> dict[str, Any] | None:
     """Asks about latents and writes the answers; says how many there are."""
     from rich.console import Console
@@ -111,11 +102,8 @@ def _require_positive(top: int | None, tokens: int | None) -> None:
 
     for name, value in (("--top", top), ("--tokens", tokens)):
         if value is not None and value < 1:
-            raise UnweaveError(
-                f"{name} must be at least 1; {value} was given",
-                where="unweave annotate",
-                remedy=f"leave {name} out, or give at least 1",
-            )
+            what, remedy = f"{name} must be at least 1; {value} was given", f"leave {name} out, or give at least 1"
+            raise UnweaveError(what, where="unweave annotate", remedy=remedy)
 
 
 def _asker() -> Callable[[str], str]:
@@ -170,9 +158,8 @@ def _show(console: Any, question: Question, number: int, n: int, before: Annotat
     console.print(Text(rate, style="dim"))
     for name, pairs in (("raises", record.promoted), ("lowers", record.suppressed)):
         if pairs:
-            console.print(
-                Text(f"{name}  ", style="dim").append(" ".join(repr(text) for text, _ in pairs), style="none")
-            )
+            words = " ".join(repr(text) for text, _ in pairs)
+            console.print(Text(f"{name}  ", style="dim").append(words, style="none"))
     for heading, contexts in (("where it fires most", record.top), ("across its range", record.quantile)):
         if contexts:
             console.print(Text(heading, style="bold dim"))

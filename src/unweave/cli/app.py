@@ -105,8 +105,8 @@ def as_user_error(error: Exception, tokens: Sequence[str]) -> UnweaveError | Non
     if isinstance(error, UnweaveError):
         return error
     if isinstance(error, CycloptsError):
-        asked = _asked(tokens)
-        return UnweaveError(str(error), where=asked, remedy=f"'{asked} --help' lists what there is")
+        command = _command_of(tokens)
+        return UnweaveError(str(error), where=command, remedy=f"'{command} --help' lists what there is")
     if isinstance(error, OSError) and error.errno in _SYSTEM_REMEDIES:
         what, remedy = _SYSTEM_REMEDIES[error.errno]
         return UnweaveError(what, where=str(error.filename or ""), remedy=remedy)
@@ -118,7 +118,7 @@ def as_user_error(error: Exception, tokens: Sequence[str]) -> UnweaveError | Non
     return None
 
 
-def _asked(tokens: Sequence[str]) -> str:
+def _command_of(tokens: Sequence[str]) -> str:
     """The command that a command line names, as far as there is one: ``unweave circuit find``."""
     first, second, *_ = [*tokens, "", ""]
     known = (*stages(), *GROUPS, "models", "dedup", "convert", "annotate")
@@ -142,9 +142,8 @@ def _our_fault(error: Exception, tokens: Sequence[str], machine: bool) -> int:
     try:
         handle, path = tempfile.mkstemp(prefix="unweave-error-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as out:
-            out.write(
-                f"unweave {unweave.__version__}, Python {sys.version.split()[0]}\n{shlex.join(tokens)}\n\n{trace}"
-            )
+            versions = f"unweave {unweave.__version__}, Python {sys.version.split()[0]}"
+            out.write(f"{versions}\n{shlex.join(tokens)}\n\n{trace}")
     except OSError:
         path, remedy = "", "set UNWEAVE_DEBUG=1 to see where it happened"
     what = f"this is our fault, not yours: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

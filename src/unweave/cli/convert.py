@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from unweave.cli.output import JSON
 from unweave.core.errors import UnweaveError
 from unweave.core.shown import plain
 
@@ -28,7 +29,6 @@ _TO = Parameter(help="Whose files to write.")
 _OUT = Parameter(help="The folder to write; by default the SAE's own name with the format.")
 _SITE = Parameter(help="Where it reads, e.g. resid_post.9, when its file does not say or says it wrongly.")
 _WRITE = Parameter(help="Where a transcoder writes, e.g. mlp_add.9; with --site.")
-_JSON = Parameter(help="Print one JSON object for machines.", negative=(), show_default=False)
 
 _TOLERANCE = 1e-3
 
@@ -43,7 +43,7 @@ def convert(
     out: Annotated[Path | None, _OUT] = None,
     site: Annotated[str | None, _SITE] = None,
     write: Annotated[str | None, _WRITE] = None,
-    json: Annotated[bool, _JSON] = False,
+    json: Annotated[bool, JSON] = False,
 ) -> dict[str, Any] | None:
     """Reads an SAE, writes it in another format, reads that again and compares."""
     import unweave

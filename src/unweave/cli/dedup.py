@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from unweave.cli.output import JSON
+
 HELP = (
     "Write the documents that share no n words in a row with an earlier one, as JSON lines.\n\n"
     "Sources are read one after the other, as they stand. A document is dropped if any n words in a row of one of its "
@@ -22,7 +24,6 @@ _N = Parameter(help="How many words in a row make a duplicate.")
 _MESSAGES = Parameter(help="The field of a row that holds a conversation.")
 _TEXT = Parameter(help="The field of a row that holds a plain document.")
 _MEMORY = Parameter(help="Memory for what earlier documents said; the rest lies beside --out meanwhile.")
-_JSON = Parameter(help="Print one JSON object for machines.", negative=(), show_default=False)
 
 
 def dedup(
@@ -32,7 +33,7 @@ def dedup(
     messages_field: Annotated[str, _MESSAGES] = "messages",
     text_field: Annotated[str, _TEXT] = "text",
     memory_mb: Annotated[int, _MEMORY] = 512,
-    json: Annotated[bool, _JSON] = False,
+    json: Annotated[bool, JSON] = False,
 ) -> dict[str, Any] | None:
     """Writes the documents of the sources that are kept; says how many were read, kept and dropped."""
     from unweave.cli.progress import show_progress

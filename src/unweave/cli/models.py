@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from cyclopts import Parameter
+from unweave.cli.output import JSON
 
 HELP = (
     "List the models and texts that can be loaded, and from where.\n\n"
@@ -14,10 +14,9 @@ HELP = (
 )
 
 _KINDS = {"model": "models", "text": "texts", "labels": "labels"}
-_JSON = Parameter(help="Print one JSON object for machines.", negative=(), show_default=False)
 
 
-def models(*, json: Annotated[bool, _JSON] = False) -> dict[str, Any] | None:
+def models(*, json: Annotated[bool, JSON] = False) -> dict[str, Any] | None:
     """Lists the models and texts that can be loaded by a short name, and what else can be given."""
     from unweave.lm.catalogue import CATALOGUE
 

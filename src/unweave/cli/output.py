@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from cyclopts import Parameter
+
 from unweave.core.result import Result, to_plain
 from unweave.core.shown import plain, plain_json
 
@@ -24,6 +26,7 @@ class Outcome(Protocol):
     def result(self) -> Result: ...
 
 
+JSON = Parameter(help="Print one JSON object for machines.", negative=(), show_default=False)
 LONG_LIST = 6
 """Lists of more values than this are counted in the table, not shown; they are in result.json."""
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.writing import atomic_write
 from unweave.data.corpus import Document, Source, read
-from unweave.data.hashset import HashSet
+from unweave.data.hashset import HashSet, in_sorted
 from unweave.data.words import gram_hashes, word_hashes
 
 _CHARACTERS_AT_ONCE = 500_000
@@ -64,7 +64,7 @@ class Deduplicator:
         keep = np.ones(len(documents), dtype=bool)
         distinct, times = _distinct(hashes)
         repeated = self.seen.contains(distinct)
-        keep[owners[_among(distinct[repeated], hashes)]] = False
+        keep[owners[in_sorted(distinct[repeated], hashes)]] = False
         again = self._settle(distinct[(times > 1) & ~repeated], hashes, owners, keep)
         remain = keep[owners]
         self.seen.add(distinct if remain.all() else _distinct(hashes[remain])[0])
@@ -77,7 +77,7 @@ class Deduplicator:
         of each kept document it had brought before itself, int64 [N].
         """
         again = np.zeros(len(keep), dtype=np.int64)
-        places = np.flatnonzero(_among(repeated, hashes) & keep[owners])
+        places = np.flatnonzero(in_sorted(repeated, hashes) & keep[owners])
         which, whose = np.searchsorted(repeated, hashes[places]), owners[places]
         taken = np.zeros(len(repeated), dtype=bool)
         bounds = np.flatnonzero(np.diff(whose, prepend=-1, append=len(keep)))
@@ -132,9 +132,6 @@ class Deduplicated(Iterator[Document]):
         self._judge = Deduplicator(n, memory_bytes=memory_bytes, folder=folder)
         self._kept = self._decide(iter(documents))
 
-    def __iter__(self) -> Self:
-        return self
-
     def __next__(self) -> Document:
         return next(self._kept)
 
@@ -173,13 +170,6 @@ def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ordered = np.sort(values)
     starts = np.flatnonzero(np.diff(ordered, prepend=~ordered[:1]))
     return ordered[starts], np.diff(starts, append=len(ordered))
-
-
-def _among(held: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which values [V] are among the sorted ``held``, bool [V]."""
-    if not len(held):
-        return np.zeros(len(values), dtype=bool)
-    return held[np.minimum(np.searchsorted(held, values), len(held) - 1)] == values
 
 
 def write_deduplicated(

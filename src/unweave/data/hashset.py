@@ -54,7 +54,7 @@ class HashSet:
         """Which of the sorted ``hashes`` [N] are in the set, bool [N]."""
         present = np.zeros(len(hashes), dtype=bool)
         for run in self._memory:
-            present |= _in_sorted(run, hashes)
+            present |= in_sorted(run, hashes)
         with friendly_io(self.folder):
             for run in self._files:
                 run.mark(hashes, present)
@@ -138,7 +138,7 @@ class _FileRun:
         for block, first, end in zip(blocks.tolist(), firsts.tolist(), ends, strict=True):
             if block >= 0:
                 held = self.read(block * _BLOCK, min((block + 1) * _BLOCK, self.length))
-                present[first:end] |= _in_sorted(held, hashes[first:end])
+                present[first:end] |= in_sorted(held, hashes[first:end])
 
     def first_from(self, bound: int) -> int:
         """How many hashes are below ``bound``."""
@@ -149,7 +149,8 @@ class _FileRun:
         return block * _BLOCK + int(np.searchsorted(held, np.uint64(bound)))
 
 
-def _in_sorted(held: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+def in_sorted(held: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Which ``hashes`` [N] are among the sorted ones that are ``held``, bool [N]."""
     if not len(held):
         return np.zeros(len(hashes), dtype=bool)
     return held[np.minimum(np.searchsorted(held, hashes), len(held) - 1)] == hashes

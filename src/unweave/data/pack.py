@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple
 
 from unweave.core.errors import UnweaveError
 from unweave.core.rules import at_least, at_most
@@ -105,9 +105,6 @@ class Packed(Iterator[Row]):
         make = self._documents if spec.packing == "documents" else self._blocks
         self._rows = make(self._encoded(docs), tokenizer)
 
-    def __iter__(self) -> Self:
-        return self
-
     def __next__(self) -> Row:
         row = next(self._rows)
         self.counts.rows += 1
@@ -116,9 +113,8 @@ class Packed(Iterator[Row]):
 
     def report(self) -> dict[str, dict[str, Any]]:
         """The counts as plain values: {"packing": ...} and those of the documents, where they count themselves."""
-        return {"packing": asdict(self.counts)} | (
-            self._docs.report() if isinstance(self._docs, SplitDocuments) else {}
-        )
+        of_documents = self._docs.report() if isinstance(self._docs, SplitDocuments) else {}
+        return {"packing": asdict(self.counts)} | of_documents
 
     def in_words(self) -> str:
         """What became of the documents and conversations."""
@@ -181,9 +177,7 @@ class Packed(Iterator[Row]):
         size = self.spec.context - (1 if self._bos else 0)
         head = ([bos], [Role.SPECIAL.value]) if self._bos else ([], [])
         marks = special_ids(tokenizer) - {tokenizer.unk_token_id}
-        ids: list[int] = []
-        roles: list[int] = []
-        origin: list[int] = []
+        ids, roles, origin = list[int](), list[int](), list[int]()
         for part, document in self._parts(encoded, bos, separator, marks):
             ids += part.ids
             roles += part.roles

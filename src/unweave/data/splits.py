@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
 
 from unweave.core.errors import UnweaveError
 from unweave.data.corpus import Document, Source, TextCounts, documents, is_heldout, is_in_part
@@ -52,9 +51,6 @@ class SplitDocuments(Iterator[Document]):
         stream = documents(sources, seed, self.counts)
         self.dedup = Deduplicated(stream, dedup, memory_bytes=memory_bytes, folder=folder) if dedup else None
         self._taken = self._divided(self.dedup or stream, heldout, seed)
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Document:
         return next(self._taken)

@@ -116,10 +116,10 @@ class ActivationSource:
         if self.group.rank > 0 or path.exists():
             yield
             return
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as lock:
             make_folder(path.parent)
             with friendly_io(path):
-                held.enter_context(turn(path))
+                lock.enter_context(turn(path))
             remove_stale(path.parent)
             yield
 
@@ -179,16 +179,15 @@ class ActivationSource:
                 parts[site].append(seen[site][finite.to(seen[site].device)].float().cpu())
         where = torch.cat(self.group.gather(torch.cat(places)))
         order = where.argsort()
-        x = {site: torch.cat(self.group.gather(self._joined(site, xs)))[order] for site, xs in parts.items()}
+        x: dict[Site, Tensor] = {}
+        for site, xs in parts.items():
+            own = torch.cat(xs) if xs else torch.zeros(0, self.lm.width(site))  # fewer batches than processes
+            x[site] = torch.cat(self.group.gather(own))[order]
         return Chunk(x, where[order], int(self.group.sum(nonfinite)))
-
-    def _joined(self, site: Site, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts) if parts else torch.zeros(0, self.lm.width(site))  # fewer batches than processes
 
     def _refuse_nan(self, bad: Tensor, where: Tensor) -> None:
         if bool(bad.any()):
-            token = int(where[bad][0])
-            row = int((torch.from_numpy(self.store.starts[1:].astype("int64")) <= token).sum())
+            row = int(self.store.starts[1:].searchsorted(int(where[bad][0]), side="right"))
             raise UnweaveError(
                 f"the activations of {int(bad.sum())} tokens are NaN or infinite",
                 where=f"row {row} of the token store (document {int(self.store.documents[row])})",
@@ -237,6 +236,11 @@ def _norms(x: Tensor, ratio: float | None) -> Norms:
     return Norms(len(x), median, quantiles, gamma, limit, len(x) - len(inside))
 
 
+def _shuffled(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of n chunks, or rows, in an epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
 class MixingBuffer:
     """Endless random batches {site: [batch, D]} over the chunks of a source, many epochs long.
 
@@ -249,13 +253,10 @@ class MixingBuffer:
         self, source: ActivationSource, *, batch: int, capacity: int, seed: int, policies: dict[Site, TokenPolicy]
     ) -> None:
         if capacity < 2 * batch:
-            raise UnweaveError(
-                f"a mixing buffer of {capacity} tokens cannot serve batches of {batch}",
-                remedy=f"use at least {2 * batch}",
-            )
+            what = f"a mixing buffer of {capacity} tokens cannot serve batches of {batch}"
+            raise UnweaveError(what, remedy=f"use at least {2 * batch}")
         self.source, self.batch, self.capacity, self.policies = source, batch, capacity, policies
-        self.generator = torch.Generator().manual_seed(seed)
-        self.seed = seed
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         self.epoch, self.position = 0, 0  # the next chunk is the position-th of this epoch's order
         self.outliers, self.nonfinite = 0, 0  # left out of what was drawn into the pool
         self._rows = torch.zeros(0, 2, dtype=torch.int64)  # chunk and row of each token in the pool
@@ -268,19 +269,15 @@ class MixingBuffer:
         chunk = self.source.chunk(index)
         keep = torch.ones(len(chunk.where), dtype=torch.bool)
         for site, x in chunk.x.items():
-            limit = self.policies[site].max_norm
-            keep &= TokenPolicy(max_norm=limit).keep(x)
+            keep &= TokenPolicy(max_norm=self.policies[site].max_norm).keep(x)
         dropped = len(keep) - int(keep.sum())
         return ({site: x[keep] for site, x in chunk.x.items()} if dropped else chunk.x), dropped, chunk.nonfinite
 
     def _next_chunk(self) -> int:
         if self.position == self.source.n_chunks:
             self.epoch, self.position = self.epoch + 1, 0
-        shuffled = torch.randperm(
-            self.source.n_chunks, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        )
         self.position += 1
-        return int(shuffled[self.position - 1])
+        return int(_shuffled(self.source.n_chunks, self.seed, self.epoch)[self.position - 1])
 
     def _refill(self) -> None:
         unserved = self._order[self._cursor :]
@@ -297,10 +294,8 @@ class MixingBuffer:
                 pools[site].append(x[site])
             held, taken = held + count, taken + 1
         if held < self.batch:
-            raise UnweaveError(
-                f"the text has {held} tokens that count, fewer than one batch of {self.batch}",
-                remedy="give more text or a smaller batch",
-            )
+            what = f"the text has {held} tokens that count, fewer than one batch of {self.batch}"
+            raise UnweaveError(what, remedy="give more text or a smaller batch")
         self._rows = torch.cat(rows)
         self._pool = {site: torch.cat(xs) for site, xs in pools.items()}
         self._order = torch.randperm(held, generator=self.generator)
@@ -336,8 +331,7 @@ class MixingBuffer:
     def state_dict(self) -> dict[str, Tensor]:
         """Where the stream is; a few integers per token in the pool."""
         counters = torch.tensor([self.epoch, self.position, self._cursor, self.outliers, self.nonfinite])
-        rows = self._rows.int()
-        state = {"counters": counters, "rows": rows, "order": self._order.int()}
+        state = {"counters": counters, "rows": self._rows.int(), "order": self._order.int()}
         return state | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -376,8 +370,7 @@ class RowBatches:
 
     def _order(self) -> Tensor:
         if self._drawn is None or self._drawn[0] != self.epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            self._drawn = self.epoch, torch.randperm(self.store.n_rows, generator=generator)
+            self._drawn = self.epoch, _shuffled(self.store.n_rows, self.seed, self.epoch)
         return self._drawn[1]
 
     def next(self) -> tuple[Tokens, Tensor]:

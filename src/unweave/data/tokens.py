@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unweave.core.contents import sha256
 from unweave.core.errors import UnweaveError
 from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
@@ -83,7 +84,7 @@ class TokenStore:
                     rows.require_conversations()
                     counts |= rows.report()
                 sizes = {name: (temporary / name).stat().st_size for name in _FILES}
-                sums = {name: _sha256(temporary / name) for name in _FILES}
+                sums = {name: sha256(temporary / name) for name in _FILES}
                 full = {**meta, "format": 1, "counts": counts, "bytes": sizes, "sha256": sums}
                 (temporary / "meta.json").write_text(json.dumps(full, indent=1, ensure_ascii=False), encoding="utf-8")
                 for name in (*_FILES, "meta.json"):
@@ -111,7 +112,7 @@ class TokenStore:
                 size = (folder / name).stat().st_size
                 if size != expected[name]:
                     refuse(f"stored tokens are damaged: {name} has {size} bytes instead of {expected[name]}")
-                if size <= _CHECKED_BYTES and _sha256(folder / name) != sums[name]:
+                if size <= _CHECKED_BYTES and sha256(folder / name) != sums[name]:
                     refuse(f"stored tokens are damaged: {name} is not what was written")
             starts = np.load(folder / "starts.npy", allow_pickle=False)
             documents = np.load(folder / "documents.npy", allow_pickle=False)
@@ -210,8 +211,3 @@ def _until(rows: Iterable[Row], budget: int, unit: Unit) -> Iterator[Row]:
             held += len(row.ids)
             if held >= budget:
                 return
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

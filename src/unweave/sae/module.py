@@ -33,6 +33,7 @@ from unweave.sae.sparse.kernels import topk_rows
 if TYPE_CHECKING:
     from unweave.lm.model import LM
 
+_CHECK = "check the file"
 _DENSE_BYTES = 32 << 20
 """how many bytes of dense latents one chunk may take"""
 
@@ -84,33 +85,23 @@ class SAE(nn.Module):
         self._check()
 
     def _check(self) -> None:
+        sizes = {name: list(tensor.shape) for name, tensor in self.state_dict().items()}
         for name in ("W_enc", "W_dec"):
-            if getattr(self, name).ndim != 2:
-                raise UnweaveError(f"{name} has shape {list(getattr(self, name).shape)}, not that of a matrix")
+            if len(sizes[name]) != 2:
+                raise UnweaveError(f"{name} has shape {sizes[name]}, not that of a matrix")
         self._check_norm()
-        d_in, d_sae = self.W_enc.shape
+        (d_in, d_sae), d_out = sizes["W_enc"], sizes["W_dec"][1]
         if d_in == 0 or d_sae == 0:
-            raise UnweaveError(
-                f"W_enc has shape {[d_in, d_sae]}: an SAE needs inputs and latents", remedy="check the file"
-            )
-        if self.W_dec.shape[1] == 0 and not self.encode_only:
-            raise UnweaveError(
-                f"W_dec has shape {list(self.W_dec.shape)} and writes nothing", remedy="say why: encode_only"
-            )
+            raise UnweaveError(f"W_enc has shape {[d_in, d_sae]}: an SAE needs inputs and latents", remedy=_CHECK)
+        if d_out == 0 and not self.encode_only:
+            raise UnweaveError(f"W_dec has shape {sizes['W_dec']} and writes nothing", remedy="say why: encode_only")
         if isinstance(self.activation, TopK) and self.activation.k > d_sae:
             raise UnweaveError(f"k is {self.activation.k}, more than the {d_sae} latents", remedy="check the settings")
-        shapes = {
-            "b_enc": (d_sae,),
-            "W_dec": (d_sae, self.W_dec.shape[-1]),
-            "b_dec": (self.W_dec.shape[-1],),
-            "W_skip": (d_in, self.W_dec.shape[-1]),
-        }
-        if isinstance(self.activation, JumpReLU) and tuple(self.activation.threshold.shape) != (d_sae,):
-            raise UnweaveError(f"threshold has shape {list(self.activation.threshold.shape)}, not [{d_sae}]")
-        for name, shape in shapes.items():
-            tensor = getattr(self, name)
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise UnweaveError(f"{name} has shape {list(tensor.shape)}, not {list(shape)}", remedy="check the file")
+        shapes = {"b_enc": [d_sae], "W_dec": [d_sae, d_out], "b_dec": [d_out], "W_skip": [d_in, d_out]}
+        for name, shape in (shapes | {"activation.threshold": [d_sae]}).items():
+            if sizes.get(name, shape) != shape:
+                label = name.rpartition(".")[2]
+                raise UnweaveError(f"{label} has shape {sizes[name]}, not {shape}", remedy=_CHECK)
         for name, tensor in self.state_dict().items():
             if not tensor.is_floating_point():
                 raise UnweaveError(f"{name} holds {tensor.dtype}, not floats", remedy="check the file")
