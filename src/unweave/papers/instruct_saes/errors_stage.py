@@ -10,6 +10,7 @@ from unweave.data.batches import store_batches
 from unweave.inputs.inputs import load_lm, token_store
 from unweave.methods.special_tokens.errors import special_token_errors
 from unweave.methods.train import stage as train
+from unweave.methods.train.kinds import SAESpec
 from unweave.methods.train.members import Member, members
 from unweave.papers.instruct_saes.result import RECIPES, Measured, Recipe, RecipeErrors
 from unweave.papers.instruct_saes.spec import RecipeErrorsSpec
@@ -43,10 +44,15 @@ def run(spec: RecipeErrorsSpec, ctx: Context) -> RecipeErrors:
                 kind=member.spec.kind,
                 expansion=member.spec.expansion,
                 site=str(member.write),
-                k=member.spec.k if member.spec.aims else None,
+                k=aimed_at(member.spec),
                 seed=member.spec.seed,
                 errors=errors[str(folder)].plain(),
             )
             for recipe, member, folder in every
         )
     )
+
+
+def aimed_at(spec: SAESpec) -> int | None:
+    """The L0 that a training aims at; None where a fixed coefficient decides."""
+    return spec.k if spec.aims else None
