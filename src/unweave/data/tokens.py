@@ -64,9 +64,9 @@ class TokenStore:
 
     @classmethod
     def write(
-        cls, folder: Path, rows: Iterable[Row], budget: int, meta: Mapping[str, Any], *, unit: Unit = "tokens"
+        cls, folder: Path, rows: Iterable[Row], budget: int | None, meta: Mapping[str, Any], *, unit: Unit = "tokens"
     ) -> TokenStore:
-        """Stores rows until they hold ``budget`` tokens, or documents; what reaches the budget is kept whole.
+        """Stores rows until they hold ``budget`` tokens, or documents (None: all); what reaches it is kept whole.
 
         ``meta`` is kept beside the counts: rows, tokens, documents, tokens by role and, for rows of ``pack``, what
         became of the rest under "packing", "text" and "dedup" (see ``Packed.report``). Raises
@@ -163,12 +163,12 @@ class TokenStore:
         return tokens, torch.from_numpy(where)
 
 
-def _write_rows(folder: Path, rows: Iterable[Row], budget: int, unit: Unit) -> dict[str, Any]:
+def _write_rows(folder: Path, rows: Iterable[Row], budget: int | None, unit: Unit) -> dict[str, Any]:
     """Writes the four files; returns how many rows and tokens, in all and by role."""
     starts, documents = [0], []
     by_role = np.zeros(len(Role), dtype=np.int64)
     with (
-        task("tokenise", total=budget, unit=unit) as shown,
+        task("tokenise", total=budget or 0, unit=unit) as shown,
         open(folder / "ids.bin", "wb") as ids_file,
         open(folder / "roles.bin", "wb") as roles_file,
     ):
@@ -182,11 +182,12 @@ def _write_rows(folder: Path, rows: Iterable[Row], budget: int, unit: Unit) -> d
             documents.append(row.document)
             shown.advance(len(row.ids) if unit == "tokens" else int(new))
         held = starts[-1] if unit == "tokens" else len(set(documents))
-        if held < max(1, budget):
+        if held < max(1, budget or 0):
             what = "the text has no tokens" if starts[-1] == 0 else f"the text has only {held:,} {unit}"
             why = f" ({rows.in_words()})" if isinstance(rows, Packed) else ""
             raise UnweaveError(
-                f"{what}, {budget:,} were asked for{why}", remedy=f"add text, ask for fewer {unit}, or lower min_tokens"
+                what + ("" if budget is None else f", {budget:,} were asked for") + why,
+                remedy=f"add text, ask for fewer {unit}, or lower min_tokens",
             )
     if by_role[Role.PAD]:
         raise UnweaveError(f"{by_role[Role.PAD]} padding tokens are among the text's", remedy="store rows unpadded")
@@ -196,7 +197,7 @@ def _write_rows(folder: Path, rows: Iterable[Row], budget: int, unit: Unit) -> d
     return {"rows": len(documents), "tokens": starts[-1], "documents": len(set(documents)), "roles": roles_seen}
 
 
-def _until(rows: Iterable[Row], budget: int, unit: Unit) -> Iterator[Row]:
+def _until(rows: Iterable[Row], budget: int | None, unit: Unit) -> Iterator[Row]:
     """Rows that are not empty, up to the budget."""
     held, last = 0, None
     for row in rows:
@@ -209,5 +210,5 @@ def _until(rows: Iterable[Row], budget: int, unit: Unit) -> Iterator[Row]:
         yield row
         if unit == "tokens":
             held += len(row.ids)
-            if held >= budget:
+            if budget is not None and held >= budget:
                 return

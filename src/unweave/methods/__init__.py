@@ -16,6 +16,7 @@ METHODS = (
     "methods.train",
     "methods.evaluate",
     "latents",
+    "methods.labels",
     "methods.trace",
     "methods.steer",
     "methods.explain.rubric",

@@ -1,0 +1,1 @@
+"""Labels for latents, of texts that have tags."""
