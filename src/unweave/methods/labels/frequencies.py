@@ -115,10 +115,15 @@ def read(reading: Reading, pieces: Pieces) -> Frequencies:
     """One pass of the model over all texts."""
     with task("activation frequencies", total=reading.store.n_tokens, unit="tokens") as shown:
         for chunk in range(reading.source.n_chunks):
-            pieces.tensors(_name(chunk), lambda chunk=chunk: _entries(reading, chunk), later="")
+            read_chunk(reading, pieces, chunk)
             rows = reading.source.rows_of(chunk)
             shown.advance(int(reading.store.starts[rows.stop] - reading.store.starts[rows.start]))
     return Frequencies(reading, pieces)
+
+
+def read_chunk(reading: Reading, pieces: Pieces, chunk: int) -> None:
+    """One chunk's piece, where it is not there."""
+    pieces.tensors(_name(chunk), lambda: _entries(reading, chunk), later="")
 
 
 def _name(chunk: int) -> str:

@@ -38,7 +38,9 @@ _PASSAGES = 4
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
+    """A latent and a label, by their numbers."""
+
     latent: int
     label: int
     score: float
@@ -47,10 +49,10 @@ class _Pair:
 
 
 @dataclass(frozen=True)
-class _Matched:
+class Matched:
     """What matching leaves of one SAE."""
 
-    pairs: tuple[_Pair, ...]
+    pairs: tuple[Pair, ...]
     firing: int
     candidates: int
     tried: int
@@ -100,7 +102,7 @@ def label(
     counted = np.stack([frequencies.tokens(site) > 0 for site in saes])
     kept = np.flatnonzero(texts.support(sides["chosen"]) >= match.support)
     matched = {
-        site: _matched(lm, saes[site], frequencies, site, _labels(texts, chosen, counted[i]).of(kept), match, seed)
+        site: best_pairs(lm, saes[site], frequencies, site, labels_of(texts, chosen, counted[i]).of(kept), match, seed)
         for i, site in enumerate(saes)
     }
     pairs = {site: [(pair.latent, int(kept[pair.label])) for pair in one.pairs] for site, one in matched.items()}
@@ -139,19 +141,20 @@ def _refuse(lm: LM, saes: Mapping[Site, SAE], texts: TaggedTexts, match: MatchSp
             )
 
 
-def _labels(texts: TaggedTexts, reading: Reading, counted: Array) -> TextLabels:
+def labels_of(texts: TaggedTexts, reading: Reading, counted: Array) -> TextLabels:
+    """The labels of a reading's rows; ``counted`` bool [R]."""
     offsets, labels = texts.label_rows(reading.texts)
     return TextLabels(offsets, labels, len(texts.names), counted)
 
 
-def _matched(
+def best_pairs(
     lm: LM, sae: SAE, frequencies: Frequencies, site: Site, labels: TextLabels, match: MatchSpec, seed: int
-) -> _Matched:
+) -> Matched:
     """The best pairs of one SAE; labels are those with enough support."""
     blocks = frequencies.blocks(site)
     scores = best_scores(blocks, sae.d_sae, labels, match.quantiles, match.prior)
     chance = best_scores(blocks, sae.d_sae, labels.shuffled(seed), match.quantiles, match.prior)
-    pairs: list[_Pair] = []
+    pairs: list[Pair] = []
     output: dict[int, float] = {}
     with task(f"output scores at {site}", total=match.top, unit="pairs") as shown:
         for some in _by_score(scores):
@@ -161,7 +164,7 @@ def _matched(
             for latent, name in some:
                 if match.output_score is None or output[latent] >= match.output_score:
                     level = int(scores.level[latent, name])
-                    pairs.append(_Pair(latent, name, float(scores.score[latent, name]), level, output.get(latent)))
+                    pairs.append(Pair(latent, name, float(scores.score[latent, name]), level, output.get(latent)))
                     shown.advance()
             if len(pairs) >= match.top:
                 break
@@ -172,7 +175,7 @@ def _matched(
         )  # fmt: skip
     firing, candidates = int((scores.firing > 0).sum()), int((scores.score > 0).sum())
     best = tuple(pairs[: match.top])
-    return _Matched(
+    return Matched(
         best, firing, candidates, len(output), float(chance.score.max()), frequencies.maxima(site), labels.support
     )
 
@@ -197,7 +200,7 @@ def _by_score(scores: Scores) -> Iterator[list[tuple[int, int]]]:
 
 
 def _site(
-    reading: Reading, texts: TaggedTexts, site: Site, matched: _Matched, kept: Array, seen: HeldOut,
+    reading: Reading, texts: TaggedTexts, site: Site, matched: Matched, kept: Array, seen: HeldOut,
     prior: float | None, seed: int,
 ) -> SiteLabels:  # fmt: skip
     tests = [
@@ -226,7 +229,7 @@ def _site(
 
 
 def _labelled(
-    pair: _Pair, name: str, test: Told, texts: TaggedTexts, reading: Reading, records: Records, matched: _Matched,
+    pair: Pair, name: str, test: Told, texts: TaggedTexts, reading: Reading, records: Records, matched: Matched,
     *, shown: bool,
 ) -> LabelledLatent:  # fmt: skip
     record = records.latent(pair.latent)
