@@ -1,0 +1,1 @@
+"""Steering judged as AxBench does."""

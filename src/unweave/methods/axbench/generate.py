@@ -1,0 +1,123 @@
+"""What is generated: every pair x instruction x strength of every method, in full batches that outlive interruptions.
+
+A job is a prompt with the changes to latents that are in force while it is answered. Jobs of all pairs and methods share
+batches (``sae.edits.together``); jobs that are alike, as those of the unedited model, are answered once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unweave.core.errors import UnweaveError
+from unweave.core.pieces import Pieces
+from unweave.core.progress import task
+from unweave.lm.model import LM
+from unweave.methods.axbench.scores import Array
+from unweave.sae.edits import Change, Mode, Where, together
+from unweave.sae.module import SAE
+from unweave.sae.steered import prompt_tokens, until_end
+
+FACTORS: dict[str, tuple[float, ...]] = {
+    "add": (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0),
+    "clamp": (0.4, 0.8, 1.2, 1.6, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 20.0, 40.0, 60.0, 100.0),
+    "max-act": (0.4, 1.0, 1.4, 1.8, 2.2, 2.6, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0),
+}
+"""AxBench's, as multiples of the largest activation"""
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What steers one pair by one method: a latent of an SAE, or of one made of learnt directions."""
+
+    sae: SAE
+    latent: int
+    maximum: float
+    """its largest value on the texts, which strengths are multiples of"""
+    mode: Mode
+    where: Where
+
+    def steered(self, factor: float) -> tuple[Change, ...]:
+        """Moved to, or by, ``factor`` times its maximum."""
+        return (Change(self.sae, self.latent, factor * self.maximum, self.mode, self.where),)
+
+    def suppressed(self, *, span: bool) -> tuple[Change, ...]:
+        """Without what it writes, or without anything along its direction, the SAE's error included."""
+        mode: Mode = "project" if span else "multiply"
+        return (Change(self.sae, self.latent, 1.0 if span else 0.0, mode, self.where),)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One text to write. ``block`` is the experiment, ``row`` its place there: (pair, strength, instruction)."""
+
+    block: str
+    row: tuple[int, int, int]
+    prompt: str
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How texts are generated."""
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    batch: int = 32
+    seed: int = 0
+
+
+def draw_instructions(pool: Sequence[str], pairs: int, n: int, seed: int) -> Array:
+    """n different instructions for each pair, int64 [pairs, n]. UnweaveError where the pool is smaller."""
+    if n > len(pool):
+        raise UnweaveError(
+            f"{n} instructions per pair, and there are {len(pool)}",
+            where="instructions", remedy="give a larger file of them, or ask for fewer per pair",
+        )  # fmt: skip
+    return np.stack([np.random.default_rng([seed, pair]).permutation(len(pool))[:n] for pair in range(pairs)])
+
+
+def sweep(block: str, pair: int, prompts: Sequence[str], changes: Sequence[tuple[Change, ...]]) -> list[Job]:
+    """Every prompt under every strength's changes."""
+    return [
+        Job(block, (pair, strength, i), prompt, change)
+        for strength, change in enumerate(changes)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def write(lm: LM, jobs: Sequence[Job], options: Generation, pieces: Pieces, name: str = "texts") -> list[str]:
+    """The text of every job, in order. What is finished of them is kept in ``pieces`` under ``name``."""
+    alike: dict[tuple[str, tuple[Change, ...]], int] = {}
+    which = [alike.setdefault((job.prompt, job.changes), len(alike)) for job in jobs]
+    distinct = list(alike)
+    length = {prompt: prompt_tokens(lm, [prompt], None).ids.shape[1] for prompt, _ in dict.fromkeys(distinct)}
+    order = sorted(range(len(distinct)), key=lambda i: length[distinct[i][0]])  # little padding
+    texts = [""] * len(distinct)
+    with task(f"generate {name}", total=len(order), unit="texts") as shown:
+        for number in range(0, -(-len(order) // options.batch)):
+            part = order[number * options.batch : (number + 1) * options.batch]
+            make = _maker(lm, [distinct[i] for i in part], options, number)
+            for i, text in zip(part, pieces.value(f"{name}-{number:06}", tuple[str, ...], make), strict=True):
+                texts[i] = text
+            shown.advance(len(part))
+    return [texts[i] for i in which]
+
+
+def _maker(
+    lm: LM, rows: Sequence[tuple[str, tuple[Change, ...]]], options: Generation, number: int
+) -> Callable[[], tuple[str, ...]]:
+    def make() -> tuple[str, ...]:
+        tokens = prompt_tokens(lm, [prompt for prompt, _ in rows], None)
+        ids = lm.generate_ids(
+            tokens,
+            together([changes for _, changes in rows]),
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed * 1_000_003 + number,
+        )
+        return tuple(lm.decode(row[:n]) for row, n in zip(ids, until_end(lm, ids).tolist(), strict=True))
+
+    return make

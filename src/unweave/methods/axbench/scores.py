@@ -1,0 +1,116 @@
+"""From ratings to scores: the harmonic mean, each pair's strength, the bootstrap over concepts.
+
+1. A text's rating is the harmonic mean of its three ratings, 0 where one of them is 0 (Wu et al. 2025).
+2. A pair's strength is the one with the highest mean rating on some of its instructions; its score is the mean on the
+   others. The splits are 10 repeats of 4 folds, or AxBench's first and second half.
+3. Intervals resample concepts with replacement, with all pairs of a concept: pairs of one concept are not independent.
+
+Ratings that failed are NaN. They are left out of means, never taken for 0.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unweave.core.errors import UnweaveError
+from unweave.methods.axbench.result import Interval
+
+Array = np.ndarray[Any, Any]
+Split = tuple[Array, Array]
+"""(the instructions that choose, those that report)"""
+
+_RESAMPLES = 10_000
+
+
+def harmonic(ratings: Array) -> Array:
+    """The harmonic mean over the last axis of ratings [..., R] >= 0: 0 where one is 0, NaN where one is NaN."""
+    zero = (ratings == 0).any(-1)
+    with np.errstate(divide="ignore"):
+        mean = ratings.shape[-1] / (1.0 / ratings).sum(-1)
+    return np.where(np.isnan(ratings).any(-1), np.nan, np.where(zero, 0.0, mean))
+
+
+def repeated_folds(n: int, repeats: int = 10, folds: int = 4, seed: int = 0) -> list[Split]:
+    """``repeats`` times a random division of n instructions into ``folds``: each reports once, the others choose."""
+    if not 2 <= folds <= n:
+        raise UnweaveError(
+            f"{n} instructions cannot be divided into {folds} folds",
+            remedy="use at least as many instructions as folds, and at least two folds",
+        )
+    draw = np.random.default_rng(seed)
+    splits = []
+    for _ in range(repeats):
+        parts = np.array_split(draw.permutation(n), folds)
+        splits += [(np.concatenate(parts[:i] + parts[i + 1 :]), part) for i, part in enumerate(parts)]
+    return splits
+
+
+def halves(n: int) -> list[Split]:
+    """AxBench's split: the first half chooses, the second reports."""
+    if n < 2:
+        raise UnweaveError(f"{n} instructions have no two halves", remedy="use at least two")
+    return [(np.arange(n // 2), np.arange(n // 2, n))]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A pair's score: ``rating``, the harmonic mean's mean, and the means of the single ratings, ``parts`` [R]; all on
+    instructions that did not choose the strength. ``strength``: the index chosen most often."""
+
+    rating: float
+    parts: Array
+    strength: int
+
+
+def choose(ratings: Array, splits: Sequence[Split]) -> Chosen:
+    """The score of one pair from ratings [strengths, instructions, R].
+
+    Of equally good strengths the first is chosen. A split whose ratings failed on one side is left out; NaN where all
+    did.
+    """
+    together = np.concatenate([harmonic(ratings)[..., None], ratings], -1)
+    chosen, reported = [], []
+    for choosing, reporting in splits:
+        means = _nanmean(together[:, choosing, 0], 1)
+        if np.isnan(means).all():
+            continue
+        best = int(np.nanargmax(means))
+        scores = _nanmean(together[best, reporting], 0)
+        if not np.isnan(scores[0]):
+            chosen.append(best)
+            reported.append(scores)
+    if not reported:
+        return Chosen(float("nan"), np.full(ratings.shape[-1], np.nan), 0)
+    mean = np.mean(reported, 0)
+    return Chosen(float(mean[0]), mean[1:], int(np.bincount(chosen).argmax()))
+
+
+def interval(values: Sequence[float] | Array, concepts: Sequence[str], seed: int = 0) -> Interval | None:
+    """The mean of values [pairs] with its 95 % bootstrap interval over concepts; NaN are left out.
+
+    Paired comparisons give the differences. None without values; no bounds where there are fewer than two concepts.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    valid = ~np.isnan(values)
+    if not valid.any():
+        return None
+    _, concept = np.unique(np.asarray(concepts)[valid], return_inverse=True)
+    counts = np.bincount(concept)
+    sums = np.bincount(concept, weights=values[valid])
+    mean, n = float(sums.sum() / counts.sum()), len(counts)
+    if n < 2:
+        return Interval(mean, None, None, n)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
+    low, high = np.percentile((drawn @ sums) / (drawn @ counts), [2.5, 97.5])
+    return Interval(mean, float(low), float(high), n)
+
+
+def _nanmean(values: Array, axis: int) -> Array:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+        return np.nanmean(values, axis)
