@@ -1,13 +1,14 @@
 """What is generated: every pair x instruction x strength of every method, in full batches that outlive interruptions.
 
 A job is a prompt with the changes to latents that are in force while it is answered. Jobs of all pairs and methods share
-batches (``sae.edits.together``); jobs that are alike, as those of the unedited model, are answered once.
+batches (``generate_sweep``); jobs that are alike, as those of the unedited model, are answered once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -16,9 +17,9 @@ from unweave.core.pieces import Pieces
 from unweave.core.progress import task
 from unweave.lm.model import LM
 from unweave.methods.axbench.scores import Array
-from unweave.sae.edits import Change, Mode, Where, together
+from unweave.sae.edits import Change, Mode, Where
 from unweave.sae.module import SAE
-from unweave.sae.steered import prompt_tokens, until_end
+from unweave.sae.steered import generate_sweep, prompt_tokens
 
 FACTORS: dict[str, tuple[float, ...]] = {
     "add": (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0),
@@ -26,6 +27,8 @@ FACTORS: dict[str, tuple[float, ...]] = {
     "max-act": (0.4, 1.0, 1.4, 1.8, 2.2, 2.6, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0),
 }
 """AxBench's, as multiples of the largest activation"""
+_CHUNK = 256
+"""texts that are generated before they are kept"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,6 @@ class Generation:
 
     max_new_tokens: int = 128
     temperature: float = 1.0
-    batch: int = 32
     seed: int = 0
 
 
@@ -93,31 +95,28 @@ def write(lm: LM, jobs: Sequence[Job], options: Generation, pieces: Pieces, name
     alike: dict[tuple[str, tuple[Change, ...]], int] = {}
     which = [alike.setdefault((job.prompt, job.changes), len(alike)) for job in jobs]
     distinct = list(alike)
-    length = {prompt: prompt_tokens(lm, [prompt], None).ids.shape[1] for prompt, _ in dict.fromkeys(distinct)}
-    order = sorted(range(len(distinct)), key=lambda i: length[distinct[i][0]])  # little padding
+    length = {prompt: prompt_tokens(lm, [prompt], None).ids.shape[1] for prompt in dict.fromkeys(p for p, _ in distinct)}
+    order = sorted(range(len(distinct)), key=lambda i: -length[distinct[i][0]])  # little padding
     texts = [""] * len(distinct)
-    with task(f"generate {name}", total=len(order), unit="texts") as shown:
-        for number in range(0, -(-len(order) // options.batch)):
-            part = order[number * options.batch : (number + 1) * options.batch]
-            make = _maker(lm, [distinct[i] for i in part], options, number)
-            for i, text in zip(part, pieces.value(f"{name}-{number:06}", tuple[str, ...], make), strict=True):
+    with task(f"{name} of all pairs", total=len(order), unit="texts") as shown:
+        for start in range(0, len(order), _CHUNK):
+            part = order[start : start + _CHUNK]
+            make = partial(_texts, lm, [distinct[i] for i in part], options, start)
+            for i, text in zip(part, pieces.value(f"{name}-{start:07}", tuple[str, ...], make), strict=True):
                 texts[i] = text
             shown.advance(len(part))
     return [texts[i] for i in which]
 
 
-def _maker(
-    lm: LM, rows: Sequence[tuple[str, tuple[Change, ...]]], options: Generation, number: int
-) -> Callable[[], tuple[str, ...]]:
-    def make() -> tuple[str, ...]:
-        tokens = prompt_tokens(lm, [prompt for prompt, _ in rows], None)
-        ids = lm.generate_ids(
-            tokens,
-            together([changes for _, changes in rows]),
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=options.seed * 1_000_003 + number,
-        )
-        return tuple(lm.decode(row[:n]) for row, n in zip(ids, until_end(lm, ids).tolist(), strict=True))
-
-    return make
+def _texts(
+    lm: LM, rows: Sequence[tuple[str, tuple[Change, ...]]], options: Generation, start: int
+) -> tuple[str, ...]:
+    generated = generate_sweep(
+        lm,
+        prompt_tokens(lm, [prompt for prompt, _ in rows], None),
+        [changes for _, changes in rows],
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed * 1_000_003 + start,
+    )
+    return tuple(generated.texts(lm))

@@ -49,8 +49,6 @@ class GenerationSpec(Spec):
     """Length of a text at most."""
     temperature: Annotated[float, at_least(0)] = 1.0
     """0 is greedy; AxBench samples at 1."""
-    batch: Annotated[int, at_least(1)] = 32
-    """Texts generated together; with sampling it decides which are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,125 @@
+"""From a spec to an experiment, and everything that can be refused before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from unweave.core.errors import UnweaveError
+from unweave.core.files import lines, parse_json
+from unweave.inputs.saes import Opened
+from unweave.judge.base import Judge, check_judge
+from unweave.latents.annotations import Pair, load, name_of, pairs
+from unweave.methods.axbench.compare import Experiment, make_experiment
+from unweave.methods.axbench.directions import ReftOptions
+from unweave.methods.axbench.forms import template_prompt, written_prompts
+from unweave.methods.axbench.generate import FACTORS, Generation
+from unweave.methods.axbench.handles import Steering
+from unweave.methods.axbench.lora import LoraOptions, require_peft
+from unweave.methods.axbench.result import RATINGS, Cost
+from unweave.methods.axbench.spec import AxbenchSpec
+
+
+def planned(spec: AxbenchSpec, chat: Judge | None = None) -> Experiment:
+    """The experiment; prompts are the template's where no chat model is given to write them.
+
+    Raises UnweaveError for files without labelled latents or instructions, for too few instructions, for more texts
+    than ``most_texts``, and for what LoRA or a judge needs and is not there.
+    """
+    chosen = _pairs(spec)
+    concepts = list(dict.fromkeys(pair.label.label for pair in chosen))
+    wishes = [template_prompt(name) for name in concepts] if chat is None else written_prompts(chat, concepts)
+    wish = dict(zip(concepts, wishes, strict=True))
+    experiment = make_experiment(
+        chosen,
+        spec.methods,
+        spec.steering.factors or FACTORS[spec.steering.preset],
+        instructions(spec.instructions),
+        [wish[pair.label.label] for pair in chosen],
+        per_pair=spec.per_pair,
+        suppression=spec.suppression,
+        generation=Generation(
+            max_new_tokens=spec.generation.max_new_tokens, temperature=spec.generation.temperature, seed=spec.seed
+        ),
+    )
+    cost = cost_of(spec, experiment)
+    if cost.texts > spec.most_texts:
+        raise UnweaveError(
+            f"this asks for {cost.texts:,} texts of up to {spec.generation.max_new_tokens} tokens ({cost.tokens:,} "
+            f"tokens), and {cost.prompts:,} prompts to a judge; most_texts is {spec.most_texts:,}",
+            where=f"{cost.pairs} pairs",
+            remedy=f"raise most_texts to {cost.texts}, or ask for fewer pairs, methods, factors or instructions",
+        )
+    if "lora" in spec.methods:
+        require_peft()
+    if "chat" in (*spec.raters, spec.writer):
+        check_judge(spec.judge)
+    return experiment
+
+
+def cost_of(spec: AxbenchSpec, experiment: Experiment) -> Cost:
+    """What an experiment takes at most: equal texts are generated and rated once."""
+    texts = experiment.n_texts
+    prompts = len(RATINGS) * texts if "chat" in spec.raters else 0
+    prompts += len(set(experiment.prompts)) if spec.writer == "chat" else 0
+    return Cost(len(experiment.pairs), texts, texts * spec.generation.max_new_tokens, prompts)
+
+
+def _pairs(spec: AxbenchSpec) -> list[Pair]:
+    listed = pairs(load(spec.pairs))
+    if not listed:
+        raise UnweaveError(
+            "no latent has a scored label", where=str(spec.pairs), remedy="give the file that `unweave labels` wrote"
+        )
+    return listed[: spec.most_pairs]
+
+
+def refuse_pairs(chosen: Sequence[Pair], opened: Opened) -> None:
+    """Raises UnweaveError for pairs of another SAE than those that are open (trap 41), and of unknown latents."""
+    for pair in chosen:
+        name, sae = name_of(pair.site, pair.latent), opened.saes.get(pair.site)
+        if sae is None or pair.latent >= sae.d_sae or (pair.sae is not None and not sae.digest().startswith(pair.sae)):
+            is_there = "there is none" if sae is None else f"this one is {sae.digest()[:12]}"
+            raise UnweaveError(
+                f"{name} was labelled in SAE {pair.sae or '(unknown)'} at {pair.site}; {is_there}",
+                where=pair.label.label,
+                remedy="give the SAEs that the pairs are of (saes), or label these",
+            )
+
+
+def instructions(path: Path | None) -> list[str]:
+    """Distinct instructions, in order: a file's, or our own. UnweaveError for a file without any."""
+    if path is None:
+        text = resources.files("unweave.methods.axbench").joinpath("instructions.txt").read_text(encoding="utf-8")
+        return text.splitlines()
+    found: dict[str, None] = {}
+    for number, line in lines(path):
+        where = f"{path}, line {number}"
+        if line.lstrip().startswith("{"):
+            row = parse_json(line, where)
+            line = row.get("instruction") if isinstance(row, dict) else None
+            if not isinstance(line, str):
+                raise UnweaveError("there is no text instruction", where=where, remedy='write {"instruction": "..."}')
+        if line.strip():
+            found.setdefault(line.strip())
+    if not found:
+        raise UnweaveError("there are no instructions", where=str(path), remedy="write one a line")
+    return list(found)
+
+
+def steering(spec: AxbenchSpec) -> Steering:
+    """How latents steer, and how directions are learnt."""
+    learning = spec.learning
+    reft = ReftOptions(
+        k=learning.reft_k, l1=learning.reft_l1, lr=learning.reft_lr, epochs=learning.reft_epochs, seed=spec.seed
+    )
+    return Steering(
+        mode=spec.steering.mode, where=spec.steering.where, text_tokens=learning.tokens, seed=spec.seed, reft=reft
+    )
+
+
+def lora(spec: AxbenchSpec) -> LoraOptions:
+    """How LoRA is trained."""
+    learning = spec.learning
+    return LoraOptions(rank=learning.lora_rank, lr=learning.lora_lr, epochs=learning.lora_epochs, seed=spec.seed)
