@@ -19,6 +19,7 @@ METHODS = (
     "methods.labels",
     "methods.trace",
     "methods.steer",
+    "methods.axbench",
     "methods.explain.rubric",
     "methods.special_tokens",
     "methods.circuits",

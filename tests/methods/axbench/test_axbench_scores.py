@@ -40,9 +40,7 @@ def test_a_strength_is_chosen_on_other_instructions_than_it_is_reported_on() -> 
     for choosing, reporting in splits:
         means = [np.mean([3 / sum(1 / r for r in row) if all(row) else 0.0 for row in s[choosing]]) for s in ratings]
         best = means.index(max(means))
-        scores.append(
-            np.mean([3 / sum(1 / r for r in row) if all(row) else 0.0 for row in ratings[best][reporting]])
-        )
+        scores.append(np.mean([3 / sum(1 / r for r in row) if all(row) else 0.0 for row in ratings[best][reporting]]))
         parts.append(ratings[best][reporting].mean(0))
     chosen = choose(ratings, splits)
     assert chosen.rating == pytest.approx(np.mean(scores))
@@ -72,7 +70,7 @@ def test_the_bootstrap_resamples_concepts_with_all_their_pairs() -> None:
     values = [0.0, 1.0, 4.0, 2.0, 9.0]
     concepts = ["a", "a", "a", "b", "c"]
     groups = [[0.0, 1.0, 4.0], [2.0], [9.0]]
-    means = [np.mean(sum((groups[i] for i in drawn), [])) for drawn in itertools.product(range(3), repeat=3)]
+    means = [np.mean([v for i in drawn for v in groups[i]]) for drawn in itertools.product(range(3), repeat=3)]
     low, high = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
     got = interval(values, concepts)
     assert got is not None and got.low is not None and got.high is not None

@@ -121,5 +121,3 @@ def confidence_change(lm: LM, handles: Sequence[Handle], factor: float = 1.0) ->
             top = torch.log_softmax(logits[:, -1].float(), -1).topk(min(_TOP, logits.shape[-1]), -1).values
             values[start : start + len(part), column] = -top.mean(-1).cpu().numpy()
     return (values[1:] - values[:1]).mean(1)
-
-

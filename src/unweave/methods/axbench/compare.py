@@ -73,7 +73,11 @@ class Experiment:
 
     def strengths(self, method: str) -> tuple[float | None, ...]:
         """The factors of a method; one None for those without a strength."""
-        return tuple(self.factors) if method not in ("unedited", "prompt", "lora") else (None,)
+        return (
+            (None,)
+            if method in ("unedited", "prompt", "lora") or method.startswith("suppress")
+            else tuple(self.factors)
+        )
 
     @property
     def n_texts(self) -> int:
@@ -172,9 +176,7 @@ def rate_all(rater: Rater, cases: Sequence[Case], pieces: Pieces, name: str) -> 
     return Ratings(rater, np.array(values)[which], [replies[i] for i in which])
 
 
-def _plain_ratings(
-    rater: Rater, cases: Sequence[Case]
-) -> tuple[tuple[tuple[float | None, ...], tuple[str, ...]], ...]:
+def _plain_ratings(rater: Rater, cases: Sequence[Case]) -> tuple[tuple[tuple[float | None, ...], tuple[str, ...]], ...]:
     values, replies = rater.rate(cases)
     plain = [tuple(None if math.isnan(one) else float(one) for one in row) for row in values]
     return tuple((row, tuple(said)) for row, said in zip(plain, replies, strict=True))

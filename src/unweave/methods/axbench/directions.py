@@ -54,7 +54,7 @@ def sae_of(directions: Sequence[Direction], site: Site, policy: TokenPolicy) -> 
 
 
 def text_tokens(lm: LM, texts: Sequence[str], most: int) -> Tokens:
-    """Texts as the assistant's answers where the model has a chat template, else as they are; cut to ``most`` tokens."""
+    """Texts as the assistant's answers where the model has a chat template, else as they are; cut to ``most``."""
     if getattr(lm.tokenizer, "chat_template", None) is None:
         return lm.tokenize(list(texts)).columns(slice(most))
     talks = [[{"role": "user", "content": WRITE}, {"role": "assistant", "content": text}] for text in texts]
@@ -76,7 +76,9 @@ def batches(lm: LM, texts: Sequence[str], most: int, size: int) -> Iterator[tupl
         yield part, text_tokens(lm, texts[part], most).to(lm.device)
 
 
-def token_activations(lm: LM, site: Site, policy: TokenPolicy, texts: Sequence[str], most: int) -> tuple[Tensor, Tensor]:
+def token_activations(
+    lm: LM, site: Site, policy: TokenPolicy, texts: Sequence[str], most: int
+) -> tuple[Tensor, Tensor]:
     """The activations x [N, D] of the texts' tokens that the policy counts, and the text [N] that each is of."""
     rows, owners = [], []
     for part, tokens in batches(lm, texts, most, 16):

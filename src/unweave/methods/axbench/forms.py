@@ -33,7 +33,9 @@ class Case:
     text: str
 
 
-def _form(name: str, task: str, levels: Sequence[str], shown: Callable[[Case], Sequence[tuple[str, str]]]) -> Form[Case]:
+def _form(
+    name: str, task: str, levels: Sequence[str], shown: Callable[[Case], Sequence[tuple[str, str]]]
+) -> Form[Case]:
     scale = "\n".join(f"{level}: {meaning}" for level, meaning in enumerate(levels))
 
     def messages(case: Case) -> Conversation:
@@ -46,13 +48,13 @@ def _form(name: str, task: str, levels: Sequence[str], shown: Callable[[Case], S
 FORMS = {
     "concept": _form(
         "concept",
-        "Rate whether a concept occurs in a text. Only the concept counts, not how well the text is written.",
+        "Rate whether a concept occurs in a text. Only the concept counts, not how well it is written.",
         ("the concept does not occur", "it occurs, but little or out of place", "the text clearly holds the concept"),
         lambda case: (("Concept", case.concept), ("Text", case.text)),
     ),
     "instruction": _form(
         "instruction",
-        "Rate whether a text is on the topic of an instruction. It may be incomplete, clumsy, or bring in other things.",
+        "Rate whether a text is on an instruction's topic. It may be cut or bring in other things.",
         ("the text has nothing to do with it", "it touches the topic, but hardly", "the text is on the topic"),
         lambda case: (("Instruction", case.instruction), ("Text", case.text)),
     ),

@@ -1,7 +1,7 @@
 """What is generated: every pair x instruction x strength of every method, in full batches that outlive interruptions.
 
-A job is a prompt with the changes to latents that are in force while it is answered. Jobs of all pairs and methods share
-batches (``generate_sweep``); jobs that are alike, as those of the unedited model, are answered once.
+A job is a prompt with the changes to latents that are in force while it is answered. Jobs of all pairs and methods
+share batches (``generate_sweep``); jobs that are alike, as those of the unedited model, are answered once.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def write(lm: LM, jobs: Sequence[Job], options: Generation, pieces: Pieces, name
     alike: dict[tuple[str, tuple[Change, ...]], int] = {}
     which = [alike.setdefault((job.prompt, job.changes), len(alike)) for job in jobs]
     distinct = list(alike)
-    length = {prompt: prompt_tokens(lm, [prompt], None).ids.shape[1] for prompt in dict.fromkeys(p for p, _ in distinct)}
+    length = {
+        prompt: prompt_tokens(lm, [prompt], None).ids.shape[1] for prompt in dict.fromkeys(p for p, _ in distinct)
+    }
     order = sorted(range(len(distinct)), key=lambda i: -length[distinct[i][0]])  # little padding
     texts = [""] * len(distinct)
     with task(f"{name} of all pairs", total=len(order), unit="texts") as shown:
@@ -108,9 +110,7 @@ def write(lm: LM, jobs: Sequence[Job], options: Generation, pieces: Pieces, name
     return [texts[i] for i in which]
 
 
-def _texts(
-    lm: LM, rows: Sequence[tuple[str, tuple[Change, ...]]], options: Generation, start: int
-) -> tuple[str, ...]:
+def _texts(lm: LM, rows: Sequence[tuple[str, tuple[Change, ...]]], options: Generation, start: int) -> tuple[str, ...]:
     generated = generate_sweep(
         lm,
         prompt_tokens(lm, [prompt for prompt, _ in rows], None),

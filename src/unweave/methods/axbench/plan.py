@@ -35,10 +35,10 @@ def planned(spec: AxbenchSpec, chat: Judge | None = None) -> Experiment:
         chosen,
         spec.methods,
         spec.steering.factors or FACTORS[spec.steering.preset],
-        instructions(spec.instructions),
+        instructions(spec.protocol.instructions),
         [wish[pair.label.label] for pair in chosen],
-        per_pair=spec.per_pair,
-        suppression=spec.suppression,
+        per_pair=spec.protocol.per_pair,
+        suppression=spec.protocol.suppression,
         generation=Generation(
             max_new_tokens=spec.generation.max_new_tokens, temperature=spec.generation.temperature, seed=spec.seed
         ),

@@ -53,7 +53,7 @@ class GenerationSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class LearningSpec(Spec):
-    """Texts with a concept and without it: to learn directions, weights and the scripted classifier on, and held out."""
+    """Texts with a concept and without it: to learn directions, weights and a classifier on, and held out."""
 
     examples: Annotated[int, at_least(2)] = 72
     """Texts of either kind to learn directions and LoRA on, per concept."""
@@ -78,6 +78,20 @@ class LearningSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProtocolSpec(Spec):
+    """Instructions, and how a pair's strength is chosen on them."""
+
+    per_pair: Annotated[int, at_least(4), at_most(1000)] = 20
+    """Instructions per pair, drawn without replacement."""
+    instructions: FileRef | None = None
+    """Instructions, one a line, or JSON lines with a field instruction, as AlpacaEval's; by default 104 of our own."""
+    split: Literal["folds", "halves"] = "folds"
+    """How a pair's strength is chosen: 10 repeats of 4 folds, or AxBench's first half for the second."""
+    suppression: bool = True
+    """Also ask for the concept in the prompt and take the latent away."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AxbenchSpec(OfSAEsSpec):
     """Comparing labelled latents with other ways to steer, on the same concepts and instructions."""
 
@@ -91,20 +105,14 @@ class AxbenchSpec(OfSAEsSpec):
     """What is compared; lora needs the extra finetune."""
     most_pairs: Annotated[int | None, at_least(1)] = 20
     """At most so many pairs, those with the highest score."""
-    per_pair: Annotated[int, at_least(4), at_most(1000)] = 20
-    """Instructions per pair, drawn without replacement."""
-    instructions: FileRef | None = None
-    """Instructions, one a line, or JSON lines with a field instruction, as AlpacaEval's; by default 104 of our own."""
     raters: Annotated[tuple[Literal["truth", "chat"], ...], not_empty(), _DISTINCT] = ("truth",)
     """Who rates: scripted truth, a chat model, or both."""
     judge: Annotated[JudgeSpec, _CHAT] = JudgeSpec()
     """The chat model that rates, or writes prompts."""
     writer: Literal["template", "chat"] = "template"
     """Who writes the prompts that ask for a concept."""
-    split: Literal["folds", "halves"] = "folds"
-    """How a pair's strength is chosen: 10 repeats of 4 folds, or AxBench's first half for the second."""
-    suppression: bool = True
-    """Also ask for the concept in the prompt and take the latent away."""
+    protocol: ProtocolSpec = ProtocolSpec()
+    """Instructions, and how strengths are chosen."""
     steering: SteeringSpec = SteeringSpec()
     """How latents steer."""
     generation: GenerationSpec = GenerationSpec()
@@ -118,8 +126,10 @@ class AxbenchSpec(OfSAEsSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.suppression and "sae" not in self.methods:
-            raise UnweaveError("suppression needs the method sae", where="methods", remedy="add sae, or set suppression false")
+        if self.protocol.suppression and "sae" not in self.methods:
+            raise UnweaveError(
+                "suppression needs the method sae", where="methods", remedy="add sae, or set suppression false"
+            )
         if self.steering.factors is not None and self.steering.preset != "add":
             raise UnweaveError("preset has no effect where factors are given", where="steering", remedy="leave one out")
 
@@ -130,9 +140,9 @@ COMMAND = Command(
     result=Comparison,
     stage="unweave.methods.axbench.stage:run",
     summary="Compare labelled latents with other ways to steer, judged as AxBench does.",
-    about="Every pair of a latent and a label is steered at all strengths on its own instructions, and rated for concept, "
-    "instruction and fluency; random latents, learnt directions and prompts stand beside it. Refuses before any work what "
-    "would generate more texts than most_texts; interrupted, it goes on where it was.",
+    about="Every pair of a latent and a label is steered at all strengths on its own instructions, and rated for "
+    "concept, instruction and fluency; random latents, learnt directions and prompts stand beside it. Refuses before any work "
+    "what would generate more texts than most_texts; interrupted, it goes on where it was.",
     examples=(
         "unweave axbench axbench.yaml",
         "unweave axbench --saes runs/train-0123456789ab/sae --pairs runs/labels-0123456789ab/pairs.jsonl",

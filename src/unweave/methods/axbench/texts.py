@@ -1,7 +1,7 @@
 """Texts with a concept and without it, from tagged texts: to learn on, and held out.
 
-Hard negatives are held-out texts without the concept's tag that its words suggest: of a random sample, those that a word
-classifier ranks highest. AxBench's released code drops such rows from its AUROC; here they count.
+Hard negatives are held-out texts without the concept's tag that its words suggest: of a random sample, those that a
+word classifier ranks highest. AxBench's released code drops such rows from its AUROC; here they count.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class WordClassifier:
         from sklearn.linear_model import LogisticRegression
 
         self._vectors = HashingVectorizer(n_features=_FEATURES, alternate_sign=False, stop_words="english")
-        self._model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000)
+        self._model = LogisticRegression(C=10.0, class_weight="balanced", solver="liblinear")
         labels = np.repeat([1, 0], [len(with_concept), len(without)])
         self._model.fit(self._vectors.transform([*with_concept, *without]), labels)
 
@@ -62,7 +62,7 @@ class WordClassifier:
 
 @dataclass(frozen=True)
 class Texts:
-    """Draws texts of concepts: ``examples`` to learn on and ``heldout`` of each kind held out, cut to ``characters``."""
+    """Draws texts of concepts: ``examples`` to learn on, ``heldout`` of each kind held out, cut to ``characters``."""
 
     tagged: TaggedTexts
     examples: int = 72
@@ -76,9 +76,9 @@ class Texts:
         offsets, labels = self.tagged.label_rows(np.arange(len(self.tagged)))
         return np.repeat(np.arange(len(self.tagged)), np.diff(offsets)), labels
 
-    def sample(self, n: int) -> list[str]:
-        """Up to n random texts to learn on, whatever their tags."""
-        return self._read(self._drawn(np.flatnonzero(~self.tagged.heldout), n, "sample"))
+    def sample(self, n: int, *, heldout: bool = False) -> list[str]:
+        """Up to n random texts to learn on, or held out, whatever their tags."""
+        return self._read(self._drawn(np.flatnonzero(np.asarray(self.tagged.heldout) == heldout), n, "sample"))
 
     def of(self, concept: str) -> ConceptTexts:
         """Raises UnweaveError for a concept that is no tag, or whose texts are too few."""

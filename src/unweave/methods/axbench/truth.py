@@ -50,7 +50,10 @@ def likelihoods(lm: LM, prompts: Sequence[str], texts: Sequence[str], most: int)
     answers = [lm.tokenizer(text, add_special_tokens=False)["input_ids"][:most] for text in texts]
     frames = {prompt: prompt_tokens(lm, [prompt], None) for prompt in dict.fromkeys(prompts)}
     rows = [
-        ([*frames[prompt].ids[0].tolist(), *ids], [*frames[prompt].roles[0].tolist(), *[int(Role.ASSISTANT)] * len(ids)])
+        (
+            [*frames[prompt].ids[0].tolist(), *ids],
+            [*frames[prompt].roles[0].tolist(), *[int(Role.ASSISTANT)] * len(ids)],
+        )
         for prompt, ids in zip(prompts, answers, strict=True)
     ]
     means = np.full(len(rows), np.nan)
@@ -85,7 +88,12 @@ class TruthRater:
     name, note = NAME, _NOTE
 
     def __init__(
-        self, lm: LM, concepts: Mapping[str, ConceptTexts], fluent: Sequence[str], instructions: Sequence[str], most: int
+        self,
+        lm: LM,
+        concepts: Mapping[str, ConceptTexts],
+        fluent: Sequence[str],
+        instructions: Sequence[str],
+        most: int,
     ) -> None:
         self._lm, self._instructions, self._most = lm, list(instructions), most
         self._concepts = {name: texts.words for name, texts in concepts.items()}

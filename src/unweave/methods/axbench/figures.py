@@ -1,0 +1,68 @@
+"""The figures of a comparison: methods with their intervals, and ratings against strength."""
+
+from __future__ import annotations
+
+from unweave.methods.axbench.result import METHODS, Judged
+from unweave.show.figures import COLOURS, as_svg, new_figure, settings
+
+_LINES = ("accent", "mute", "warm", "ink", "soft", "line")
+
+
+def bars(judged: Judged, name: str) -> str:
+    """Each method's mean rating (bar) and concept rating (dot), with 95 % intervals over concepts."""
+    import matplotlib
+
+    shown = [score for score in judged.scores if score.rating is not None]
+    with matplotlib.rc_context(settings()):
+        figure = new_figure(1.0 + 0.36 * len(shown))
+        axes = figure.add_subplot()
+        axes.grid(axis="y", visible=False)
+        for row, score in enumerate(shown):
+            for interval, shift, kind in ((score.rating, 0.0, "bar"), (score.parts[0], 0.28, "dot")):
+                if interval is None:
+                    continue
+                if kind == "bar":
+                    alpha = 0.85 if score.method == "sae" else 0.4
+                    axes.barh(row, interval.value, height=0.5, color=COLOURS["accent"], alpha=alpha)
+                else:
+                    axes.scatter([interval.value], [row + shift], s=18, color=COLOURS["warm"], zorder=3)
+                if interval.low is not None and interval.high is not None:
+                    colour = COLOURS["ink" if kind == "bar" else "warm"]
+                    axes.plot([interval.low, interval.high], [row + shift] * 2, color=colour, linewidth=1.2)
+        axes.set_yticks(range(len(shown)), [_short(score.method) for score in shown])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 2)
+        axes.set_xlabel("Rating, 0 to 2 (bar: harmonic mean; dot: concept)")
+        return as_svg(figure, f"{name}-methods", "Mean rating of each method with its interval over concepts")
+
+
+def curves(judged: Judged, name: str) -> str:
+    """Mean rating of each method against its strength; those without one are level lines."""
+    import matplotlib
+
+    with matplotlib.rc_context(settings()):
+        figure = new_figure(3.2)
+        axes = figure.add_subplot()
+        methods = dict.fromkeys(point.method for point in judged.points)
+        factors = [point.factor for point in judged.points if point.factor is not None]
+        for place, method in enumerate(methods):
+            points = [(p.factor, p.rating) for p in judged.points if p.method == method and p.rating is not None]
+            colour = COLOURS[_LINES[place % len(_LINES)]]
+            if points and points[0][0] is None:
+                axes.axhline(points[0][1], color=colour, linestyle=":", linewidth=1.4, label=_short(method))
+            elif points:
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, color=colour, marker="o", markersize=3, linewidth=1.4, label=_short(method))
+        if factors and max(factors) > 20 * min(factors):
+            axes.set_xscale("log")
+        axes.set_ylim(0, 2)
+        axes.set_xlabel("Strength, in largest activations")
+        axes.set_ylabel("Mean rating")
+        figure.legend(loc="outside upper center", ncols=3, handlelength=1.6)
+        return as_svg(figure, f"{name}-strengths", "Mean rating of each method against its strength")
+
+
+def _short(method: str) -> str:
+    return {"sae": "labelled latents", "random": "random latents", "prompt": "prompt", "unedited": "unedited"}.get(
+        method, METHODS[method]
+    )

@@ -1,0 +1,121 @@
+"""A comparison as rows, and as a section of a page. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from unweave.core.result import Row
+from unweave.methods.axbench.figures import bars, curves
+from unweave.methods.axbench.result import METHODS, RATINGS, SUPPRESSIONS, Comparison, Interval, Judged
+from unweave.show.page import ALONE, Around, Section, Tile, beside, figure
+from unweave.show.pieces import esc, number, table
+
+_BEST = 30
+
+
+def rows(result: Comparison) -> list[Row]:
+    """Methods' ratings by every judge, what random latents leave of them, suppression, and detection."""
+    lines: list[Row] = [
+        ("pairs", len(result.pairs), f"{result.instructions} instructions each; concepts are tags of {result.texts}"),
+        ("texts", result.cost.texts, f"up to {result.cost.tokens:,} new tokens; {result.cost.prompts:,} judge prompts"),
+    ]
+    for judged in result.judged:
+        lines.append(("judge", judged.judge, judged.note))
+        for one in judged.checks:
+            verdict = "tells known cases apart" if one.shown else "NOT SHOWN TO READ: do not build on this rating"
+            lines.append((f"  check: {one.rating}", number(one.auroc), f"AUROC on {one.cases} known cases; {verdict}"))
+        for score in judged.scores:
+            parts = ", ".join(f"{name} {_shown(part)}" for name, part in zip(RATINGS, score.parts, strict=True))
+            lines.append((f"  {score.method}", _shown(score.rating), parts))
+            if score.above_random is not None:
+                concept = f"rating; its concept's {_shown(score.concept_above_random)}"
+                lines.append(("    above random latents", _shown(score.above_random), concept))
+        for one in judged.suppression:
+            less = "" if one.less is None else f"; lower by {_shown(one.less)}"
+            lines.append(
+                (f"  suppressed: {one.edit}", _shown(one.parts[0]), f"concept; {SUPPRESSIONS[one.edit]}{less}")
+            )
+        for one in judged.selection:
+            lines.append((f"  better half by {one.score}", _shown(one.rating), f"others {_shown(one.others)}"))
+    for found in result.detection:
+        text = f"AUROC by largest value; by mean {_shown(found.mean)}; hard negatives alone {_shown(found.max_hard)}"
+        lines.append((f"detection: {found.method}", _shown(found.max), text))
+    return lines
+
+
+def _shown(interval: Interval | None) -> str:
+    """ "1.20 [0.90, 1.50]" """
+    if interval is None:
+        return "-"
+    if interval.low is None or interval.high is None:
+        return f"{interval.value:.2f}"
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def section(result: Comparison, around: Around = ALONE) -> Section:
+    """Every judge's figures and tables, then detection and the pairs."""
+    strengths = "10 repeats of 4 folds" if result.split == "folds" else "the first half of its instructions"
+    body = [
+        f"<p>{len(result.pairs)} pairs of a latent and a label were steered ({esc(result.mode)}) on "
+        f"{result.instructions} instructions each, at every strength, and rated from 0 to 2 for concept, instruction "
+        f"and fluency; a text's rating is their harmonic mean. Each pair's strength was chosen by {strengths} and is "
+        "reported on the others. Intervals are 95 %, by a bootstrap over concepts.</p>"
+    ]
+    tiles: tuple[Tile, ...] = ()
+    for place, judged in enumerate(result.judged):
+        body += _judged(judged, f"{around.name}-{place}")
+        own = next((score for score in judged.scores if score.method == "sae"), None)
+        if not tiles and own is not None and own.above_random is not None:
+            sentence = "labelled latents' rating above random latents', 95 % interval over concepts"
+            tiles = (Tile(_shown(own.above_random), f"by {judged.judge}", sentence),)
+    found = [(METHODS[one.method], *map(_shown, (one.mean, one.max, one.max_hard))) for one in result.detection]
+    head = ("Method", "Mean of a text", "Largest value", "Against hard negatives")
+    body.append(table(head, [tuple(map(esc, row)) for row in found], (1, 2, 3), "Detection on held-out texts, AUROC"))
+    unread = [
+        f"{judged.judge} was not shown to read {one.rating} (AUROC {number(one.auroc)})."
+        for judged in result.judged
+        for one in judged.checks
+        if not one.shown
+    ]
+    notes = (*result.subject.notes, *unread)
+    return Section("AxBench", "Steering, judged as AxBench does", "".join(body), tiles=tiles, notes=notes)
+
+
+def _judged(judged: Judged, name: str) -> Iterator[str]:
+    checks = "; ".join(
+        f"{one.rating} {number(one.auroc)}{'' if one.shown else ' (not shown to read)'}" for one in judged.checks
+    )
+    yield f"<h3>{esc(judged.judge)}</h3><p>{esc(judged.note)} AUROC on known cases: {esc(checks)}.</p>"
+    yield beside(
+        figure(bars(judged, name), "Each method's rating at the strength chosen for each pair."),
+        figure(curves(judged, name), "Mean over all pairs at each strength."),
+    )
+    head = ("Method", "Rating", *map(str.capitalize, RATINGS), "Above random", "Concept above random")
+    scores = [
+        (METHODS[one.method], *map(_shown, (one.rating, *one.parts, one.above_random, one.concept_above_random)))
+        for one in judged.scores
+    ]
+    yield _table(head, scores, "Ratings")
+    if judged.suppression:
+        kept = [(SUPPRESSIONS[one.edit], *map(_shown, (*one.parts, one.less))) for one in judged.suppression]
+        head = ("Taken away while the prompt asks for it", *map(str.capitalize, RATINGS), "Concept lower by")
+        yield _table(head, kept, "Suppression")
+    if judged.selection:
+        chosen = [
+            (one.score, str(one.pairs), *map(_shown, (one.rating, one.others, one.concept)), number(one.correlation))
+            for one in judged.selection
+        ]
+        head = ("Better half by", "Pairs", "Rating", "Others", "Concept", "Rank correlation")
+        yield _table(head, chosen, "Selection of pairs")
+    best = sorted((one for one in judged.rated if one.method == "sae"), key=lambda one: -(one.rating or 0.0))[:_BEST]
+    pairs = [
+        (one.concept, one.pair, number(one.strength), number(one.rating), *map(number, one.parts), str(one.failed))
+        for one in best
+    ]
+    yield _table(
+        ("Label", "Latent", "Strength", "Rating", *map(str.capitalize, RATINGS), "Failed"), pairs, "Best pairs"
+    )
+
+
+def _table(head: tuple[str, ...], lines: list[tuple[str, ...]], name: str) -> str:
+    return table(head, [tuple(map(esc, line)) for line in lines], range(1, len(head)), name)
