@@ -105,7 +105,7 @@ class Experiment:
 
     def asked(self, pair: int) -> list[str]:
         """The instructions of a pair."""
-        return [self.pool[i] for i in self.instructions[pair]]
+        return [self.pool[int(i)] for i in self.instructions[pair]]
 
     def case(self, job: Job, text: str) -> Case:
         pair, _, i = job.row
@@ -272,7 +272,7 @@ def _selections(
     pair_scores: Sequence[Mapping[str, float | None]], chosen: Sequence[Chosen], mean: partial[Interval | None]
 ) -> Iterator[Selection]:
     """The better half of the pairs by each score that at least four of them have."""
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata
 
     for name in dict.fromkeys(key for scores in pair_scores for key in scores):
         values = np.array([np.nan if scores.get(name) is None else scores[name] for scores in pair_scores], dtype=float)
@@ -287,7 +287,7 @@ def _selections(
             name, int(best.sum()), mean(np.where(best, ratings, np.nan)),
             mean(np.where(best, [one.parts[0] for one in chosen], np.nan)),
             mean(np.where(known & ~best, ratings, np.nan)),
-            float(spearmanr(values[known], ratings[known]).statistic) if varied else None,
+            float(np.corrcoef(rankdata(values[known]), rankdata(ratings[known]))[0, 1]) if varied else None,
         )  # fmt: skip
 
 

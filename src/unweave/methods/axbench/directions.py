@@ -110,8 +110,8 @@ def linear_probe(x: Tensor, with_concept: Tensor, l2: float = 1.0) -> Direction:
     scale = torch.where(scale > 1e-6 * scale.max(), scale, torch.ones_like(scale))
     model = LogisticRegression(C=1 / l2, class_weight="balanced", max_iter=1000)
     model.fit(((x.double() - mean) / scale).cpu().numpy(), with_concept.cpu().numpy())
-    w = torch.from_numpy(np.asarray(model.coef_[0])).to(scale) / scale
-    return _direction(w, float(model.intercept_[0]) - mean @ w, x, relu=False)
+    w = torch.from_numpy(np.asarray(model.coef_)[0]).to(scale) / scale
+    return _direction(w, float(np.asarray(model.intercept_).item()) - mean @ w, x, relu=False)
 
 
 def _direction(w: Tensor, b: Tensor | float, like: Tensor, *, relu: bool) -> Direction:
@@ -153,7 +153,7 @@ def reft_r1(
     optimiser = torch.optim.AdamW([w, b], lr=options.lr, weight_decay=0.0)
     for _ in range(options.epochs):
         for rows in torch.randperm(len(texts), generator=generator).split(options.batch):
-            tokens = text_tokens(lm, [texts[i] for i in rows.tolist()], most).to(lm.device)
+            tokens = text_tokens(lm, [texts[int(i)] for i in rows], most).to(lm.device)
             optimiser.zero_grad()
             with torch.enable_grad():
                 reft_loss(lm, site, policy, tokens, label[rows].to(lm.device), (w, b), options).backward()

@@ -74,7 +74,7 @@ class ChatRater:
         self.name, self.note, self._judge = judge.name, judge.note, judge
 
     def rate(self, cases: Sequence[Case], ratings: Sequence[str] = RATINGS) -> tuple[Array, list[list[str]]]:
-        """Ratings [cases, ratings], NaN where a reply could not be read, and the replies. Errors as in ``judge.ask``."""
+        """Ratings [cases, ratings], NaN where a reply is invalid, and the replies. Errors as in ``judge.ask``."""
         rated = [rate(self._judge, FORMS[name], cases) for name in ratings]
         replies = [[row.reply.text or row.failure for row in one.rows] for one in rated]
         return np.stack([one.values for one in rated], -1), [list(row) for row in zip(*replies, strict=True)]

@@ -65,7 +65,7 @@ def _trained(lm: LM, texts: Sequence[str], most: int, options: LoraOptions) -> l
     losses = []
     for _ in range(options.epochs):
         for rows in torch.randperm(len(texts), generator=generator).split(options.batch):
-            tokens = text_tokens(lm, [texts[i] for i in rows.tolist()], most).to(lm.device)
+            tokens = text_tokens(lm, [texts[int(i)] for i in rows], most).to(lm.device)
             optimiser.zero_grad()
             with lm.taps(grad=True), torch.enable_grad():
                 logits = lm(tokens)

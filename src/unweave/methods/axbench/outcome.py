@@ -59,9 +59,17 @@ def pair_results(
     """The pairs with what is known of their latents."""
     results = []
     for p, pair in enumerate(experiment.pairs):
-        found = dict(zip(("mean", "max", "max_hard"), map(_plain, detection[p]), strict=True))
+        mean, largest, hard = map(_plain, detection[p])
         name = name_of(pair.site, pair.latent)
-        results.append(Pair(name, pair.label.label, handles[p].maximum, dict(scores[p]), found))
+        results.append(
+            Pair(
+                name,
+                pair.label.label,
+                handles[p].maximum,
+                dict(scores[p]),
+                {"mean": mean, "max": largest, "max_hard": hard},
+            )
+        )
     return tuple(results)
 
 

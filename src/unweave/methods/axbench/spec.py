@@ -141,8 +141,8 @@ COMMAND = Command(
     stage="unweave.methods.axbench.stage:run",
     summary="Compare labelled latents with other ways to steer, judged as AxBench does.",
     about="Every pair of a latent and a label is steered at all strengths on its own instructions, and rated for "
-    "concept, instruction and fluency; random latents, learnt directions and prompts stand beside it. Refuses before any work "
-    "what would generate more texts than most_texts; interrupted, it goes on where it was.",
+    "concept, instruction and fluency; random latents, learnt directions and prompts stand beside it. Refuses before "
+    "any work what would generate more texts than most_texts; interrupted, it goes on where it was.",
     examples=(
         "unweave axbench axbench.yaml",
         "unweave axbench --saes runs/train-0123456789ab/sae --pairs runs/labels-0123456789ab/pairs.jsonl",

@@ -1,0 +1,175 @@
+"""Texts, raters and comparisons, against forward passes row by row and cases whose answer is known."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from unweave.core.site import Site
+from unweave.data.policy import TokenPolicy
+from unweave.judge.scripted import Scripted
+from unweave.latents.annotations import Pair, ScoredLabel
+from unweave.methods.axbench.checks import auroc, check, confidence_change, detect, known_cases
+from unweave.methods.axbench.compare import Ratings, judge, make_experiment
+from unweave.methods.axbench.directions import Direction, sae_of, token_activations
+from unweave.methods.axbench.forms import FORMS, Case, ChatRater, template_prompt, written_prompts
+from unweave.methods.axbench.generate import Handle, draw_instructions
+from unweave.methods.axbench.result import RATINGS
+from unweave.methods.axbench.scores import repeated_folds
+from unweave.methods.axbench.texts import ConceptTexts, Texts, WordClassifier
+from unweave.methods.axbench.truth import TruthRater, broken, likelihoods
+from unweave.sae.steered import prompt_tokens
+from unweave.tasks.tagged.spec import TaggedSpec
+from unweave.tasks.tagged.texts import open_tagged
+
+SITE = Site("resid_post", 1)
+
+
+def pair(latent: int, label: str, score: float = 0.5) -> Pair:
+    scored = ScoredLabel(label=label, threshold=0, score=score, support=9, maximum=1)
+    return Pair(SITE, latent, scored, None)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    """Every third text is about fish; every other of the rest mentions one all the same."""
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    with open(path, "w") as out:
+        for i in range(240):
+            about = ["cod perch trout", "stone cod hill", "road hill stone"][i % 3]
+            out.write(json.dumps({"text": f"{about} number {i}", "tags": ["fish" if i % 3 == 0 else "land"]}) + "\n")
+    return Texts(open_tagged(TaggedSpec(source=str(path))), examples=10, heldout=8)
+
+
+def test_texts_to_learn_on_and_held_out_are_apart_and_hard_ones_look_like_the_concept(texts: Texts) -> None:
+    fish = texts.of("fish")
+    out = {texts.tagged.text(i): bool(texts.tagged.heldout[i]) for i in range(len(texts.tagged))}
+    assert not any(out[text] for text in (*fish.train_with, *fish.train_without))
+    assert all(out[text] for text in (*fish.positive, *fish.negative, *fish.hard))
+    assert all("perch" in text for text in (*fish.train_with, *fish.positive))
+    assert not any("perch" in text for text in (*fish.train_without, *fish.negative, *fish.hard))
+    assert all("cod" in text for text in fish.hard) and not set(fish.hard) & set(fish.negative)
+    assert len(fish.train_with) == 10 and len(fish.hard) == len(fish.negative) == 8
+    assert texts.of("fish").positive == fish.positive
+    assert set(texts.sample(5, heldout=True)) <= {text for text, held in out.items() if held}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_texts_likelihood_is_that_of_its_tokens_after_the_prompt(tiny_lm: Any, name: str) -> None:
+    lm = tiny_lm(name)
+    prompts, answers = ["say it", "a", "say it", "b"], ["abcab", "x", "", "long answer"]
+    found = likelihoods(lm, prompts, answers, most=6)
+    for prompt, answer, one in zip(prompts, answers, found, strict=True):
+        frame = prompt_tokens(lm, [prompt], None).ids[0].tolist()
+        ids = lm.tokenizer(answer, add_special_tokens=False)["input_ids"][:6]
+        logits = torch.log_softmax(lm(torch.tensor([frame + ids]))[0].float(), -1)
+        each = [float(logits[len(frame) + i - 1, token]) for i, token in enumerate(ids)]
+        assert one.mean == pytest.approx(np.mean(each), abs=1e-4) if each else np.isnan(one.mean)
+    assert found[0].distinct == 1.0
+
+
+def test_broken_texts_have_the_same_words_or_only_the_first() -> None:
+    text = "the cat sat on the mat and slept"
+    assert sorted(broken(text, 3, loop=False).split()) == sorted(text.split()) and broken(text, 3, loop=False) != text
+    assert broken(text, 0, loop=True) == "the cat sat on the cat sat on"
+
+
+def test_scripted_truth_reads_the_concept_and_repetition(texts: Texts, tiny_lm: Any) -> None:
+    fish, lm = texts.of("fish"), tiny_lm("llama")
+    fluent = [f"words {chr(97 + i)}{chr(98 + i)} of all sort" for i in range(20)]
+    rater = TruthRater(lm, {"fish": fish}, fluent, ["ask a", "ask b", "ask c"], most=20)
+    cases = [Case("fish", "ask a", text) for text in ("perch and trout", "stone road", "", "aaaaaaaaaaaaaaaaaaaa")]
+    values, _ = rater.rate(cases)
+    assert values[0, 0] == 2 and values[1, 0] == 0 and list(values[2]) == [0, 0, 0] and values[3, 2] == 0
+    own = [one.mean for one in likelihoods(lm, ["ask a", "ask b", "ask c"], ["perch and trout"] * 3, 20)]
+    assert values[0, 1] == (own[0] > own[1]) + (own[0] > own[2])
+    (concept, *_) = check(rater, known_cases({"fish": fish}, fluent, [("ask a", "x y"), ("ask b", "z")]))
+    assert concept.rating == "concept" and concept.shown and concept.cases == 16
+
+
+def test_a_chat_models_last_rating_counts_and_anything_else_is_a_failure() -> None:
+    replies = iter(["Rating: [[0]] no, Rating: [[2]]", "Rating: [[3]]", None] * 3)
+    values, said = ChatRater(Scripted(lambda _: next(replies))).rate([Case("sea", "ask", t) for t in "abc"])
+    assert values[0].tolist() == [2, 2, 2] and np.isnan(values[1:]).all()
+    assert said[0][0].endswith("[[2]]") and said[2] == ["scripted failure"] * 3
+    shown = {name: form.messages(Case("sea", "ask", "text"))[0]["content"] for name, form in FORMS.items()}
+    assert {name: ("sea" in text, "ask" in text) for name, text in shown.items()} == {
+        "concept": (True, False), "instruction": (False, True), "fluency": (False, False),
+    }  # fmt: skip
+    assert template_prompt("sea").count("sea") == 2
+    assert written_prompts(Scripted([" talk of it "]), ["sea"]) == ["talk of it"]
+
+
+def test_auroc_counts_ties_half_and_confidence_is_of_the_likeliest_tokens(tiny_lm: Any) -> None:
+    values, wanted = np.array([0.0, 1, 1, 2]), np.array([False, True, False, True])
+    pairs = [(a > b) + (a == b) / 2 for a in values[wanted] for b in values[~wanted]]
+    assert auroc(values, wanted) == pytest.approx(np.mean(pairs)) and auroc(values, wanted | True) is None
+    lm = tiny_lm("llama")
+    sae = sae_of([Direction(torch.nn.functional.normalize(torch.randn(32), dim=0))], SITE, TokenPolicy())
+    handle = Handle(sae, 0, 40.0, "add", "all")
+    before, after = [], []
+    for prompt in ("From my experience,", "The most important thing is", "Yesterday I", "It is well known that"):
+        for store, edit in ((before, None), (after, sae.add({0: 40.0}, where="all"))):
+            with lm.taps(edit=edit):
+                top = torch.log_softmax(lm(lm.tokenize([prompt]))[0, -1], -1).sort(descending=True).values[:20]
+            store.append(-float(top.mean()))
+    got = confidence_change(lm, [handle, handle])
+    assert got == pytest.approx([np.mean(after) - np.mean(before)] * 2, abs=1e-4)
+
+
+def test_a_direction_that_tells_the_concept_detects_it(tiny_lm: Any) -> None:
+    lm = tiny_lm("llama")
+    sets = {"positive": ["xyx yx", "yxyx x"], "negative": ["abc ab", "b c abc"], "hard": ["aaa bb", "cc cb"]}
+    with_concept, _ = token_activations(lm, SITE, TokenPolicy(), sets["positive"], 9)
+    others, _ = token_activations(lm, SITE, TokenPolicy(), sets["negative"] + sets["hard"], 9)
+    w = torch.nn.functional.normalize(with_concept.mean(0) - others.mean(0), dim=0)
+    words = WordClassifier(["x"], ["a"])
+    concept = ConceptTexts("xy", (), (), *(tuple(sets[name]) for name in sets), words, (0.0, 1.0))
+    sae = sae_of([Direction(w), Direction(-w)], SITE, TokenPolicy())
+    handles = {name: [Handle(sae, j, 1.0, "add", "all")] for j, name in enumerate(("sae", "random"))}
+    found = detect(lm, handles, [pair(0, "xy")], {"xy": concept}, 9)
+    assert found["sae"][0, 0] == 1 and found["random"][0, 0] == 0 and found["sae"].shape == (1, 3)
+
+
+def test_instructions_are_drawn_without_replacement() -> None:
+    drawn = draw_instructions([str(i) for i in range(9)], 50, 9, seed=1)
+    assert all(sorted(row) == list(range(9)) for row in drawn) and len({tuple(row) for row in drawn}) == 50
+
+
+def test_labelled_latents_are_compared_with_random_ones_pair_by_pair() -> None:
+    """Six pairs of three concepts whose latents work at one strength each; random ones never do."""
+    pairs = [pair(j, "abc"[j % 3], score=j / 10) for j in range(6)]
+    experiment = make_experiment(
+        pairs, ("unedited", "sae", "random"), (1.0, 2.0), list("stuvwxyz"), [""] * 6, per_pair=8
+    )
+    saes = sae_of([Direction(torch.eye(12)[j]) for j in range(12)], SITE, TokenPolicy())
+    handles = {
+        name: [Handle(saes, j + 6 * i, 2.0, "add", "all") for j in range(6)] for i, name in enumerate(("sae", "random"))
+    }
+    jobs = experiment.jobs(handles)
+    assert len(jobs) == experiment.n_texts == 6 * 8 * (1 + 2 + 2 + 3)
+
+    def rating(job: Any) -> list[float]:
+        works = job.block == "sae" and job.row[1] == job.row[0] % 2  # pair p works at strength p mod 2
+        left = {"suppress-prompt": 2, "suppress-latent": 1, "suppress-span": 0}.get(job.block, 2 if works else 0)
+        return [left, 2, 1 + (job.row[0] >= 3)]
+
+    values = np.array([rating(job) for job in jobs], dtype=float)
+    rater: Any = ChatRater(Scripted([]))
+    scores = [{"calibrated F1": one.label.score, "unknown": None} for one in pairs]
+    judged = judge(experiment, jobs, Ratings(rater, values, []), repeated_folds(8), scores, ())
+    by = {score.method: score for score in judged.scores}
+    assert list(by) == ["unedited", "sae", "random"]
+    assert by["sae"].rating.value == pytest.approx((3 / (0.5 + 0.5 + 1) + 2) / 2)  # fluency 1, then 2
+    assert by["sae"].concept_above_random.low == 2 and by["random"].rating.value == by["unedited"].rating.value == 0
+    assert [one.strength for one in judged.rated if one.method == "sae"] == [1.0, 2.0] * 3
+    assert {(p.method, p.factor): p.parts[0] for p in judged.points}[("sae", 2.0)] == 1.0
+    (selection,) = judged.selection
+    assert selection.score == "calibrated F1" and selection.pairs == 3
+    assert selection.rating.value == pytest.approx(2) and selection.others.value == pytest.approx(1.5)
+    assert [one.parts[0].value for one in judged.suppression] == [2, 1, 0] and judged.suppression[2].less.value == 2
+    assert judged.suppression[0].less is None and len(RATINGS) == 3
