@@ -16,7 +16,7 @@ from unweave.latents.annotations import Pair, ScoredLabel
 from unweave.methods.axbench.checks import auroc, check, confidence_change, detect, known_cases
 from unweave.methods.axbench.compare import Ratings, judge, make_experiment
 from unweave.methods.axbench.directions import Direction, sae_of, token_activations
-from unweave.methods.axbench.forms import FORMS, Case, ChatRater, template_prompt, written_prompts
+from unweave.methods.axbench.forms import FORMS, Case, ChatRater, spoken, template_prompt, written_prompts
 from unweave.methods.axbench.generate import Handle, draw_instructions
 from unweave.methods.axbench.result import RATINGS
 from unweave.methods.axbench.scores import repeated_folds
@@ -100,7 +100,7 @@ def test_a_chat_models_last_rating_counts_and_anything_else_is_a_failure() -> No
     assert {name: ("sea" in text, "ask" in text) for name, text in shown.items()} == {
         "concept": (True, False), "instruction": (False, True), "fluency": (False, False),
     }  # fmt: skip
-    assert template_prompt("sea").count("sea") == 2
+    assert template_prompt("works-with::the_sea").count("works with the sea") == 2 and spoken("c++") == "c++"
     assert written_prompts(Scripted([" talk of it "]), ["sea"]) == ["talk of it"]
 
 

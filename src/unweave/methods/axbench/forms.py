@@ -6,6 +6,7 @@ topic alone, so that a concept woven into an answer does not lower it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,11 @@ class Case:
     text: str
 
 
+def spoken(concept: str) -> str:
+    """A tag as words: "works-with::mail" becomes "works with mail"."""
+    return re.sub(r"[:_\-/.]+", " ", concept).strip()
+
+
 def _form(
     name: str, task: str, levels: Sequence[str], shown: Callable[[Case], Sequence[tuple[str, str]]]
 ) -> Form[Case]:
@@ -50,7 +56,7 @@ FORMS = {
         "concept",
         "Rate whether a concept occurs in a text. Only the concept counts, not how well it is written.",
         ("the concept does not occur", "it occurs, but little or out of place", "the text clearly holds the concept"),
-        lambda case: (("Concept", case.concept), ("Text", case.text)),
+        lambda case: (("Concept", spoken(case.concept)), ("Text", case.text)),
     ),
     "instruction": _form(
         "instruction",
@@ -82,7 +88,7 @@ class ChatRater:
 
 def template_prompt(concept: str) -> str:
     """A prompt that asks for a concept, without a chat model."""
-    return _TEMPLATE.format(concept=concept)
+    return _TEMPLATE.format(concept=spoken(concept))
 
 
 def written_prompts(judge: Judge, concepts: Sequence[str]) -> list[str]:
@@ -92,7 +98,7 @@ def written_prompts(judge: Judge, concepts: Sequence[str]) -> list[str]:
         "every answer, clearly and naturally, while it still answers what it is asked. Reply with the instruction only."
         "\n\nConcept: "
     )
-    replies = judge.ask([[{"role": "user", "content": question + concept}] for concept in concepts])
+    replies = judge.ask([[{"role": "user", "content": question + spoken(concept)}] for concept in concepts])
     for concept, reply in zip(concepts, replies, strict=True):
         if not (reply.text or "").strip():
             raise UnweaveError(
