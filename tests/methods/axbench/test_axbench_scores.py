@@ -66,15 +66,14 @@ def test_failed_ratings_are_left_out() -> None:
 
 
 def test_the_bootstrap_resamples_concepts_with_all_their_pairs() -> None:
-    """Three concepts have 27 resamples: their percentiles are the exact interval."""
-    values = [0.0, 1.0, 4.0, 2.0, 9.0]
-    concepts = ["a", "a", "a", "b", "c"]
-    groups = [[0.0, 1.0, 4.0], [2.0], [9.0]]
-    means = [np.mean([v for i in drawn for v in groups[i]]) for drawn in itertools.product(range(3), repeat=3)]
+    """Four concepts have 256 resamples: their percentiles are the exact interval."""
+    groups = {"a": [0.0, 1.0, 4.0], "b": [2.0], "c": [9.0, 8.0], "d": [5.0]}
+    values, concepts = zip(*[(value, name) for name, several in groups.items() for value in several], strict=True)
+    means = [np.mean([v for name in drawn for v in groups[name]]) for drawn in itertools.product(groups, repeat=4)]
     low, high = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
-    got = interval(values, concepts)
+    got = interval(np.array(values), concepts)
     assert got is not None and got.low is not None and got.high is not None
-    assert got.value == pytest.approx(3.2) and got.concepts == 3
+    assert got.value == pytest.approx(29 / 7) and got.concepts == 4
     assert got.low == pytest.approx(low) and got.high == pytest.approx(high)
 
 

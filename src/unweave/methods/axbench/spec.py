@@ -144,7 +144,7 @@ COMMAND = Command(
     "concept, instruction and fluency; random latents, learnt directions and prompts stand beside it. Refuses before "
     "any work what would generate more texts than most_texts; interrupted, it goes on where it was.",
     examples=(
-        "unweave axbench axbench.yaml",
-        "unweave axbench --saes runs/train-0123456789ab/sae --pairs runs/labels-0123456789ab/pairs.jsonl",
+        "unweave axbench --saes runs/train-0123456789ab/sae --pairs runs/labels-0123456789ab/labels.jsonl",
+        "unweave axbench axbench.yaml --methods unedited sae random lora prompt --raters chat truth",
     ),
 )
