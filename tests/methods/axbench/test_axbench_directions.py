@@ -14,7 +14,6 @@ from unweave.data.policy import TokenPolicy
 from unweave.lm.chat import Role
 from unweave.methods.axbench.directions import (
     Direction,
-    ReftOptions,
     counted,
     difference_of_means,
     linear_probe,
@@ -25,6 +24,7 @@ from unweave.methods.axbench.directions import (
     text_tokens,
     token_activations,
 )
+from unweave.methods.axbench.options import ReftSpec
 
 SITE = Site("resid_post", 1)
 TEXTS = ["one two three", "a", "the sea and the shore", "go"]
@@ -117,7 +117,7 @@ def test_only_the_texts_own_tokens_count(tiny_lm: Any) -> None:
 def test_the_loss_of_reft_is_the_equation_and_its_gradient_the_slope(tiny_lm: Any, name: str) -> None:
     lm = tiny_lm(name)
     tokens, label = text_tokens(lm, TEXTS, most=12), torch.tensor([True, False, True, False])
-    options = ReftOptions(k=3, l1=0.1)
+    options = ReftSpec(k=3, l1=0.1)
     g = torch.Generator().manual_seed(2)
     w, b = torch.randn(32, generator=g) / 5, torch.tensor(0.2)
     keep = counted(tokens)
@@ -154,7 +154,7 @@ def test_training_reft_lowers_its_loss_and_leaves_the_model_alone(tiny_lm: Any) 
     lm = tiny_lm("llama")
     texts, label = ["xyzzy xyzzy", "a b c d", "xyzzy", "the sea"] * 3, [True, False, True, False] * 3
     before = [p.clone() for p in lm.model.parameters()]
-    options = ReftOptions(k=2, lr=0.05, epochs=12, batch=4)
+    options = ReftSpec(k=2, lr=0.05, epochs=12, batch=4)
     got = reft_r1(lm, SITE, TokenPolicy(), texts, label, most=12, options=options)
     assert float(got.w.norm()) == pytest.approx(1, abs=1e-5) and got.relu
     tokens, rows = text_tokens(lm, texts, 12), torch.tensor(label)

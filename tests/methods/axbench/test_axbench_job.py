@@ -74,7 +74,7 @@ def spec(tmp_path: Path) -> AxbenchSpec:
             "protocol": {"instructions": str(tmp_path / "asked.jsonl"), "per_pair": 4},
             "steering": {"factors": [0.5, 2.0]},
             "generation": {"max_new_tokens": 6, "temperature": 0.0},
-            "learning": {"examples": 6, "heldout": 5, "tokens": 12, "reft_epochs": 1, "lora_epochs": 1},
+            "learning": {"examples": 6, "heldout": 5, "tokens": 12, "reft": {"epochs": 1}, "lora": {"epochs": 1}},
         }
     )
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from unweave.core.errors import UnweaveError
-from unweave.methods.axbench.lora import LoraOptions, adapted, require_peft
+from unweave.methods.axbench.lora import adapted, require_peft
+from unweave.methods.axbench.options import LoraSpec
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
@@ -18,7 +19,7 @@ def test_lora_learns_and_leaves_no_trace(tiny_lm: Any, name: str) -> None:
     tokens = lm.tokenize(["abc abc"])
     before, weights = lm(tokens), {n: p.clone() for n, p in lm.model.named_parameters()}
     module = lm.layout.blocks[0]
-    with adapted(lm, ["abcabc", "bcabca"], most=6, options=LoraOptions(epochs=20, lr=0.02, batch=2)) as losses:
+    with adapted(lm, ["abcabc", "bcabca"], most=6, options=LoraSpec(epochs=20, lr=0.02, batch=2)) as losses:
         assert losses[-1] < 0.6 * losses[0]
         assert not torch.allclose(lm(tokens), before)
         assert lm.layout.blocks[0] is module

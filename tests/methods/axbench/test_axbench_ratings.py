@@ -14,10 +14,10 @@ from unweave.data.policy import TokenPolicy
 from unweave.judge.scripted import Scripted
 from unweave.latents.annotations import Pair, ScoredLabel
 from unweave.methods.axbench.checks import auroc, check, confidence_change, detect, known_cases
-from unweave.methods.axbench.compare import Ratings, judge, make_experiment
+from unweave.methods.axbench.compare import Experiment, Ratings, judge
 from unweave.methods.axbench.directions import Direction, sae_of, token_activations
 from unweave.methods.axbench.forms import FORMS, Case, ChatRater, spoken, template_prompt, written_prompts
-from unweave.methods.axbench.generate import Handle, draw_instructions
+from unweave.methods.axbench.generate import Handle, Setting, draw_instructions
 from unweave.methods.axbench.result import RATINGS
 from unweave.methods.axbench.scores import repeated_folds
 from unweave.methods.axbench.texts import ConceptTexts, Texts, WordClassifier
@@ -131,7 +131,7 @@ def test_a_direction_that_tells_the_concept_detects_it(tiny_lm: Any) -> None:
     concept = ConceptTexts("xy", (), (), *(tuple(sets[name]) for name in sets), words, (0.0, 1.0))
     sae = sae_of([Direction(w), Direction(-w)], SITE, TokenPolicy())
     handles = {name: [Handle(sae, j, 1.0, "add", "all")] for j, name in enumerate(("sae", "random"))}
-    found = detect(lm, handles, [pair(0, "xy")], {"xy": concept}, 9)
+    found = detect(Setting(lm, {}, [pair(0, "xy")], {"xy": concept}), handles, 9)
     assert found["sae"][0, 0] == 1 and found["random"][0, 0] == 0 and found["sae"].shape == (1, 3)
 
 
@@ -143,9 +143,11 @@ def test_instructions_are_drawn_without_replacement() -> None:
 def test_labelled_latents_are_compared_with_random_ones_pair_by_pair() -> None:
     """Six pairs of three concepts whose latents work at one strength each; random ones never do."""
     pairs = [pair(j, "abc"[j % 3], score=j / 10) for j in range(6)]
-    experiment = make_experiment(
-        pairs, ("unedited", "sae", "random"), (1.0, 2.0), list("stuvwxyz"), [""] * 6, per_pair=8
-    )
+    pool = list("stuvwxyz")
+    experiment = Experiment(
+        pairs=pairs, methods=("unedited", "sae", "random"), factors=(1.0, 2.0), pool=pool, prompts=[""] * 6,
+        instructions=draw_instructions(pool, 6, 8, seed=0),
+    )  # fmt: skip
     saes = sae_of([Direction(torch.eye(12)[j]) for j in range(12)], SITE, TokenPolicy())
     handles = {
         name: [Handle(saes, j + 6 * i, 2.0, "add", "all") for j in range(6)] for i, name in enumerate(("sae", "random"))

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from unweave.core.progress import task
-from unweave.latents.annotations import Pair
 from unweave.lm.model import LM
 from unweave.methods.axbench.compare import Rater
 from unweave.methods.axbench.directions import passage_values
 from unweave.methods.axbench.forms import Case
-from unweave.methods.axbench.generate import Handle
+from unweave.methods.axbench.generate import Handle, Setting
 from unweave.methods.axbench.result import Checked
 from unweave.methods.axbench.scores import Array
 from unweave.methods.axbench.texts import ConceptTexts
@@ -75,19 +74,18 @@ def auroc(values: Array, wanted: Array) -> float | None:
     return float(roc_auc_score(wanted, values))
 
 
-def detect(
-    lm: LM, handles: Mapping[str, Sequence[Handle]], pairs: Sequence[Pair], concepts: Mapping[str, ConceptTexts],
-    most: int,
-) -> dict[str, Array]:  # fmt: skip
+def detect(setting: Setting, handles: Mapping[str, Sequence[Handle]], most: int) -> dict[str, Array]:
     """By method, how well each pair's values tell held-out texts with its concept from others, AUROC [pairs, 3]: by a
     text's mean, by its largest value (hard negatives among the others), and by that against hard negatives alone."""
-    found = {method: np.full((len(pairs), 3), np.nan) for method in handles}
-    with task("detection", total=len(concepts), unit="concepts") as shown:
-        for name, texts in concepts.items():
-            mine = [(method, p) for method in handles for p, pair in enumerate(pairs) if pair.label.label == name]
+    found = {method: np.full((len(setting.pairs), 3), np.nan) for method in handles}
+    with task("detection", total=len(setting.concepts), unit="concepts") as shown:
+        for name, texts in setting.concepts.items():
+            mine = [
+                (method, p) for method in handles for p, pair in enumerate(setting.pairs) if pair.label.label == name
+            ]
             latents = [(handles[method][p].sae, handles[method][p].latent) for method, p in mine]
             everything = [*texts.positive, *texts.negative, *texts.hard]
-            mean, largest = passage_values(lm, latents, everything, most)
+            mean, largest = passage_values(setting.lm, latents, everything, most)
             wanted = np.arange(len(everything)) < len(texts.positive)
             hard = wanted | (np.arange(len(everything)) >= len(everything) - len(texts.hard))
             valid = ~np.isnan(mean).any(1)

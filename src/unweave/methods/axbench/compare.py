@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -21,11 +21,11 @@ import numpy as np
 from unweave.core.pieces import Pieces
 from unweave.core.progress import task
 from unweave.latents.annotations import Pair, name_of
-from unweave.lm.model import LM
 from unweave.methods.axbench import generate
 from unweave.methods.axbench.forms import Case
-from unweave.methods.axbench.generate import Generation, Handle, Job, draw_instructions, sweep
-from unweave.methods.axbench.lora import LoraOptions, adapted
+from unweave.methods.axbench.generate import Handle, Job, Setting, sweep
+from unweave.methods.axbench.lora import adapted
+from unweave.methods.axbench.options import GenerationSpec, LearningSpec
 from unweave.methods.axbench.result import (
     METHODS,
     RATINGS,
@@ -40,7 +40,6 @@ from unweave.methods.axbench.result import (
     Suppression,
 )
 from unweave.methods.axbench.scores import Array, Chosen, Split, choose, harmonic, interval
-from unweave.methods.axbench.texts import ConceptTexts
 
 _CHUNK = 256
 """cases that are rated before they are kept"""
@@ -69,7 +68,7 @@ class Experiment:
     instructions: Array
     prompts: Sequence[str]
     suppression: bool = True
-    generation: Generation = field(default_factory=Generation)
+    generation: GenerationSpec = GenerationSpec()
 
     def strengths(self, method: str) -> tuple[float | None, ...]:
         """The factors of a method; one None for those without a strength."""
@@ -121,33 +120,19 @@ class Ratings:
     replies: list[list[str]]
 
 
-def make_experiment(
-    pairs: Sequence[Pair], methods: Sequence[str], factors: Sequence[float], pool: Sequence[str],
-    prompts: Sequence[str], *, per_pair: int = 20, suppression: bool = True, generation: Generation | None = None,
-) -> Experiment:  # fmt: skip
-    """Draws the instructions of each pair, without replacement."""
-    generation = generation or Generation()
-    drawn = draw_instructions(pool, len(pairs), per_pair, generation.seed)
-    return Experiment(
-        pairs=pairs, methods=methods, factors=factors, pool=pool, instructions=drawn, prompts=prompts,
-        suppression=suppression, generation=generation,
-    )  # fmt: skip
-
-
 def written(
-    lm: LM, experiment: Experiment, handles: Mapping[str, Sequence[Handle]], concepts: Mapping[str, ConceptTexts],
-    lora: LoraOptions, most: int, pieces: Pieces,
+    setting: Setting, experiment: Experiment, handles: Mapping[str, Sequence[Handle]], learning: LearningSpec,
+    pieces: Pieces,
 ) -> tuple[list[Job], list[str]]:  # fmt: skip
     """Every job with its text."""
     jobs = experiment.jobs(handles)
-    texts = generate.write(lm, jobs, experiment.generation, pieces)
+    texts = generate.write(setting.lm, jobs, experiment.generation, setting.seed, pieces)
     if "lora" not in experiment.methods:
         return jobs, texts
     with task("LoRA", total=len(experiment.pairs), unit="pairs") as shown:
-        for p, pair in enumerate(experiment.pairs):
+        for p in range(len(experiment.pairs)):
             own = sweep("lora", p, experiment.asked(p), [()])
-            examples = concepts[pair.label.label].train_with
-            make = partial(_adapted_texts, lm, own, experiment.generation, examples, most, lora)
+            make = partial(_adapted_texts, setting, own, experiment, learning)
             texts += pieces.value(f"lora-{p:04}", tuple[str, ...], make)
             jobs += own
             shown.advance()
@@ -155,10 +140,13 @@ def written(
 
 
 def _adapted_texts(
-    lm: LM, jobs: Sequence[Job], generation: Generation, examples: Sequence[str], most: int, lora: LoraOptions
+    setting: Setting, jobs: Sequence[Job], experiment: Experiment, learning: LearningSpec
 ) -> tuple[str, ...]:
-    with adapted(lm, examples, most=most, options=lora):
-        return tuple(generate.write(lm, jobs, generation, Pieces(None), "LoRA's texts"))
+    examples = setting.concepts[concept(experiment.pairs[jobs[0].row[0]])].train_with
+    with adapted(setting.lm, examples, most=learning.tokens, options=learning.lora, seed=setting.seed):
+        return tuple(
+            generate.write(setting.lm, jobs, experiment.generation, setting.seed, Pieces(None), "LoRA's texts")
+        )
 
 
 def rate_all(rater: Rater, cases: Sequence[Case], pieces: Pieces, name: str) -> Ratings:

@@ -29,6 +29,7 @@ from unweave.data.policy import TokenPolicy
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At
+from unweave.methods.axbench.options import ReftSpec
 from unweave.sae.activations import Activation, Identity, ReLU
 from unweave.sae.module import SAE
 
@@ -126,27 +127,15 @@ def _both(with_concept: Tensor) -> None:
         raise UnweaveError("a direction needs texts with the concept and without it", remedy="give some of each")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReftOptions:
-    """How ReFT-r1 is trained."""
-
-    k: int = 10
-    l1: float = 0.005
-    lr: float = 0.01
-    epochs: int = 4
-    batch: int = 8
-    seed: int = 0
-
-
 def reft_r1(
     lm: LM, site: Site, policy: TokenPolicy, texts: Sequence[str], with_concept: Sequence[bool], *, most: int,
-    options: ReftOptions | None = None,
+    options: ReftSpec | None = None, seed: int = 0,
 ) -> Direction:  # fmt: skip
     """Trains a rank-1 edit on texts, each with the concept or without; the model's weights stay as they are."""
-    options = options or ReftOptions()
+    options = options or ReftSpec()
     label = torch.tensor(list(with_concept))
     _both(label)
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(seed)
     width = lm.width(site)
     w = torch.nn.Parameter(F.normalize(torch.randn(width, generator=generator), dim=0).to(lm.device))
     b = torch.nn.Parameter(torch.zeros((), device=lm.device))
@@ -165,7 +154,7 @@ def reft_r1(
 
 def reft_loss(
     lm: LM, site: Site, policy: TokenPolicy, tokens: Tokens, label: Tensor, weights: tuple[Tensor, Tensor],
-    options: ReftOptions,
+    options: ReftSpec,
 ) -> Tensor:  # fmt: skip
     """The loss above of one batch, with gradients on ``weights`` w [D] and b []. ``label`` [B]: with the concept."""
     w, b = weights

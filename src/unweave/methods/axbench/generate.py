@@ -6,7 +6,7 @@ share batches (``generate_sweep``); jobs that are alike, as those of the unedite
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,20 +15,29 @@ import numpy as np
 from unweave.core.errors import UnweaveError
 from unweave.core.pieces import Pieces
 from unweave.core.progress import task
+from unweave.core.site import Site
+from unweave.latents.annotations import Pair
 from unweave.lm.model import LM
+from unweave.methods.axbench.options import GenerationSpec
 from unweave.methods.axbench.scores import Array
+from unweave.methods.axbench.texts import ConceptTexts
 from unweave.sae.edits import Change, Mode, Where
 from unweave.sae.module import SAE
 from unweave.sae.steered import generate_sweep, prompt_tokens
 
-FACTORS: dict[str, tuple[float, ...]] = {
-    "add": (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0),
-    "clamp": (0.4, 0.8, 1.2, 1.6, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 20.0, 40.0, 60.0, 100.0),
-    "max-act": (0.4, 1.0, 1.4, 1.8, 2.2, 2.6, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0),
-}
-"""AxBench's, as multiples of the largest activation"""
 _CHUNK = 256
 """texts that are generated before they are kept"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, its SAEs, and labelled latents of these with their concepts' texts. ``seed``: of all that is drawn."""
+
+    lm: LM
+    saes: Mapping[Site, SAE]
+    pairs: Sequence[Pair]
+    concepts: Mapping[str, ConceptTexts]
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,15 +71,6 @@ class Job:
     changes: tuple[Change, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """How texts are generated."""
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    seed: int = 0
-
-
 def draw_instructions(pool: Sequence[str], pairs: int, n: int, seed: int) -> Array:
     """n different instructions for each pair, int64 [pairs, n]. UnweaveError where the pool is smaller."""
     if n > len(pool):
@@ -90,7 +90,9 @@ def sweep(block: str, pair: int, prompts: Sequence[str], changes: Sequence[tuple
     ]
 
 
-def write(lm: LM, jobs: Sequence[Job], options: Generation, pieces: Pieces, name: str = "texts") -> list[str]:
+def write(
+    lm: LM, jobs: Sequence[Job], options: GenerationSpec, seed: int, pieces: Pieces, name: str = "texts"
+) -> list[str]:
     """The text of every job, in order. What is finished of them is kept in ``pieces`` under ``name``."""
     alike: dict[tuple[str, tuple[Change, ...]], int] = {}
     which = [alike.setdefault((job.prompt, job.changes), len(alike)) for job in jobs]
@@ -103,20 +105,22 @@ def write(lm: LM, jobs: Sequence[Job], options: Generation, pieces: Pieces, name
     with task(f"{name} of all pairs", total=len(order), unit="texts") as shown:
         for start in range(0, len(order), _CHUNK):
             part = order[start : start + _CHUNK]
-            make = partial(_texts, lm, [distinct[i] for i in part], options, start)
+            make = partial(_texts, lm, [distinct[i] for i in part], options, seed * 1_000_003 + start)
             for i, text in zip(part, pieces.value(f"{name}-{start:07}", tuple[str, ...], make), strict=True):
                 texts[i] = text
             shown.advance(len(part))
     return [texts[i] for i in which]
 
 
-def _texts(lm: LM, rows: Sequence[tuple[str, tuple[Change, ...]]], options: Generation, start: int) -> tuple[str, ...]:
+def _texts(
+    lm: LM, rows: Sequence[tuple[str, tuple[Change, ...]]], options: GenerationSpec, seed: int
+) -> tuple[str, ...]:
     generated = generate_sweep(
         lm,
         prompt_tokens(lm, [prompt for prompt, _ in rows], None),
         [changes for _, changes in rows],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
-        seed=options.seed * 1_000_003 + start,
+        seed=seed,
     )
     return tuple(generated.texts(lm))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,18 +11,7 @@ import torch
 from unweave.core.errors import UnweaveError
 from unweave.lm.model import LM
 from unweave.methods.axbench.directions import text_loss, text_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraOptions:
-    """How LoRA is trained."""
-
-    rank: int = 4
-    alpha: float = 32.0
-    lr: float = 1e-3
-    epochs: int = 4
-    batch: int = 8
-    seed: int = 0
+from unweave.methods.axbench.options import LoraSpec
 
 
 def require_peft() -> Any:
@@ -38,28 +26,30 @@ def require_peft() -> Any:
 
 
 @contextmanager
-def adapted(lm: LM, texts: Sequence[str], *, most: int, options: LoraOptions | None = None) -> Iterator[list[float]]:
+def adapted(
+    lm: LM, texts: Sequence[str], *, most: int, options: LoraSpec | None = None, seed: int = 0
+) -> Iterator[list[float]]:
     """The model with adapters on all linear layers but the unembedding, trained on texts with a concept; as it was
     afterwards. Yields the loss of each step."""
     from transformers.pytorch_utils import Conv1D
 
-    options, peft = options or LoraOptions(), require_peft()
+    options, peft = options or LoraSpec(), require_peft()
     transposed = any(isinstance(module, Conv1D) for module in lm.model.modules())
     config = peft.LoraConfig(
         r=options.rank, lora_alpha=options.alpha, target_modules="all-linear", fan_in_fan_out=transposed
     )
     with torch.random.fork_rng():
-        torch.manual_seed(options.seed)
+        torch.manual_seed(seed)
         wrapped = peft.LoraModel(lm.model, config, "default")
     try:
-        yield _trained(lm, texts, most, options)
+        yield _trained(lm, texts, most, options, seed)
     finally:
         wrapped.unload()
 
 
-def _trained(lm: LM, texts: Sequence[str], most: int, options: LoraOptions) -> list[float]:
+def _trained(lm: LM, texts: Sequence[str], most: int, options: LoraSpec, seed: int) -> list[float]:
     """Trains whatever of the model has gradients; returns the losses."""
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(seed)
     weights = [weight for weight in lm.model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=options.lr, weight_decay=0.0)
     losses = []

@@ -11,12 +11,10 @@ from unweave.core.files import lines, parse_json
 from unweave.inputs.saes import Opened
 from unweave.judge.base import Judge, check_judge
 from unweave.latents.annotations import Pair, load, name_of, pairs
-from unweave.methods.axbench.compare import Experiment, make_experiment
-from unweave.methods.axbench.directions import ReftOptions
+from unweave.methods.axbench.compare import Experiment
 from unweave.methods.axbench.forms import template_prompt, written_prompts
-from unweave.methods.axbench.generate import FACTORS, Generation
-from unweave.methods.axbench.handles import Steering
-from unweave.methods.axbench.lora import LoraOptions, require_peft
+from unweave.methods.axbench.generate import draw_instructions
+from unweave.methods.axbench.lora import require_peft
 from unweave.methods.axbench.result import RATINGS, Cost
 from unweave.methods.axbench.spec import AxbenchSpec
 
@@ -31,17 +29,16 @@ def planned(spec: AxbenchSpec, chat: Judge | None = None) -> Experiment:
     concepts = list(dict.fromkeys(pair.label.label for pair in chosen))
     wishes = [template_prompt(name) for name in concepts] if chat is None else written_prompts(chat, concepts)
     wish = dict(zip(concepts, wishes, strict=True))
-    experiment = make_experiment(
-        chosen,
-        spec.methods,
-        spec.steering.factors or FACTORS[spec.steering.preset],
-        instructions(spec.protocol.instructions),
-        [wish[pair.label.label] for pair in chosen],
-        per_pair=spec.protocol.per_pair,
+    pool = instructions(spec.protocol.instructions)
+    experiment = Experiment(
+        pairs=chosen,
+        methods=spec.methods,
+        factors=spec.steering.strengths,
+        pool=pool,
+        instructions=draw_instructions(pool, len(chosen), spec.protocol.per_pair, spec.seed),
+        prompts=[wish[pair.label.label] for pair in chosen],
         suppression=spec.protocol.suppression,
-        generation=Generation(
-            max_new_tokens=spec.generation.max_new_tokens, temperature=spec.generation.temperature, seed=spec.seed
-        ),
+        generation=spec.generation,
     )
     cost = cost_of(spec, experiment)
     if cost.texts > spec.most_texts:
@@ -106,20 +103,3 @@ def instructions(path: Path | None) -> list[str]:
     if not found:
         raise UnweaveError("there are no instructions", where=str(path), remedy="write one a line")
     return list(found)
-
-
-def steering(spec: AxbenchSpec) -> Steering:
-    """How latents steer, and how directions are learnt."""
-    learning = spec.learning
-    reft = ReftOptions(
-        k=learning.reft_k, l1=learning.reft_l1, lr=learning.reft_lr, epochs=learning.reft_epochs, seed=spec.seed
-    )
-    return Steering(
-        mode=spec.steering.mode, where=spec.steering.where, text_tokens=learning.tokens, seed=spec.seed, reft=reft
-    )
-
-
-def lora(spec: AxbenchSpec) -> LoraOptions:
-    """How LoRA is trained."""
-    learning = spec.learning
-    return LoraOptions(rank=learning.lora_rank, lr=learning.lora_lr, epochs=learning.lora_epochs, seed=spec.seed)

@@ -8,73 +8,21 @@ from typing import Annotated, Literal
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import FileRef
-from unweave.core.rules import above, at_least, at_most, not_empty, only_where, rule
+from unweave.core.rules import at_least, at_most, not_empty, only_where, rule
 from unweave.core.spec import Spec, operational
 from unweave.inputs.spec import OfSAEsSpec
 from unweave.judge.spec import JudgeSpec
+from unweave.methods.axbench.options import GenerationSpec, LearningSpec, SteeringSpec
 from unweave.methods.axbench.result import Comparison
 from unweave.tasks.tagged.spec import TaggedSpec
 
 Method = Literal["unedited", "sae", "random", "diffmean", "probe", "reft", "lora", "prompt"]
-_RISING = rule("rising and above 0", lambda factors: all(a < b for a, b in zip((0.0, *factors), factors, strict=False)))
 _DISTINCT = rule("without repetition", lambda values: len(set(values)) == len(values))
 _CHAT = only_where(
     "a chat model rates or writes prompts",
     lambda spec: "chat" in spec.raters or spec.writer == "chat",
     "set raters or writer to chat",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SteeringSpec(Spec):
-    """How latents steer."""
-
-    mode: Literal["clamp", "add", "min-clamp"] = "clamp"
-    """Set a latent to a value, add that much of its direction, or raise it to the value where it is lower. Learnt
-    directions are always added."""
-    where: Literal["all", "policy"] = "all"
-    """On all tokens, as in AxBench and the paper, or only on those that the SAE was trained on."""
-    factors: Annotated[tuple[float, ...] | None, not_empty(), _RISING] = None
-    """Strengths, as multiples of a latent's largest activation on the texts."""
-    preset: Literal["add", "clamp", "max-act"] = "add"
-    """Where factors are not given: AxBench's list for addition (0.2 to 5), clamping (0.4 to 100), or its variant by
-    largest activation (0.4 to 10)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationSpec(Spec):
-    """How texts are generated."""
-
-    max_new_tokens: Annotated[int, at_least(1)] = 128
-    """Length of a text at most."""
-    temperature: Annotated[float, at_least(0)] = 1.0
-    """0 is greedy; AxBench samples at 1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearningSpec(Spec):
-    """Texts with a concept and without it: to learn directions, weights and a classifier on, and held out."""
-
-    examples: Annotated[int, at_least(2)] = 72
-    """Texts of either kind to learn directions and LoRA on, per concept."""
-    heldout: Annotated[int, at_least(2)] = 36
-    """Held-out texts with the concept, others, and hard ones among these: each so many."""
-    tokens: Annotated[int, at_least(2)] = 128
-    """Of each text, so many tokens."""
-    reft_epochs: Annotated[int, at_least(1)] = 4
-    """Times that ReFT-r1 sees the texts."""
-    reft_lr: Annotated[float, above(0)] = 0.01
-    """Its learning rate."""
-    reft_k: Annotated[int, at_least(1)] = 10
-    """How many of a text's largest values are averaged and not penalised."""
-    reft_l1: Annotated[float, at_least(0)] = 0.005
-    """Penalty on the other values."""
-    lora_rank: Annotated[int, at_least(1)] = 4
-    """Rank of LoRA's matrices."""
-    lora_epochs: Annotated[int, at_least(1)] = 4
-    """Times that LoRA sees the texts."""
-    lora_lr: Annotated[float, above(0)] = 1e-3
-    """Its learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +78,6 @@ class AxbenchSpec(OfSAEsSpec):
             raise UnweaveError(
                 "suppression needs the method sae", where="methods", remedy="add sae, or set suppression false"
             )
-        if self.steering.factors is not None and self.steering.preset != "add":
-            raise UnweaveError("preset has no effect where factors are given", where="steering", remedy="leave one out")
 
 
 COMMAND = Command(

@@ -10,9 +10,10 @@ from unweave.judge.base import REPLIES, open_judge
 from unweave.methods.axbench.checks import check, confidence_change, detect, known_cases
 from unweave.methods.axbench.compare import Rater, judge, rate_all, written
 from unweave.methods.axbench.forms import ChatRater
+from unweave.methods.axbench.generate import Setting
 from unweave.methods.axbench.handles import find_handles
 from unweave.methods.axbench.outcome import detections, pair_results, write_table
-from unweave.methods.axbench.plan import cost_of, lora, planned, refuse_pairs, steering
+from unweave.methods.axbench.plan import cost_of, planned, refuse_pairs
 from unweave.methods.axbench.result import Comparison
 from unweave.methods.axbench.scores import halves, repeated_folds
 from unweave.methods.axbench.spec import AxbenchSpec
@@ -41,9 +42,9 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
     chat = open_judge(spec.judge, ctx.runs / REPLIES, spec.device) if "chat" in (*spec.raters, spec.writer) else None
     if spec.writer == "chat":
         experiment = planned(spec, chat)
-    how, sample = steering(spec), texts.sample(_SAMPLE)
-    handles = find_handles(lm, opened.saes, pairs, concepts, sample, spec.methods, how, ctx.pieces)
-    jobs, generated = written(lm, experiment, handles, concepts, lora(spec), learning.tokens, ctx.pieces)
+    setting = Setting(lm, opened.saes, pairs, concepts, spec.seed)
+    handles = find_handles(setting, texts.sample(_SAMPLE), spec.methods, spec.steering, learning, ctx.pieces)
+    jobs, generated = written(setting, experiment, handles, learning, ctx.pieces)
     cases = [experiment.case(job, text) for job, text in zip(jobs, generated, strict=True)]
 
     fluent = texts.sample(2 * _FLUENT, heldout=True)
@@ -64,7 +65,7 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
         else repeated_folds(spec.protocol.per_pair, seed=spec.seed)
     )
     ratings = [rate_all(rater, cases, ctx.pieces, f"ratings-{i}") for i, rater in enumerate(raters)]
-    found = detect(lm, handles, pairs, concepts, learning.tokens)
+    found = detect(setting, handles, learning.tokens)
     write_table(ctx.path / _TABLE, experiment, jobs, generated, ratings)
     return Comparison(
         subject=opened.subject,
