@@ -157,7 +157,7 @@ def test_labelled_latents_are_compared_with_random_ones_pair_by_pair() -> None:
 
     def rating(job: Any) -> list[float]:
         works = job.block == "sae" and job.row[1] == job.row[0] % 2  # pair p works at strength p mod 2
-        left = {"suppress-prompt": 2, "suppress-latent": 1, "suppress-span": 0}.get(job.block, 2 if works else 0)
+        left = {"suppress-prompt": 2, "suppress-latent": 1, "suppress-span": 0, "random": 1}.get(job.block, 2 * works)
         return [left, 2, 1 + (job.row[0] >= 3)]
 
     values = np.array([rating(job) for job in jobs], dtype=float)
@@ -167,7 +167,9 @@ def test_labelled_latents_are_compared_with_random_ones_pair_by_pair() -> None:
     by = {score.method: score for score in judged.scores}
     assert list(by) == ["unedited", "sae", "random"]
     assert by["sae"].rating.value == pytest.approx((3 / (0.5 + 0.5 + 1) + 2) / 2)  # fluency 1, then 2
-    assert by["sae"].concept_above_random.low == 2 and by["random"].rating.value == by["unedited"].rating.value == 0
+    assert by["random"].rating.value == pytest.approx((3 / (1 + 0.5 + 1) + 3 / (1 + 0.5 + 0.5)) / 2)
+    assert by["sae"].above_random.value == pytest.approx(1.75 - 1.35) and by["sae"].concept_above_random.low == 1
+    assert by["unedited"].rating.value == 0 and by["unedited"].above_random.value == pytest.approx(-1.35)
     assert [one.strength for one in judged.rated if one.method == "sae"] == [1.0, 2.0] * 3
     assert {(p.method, p.factor): p.parts[0] for p in judged.points}[("sae", 2.0)] == 1.0
     (selection,) = judged.selection

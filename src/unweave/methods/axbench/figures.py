@@ -5,7 +5,18 @@ from __future__ import annotations
 from unweave.methods.axbench.result import METHODS, Judged
 from unweave.show.figures import COLOURS, as_svg, new_figure, settings
 
-_LINES = ("accent", "mute", "warm", "ink", "soft", "line")
+_STYLES = {
+    "sae": ("accent", "-", "o"),
+    "random": ("mute", "-", "o"),
+    "diffmean": ("warm", "-", "s"),
+    "probe": ("warm", "--", "^"),
+    "reft": ("ink", "-", "D"),
+    "lora": ("ink", "-.", ""),
+    "prompt": ("ink", ":", ""),
+    "unedited": ("mute", ":", ""),
+}
+"""colour, line and marker of each method"""
+_SHORT = {"sae": "labelled latents", "random": "random latents", "prompt": "prompt", "unedited": "unedited"}
 
 
 def bars(judged: Judged, name: str) -> str:
@@ -29,7 +40,7 @@ def bars(judged: Judged, name: str) -> str:
                 if interval.low is not None and interval.high is not None:
                     colour = COLOURS["ink" if kind == "bar" else "warm"]
                     axes.plot([interval.low, interval.high], [row + shift] * 2, color=colour, linewidth=1.2)
-        axes.set_yticks(range(len(shown)), [_short(score.method) for score in shown])
+        axes.set_yticks(range(len(shown)), [_SHORT.get(score.method, METHODS[score.method]) for score in shown])
         axes.invert_yaxis()
         axes.set_xlim(0, 2)
         axes.set_xlabel("Rating, 0 to 2 (bar: harmonic mean; dot: concept)")
@@ -43,26 +54,26 @@ def curves(judged: Judged, name: str) -> str:
     with matplotlib.rc_context(settings()):
         figure = new_figure(3.2)
         axes = figure.add_subplot()
-        methods = dict.fromkeys(point.method for point in judged.points)
         factors = [point.factor for point in judged.points if point.factor is not None]
-        for place, method in enumerate(methods):
+        for method in dict.fromkeys(point.method for point in judged.points):
             points = [(p.factor, p.rating) for p in judged.points if p.method == method and p.rating is not None]
-            colour = COLOURS[_LINES[place % len(_LINES)]]
+            colour, line, marker = _STYLES[method]
+            style = {
+                "color": COLOURS[colour],
+                "linestyle": line,
+                "linewidth": 1.5,
+                "label": _SHORT.get(method, METHODS[method]),
+            }
             if points and points[0][0] is None:
-                axes.axhline(points[0][1], color=colour, linestyle=":", linewidth=1.4, label=_short(method))
+                axes.axhline(points[0][1], **style)
             elif points:
                 x, y = zip(*points, strict=True)
-                axes.plot(x, y, color=colour, marker="o", markersize=3, linewidth=1.4, label=_short(method))
+                axes.plot(x, y, marker=marker, markersize=3.5, **style)
         if factors and max(factors) > 20 * min(factors):
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
         axes.set_ylim(0, 2)
         axes.set_xlabel("Strength, in largest activations")
         axes.set_ylabel("Mean rating")
         figure.legend(loc="outside upper center", ncols=3, handlelength=1.6)
         return as_svg(figure, f"{name}-strengths", "Mean rating of each method against its strength")
-
-
-def _short(method: str) -> str:
-    return {"sae": "labelled latents", "random": "random latents", "prompt": "prompt", "unedited": "unedited"}.get(
-        method, METHODS[method]
-    )
