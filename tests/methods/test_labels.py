@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import build_tiny, build_tiny_tokenizer
+from helpers.models import build_tiny, build_tiny_tokenizer
 from unweave import SAE, Site
 from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
