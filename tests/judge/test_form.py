@@ -199,3 +199,29 @@ def test_a_form_says_which_it_is() -> None:
     ratings = rate(Scripted(["words"]), other, ["q"])
     assert (ratings.form, ratings.rows[0].answer) == ("test-2", Answer(words="words"))
     assert math.isnan(ratings.rows[0].value)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mistral"])
+def test_reading_inside_a_given_reply_is_one_pass_of_the_model(
+    tiny_lm: Callable[..., Any], family: str, tmp_path: Path
+) -> None:
+    lm = tiny_lm(family, seed=3)
+    talks = [
+        [{"role": "user", "content": "the same words" + "x" * n}, {"role": "assistant", "content": "ab\tcd\te"}]
+        for n in (0, 3, 1)
+    ]
+    places = [[3, 6], [3, 6], [6]]
+    judge = CachedJudge(LocalModel(lm, max_new_tokens=1, at_once=2), tmp_path)
+    digits = {token: i for token, i in lm.tokenizer.get_vocab().items() if token in "0123456789"}
+    for conversation, each, reply in zip(talks, places, judge.read(talks, places), strict=True):
+        assert list(reply.numbers) == each and reply.text == "ab\tcd\te"
+        for place in each:
+            prompt = lm.chat([conversation[:1]], add_generation_prompt=True).ids[0].tolist()
+            given = lm.tokenizer("ab\tcd\te"[:place], add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = lm.model(input_ids=torch.tensor([prompt + given])).logits[0, -1].log_softmax(-1)
+            assert reply.numbers[place] == pytest.approx({d: float(logits[i]) for d, i in digits.items()}, abs=2e-4)
+    assert all(reply.kept for reply in judge.read(talks, places))
+    assert not judge.read(talks[:1], [[2]])[0].kept
+    with pytest.raises(UnweaveError, match="does not score given text"):
+        CachedJudge(Scripted([])).read(talks, places)

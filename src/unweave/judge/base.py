@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +26,9 @@ from unweave.judge.spec import JudgeSpec
 Conversation = Sequence[Mapping[str, str]]
 """Messages, each ``{"role": "system" | "user" | "assistant", "content": text}``."""
 
+_Asked = tuple[Conversation, Mapping[str, Any]]
+"""a conversation and what else is asked of it"""
+_Answers = Iterator[tuple[int, "Reply"]]
 _GIVE_UP = 5
 _VERSION = 2
 
@@ -137,6 +140,11 @@ class CachedJudge:
     def note(self) -> str:
         return self._backend.note
 
+    @property
+    def reads(self) -> bool:
+        """Whether it can ``read``: models that run here can."""
+        return hasattr(self._backend, "read")
+
     def ask(self, conversations: Sequence[Conversation], until: str = "") -> list[Reply]:
         """One reply per conversation, in order; the same conversation is asked once.
 
@@ -144,31 +152,51 @@ class CachedJudge:
         conversation after the other, those that are too long for it aside. What was answered until then is kept, and
         asking again goes on from there.
         """
-        keys = [self._key(conversation, until) for conversation in conversations]
+        asked = [(conversation, {"until": until} if until else {}) for conversation in conversations]
+        return self._all(asked, lambda some: self._backend.answer([one for one, _ in some], self.budget, until))
+
+    def read(self, conversations: Sequence[Conversation], places: Sequence[Sequence[int]]) -> list[Reply]:
+        """What the judge would write inside of replies that are given: each conversation ends with the assistant's own
+        message, and ``numbers`` of its reply are the log-probabilities at ``places`` (characters) of that message.
+
+        UnweaveError where it cannot read; else as ``ask``.
+        """
+        if not self.reads:
+            raise UnweaveError("this judge does not score given text", where=self.name, remedy="use one that runs here")
+        asked = [(one, {"places": list(each)}) for one, each in zip(conversations, places, strict=True)]
+        read: Any = self._backend
+        return self._all(
+            asked, lambda some: read.read([one for one, _ in some], [more["places"] for _, more in some], self.budget)
+        )
+
+    def _all(self, asked: Sequence[_Asked], answer: Callable[[Sequence[_Asked]], _Answers]) -> list[Reply]:
+        keys = [self._key(*one) for one in asked]
         replies: dict[str, Reply] = {}
-        missing: dict[str, Conversation] = {}
-        for key, conversation in zip(keys, conversations, strict=True):
+        missing: dict[str, _Asked] = {}
+        for key, one in zip(keys, asked, strict=True):
             if key not in replies and key not in missing:
                 cached = self._load(key)
                 if cached is None:
-                    missing[key] = conversation
+                    missing[key] = one
                 else:
                     replies[key] = cached
         with task("judge", total=len(replies) + len(missing), unit="replies", done=len(replies)) as progress:
-            for key, reply in self._answers(missing, until):
+            for key, reply in self._answers(missing, answer):
                 replies[key] = reply
                 progress.advance()
             if len(replies) < len(set(keys)):
                 raise self._spent(sum(reply.text is not None for reply in replies.values()), len(set(keys)))
         return [replies[key] for key in keys]
 
-    def _answers(self, missing: Mapping[str, Conversation], until: str) -> Iterator[tuple[str, Reply]]:
+    def _answers(
+        self, missing: Mapping[str, _Asked], answer: Callable[[Sequence[_Asked]], _Answers]
+    ) -> Iterator[tuple[str, Reply]]:
         """New replies as they come, kept before they are passed on."""
         keys, in_a_row = list(missing), 0
-        for i, reply in self._backend.answer(list(missing.values()), self.budget, until) if missing else ():
+        for i, reply in answer(list(missing.values())) if missing else ():
             self.budget.spend(reply.tokens)
             if reply.text is not None:
-                self._keep(keys[i], self._request(missing[keys[i]], until), reply)
+                self._keep(keys[i], self._request(*missing[keys[i]]), reply)
             in_a_row = 0 if reply.text is not None else in_a_row + (not reply.of_prompt)
             if in_a_row == _GIVE_UP:
                 raise UnweaveError(
@@ -189,17 +217,18 @@ class CachedJudge:
 
     # -- the kept replies -----------------------------------------------------------------------------------------
 
-    def _request(self, conversation: Conversation, until: str) -> dict[str, Any]:
+    def _request(self, conversation: Conversation, more: Mapping[str, Any]) -> dict[str, Any]:
         messages = [{"role": message["role"], "content": message["content"]} for message in conversation]
         return {
             "version": _VERSION,
             "model": self.name,
             "settings": dict(self._backend.settings),
             "messages": messages,
-        } | ({"until": until} if until else {})
+            **more,
+        }
 
-    def _key(self, conversation: Conversation, until: str) -> str:
-        text = json.dumps(self._request(conversation, until), sort_keys=True, allow_nan=False)
+    def _key(self, conversation: Conversation, more: Mapping[str, Any]) -> str:
+        text = json.dumps(self._request(conversation, more), sort_keys=True, allow_nan=False)
         return sha256(text.encode()).hexdigest()
 
     def _path(self, key: str) -> Path | None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
+from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -25,6 +26,7 @@ from unweave.judge.spec import JudgeSpec
 from unweave.lm.chat import Role, has_template, render_many
 from unweave.lm.model import LM, Tokens
 from unweave.lm.rotary import rows_apart
+from unweave.lm.unembed import knows, unembed
 
 _SAMPLED = 64
 _WORTH_SHARING = 16
@@ -86,24 +88,59 @@ class LocalModel:
 
         Prompts with no room in the model are not asked, so they take nothing of the budget.
         """
+        rows = self._rendered(conversations)
+
+        def work(batch: Sequence[int], beginning: _Beginning) -> list[Reply]:
+            new = self._generate([rows[i] for i in batch], beginning, until)
+            return [self._reply(len(rows[i]), *row) for i, row in zip(batch, new, strict=True)]
+
+        yield from self._batches(rows, self._max_new_tokens, budget, work)
+
+    def read(
+        self, conversations: Sequence[Conversation], places: Sequence[Sequence[int]], budget: Budget
+    ) -> Iterator[tuple[int, Reply]]:
+        """See ``CachedJudge.read``: one pass over each conversation, with a token's end at every place."""
+        tokenizer: Any = self._lm.tokenizer
+        rows, ends = self._rendered([conversation[:-1] for conversation in conversations]), []
+        for row, conversation, each in zip(rows, conversations, places, strict=True):
+            given, here = conversation[-1]["content"], []
+            for first, last in pairwise([0, *each]):
+                piece = _without_specials([{**conversation[-1], "content": given[first:last]}], tokenizer)[0]["content"]
+                row += tokenizer(piece, add_special_tokens=False)["input_ids"]
+                here.append(len(row))
+            ends.append(here)
+
+        def work(batch: Sequence[int], beginning: _Beginning) -> list[Reply]:
+            read = self._read([rows[i] for i in batch], [ends[i] for i in batch], beginning)
+            return [
+                Reply(
+                    conversations[i][-1]["content"], "", len(rows[i]), numbers=dict(zip(places[i], each, strict=True))
+                )
+                for i, each in zip(batch, read, strict=True)
+            ]
+
+        yield from self._batches(rows, 0, budget, work)
+
+    def _rendered(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         plain = [_without_specials(conversation, self._lm.tokenizer) for conversation in conversations]
-        rows = render_many(self._lm.tokenizer, plain, add_generation_prompt=True)
-        ids = [row for row, _ in rows]
+        return [row for row, _ in render_many(self._lm.tokenizer, plain, add_generation_prompt=True)]
+
+    def _batches(
+        self, ids: list[list[int]], new: int, budget: Budget, work: Callable[[Sequence[int], _Beginning], list[Reply]]
+    ) -> Iterator[tuple[int, Reply]]:
         order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
         limit = getattr(self._lm.model.config, "max_position_embeddings", None)
-        room = max(map(len, ids), default=0) if limit is None else limit - self._max_new_tokens
+        room = max(map(len, ids), default=0) if limit is None else limit - new
         fitting = [i for i in order if len(ids[i]) <= room]
         for i in order[: len(order) - len(fitting)]:
-            n = len(ids[i]) + self._max_new_tokens
-            reason = f"prompt and reply need {n} tokens, the model has {limit} positions"
+            reason = f"prompt and reply need {len(ids[i]) + new} tokens, the model has {limit} positions"
             yield i, Reply(None, reason, of_prompt=True)
         beginning = self._beginning([ids[i] for i in fitting])
         for first in range(0, len(fitting), self._at_once):
             batch = [i for i in fitting[first : first + self._at_once] if budget.take()]
             if not batch:
                 return
-            new = self._generate([ids[i] for i in batch], beginning, until)
-            yield from ((i, self._reply(len(ids[i]), *row)) for i, row in zip(batch, new, strict=True))
+            yield from zip(batch, work(batch, beginning), strict=True)
 
     @torch.no_grad()
     def _beginning(self, rows: Sequence[list[int]]) -> _Beginning:
@@ -134,20 +171,10 @@ class LocalModel:
             return self._one_by_one(rows, beginning, until)
 
     def _one_by_one(self, rows: Sequence[list[int]], beginning: _Beginning, until: str) -> list[_New]:
-        model, device = self._lm.model, self._lm.device
-        rests = [row[beginning.length :] for row in rows]
-        width = max(map(len, rests))
-        ids = torch.tensor([[self._lm.pad_id] * (width - len(rest)) + rest for rest in rests], device=device)
-        mask = torch.ones(len(rows), beginning.length + width, dtype=torch.int64, device=device)
-        for i, rest in enumerate(rests):
-            mask[i, beginning.length : beginning.length + width - len(rest)] = 0
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, beginning.length :]
-        state = copy.deepcopy(beginning.state)
-        if state is not None:
-            state.batch_repeat_interleave(len(rows))
+        ids, mask, positions, state = self._started(rows, beginning)
         new = [_New([], False, {}) for _ in rows]
         for _ in range(self._max_new_tokens):
-            out = model(
+            out = self._lm.model(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
@@ -164,14 +191,51 @@ class LocalModel:
             positions = positions[:, -1:] + 1
         return new
 
+    @torch.no_grad()
+    def _read(
+        self, rows: Sequence[list[int]], ends: Sequence[Sequence[int]], beginning: _Beginning
+    ) -> list[list[dict[str, float]]]:
+        """The log-probabilities of numbers as the token that follows each row's first ``ends[i]`` tokens."""
+        ids, mask, positions, state = self._started(rows, beginning)
+        options = {"attention_mask": mask, "position_ids": positions, "past_key_values": state, "use_cache": True}
+        read = []
+        with rows_apart(self._lm.rotaries):
+            if known := knows(self._lm):  # no logits where nobody reads them
+                out = self._lm.model.base_model(input_ids=ids, **options).last_hidden_state
+            else:
+                out = self._lm.model(input_ids=ids, **options).logits
+        for row, here, hidden in zip(rows, ends, out, strict=True):
+            at = torch.tensor(here, device=out.device) - len(row) - 1  # counted from the row's end: it is padded before
+            logits = unembed(self._lm, hidden[at]) if known else hidden[at]
+            read.append([self._likely(one) for one in logits.float().log_softmax(-1)])
+        return read
+
+    def _started(self, rows: Sequence[list[int]], beginning: _Beginning) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Ids [B, W], mask [B, beginning + W], positions [B, W] and the state to go on from."""
+        device = self._lm.device
+        rests = [row[beginning.length :] for row in rows]
+        width = max(map(len, rests))
+        ids = torch.tensor([[self._lm.pad_id] * (width - len(rest)) + rest for rest in rests], device=device)
+        mask = torch.ones(len(rows), beginning.length + width, dtype=torch.int64, device=device)
+        for i, rest in enumerate(rests):
+            mask[i, beginning.length : beginning.length + width - len(rest)] = 0
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, beginning.length :]
+        state = copy.deepcopy(beginning.state)
+        if state is not None:
+            state.batch_repeat_interleave(len(rows))
+        return ids, mask, positions, state
+
+    def _likely(self, logprobs: Tensor) -> dict[str, float]:
+        """The numbers among log-probabilities [V]."""
+        values = logprobs[list(self._numbers)].tolist()
+        return merged((text, p) for text, p in zip(self._numbers.values(), values, strict=True) if p > _FAINT)
+
     def _extended(self, new: _New, token: int, logits: Tensor, until: str) -> _New:
         """A reply with its next token, unless it has ended; ``logits`` [V] are those that chose it."""
         if new.ended:
             return new
         if token in self._numbers:
-            logprobs = logits.float().log_softmax(-1)[list(self._numbers)].tolist()
-            likely = ((text, p) for text, p in zip(self._numbers.values(), logprobs, strict=True) if p > _FAINT)
-            new.numbers[len(new.ids)] = merged(likely)
+            new.numbers[len(new.ids)] = self._likely(logits.float().log_softmax(-1))
         ids = [*new.ids, token]
         ended = token in self._lm.end_ids or bool(until and re.search(until, self._lm.decode(torch.tensor(ids))))
         return _New(ids, ended, new.numbers)
