@@ -13,7 +13,7 @@ HELP = (
     "For example:\n\n    unweave models\n    unweave train --model stories15m --sites resid_post.3"
 )
 
-_KINDS = {"model": "models", "text": "texts", "labels": "labels"}
+_KINDS = {"model": "models", "text": "texts", "labels": "labels", "encoder": "encoders"}
 
 
 def models(*, json: Annotated[bool, JSON] = False) -> dict[str, Any] | None:

@@ -71,7 +71,9 @@ def check(judge: Judge, form: Form[Case], cases: Sequence[tuple[Case, bool, str]
     right = np.array([is_right for _, is_right, _ in cases])
     kinds = np.array([kind for _, _, kind in cases])
     best = ratings.best
-    by_kind = {kind: auroc(best[right], best[~right & (kinds == kind)]) for kind in dict.fromkeys(kinds[~right].tolist())}
+    by_kind = {
+        kind: auroc(best[right], best[~right & (kinds == kind)]) for kind in dict.fromkeys(kinds[~right].tolist())
+    }
     return Check(form.id, judge.name, auroc(best[right], best[~right]), by_kind, len(cases), ratings.failures)
 
 

@@ -155,12 +155,14 @@ def _rating(form: Form[Case], case: Case, prompt: Conversation, reply: Reply) ->
     return Rating(case, prompt, reply, answer, "", expected)
 
 
-def expectation(logprobs: Mapping[str, float], ratings: Sequence[int], value: int | None = None) -> float | None:
+def expectation(
+    logprobs: Mapping[str, float], ratings: Sequence[int], value: int | None = None, *, enough: float = _ENOUGH
+) -> float | None:
     """The expected rating under log-probabilities of numbers at one place, renormalised over the allowed ``ratings``.
 
-    None where these hold less than a quarter of the probability, and where the numbers are but digits of longer
-    ratings: where the tokenizer writes 85 as 8 and 5, "8" stands for 8 and for the eighties. ``value`` is the rating
-    that stands there, if one does.
+    None where these hold less than ``enough`` of the probability, or nothing, and where the numbers are but digits of
+    longer ratings: where the tokenizer writes 85 as 8 and 5, "8" stands for 8 and for the eighties. ``value`` is the
+    rating that stands there, if one does.
     """
     if (value is not None and str(value) not in logprobs) or (
         max(ratings) > 9 and max(map(len, logprobs), default=0) < 2
@@ -168,7 +170,7 @@ def expectation(logprobs: Mapping[str, float], ratings: Sequence[int], value: in
         return None
     weights = {rating: math.exp(logprobs[str(rating)]) for rating in ratings if str(rating) in logprobs}
     mass = sum(weights.values())
-    return sum(rating * weight for rating, weight in weights.items()) / mass if mass >= _ENOUGH else None
+    return sum(rating * weight for rating, weight in weights.items()) / mass if weights and mass >= enough else None
 
 
 def integer(text: str, ratings: Sequence[int]) -> int:

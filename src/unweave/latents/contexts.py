@@ -20,7 +20,7 @@ import numpy as np
 
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError
-from unweave.core.spec import Spec
+from unweave.latents.spec import RecordsSpec
 
 if TYPE_CHECKING:
     from unweave.data.tokens import TokenStore
@@ -29,36 +29,6 @@ KINDS = ("top", "quantile", "random")
 _BLOCK_FIRINGS = 8_000_000
 _BLOCK_LATENTS = 8_192
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordsSpec(Spec):
-    """Which contexts a latent's record holds."""
-
-    top: int = 5
-    """Strongest contexts, at most one per document."""
-    bands: int = 4
-    """Bands of equally many firings, from strong to weak, that quantile contexts are drawn from."""
-    per_band: int = 2
-    """Contexts drawn from each band."""
-    random: int = 5
-    """Contexts drawn from all tokens, whether the latent fires there or not."""
-    left: int = 12
-    """Tokens shown before the one that a context was chosen for."""
-    right: int = 8
-    """Tokens shown after it."""
-    logits: int = 8
-    """Tokens that a latent promotes most, and as many that it suppresses most."""
-    seed: int = 0
-    """Decides the quantile and random contexts."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("top", "per_band", "random", "left", "right", "logits"):
-            if getattr(self, name) < 0:
-                raise UnweaveError(f"{name} is {getattr(self, name)}", where="records", remedy="give 0 or more")
-        if self.bands < 1:
-            raise UnweaveError(f"bands is {self.bands}", where="records", remedy="give 1 or more")
 
 
 @dataclass(frozen=True)

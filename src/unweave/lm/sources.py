@@ -133,7 +133,7 @@ def _convert_gguf(path: Path, name: str) -> Path:
         with _refusals(str(path), "the GGUF file cannot be read", "get the file again; is its family supported?"):
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
-            with _quiet(), _gguf_progress(name):
+            with quiet(), _gguf_progress(name):
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
                 model: Any = AutoModelForCausalLM.from_pretrained(
                     path.parent,
@@ -210,7 +210,7 @@ def _load_model(folder: Path | str, dtype: torch.dtype, source: str) -> Any:
 
     from unweave.lm.admission import check_config, check_model
 
-    with _refusals(str(folder), f"cannot load {source!r}", _remedy(folder)), _quiet():
+    with _refusals(str(folder), f"cannot load {source!r}", _remedy(folder)), quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         check_config(config, repr(source))
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -261,7 +261,7 @@ def _load_tokenizer(folder: Path | str, source: str) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    with _refusals(str(folder), f"cannot load the tokenizer of {source!r}", _remedy(folder)), _quiet():
+    with _refusals(str(folder), f"cannot load the tokenizer of {source!r}", _remedy(folder)), quiet():
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -297,7 +297,7 @@ def _short(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and log lines; what matters of them is checked or shown by us."""
     from transformers.utils import logging
 

@@ -20,6 +20,7 @@ METHODS = (
     "methods.trace",
     "methods.steer",
     "methods.axbench",
+    "methods.explain",
     "methods.explain.rubric",
     "methods.special_tokens",
     "methods.circuits",

@@ -31,7 +31,7 @@ from unweave.methods.explain.rubric.result import SCALE, Difference, Interval, S
 
 CONTEXTS = 5
 _TOP = 10.0
-_RESAMPLES = 10_000
+RESAMPLES = 10_000
 _FEWEST = 5
 """Scores needed on each side before two groups are compared: a bootstrap of fewer knows nothing of their spread."""
 _ANSWER = re.compile(r"score:\s*\[\[([^\[\]]*)\]\]\s*,\s*name:\s*\[\[([^\[\]]*)\]\]", re.IGNORECASE)
@@ -113,7 +113,7 @@ def real_items(records: Records, n: int, seed: int = 0) -> list[Item]:
     """
     among = _eligible(records, 1)
     chosen = np.random.default_rng([seed, 0]).permutation(among)[:n]
-    return [_item(records, "real", [int(j)] * CONTEXTS) for j in chosen]
+    return [item_of(records, "real", [int(j)] * CONTEXTS) for j in chosen]
 
 
 def shuffled_items(records: Records, n: int, seed: int = 0) -> list[Item]:
@@ -127,7 +127,7 @@ def shuffled_items(records: Records, n: int, seed: int = 0) -> list[Item]:
     among = _eligible(records, CONTEXTS)
     generator = np.random.default_rng([seed, 1])
     drawn = [generator.choice(among, CONTEXTS, replace=False) for _ in range(n)]
-    return [_item(records, "shuffled", [int(j) for j in latents]) for latents in drawn]
+    return [item_of(records, "shuffled", [int(j) for j in latents]) for latents in drawn]
 
 
 def _eligible(records: Records, wanted: int) -> Array:
@@ -141,7 +141,8 @@ def _eligible(records: Records, wanted: int) -> Array:
     return among
 
 
-def _item(records: Records, kind: Kind, latents: Sequence[int]) -> Item:
+def item_of(records: Records, kind: Kind, latents: Sequence[int]) -> Item:
+    """The i-th strongest context of the i-th of five latents, for each i."""
     shown = [records.latent(j) for j in latents]
     contexts = tuple(record.top[i] for i, record in enumerate(shown))
     return Item(kind, tuple(latents), contexts, tuple(record.maximum for record in shown))
@@ -230,9 +231,9 @@ def summarise(ratings: Sequence[Rating], seed: int = 0) -> Scores:
         failed=len(ratings) - len(scores),
         failures=dict(failures.most_common()),
         distribution=tuple(int((scores == score).sum()) for score in sorted(SCALE)),
-        mean=_interval(scores, seed),
-        high=_interval(scores >= 4, seed),
-        low=_interval(scores <= 2, seed),
+        mean=interval(scores, seed),
+        high=interval(scores >= 4, seed),
+        low=interval(scores <= 2, seed),
     )
 
 
@@ -258,7 +259,7 @@ def _relabelled(a: Array, b: Array, seed: list[int]) -> float:
     """Share of relabellings of a [n] and b [m] whose means are as far apart, the real one among them."""
     values, counts = np.unique(np.concatenate([a, b]), return_counts=True)
     # Drawing n of the pooled scores is drawing how many of each value they are.
-    drawn = np.random.default_rng(seed).multivariate_hypergeometric(counts, len(a), _RESAMPLES)
+    drawn = np.random.default_rng(seed).multivariate_hypergeometric(counts, len(a), RESAMPLES)
     sums, total = np.append(drawn @ values, a.sum()), int(values @ counts)
     apart = np.abs(sums * len(b) - (total - sums) * len(a))  # of the means, times both sizes: whole numbers
     return float((apart >= apart[-1]).mean())
@@ -271,13 +272,14 @@ def _scores(ratings: Sequence[Rating]) -> Array:
 def _resampled(values: Array, seed: int | list[int]) -> Array:
     """Means of samples of the same size, drawn with replacement; float64 [10,000]."""
     generator = np.random.default_rng(seed)
-    sums = np.zeros(_RESAMPLES)
+    sums = np.zeros(RESAMPLES)
     for _ in range(len(values)):  # one draw for all resamples at a time: memory stays small
-        sums += values[generator.integers(0, len(values), _RESAMPLES)]
+        sums += values[generator.integers(0, len(values), RESAMPLES)]
     return sums / len(values)
 
 
-def _interval(values: Array, seed: int) -> Interval | None:
+def interval(values: Array, seed: int = 0) -> Interval | None:
+    """The mean of values [n] with its 95 % bootstrap interval; None where there are none."""
     if not len(values):
         return None
     mean = float(values.mean())
