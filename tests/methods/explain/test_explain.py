@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from conftest import build_tiny, build_tiny_tokenizer
+from helpers.models import build_tiny, build_tiny_tokenizer
 from unweave.core.errors import UnweaveError
 from unweave.core.result import as_read, as_written
 from unweave.core.run import Run
