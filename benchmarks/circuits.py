@@ -44,7 +44,9 @@ from torch.utils.flop_counter import flop_registry
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from helpers import circuit_loop
 from unweave.attribute.attribution import SiteEffects, node_effects
+from unweave.attribute.options import AttributionOptions
 from unweave.attribute.states import change_of, moved_positions, states
+from unweave.circuits.about import Options
 from unweave.circuits.edges import edge_effects
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
@@ -133,16 +135,18 @@ class Case:
             self.clean,
             self.patch,
             self.metric,
-            method="ig",
-            steps=STEPS,
-            max_tokens=self.max_tokens,
+            AttributionOptions(method="ig", steps=STEPS, max_tokens=self.max_tokens),
         )
 
     def our_edges(self) -> Any:
         return edge_effects(
-            self.lm, self.saes, self.clean, self.patch, self.effects, threshold=self.threshold, summed="positions",
-            max_tokens=self.max_tokens,
-        )  # fmt: skip
+            self.lm,
+            self.saes,
+            self.clean,
+            self.patch,
+            self.effects,
+            Options(node_threshold=self.threshold, summed="positions", max_tokens=self.max_tokens),
+        )
 
     def loop_nodes(self, points: int) -> Any:
         """All sites, the first of the points."""

@@ -18,6 +18,7 @@ from unweave import LM, SAE
 from unweave.attribute.runner import Batch
 from unweave.lm.model import Tokens
 from unweave.methods.trace.comparison import compare
+from unweave.methods.trace.spec import TraceOptions
 from unweave.sae.steered import sweep
 from unweave.tasks import agreement
 
@@ -56,18 +57,20 @@ def main(args: Sequence[str] | None = None) -> int:
     right = agreement.accuracy(lm, pairs)
     print(f"{len(pairs)} pairs; the model is right on {right.clean:.0%} (clean) and {right.patch:.0%} (patch)\n")
 
-    found = compare(lm, sae, batches, top=options.top, n_random=options.top)
-    print(f"the {options.top} strongest latents make {found.top_share:.0%} of the change when they move together\n")
+    found = compare(lm, sae, batches, TraceOptions(top=options.top, random=options.top))
+    print(f"the {options.top} strongest latents make {found.share or 0:.0%} of the change when they move together\n")
     print("latent   exact, from both ends   integrated gradients   attribution patching")
-    for row in found.latents:
+    for row in found.effects:
         values = (row.exact, row.exact_patch, row.ig, row.attribution)
-        print(f"{row.latent:6d}  {'  '.join(f'{value:+.4f}' for value in values)}  {row.chosen}")
-    order = {name: both["spearman"] for name, both in found.top.items()}
-    print(f"Spearman with the mean of both ends: {order['ig']:.3f} (IG), {order['attribution']:.3f} (AP)")
+        print(
+            f"{row.latent:6d}  {'  '.join(f'{value:+.4f}' for value in values)}  {'chosen' if row.chosen else 'random'}"
+        )
+    ig, attribution = (found.spearman(estimate, "chosen") for estimate in ("ig", "attribution"))
+    print(f"Spearman with the mean of both ends: {ig:.3f} (IG), {attribution:.3f} (AP)")
     if found.diagnosis is not None:
         print(found.diagnosis.text)
 
-    strongest = max(found.latents, key=lambda row: abs(row.measured)).latent
+    strongest = found.strongest()[0].latent
     largest = largest_activation(lm, sae, strongest, batches)
     print(f"\nlatent {strongest}, largest activation here {largest:.2f}")
     texts = sweep(lm, sae, strongest, [options.prompt], maximum=largest, max_new_tokens=options.max_new_tokens)

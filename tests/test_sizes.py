@@ -15,23 +15,8 @@ _ONE_CALL = "one call of the library; keyword-only options, each a setting of th
 _KERNEL = "a kernel's pointers and strides, which Triton takes one by one"
 _SPLIT = "to be split into groups of fields"
 EXCEPTIONS: dict[str, str] = {
-    "attribute/attribution.py node_effects: lines": "a docstring with shapes and equations; the body is short",
-    "attribute/attribution.py node_effects: parameters": _ONE_CALL,
-    "attribute/attribution.py exact_effects: parameters": _ONE_CALL,
-    "attribute/attribution.py together_effects: parameters": _ONE_CALL,
-    "attribute/attribution.py alone_effects: parameters": _ONE_CALL,
-    "circuits/draw.py _rectangle: parameters": "a shape's place, size and looks",
-    "circuits/draw.py _triangle: parameters": "a shape's place, size and looks",
-    "circuits/draw_html.py draw_html: parameters": _ONE_CALL,
-    "circuits/edges.py edge_effects: parameters": _ONE_CALL,
-    "circuits/faithfulness.py ablate_outside: parameters": _ONE_CALL,
     "cli/annotate.py annotate: parameters": "the options of a command",
     "data/stream.py __init__: parameters": _ONE_CALL,
-    "methods/circuits/spec.py CircuitFindSpec: fields": _SPLIT,
-    "methods/circuits/spec.py CircuitEvaluateSpec: fields": _SPLIT,
-    "methods/circuits/sweep.py sweep: parameters": _ONE_CALL,
-    "methods/trace/comparison.py compare: lines": "a docstring with shapes and what each number is",
-    "methods/trace/comparison.py compare: parameters": _ONE_CALL,
     "sae/module.py __init__: parameters": "the parts of an SAE",
     "sae/sparse/triton_kernels.py _weighted_rows: parameters": _KERNEL,
     "sae/sparse/triton_kernels.py _dot_rows: parameters": _KERNEL,

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from helpers.attribution import F, close, difference, make_pair, make_sae
-from unweave.attribute.attribution import alone_effects, endpoints, exact_effects, fractions, node_effects
+from unweave.attribute.attribution import Interventions, fractions, node_effects
+from unweave.attribute.options import AttributionOptions
+from unweave.attribute.runner import AtSite
 from unweave.attribute.states import site_of, states
 from unweave.core.errors import UnweaveError
+from unweave.core.result import to_plain
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
 from unweave.methods.trace.comparison import compare, correlations
+from unweave.methods.trace.spec import TraceOptions
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
 
@@ -95,7 +99,9 @@ def test_linear_downstream_all_methods_agree_and_sum_to_the_total(tiny: Any, act
         return (out * direction[rows]).sum((1, 2))
 
     found = {
-        method: node_effects(lm, sae, clean, other, metric, method=method, steps=3, metric_at=top)[sae.write]  # type: ignore[arg-type]
+        method: node_effects(lm, sae, clean, other, AtSite(metric, top), AttributionOptions(method=method, steps=3))[
+            sae.write
+        ]  # type: ignore[arg-type]
         for method in ("attribution", "ig", "exact")
     }
     for method in ("ig", "exact"):
@@ -108,7 +114,7 @@ def test_linear_downstream_all_methods_agree_and_sum_to_the_total(tiny: Any, act
     total = ((end - x) * direction).sum((1, 2))
     latents, error = found["ig"].over_positions()
     close(latents.sum(1) + error, total)
-    close(exact_effects(lm, sae, clean, other, metric, range(F), metric_at=top), latents.T)
+    close(Interventions(lm, sae, clean, other, AtSite(metric, top)).exact(range(F)), latents.T)
 
 
 # -- integrated gradients ---------------------------------------------------------------------------------------------
@@ -121,13 +127,17 @@ def test_integrated_gradients_are_complete(tiny: Any, name: str, site: str) -> N
     lm = LM(tiny(name).double(), None)
     sae = make_sae(lm, site)
     clean, patch = make_pair()
-    found = node_effects(lm, sae, clean, patch, difference, method="ig", steps=80, rule="midpoint")[sae.write]
+    found = node_effects(lm, sae, clean, patch, difference, AttributionOptions(method="ig", steps=80, rule="midpoint"))[
+        sae.write
+    ]
     latents, error = found.over_positions()
     end = values(lm, site, patch)
     total = naive_metric(lm, clean, site, lambda x: end) - naive_metric(lm, clean, site, lambda x: x)
     assert total.abs().max() > 0.05
     close(latents.sum(1) + error, total, 2e-3)
-    for a, b in zip(endpoints(lm, sae, clean, patch, difference), (lambda x: x, lambda x: end), strict=True):
+    for a, b in zip(
+        Interventions(lm, sae, clean, patch, difference).endpoints(), (lambda x: x, lambda x: end), strict=True
+    ):
         close(a, naive_metric(lm, clean, site, b))
 
 
@@ -136,7 +146,9 @@ def test_rules_take_the_gradient_where_they_say(lm: LM) -> None:
     sae = make_sae(lm, "resid_post.0")
     clean, patch = make_pair()
     one = {
-        rule: node_effects(lm, sae, clean, patch, difference, method="ig", steps=1, rule=rule)[sae.write]  # type: ignore[arg-type]
+        rule: node_effects(lm, sae, clean, patch, difference, AttributionOptions(method="ig", steps=1, rule=rule))[
+            sae.write
+        ]  # type: ignore[arg-type]
         for rule in ("left", "right")
     }
     forward = node_effects(lm, sae, clean, patch, difference)[sae.write]
@@ -227,11 +239,14 @@ def test_a_transcoders_latents_come_from_the_site_it_reads(lm: LM) -> None:
 
 def test_what_a_skip_explains_is_no_error_and_no_node(lm: LM) -> None:
     """The effects share out what latents and error do: the change of the metric with the skip left as it is."""
-    sae = make_sae(lm, "mlp_add.1", read="mlp_in.1", W_skip=torch.randn(32, 32, dtype=torch.float64) * 0.3)
+    skip = 0.3 * torch.randn(32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sae = make_sae(lm, "mlp_add.1", read="mlp_in.1", W_skip=skip)
     clean, patch = make_pair()
     source = values(lm, "mlp_in.1", clean)
     for end in (patch, None):
-        found = node_effects(lm, sae, clean, end, difference, method="ig", steps=400, rule="midpoint")[sae.write]
+        found = node_effects(
+            lm, sae, clean, end, difference, AttributionOptions(method="ig", steps=400, rule="midpoint")
+        )[sae.write]
         said = source @ sae.W_skip
         if end is None:
             moved = said + sae.b_dec
@@ -269,7 +284,7 @@ def test_exact_effects_against_a_naive_loop(lm: LM, origin: Any) -> None:
     sae = make_sae(lm, "resid_post.1")
     clean, patch = make_pair(n=5)
     latents = [3, 0, 17, 9]
-    found = exact_effects(lm, sae, clean, patch, difference, latents, origin=origin, max_tokens=12)
+    found = Interventions(lm, sae, clean, patch, difference, max_tokens=12).exact(latents, origin=origin)
     x, end = values(lm, "resid_post.1", clean), values(lm, "resid_post.1", patch)
     moves = sae.encode(end) - sae.encode(x)
     for row, j in zip(found, latents, strict=True):
@@ -296,7 +311,7 @@ def test_exact_effects_run_only_what_changes(lm: LM) -> None:
         runs.append(len(rows))
         return difference(out, rows)
 
-    found = exact_effects(lm, sae, clean, patch, counting, range(F), max_tokens=60)
+    found = Interventions(lm, sae, clean, patch, counting, max_tokens=60).exact(range(F))
     assert sum(runs) == 8 + int(moved.sum())
     assert max(runs) <= 10
     assert bool((found[~moved.T] == 0).all())
@@ -306,7 +321,9 @@ def test_exact_effects_run_only_what_changes(lm: LM) -> None:
 def test_exact_nodes_against_a_naive_loop(lm: LM) -> None:
     sae = make_sae(lm, "mlp_add.1")
     clean, patch = make_pair(n=2, width=4)
-    found = node_effects(lm, sae, clean, patch, difference, method="exact", max_tokens=16)[sae.write]
+    found = node_effects(lm, sae, clean, patch, difference, AttributionOptions(method="exact", max_tokens=16))[
+        sae.write
+    ]
     x, end = values(lm, "mlp_add.1", clean), values(lm, "mlp_add.1", patch)
     moves = sae.encode(end) - sae.encode(x)
     errors = (end - sae(end)) - (x - sae(x))
@@ -324,10 +341,12 @@ def test_exact_nodes_against_a_naive_loop(lm: LM) -> None:
 def test_one_latents_own_path_gives_its_exact_effect(lm: LM) -> None:
     sae = make_sae(lm, "resid_post.0")
     clean, patch = make_pair(n=4)
-    exact = exact_effects(lm, sae, clean, patch, difference, range(F))
-    alone = alone_effects(lm, sae, clean, patch, difference, range(F), steps=100, max_tokens=500)
+    exact = Interventions(lm, sae, clean, patch, difference).exact(range(F))
+    alone = Interventions(lm, sae, clean, patch, difference, max_tokens=500).alone(range(F), steps=100)
     close(alone, exact, 1e-3)
-    together = node_effects(lm, sae, clean, patch, difference, method="ig", steps=100, rule="midpoint")[sae.write]
+    together = node_effects(
+        lm, sae, clean, patch, difference, AttributionOptions(method="ig", steps=100, rule="midpoint")
+    )[sae.write]
     assert (together.over_positions()[0].T - exact).abs().max() > 0.05  # latents interact, and only this path sees it
 
 
@@ -337,9 +356,9 @@ def test_trap_37_ablation_takes_away_exactly_the_decoder_row(lm: LM, activation:
     sae = make_sae(lm, "resid_post.1", activation=activation)
     clean, _ = make_pair()
     probe = torch.randn(32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    found = exact_effects(
-        lm, sae, clean, None, lambda out, rows: (out @ probe).sum(1), range(F), metric_at=Site("resid_post", 1)
-    )
+    found = Interventions(
+        lm, sae, clean, None, AtSite(lambda out, rows: (out @ probe).sum(1), Site("resid_post", 1))
+    ).exact(range(F))
     f = sae.encode(values(lm, "resid_post.1", clean))
     close(found, -(f.sum(1) * (sae.W_dec @ probe)).T)
     assert found.abs().max() > 0.1
@@ -355,9 +374,9 @@ def test_trap_38_edits_leave_what_was_read_before_alone(lm: LM) -> None:
         lm(clean)
     kept = {site: seen[site].clone() for site in seen}
     for method in ("attribution", "ig", "exact"):
-        node_effects(lm, sae, clean, patch, difference, method=method, steps=2)  # type: ignore[arg-type]
-    exact_effects(lm, sae, clean, patch, difference, [1, 2])
-    alone_effects(lm, sae, clean, patch, difference, [1], steps=2)
+        node_effects(lm, sae, clean, patch, difference, AttributionOptions(method=method, steps=2))  # type: ignore[arg-type]
+    Interventions(lm, sae, clean, patch, difference).exact([1, 2])
+    Interventions(lm, sae, clean, patch, difference).alone([1], steps=2)
     assert all(torch.equal(seen[site], value) for site, value in kept.items())
     assert all(map(torch.equal, copies, (before.x, before.latents, before.error)))
     assert torch.equal(clean.ids, ids)
@@ -382,9 +401,11 @@ def test_excluded_tokens_belong_wholly_to_the_error(lm: LM) -> None:
     assert bool((state.latents[out] == 0).all())
     assert bool((state.latents[~out] != 0).any(-1).all())
     close(state.error[out], (x - sae.b_dec)[out])
-    found = node_effects(lm, sae, clean, patch, difference, method="ig", steps=100, rule="midpoint")[sae.write]
+    found = node_effects(
+        lm, sae, clean, patch, difference, AttributionOptions(method="ig", steps=100, rule="midpoint")
+    )[sae.write]
     latents, error = found.over_positions()
-    start, end = endpoints(lm, sae, clean, patch, difference)
+    start, end = Interventions(lm, sae, clean, patch, difference).endpoints()
     close(latents.sum(1) + error, end - start, 2e-3)
 
 
@@ -401,13 +422,13 @@ def test_padding_changes_nothing_and_has_no_effects(tiny: Any, side: Any) -> Non
         for k in (0, 1)
     ]
     for method in ("attribution", "ig", "exact"):
-        found = node_effects(lm, sae, *padded, difference, method=method, steps=4)[sae.write]  # type: ignore[arg-type]
+        found = node_effects(lm, sae, *padded, difference, AttributionOptions(method=method, steps=4))[sae.write]  # type: ignore[arg-type]
         for row, (pair, width) in enumerate(zip(pairs, lengths, strict=True)):
 
             def metric(out: Tensor, rows: Tensor, row: int = row) -> Tensor:
                 return difference(out, rows + row)
 
-            alone = node_effects(lm, sae, *pair, metric, method=method, steps=4)[sae.write]  # type: ignore[arg-type]
+            alone = node_effects(lm, sae, *pair, metric, AttributionOptions(method=method, steps=4))[sae.write]  # type: ignore[arg-type]
             at = slice(0, width) if side == "right" else slice(6 - width, 6)
             close(found.latents[row, at], alone.latents[0])
             close(found.error[row, at], alone.error[0])
@@ -420,7 +441,7 @@ def test_trap_33_the_memory_bound_changes_no_number(lm: LM) -> None:
     clean, patch = make_pair(n=5)
     for method in ("attribution", "ig", "exact"):
         whole, small = (
-            node_effects(lm, saes, clean, patch, difference, method=method, steps=3, max_tokens=m)  # type: ignore[arg-type]
+            node_effects(lm, saes, clean, patch, difference, AttributionOptions(method=method, steps=3, max_tokens=m))  # type: ignore[arg-type]
             for m in (4096, 13)
         )
         for site in whole:
@@ -434,8 +455,8 @@ def test_only_the_positions_asked_for_are_patched(lm: LM) -> None:
     asked = torch.zeros(3, 6, dtype=torch.bool)
     asked[:, 3:] = True
     found = node_effects(
-        lm, sae, clean, patch, difference, method="ig", steps=100, rule="midpoint", positions=asked
-    )[sae.write]  # fmt: skip
+        lm, sae, clean, patch, difference, AttributionOptions(method="ig", steps=100, rule="midpoint"), positions=asked
+    )[sae.write]
     assert bool((found.latents[:, :3] == 0).all()) and bool((found.error[:, :3] == 0).all())
     x, end = values(lm, "resid_post.0", clean), values(lm, "resid_post.0", patch)
     mixed = torch.where(asked[..., None], end, x)
@@ -452,8 +473,8 @@ def test_models_in_bfloat16_are_measured_in_the_saes_precision(tiny: Any) -> Non
     sae = make_sae(exact_lm, "resid_post.1").float()
     clean, patch = make_pair()
     for method in ("attribution", "ig"):
-        half = node_effects(lm, sae, clean, patch, difference, method=method)[sae.write]  # type: ignore[arg-type]
-        full = node_effects(exact_lm, sae, clean, patch, difference, method=method)[sae.write]  # type: ignore[arg-type]
+        half = node_effects(lm, sae, clean, patch, difference, AttributionOptions(method=method))[sae.write]  # type: ignore[arg-type]
+        full = node_effects(exact_lm, sae, clean, patch, difference, AttributionOptions(method=method))[sae.write]  # type: ignore[arg-type]
         assert half.latents.dtype == torch.float32
         assert correlations(half.error.flatten(), full.error.flatten())["pearson"] > 0.99
 
@@ -467,7 +488,7 @@ def test_inputs_that_do_not_line_up_are_refused(lm: LM) -> None:
     shorter = Tokens.of(patch.ids[:, 1:])
     hidden = Tokens(patch.ids, patch.mask.clone().index_fill_(1, torch.tensor(5), False), patch.roles)
     for other in (shorter, hidden):
-        for call in (node_effects, lambda *a: exact_effects(*a, [0])):
+        for call in (node_effects, lambda *a: Interventions(*a).exact([0])):
             with pytest.raises(UnweaveError, match="do not line up"):
                 call(lm, sae, clean, other, difference)  # type: ignore[operator]
     with pytest.raises(UnweaveError, match="positions"):
@@ -486,11 +507,11 @@ def test_bad_sites_and_metrics_are_refused(lm: LM) -> None:
     with pytest.raises(UnweaveError, match="one number per row"):
         node_effects(lm, sae, clean, patch, lambda out, rows: out)
     with pytest.raises(UnweaveError, match=r"does not depend on resid_post\.1"):
-        node_effects(lm, sae, clean, patch, lambda out, rows: out[:, 0, 0], metric_at=Site("resid_post", 0))
+        node_effects(lm, sae, clean, patch, AtSite(lambda out, rows: out[:, 0, 0], Site("resid_post", 0)))
     with pytest.raises(UnweaveError, match="NaN"):
         node_effects(lm, sae, clean, patch, lambda out, rows: out[:, 0] * float("nan"))
     with pytest.raises(UnweaveError, match="0 steps"):
-        node_effects(lm, sae, clean, patch, difference, method="ig", steps=0)
+        node_effects(lm, sae, clean, patch, difference, AttributionOptions(method="ig", steps=0))
     nowhere = SAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, TopK(3))
     with pytest.raises(UnweaveError, match="named no site"):
         node_effects(lm, nowhere, clean, patch, difference)
@@ -516,15 +537,15 @@ def test_comparison_agrees_with_the_methods_it_calls(lm: LM) -> None:
     sae = make_sae(lm, "resid_post.1")
     first, second = make_pair(n=4), make_pair(n=2, width=8)
     batches = [(*first, difference), (*second, difference)]
-    found = compare(lm, sae, batches, top=5, n_random=6, steps=4, seed=1, max_tokens=40)
-    assert found.n_examples == 6
-    top, rest = found.latents[:5], found.latents[5:]
-    assert [row.chosen for row in found.latents] == ["top"] * 5 + ["random"] * len(rest)
-    assert len({row.latent for row in found.latents}) == 5 + len(rest)
+    found = compare(lm, sae, batches, TraceOptions(top=5, random=6, steps=4, seed=1), max_tokens=40)
+    assert found.examples == 6
+    top, rest = found.effects[:5], found.effects[5:]
+    assert [row.chosen for row in found.effects] == [True] * 5 + [False] * len(rest)
+    assert len({row.latent for row in found.effects}) == 5 + len(rest)
     per_method = {
         method: torch.cat(
             [
-                node_effects(lm, sae, *pair, difference, method=method, steps=4, rule="midpoint")[
+                node_effects(lm, sae, *pair, difference, AttributionOptions(method=method, steps=4, rule="midpoint"))[
                     sae.write
                 ].latents.sum(1)  # type: ignore[arg-type]
                 for pair in (first, second)
@@ -535,20 +556,25 @@ def test_comparison_agrees_with_the_methods_it_calls(lm: LM) -> None:
     assert [row.latent for row in top] == per_method["ig"].abs().topk(5).indices.tolist()
     exact, exact_patch = (
         torch.cat(
-            [exact_effects(lm, sae, *pair, difference, range(F), origin=origin) for pair in (first, second)], 1
+            [Interventions(lm, sae, *pair, difference).exact(range(F), origin=origin) for pair in (first, second)], 1
         ).mean(1)
         for origin in ("clean", "patch")  # type: ignore[arg-type]
     )
-    for row in found.latents:
+    for row in found.effects:
         assert row.exact_patch == pytest.approx(float(exact_patch[row.latent]))
         assert row.measured == pytest.approx(float(exact[row.latent] + exact_patch[row.latent]) / 2)
         assert row.ig == pytest.approx(float(per_method["ig"][row.latent]))
         assert row.attribution == pytest.approx(float(per_method["attribution"][row.latent]))
         assert row.exact == pytest.approx(float(exact[row.latent]))
-        assert row.changed > 0
-    assert found.top["ig"] == pytest.approx(correlations([r.ig for r in top], [r.measured for r in top]))
-    assert found.top["exact"] == pytest.approx(correlations([r.exact for r in top], [r.measured for r in top]))
-    assert found.random["attribution"] == pytest.approx(
+
+    def agreement(estimate: Any, among: Any) -> dict[str, Any]:
+        return {"pearson": found.pearson(estimate, among), "spearman": found.spearman(estimate, among)}
+
+    assert agreement("ig", "chosen") == pytest.approx(correlations([r.ig for r in top], [r.measured for r in top]))
+    assert agreement("exact", "chosen") == pytest.approx(
+        correlations([r.exact for r in top], [r.measured for r in top])
+    )
+    assert agreement("attribution", "random") == pytest.approx(
         correlations([r.attribution for r in rest], [r.measured for r in rest])
     )
     together = []
@@ -561,12 +587,12 @@ def test_comparison_agrees_with_the_methods_it_calls(lm: LM) -> None:
             for v in (x, x + move, y - move, y)
         ]
         together.append((at[1] - at[0] + at[3] - at[2]) / 2)
-    assert found.top_together == pytest.approx(float(sum(together)) / 6)
-    assert found.top_share == pytest.approx(found.top_together / (found.metric_patched - found.metric_clean))
-    again = compare(lm, sae, batches, top=5, n_random=6, steps=4, seed=1, max_tokens=40)
-    assert again.latents == found.latents
+    assert found.totals.top_together == pytest.approx(float(sum(together)) / 6)
+    assert found.share == pytest.approx(found.totals.top_together / found.totals.change)
+    again = compare(lm, sae, batches, TraceOptions(top=5, random=6, steps=4, seed=1), max_tokens=40)
+    assert again.effects == found.effects
     with pytest.raises(UnweaveError, match=r"the 25 strongest latents.*only \d+ change"):
-        compare(lm, sae, batches, top=25)
+        compare(lm, sae, batches, TraceOptions(top=25))
 
 
 def coordinates(lm: LM) -> SAE:
@@ -576,26 +602,21 @@ def coordinates(lm: LM) -> SAE:
     return SAE(eye, hundred, eye, -hundred, ReLU(), read=Site("resid_post", 1))
 
 
-def test_diagnosis_tells_steps_from_interactions(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diagnosis_tells_steps_from_interactions(lm: LM) -> None:
     """A metric that adds up over coordinates has no interactions; products of coordinates are nothing else."""
-    import unweave.methods.trace.comparison as comparison
-
     sae = coordinates(lm)
     clean, patch = make_pair(n=6)
     site = Site("resid_post", 1)
-    for name in ("node_effects", "exact_effects", "alone_effects", "together_effects", "endpoints"):
-        original = getattr(comparison, name)
-        monkeypatch.setattr(comparison, name, lambda *a, original=original, **k: original(*a, **k, metric_at=site))
 
     def additive(out: Tensor, rows: Tensor) -> Tensor:
         return (3.0 * out).sin().sum((1, 2))
 
-    bad_steps = compare(lm, sae, [(clean, patch, additive)], steps=1, rule="left").diagnosis
+    bad_steps = compare(lm, sae, [(clean, patch, AtSite(additive, site))], TraceOptions(steps=1, rule="left")).diagnosis
     assert bad_steps is not None
     assert bad_steps.cause == "steps"
     assert bad_steps.fine > 0.99 > bad_steps.coarse
     assert bad_steps.alone_error < 0.05
-    assert compare(lm, sae, [(clean, patch, additive)], steps=32).diagnosis is None
+    assert compare(lm, sae, [(clean, patch, AtSite(additive, site))], TraceOptions(steps=32)).diagnosis is None
 
     matrix = torch.randn(32, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     matrix.fill_diagonal_(0)
@@ -606,7 +627,7 @@ def test_diagnosis_tells_steps_from_interactions(lm: LM, monkeypatch: pytest.Mon
         moved = out - start[rows]
         return torch.einsum("bpi,ij,bpj->b", moved, matrix, moved)
 
-    found = compare(lm, sae, [(clean, patch, products)], steps=4).diagnosis
+    found = compare(lm, sae, [(clean, patch, AtSite(products, site))], TraceOptions(steps=4)).diagnosis
     assert found is not None
     assert found.cause == "interactions"
     assert found.fine == pytest.approx(found.coarse)  # the gradient of a square is linear: any midpoint rule is exact
@@ -618,6 +639,7 @@ def test_results_are_plain_values_for_json(lm: LM) -> None:
     import json
 
     sae = make_sae(lm, "resid_post.1")
-    found = compare(lm, sae, [(*make_pair(), difference)], top=3, n_random=1, steps=2).to_dict()
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["random"]["ig"]["pearson"] is None  # of one value
+    found = compare(lm, sae, [(*make_pair(), difference)], TraceOptions(top=3, random=1, steps=2))
+    plain = to_plain(found)
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert found.pearson("ig", "random") is None  # of one value

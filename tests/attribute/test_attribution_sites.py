@@ -12,8 +12,9 @@ from torch import Tensor
 from helpers.attribution import F, close, difference, make_pair, make_sae
 from helpers.models import FAMILIES
 from unweave.attribute import attribution
-from unweave.attribute.attribution import alone_effects, endpoints, exact_effects, fractions, node_effects
-from unweave.attribute.runner import Runner, Shifted
+from unweave.attribute.attribution import Interventions, fractions, node_effects
+from unweave.attribute.options import AttributionOptions
+from unweave.attribute.runner import AtSite, Runner, Shifted
 from unweave.attribute.states import change_of, states
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
@@ -67,7 +68,9 @@ def test_every_site_at_once_equals_whole_passes_one_by_one(
     # Its eager attention takes the softmax in float32, where a mask of float64's least number is minus infinity: rows
     # that see nothing but padding become NaN.
     clean, patch = padded_pair("right" if name == "gemma2" else side)
-    found = node_effects(lm, saes, clean, patch, difference, method="ig", steps=2, rule=rule, max_tokens=47)
+    found = node_effects(
+        lm, saes, clean, patch, difference, AttributionOptions(method="ig", steps=2, rule=rule, max_tokens=47)
+    )
     assert list(found) == sorted(sae.write for sae in saes)
     for sae in saes:
         site = sae.write
@@ -86,7 +89,9 @@ def test_passes_that_begin_in_the_middle_keep_a_sliding_window(tiny: Any, name: 
     lm = LM(tiny(name).double(), None)
     saes = [make_sae(lm, site, seed) for seed, site in enumerate(every_site(lm, 2))]
     clean, patch = make_pair(width=12)
-    found = node_effects(lm, saes, clean, patch, difference, method="ig", steps=2, rule="midpoint", max_tokens=50)
+    found = node_effects(
+        lm, saes, clean, patch, difference, AttributionOptions(method="ig", steps=2, rule="midpoint", max_tokens=50)
+    )
     for sae in saes:
         site = sae.write
         start = states(lm, sae, clean)[site]
@@ -107,7 +112,9 @@ def test_sites_together_are_complete_each_on_its_own(tiny: Any, name: str, ablat
     saes = [make_sae(lm, site, seed) for seed, site in enumerate(every_site(lm))]
     clean, patch = make_pair()
     other = None if ablate else patch
-    found = node_effects(lm, saes, clean, other, difference, method="ig", steps=60, rule="midpoint", max_tokens=4096)
+    found = node_effects(
+        lm, saes, clean, other, difference, AttributionOptions(method="ig", steps=60, rule="midpoint", max_tokens=4096)
+    )
     for sae in saes:
         latents, error = found[sae.write].over_positions()
         end = states(lm, sae, patch)[sae.write].x
@@ -118,7 +125,7 @@ def test_sites_together_are_complete_each_on_its_own(tiny: Any, name: str, ablat
         total = values[1] - values[0]
         assert total.abs().max() > 1e-3
         close(latents.sum(1) + error, total, 2e-2 if ablate else 2e-3)
-        for a, b in zip(endpoints(lm, sae, clean, other, difference), values, strict=True):
+        for a, b in zip(Interventions(lm, sae, clean, other, difference).endpoints(), values, strict=True):
             close(a, b)
 
 
@@ -139,7 +146,7 @@ def test_methods_agree_at_many_sites_of_a_linear_model(tiny: Any, name: str) -> 
         return (out * direction[rows]).sum((1, 2))
 
     by_method = {
-        m: node_effects(lm, saes, clean, patch, metric, method=m, steps=3, metric_at=top)  # type: ignore[arg-type]
+        m: node_effects(lm, saes, clean, patch, AtSite(metric, top), AttributionOptions(method=m, steps=3))  # type: ignore[arg-type]
         for m in ("attribution", "ig", "exact")
     }
     for sae in saes:
@@ -184,7 +191,9 @@ def test_blocks_below_a_site_run_once_and_points_share_passes(tiny: Any) -> None
 
     def tokens(steps: int, rule: str, chosen: Sequence[str]) -> list[int]:
         some = [saes[site] for site in chosen]
-        node_effects(lm, some, clean, patch, metric, method="ig", steps=steps, rule=rule, max_tokens=4096)  # type: ignore[arg-type]
+        node_effects(
+            lm, some, clean, patch, metric, AttributionOptions(method="ig", steps=steps, rule=rule, max_tokens=4096)
+        )  # type: ignore[arg-type]
         return counted.take()
 
     # Beside the two passes that find states: each point runs the blocks above its site, and no other.
@@ -209,11 +218,11 @@ def test_effects_are_found_while_other_taps_are_open(tiny: Any) -> None:
     for sae in saes:
         sae.verify(lm)
     clean, patch = make_pair()
-    plain = node_effects(lm, saes, clean, patch, difference, method="ig", steps=2)
+    plain = node_effects(lm, saes, clean, patch, difference, AttributionOptions(method="ig", steps=2))
     with lm.taps(read=["resid_post.0"]):
-        watched = node_effects(lm, saes, clean, patch, difference, method="ig", steps=2)
+        watched = node_effects(lm, saes, clean, patch, difference, AttributionOptions(method="ig", steps=2))
     with lm.taps(edit={"resid_post.0": lambda x, _at: 0.5 * x}):
-        edited = node_effects(lm, saes, clean, patch, difference, method="ig", steps=2)
+        edited = node_effects(lm, saes, clean, patch, difference, AttributionOptions(method="ig", steps=2))
     for site, found in plain.items():
         close(watched[site].latents, found.latents)
         assert (edited[site].latents - found.latents).abs().max() > 1e-3
@@ -230,7 +239,9 @@ def test_a_metric_inside_the_model_begins_no_higher_than_it_reads(tiny: Any, rea
     def metric(out: Tensor, rows: Tensor) -> Tensor:
         return (out.square() * probe).sum((1, 2))
 
-    found = node_effects(lm, saes, clean, patch, metric, method="ig", steps=3, rule="midpoint", metric_at=at)
+    found = node_effects(
+        lm, saes, clean, patch, AtSite(metric, at), AttributionOptions(method="ig", steps=3, rule="midpoint")
+    )
     for sae in saes:
         start, end = (states(lm, sae, t)[sae.write] for t in (clean, patch))
         mean = torch.zeros_like(start.x)
@@ -265,28 +276,34 @@ def test_metrics_that_are_constant_or_not_numbers_are_refused(tiny: Any) -> None
     clean, patch = make_pair()
     for method in ("attribution", "ig"):
         with pytest.raises(UnweaveError, match="is constant"):
-            node_effects(lm, saes, clean, patch, lambda out, rows: out[:, 5] - out[:, 5], method=method)  # type: ignore[arg-type]
+            node_effects(
+                lm, saes, clean, patch, lambda out, rows: out[:, 5] - out[:, 5], AttributionOptions(method=method)
+            )  # type: ignore[arg-type]
         with pytest.raises(UnweaveError, match="does not depend on"):
-            node_effects(lm, saes, clean, patch, lambda out, rows: torch.ones(len(out)), method=method)  # type: ignore[arg-type]
+            node_effects(
+                lm, saes, clean, patch, lambda out, rows: torch.ones(len(out)), AttributionOptions(method=method)
+            )  # type: ignore[arg-type]
 
     def second(out: Tensor, rows: Tensor) -> Tensor:
         return torch.where(rows == 1, torch.inf, out[:, 3])
 
     for call in (
         lambda: node_effects(lm, saes, clean, patch, second),
-        lambda: node_effects(lm, saes, clean, patch, second, method="ig"),
-        lambda: node_effects(lm, saes, clean, patch, second, method="exact"),
-        lambda: exact_effects(lm, saes[0], clean, patch, second, range(F)),
-        lambda: alone_effects(lm, saes[0], clean, patch, second, range(F)),
-        lambda: endpoints(lm, saes[0], clean, patch, second),
+        lambda: node_effects(lm, saes, clean, patch, second, AttributionOptions(method="ig")),
+        lambda: node_effects(lm, saes, clean, patch, second, AttributionOptions(method="exact")),
+        lambda: Interventions(lm, saes[0], clean, patch, second).exact(range(F)),
+        lambda: Interventions(lm, saes[0], clean, patch, second).alone(range(F)),
+        lambda: Interventions(lm, saes[0], clean, patch, second).endpoints(),
     ):
         with pytest.raises(UnweaveError, match=r"NaN or infinite[^$]*example 1"):
             call()
     below = Site("attn_add", 0)
     for call in (
-        lambda: node_effects(lm, saes, clean, patch, lambda out, _: out.sum((1, 2)), metric_at=below),
-        lambda: node_effects(lm, saes, clean, patch, lambda out, _: out.sum((1, 2)), method="ig", metric_at=below),
-        lambda: endpoints(lm, saes[0], clean, patch, lambda out, _: out.sum((1, 2)), metric_at=below),
+        lambda: node_effects(lm, saes, clean, patch, AtSite(lambda out, _: out.sum((1, 2)), below)),
+        lambda: node_effects(
+            lm, saes, clean, patch, AtSite(lambda out, _: out.sum((1, 2)), below), AttributionOptions(method="ig")
+        ),
+        lambda: Interventions(lm, saes[0], clean, patch, AtSite(lambda out, _: out.sum((1, 2)), below)).endpoints(),
     ):
         with pytest.raises(UnweaveError, match=r"does not depend on mlp_add\.0"):
             call()
@@ -295,7 +312,8 @@ def test_metrics_that_are_constant_or_not_numbers_are_refused(tiny: Any) -> None
 def test_where_passes_begin(tiny: Any) -> None:
     def begins(name: str, metric_at: str | None = None) -> dict[str, tuple[str, str]]:
         lm = LM(tiny(name), None)
-        run = Runner(lm, make_pair()[0], difference, None if metric_at is None else Site.parse(metric_at), 64)
+        metric = difference if metric_at is None else AtSite(difference, Site.parse(metric_at))
+        run = Runner(lm, make_pair()[0], metric, 64)
         sites = ("embed", "resid_pre.1", "attn_heads.1", "attn_add.1", "mlp_out.1", "mlp_add.1", "resid_post.1")
         found = {site: run.beginning(Site.parse(site)) for site in sites}
         return {site: (str(begin.stream), begin.how) for site, begin in found.items()}
@@ -347,7 +365,7 @@ def test_a_metric_that_says_what_it_reads_gets_that_alone(tiny: Any) -> None:
     assert metric.logits_read.tolist() == [5, 7, 9, 11]
     for method in ("attribution", "ig", "exact"):
         found, plain = (
-            node_effects(lm, saes, clean, patch, m, method=method, steps=2)  # type: ignore[arg-type]
+            node_effects(lm, saes, clean, patch, m, AttributionOptions(method=method, steps=2))  # type: ignore[arg-type]
             for m in (metric, lambda out, rows: metric(out, rows))
         )
         for site, one in found.items():
@@ -380,9 +398,9 @@ def test_a_model_whose_logits_follow_another_rule_is_run_whole(tiny: Any) -> Non
     assert not knows(lm) and knows(plain)
     clean, patch = make_pair()
     one, two = (
-        node_effects(m, make_sae(m, "resid_post.0"), clean, patch, difference, method="ig", steps=2)[
-            Site("resid_post", 0)
-        ]
+        node_effects(
+            m, make_sae(m, "resid_post.0"), clean, patch, difference, AttributionOptions(method="ig", steps=2)
+        )[Site("resid_post", 0)]
         for m in (plain, lm)
     )
     close(two.latents, 2 * one.latents)

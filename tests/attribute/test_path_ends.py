@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unweave.attribute.attribution import Rule, fractions, node_effects, step_lengths
+from unweave.attribute.options import AttributionOptions
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import ReLU
@@ -90,8 +91,8 @@ def test_graded_steps_make_effects_of_neurons_add_up(tiny: Any, family: str) -> 
     off = {}
     for rule in ("midpoint", "graded"):
         found = node_effects(
-            lm, units, tokens, None, difference, method="ig", steps=80, rule=rule, positions=later  # type: ignore[arg-type]
-        )[SITE]  # fmt: skip
+            lm, units, tokens, None, difference, AttributionOptions(method="ig", steps=80, rule=rule), positions=later
+        )[SITE]
         off[rule] = float((found.latents.sum((1, 2)) - change).abs().mean() / change.abs().mean())
     assert off["graded"] < 0.05 < off["midpoint"], off
 
@@ -112,5 +113,7 @@ def test_weighted_gradients_are_those_of_a_loop(tiny: Any) -> None:
             assert logits is not None
             value = difference(logits[:, -1], torch.arange(N)).sum()
         total += (end - begin) * torch.autograd.grad(value, leaf)[0]
-    found = node_effects(lm, sae, tokens, None, difference, method="ig", steps=3, rule="graded", max_tokens=2 * P)[SITE]
+    found = node_effects(
+        lm, sae, tokens, None, difference, AttributionOptions(method="ig", steps=3, rule="graded", max_tokens=2 * P)
+    )[SITE]
     torch.testing.assert_close(found.gradient, total, rtol=1e-9, atol=1e-9)

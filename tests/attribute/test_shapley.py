@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unweave.attribute.attribution import Metric, exact_effects, node_effects
+from unweave.attribute.attribution import Interventions, Metric, node_effects
+from unweave.attribute.options import AttributionOptions
+from unweave.attribute.runner import AtSite
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import ReLU
@@ -87,10 +89,10 @@ def estimates(
 ) -> dict[str, Tensor]:
     """[F, N] each: IG, exact from the clean end, and the mean of both ends."""
     ig = node_effects(
-        lm, sae, clean, patch, metric, method="ig", steps=steps, rule="midpoint", metric_at=at
-    )[SITE]  # fmt: skip
+        lm, sae, clean, patch, AtSite(metric, at), AttributionOptions(method="ig", steps=steps, rule="midpoint")
+    )[SITE]
     ends = [
-        exact_effects(lm, sae, clean, patch, metric, range(F), origin=origin, metric_at=at)  # type: ignore[arg-type]
+        Interventions(lm, sae, clean, patch, AtSite(metric, at)).exact(range(F), origin=origin)  # type: ignore[arg-type]
         for origin in ("clean", "patch")
     ]
     return {"ig": ig.latents.sum(1).T, "exact": ends[0], "both": (ends[0] + ends[1]) / 2, "error": ig.error.sum(1)}

@@ -24,7 +24,7 @@ ABOUT = About(
     "x", of="classifier", neurons=True, tokens=("a", " b"), examples=(Example("clean", "t", "u"),),
     sums=(SiteSum(LOW, 0.5, 0.25, False, 3),),
 )  # fmt: skip
-HEAD: dict[str, Any] = {"version": 2, "positions": True, "n_examples": 3, "about": to_plain(ABOUT)}
+HEAD: dict[str, Any] = {"version": 3, "positions": True, "n_examples": 3, "about": to_plain(ABOUT)}
 
 
 def circuit_tensors() -> dict[str, torch.Tensor]:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from unweave.attribute import lazy as again
+from unweave.attribute import attribution as again
 from unweave.attribute.attribution import SiteEffects, node_effects
 from unweave.attribute.completeness import TOLERANCE
+from unweave.attribute.options import AttributionOptions
+from unweave.attribute.runner import AtSite
 from unweave.circuits import find as module
-from unweave.circuits.about import Counts, EdgeCounts, Options, Search
+from unweave.circuits.about import EdgeCounts, Options, Search
 from unweave.circuits.edges import edge_effects
 from unweave.circuits.find import find_circuit, find_nodes
 from unweave.circuits.graph import Circuit
@@ -111,7 +113,13 @@ def one_by_one(lm: LM, saes: Any, batches: Any, o: Options) -> tuple[dict[Site, 
     for clean, patch, metric in examples:
         at = torch.arange(clean.ids.shape[1]).unsqueeze(0) >= o.skip_first
         effects = node_effects(
-            lm, saes, clean, patch, metric, method=o.method, steps=o.steps, rule=o.rule, positions=at
+            lm,
+            saes,
+            clean,
+            patch,
+            metric,
+            AttributionOptions(method=o.method, steps=o.steps, rule=o.rule),
+            positions=at,
         )
         found.append((clean, patch, effects, at))
         for site, e in effects.items():
@@ -122,9 +130,15 @@ def one_by_one(lm: LM, saes: Any, batches: Any, o: Options) -> tuple[dict[Site, 
     edges: dict[Any, float] = {}
     for clean, patch, effects, at in found if o.method != "exact" else ():
         parts = edge_effects(
-            lm, saes, clean, patch, effects, threshold=o.node_threshold, positions=at, summed=o.summed,
+            lm,
+            saes,
+            clean,
+            patch,
+            effects,
+            Options(node_threshold=o.node_threshold, summed=o.summed),
+            positions=at,
             upstream=upstream,
-        )  # fmt: skip
+        )
         for pair_, e in parts.items():
             for up, down, weight in zip(e.up.tolist(), e.down.tolist(), e.weight.tolist(), strict=True):
                 key = (*pair_, tuple(up), tuple(down))
@@ -197,7 +211,7 @@ def test_lengths_and_zero_ablation_and_what_is_reported(case: Any) -> None:
     above = {kind: sum(int((e.abs() > 0.03)[:, part].sum()) for e in nodes.values())
              for kind, part in (("latents", slice(0, -1)), ("errors", slice(-1, None)))}  # fmt: skip
     counted = {kind: sum(getattr(row, kind) for row in search.above) for kind in above}
-    assert counted == above and whole.counts(0.03) == Counts(**above)
+    assert counted == above and whole.counts(0.03) == (above["latents"], above["errors"])
     assert search.edges == EdgeCounts(len(edges), len(listed(whole)))
     values = {}
     for side in (0, 1):
@@ -255,14 +269,14 @@ def test_every_option_is_used(case: Any, change: dict[str, Any]) -> None:
     """Each changes the circuit, to what the same options give when examples run one by one."""
     lm, saes, batches = case
     batches = batches[1:2]
-    options = dataclasses.replace(FAST, **change)
+    options = dataclasses.replace(FAST, **{name: value for name, value in change.items() if name != "metric_at"})
     if "metric_at" in change:
-        batches = [(batches[0][0], batches[0][1], lambda out, rows: out[:, -1, 3])]
+        batches = [(*batches[0][:2], AtSite(lambda out, rows: out[:, -1, 3], change["metric_at"]))]
     make = find_nodes if change.get("method") == "exact" else find_circuit
     plain, changed = (make(lm, saes, batches, o) for o in (dataclasses.replace(options, **{
         name: getattr(FAST, name) for name in change if name != "metric_at"}), options))  # fmt: skip
     if "metric_at" in change:
-        total = node_effects(lm, saes, *batches[0], method="ig", steps=2, rule="midpoint", metric_at=Site("final_norm"))
+        total = node_effects(lm, saes, *batches[0], AttributionOptions(method="ig", steps=2, rule="midpoint"))
         close(changed.nodes[Site("embed")][:, :-1], total[Site("embed")].latents.mean(0))
         return
     nodes, edges = one_by_one(lm, saes, batches, options)
@@ -291,7 +305,7 @@ def test_batches_are_halved_when_memory_runs_out(case: Any, monkeypatch: pytest.
 
     def narrow(function: Any) -> Any:
         def run(lm: LM, saes: Any, clean: Tokens, *args: Any, **named: Any) -> Any:
-            asked.append((len(clean), named["max_tokens"]))
+            asked.append((len(clean), args[2].max_tokens))
             if len(clean) > 2:
                 raise MemoryError
             return function(lm, saes, clean, *args, **named)
@@ -318,8 +332,8 @@ def test_passes_of_an_example_that_does_not_fit_hold_its_own_tokens_only(
     asked: list[tuple[int, int]] = []
 
     def narrow(lm: LM, saes: Any, clean: Tokens, *args: Any, **named: Any) -> Any:
-        asked.append((len(clean), named["max_tokens"]))
-        if named["max_tokens"] > clean.ids.shape[1]:
+        asked.append((len(clean), args[2].max_tokens))
+        if args[2].max_tokens > clean.ids.shape[1]:
             raise MemoryError
         return node_effects(lm, saes, clean, *args, **named)
 
@@ -339,13 +353,19 @@ def test_edges_hold_one_site_s_effects_at_a_time(case: Any, monkeypatch: pytest.
     held: list[weakref.ref[Tensor]] = []
 
     def watched(sae: SAE, gradient: Tensor, change: Any) -> SiteEffects:
-        assert all(ref() is None for ref in held)
         found = effects_of(sae, gradient, change)
         held.extend(weakref.ref(x) for x in (found.latents, change.latents))
         return found
 
+    class Watched(again.EffectsAgain):
+        def __getitem__(self, site: Site) -> SiteEffects:
+            assert all(ref() is None for ref in held)
+            with monkeypatch.context() as patch:
+                patch.setattr(again, "effects_of", watched)
+                return super().__getitem__(site)
+
     effects_of = again.effects_of
-    monkeypatch.setattr(again, "effects_of", watched)
+    monkeypatch.setattr(module, "EffectsAgain", Watched)
     find_circuit(lm, saes, batches[1:2], FAST)
     assert len(held) == 2 * len(saes)  # each site's once
 
@@ -442,7 +462,7 @@ def test_bad_input_is_refused(case: Any, monkeypatch: pytest.MonkeyPatch) -> Non
                   {"node_threshold": -1.0}, {"edge_threshold": -0.1}):  # fmt: skip
         with pytest.raises(UnweaveError, match=next(iter(wrong))):
             Options(**wrong)
-    with pytest.raises(UnweaveError, match="0 steps"):
+    with pytest.raises(UnweaveError, match="steps must be at least 1"):
         Options(steps=0)
 
     def broken(*args: Any, **named: Any) -> Any:

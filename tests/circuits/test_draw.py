@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from unweave.circuits.about import About, Options, Search
-from unweave.circuits.draw import draw_svg, to_json
+from unweave.circuits.draw import Picture, draw_svg, to_json
 from unweave.circuits.draw_html import draw_html
 from unweave.circuits.graph import Circuit, Edges
 from unweave.circuits.picture import _crossings, edge_threshold_for, place, select, threshold_for, thresholds
@@ -85,7 +85,7 @@ def lines(root: ET.Element) -> list[ET.Element]:
 def test_the_picture_holds_what_is_above_the_thresholds_and_no_more(positions: int | None) -> None:
     found = circuit(4, positions)
     node, edge = 0.6, 0.3
-    root = drawn(draw_svg(found, node_threshold=node, edge_threshold=edge))
+    root = drawn(draw_svg(Picture(circuit=found, node_threshold=node, edge_threshold=edge)))
     above, edges = found.above(node), found.edges_above(node, edge)
     assert 5 < len(above) < sum(int((e != 0).sum()) for e in found.nodes.values())
     titles = [shape.findtext(f"{SVG}title") or "" for shape in shapes(root).values()]
@@ -110,7 +110,11 @@ def test_colours_by_sign_and_size() -> None:
     up = torch.tensor([[0, 0], [0, 1]])
     edges: dict[tuple[Site, Site | None], Edges] = {(sites[0], sites[1]): Edges(up, up, torch.tensor([2.0, -1.0]))}
     root = drawn(
-        draw_svg(Circuit(dict.fromkeys(sites, effects), edges, False, 1), node_threshold=0.1, edge_threshold=0.0)
+        draw_svg(
+            Picture(
+                circuit=Circuit(dict.fromkeys(sites, effects), edges, False, 1), node_threshold=0.1, edge_threshold=0.0
+            )
+        )
     )
     fills = {}
     for shape in shapes(root).values():
@@ -131,8 +135,10 @@ def test_annotations_are_the_labels_and_whatever_they_hold_stays_text() -> None:
     name = f"{above[0].site}/{above[0].slot}"
     said = {name: Annotation(name, NASTY, NASTY, 70, 20, False)}
     tokens = [NASTY, "\n", "", " x"]
-    svg = draw_svg(found, node_threshold=0.3, edge_threshold=0.3, annotations=said, tokens=tokens, title=NASTY)
-    page = draw_html(found, node_threshold=0.3, edge_threshold=0.3, annotations=said, tokens=tokens, title=NASTY)
+    picture = Picture(
+        circuit=found, node_threshold=0.3, edge_threshold=0.3, annotations=said, tokens=tokens, title=NASTY
+    )
+    svg, page = draw_svg(picture), draw_html(picture)
     for text in (svg, page):
         assert "<script>alert" not in text and "alert(&quot;x&quot;)" in text
         assert text.encode("utf-8")
@@ -151,9 +157,9 @@ def test_caps_are_told_and_keep_the_strongest() -> None:
     assert sorted((abs(n.effect) for n in selection.nodes), reverse=True) == sizes[:20]
     assert selection.nodes_left_out == len(sizes) - 20 and len(selection.edges) == 15
     assert selection.edges_left_out == len(found.edges_above(0.0, 0.0)) - 15
-    text = draw_svg(found, node_threshold=0.0, edge_threshold=0.0, max_nodes=20, max_edges=15)
+    text = draw_svg(Picture(circuit=found, node_threshold=0.0, edge_threshold=0.0, max_nodes=20, max_edges=15))
     assert f"{selection.nodes_left_out:,} weaker nodes and {selection.edges_left_out:,} weaker edges" in text
-    assert "Left out" not in draw_svg(circuit(1), node_threshold=0.0, edge_threshold=0.0)
+    assert "Left out" not in draw_svg(Picture(circuit=circuit(1), node_threshold=0.0, edge_threshold=0.0))
 
 
 def test_thresholds_that_leave_about_as_many_as_asked() -> None:
@@ -177,14 +183,16 @@ def test_thresholds_that_leave_about_as_many_as_asked() -> None:
 def test_what_cannot_be_drawn(change: dict[str, Any], says: str) -> None:
     with pytest.raises(UnweaveError, match=says):
         asked: dict[str, Any] = {"node_threshold": 0.1, "edge_threshold": 0.1} | change
-        draw_svg(circuit(), **asked)
+        draw_svg(Picture(circuit=circuit(), **asked))
 
 
 def test_json_says_the_same() -> None:
     found = circuit(4)
     said = {str(n.name.partition(", ")[2]): Annotation(n.name.partition(", ")[2], "w") for n in found.above(0.5)[:1]}
     values = json.loads(
-        json.dumps(to_json(found, node_threshold=0.5, edge_threshold=0.4, annotations=said), allow_nan=False)
+        json.dumps(
+            to_json(Picture(circuit=found, node_threshold=0.5, edge_threshold=0.4, annotations=said)), allow_nan=False
+        )
     )
     assert [n["name"] for n in values["nodes"]] == [
         n.name for n in sorted(found.above(0.5), key=lambda n: -abs(n.effect))
@@ -309,9 +317,9 @@ def test_the_page_is_complete_safe_and_reachable_by_keyboard() -> None:
         if not node.is_error:
             by_site.setdefault(node.site, set()).add(node.slot)
     records = {site: records_for(sorted(some)) for site, some in by_site.items()}
-    options: dict[str, Any] = {"node_threshold": 0.3, "edge_threshold": 0.3, "records": records}
-    page = draw_html(found, **options)
-    assert page == draw_html(found, **options)
+    picture = Picture(circuit=found, node_threshold=0.3, edge_threshold=0.3)
+    page = draw_html(picture, records)
+    assert page == draw_html(picture, records)
     assert "default-src 'none'" in page
     assert page.count("<script>") == page.count("</script>") == 1
     assert not re.search(r"(src|href)=\"(?!#)", page) and "@import" not in page and "url(" not in page

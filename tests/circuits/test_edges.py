@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from helpers import circuit_loop
 from unweave.attribute.attribution import SiteEffects, node_effects
 from unweave.attribute.states import change_of, moved_positions, states
+from unweave.circuits.about import Options
 from unweave.circuits.edges import edge_effects, merge
 from unweave.circuits.faithfulness import token_means
 from unweave.circuits.graph import Edges
@@ -146,8 +148,10 @@ def compared(
     """Ours equal to the loop's; returns the loop's."""
     effects = node_effects(lm, saes, clean, patch, difference, positions=positions)
     expected = loop(lm, saes, clean, patch, effects, threshold, positions)
-    options = {"threshold": threshold, "positions": positions, **options}
-    same(edge_effects(lm, saes, clean, patch, effects, **options), expected, saes, tolerance)
+    found = edge_effects(
+        lm, saes, clean, patch, effects, Options(node_threshold=threshold, **options), positions=positions
+    )
+    same(found, expected, saes, tolerance)
     return expected
 
 
@@ -216,7 +220,7 @@ def test_a_skip_goes_around_the_nodes_of_its_transcoder(tiny: Any) -> None:
     assert float((with_skip[up, down] - without[up, down]).abs().max()) > 0.01
     skipping = {Site("resid_post", 0): make_sae(lm, "resid_post.0", 1, ReLU(), "resid_post.0")}
     with pytest.raises(UnweaveError, match="skip in the residual stream"):
-        edge_effects(lm, skipping, clean, patch, {}, threshold=0.1)
+        edge_effects(lm, skipping, clean, patch, {}, Options(node_threshold=0.1))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
@@ -249,7 +253,7 @@ def test_trap_01_padding_has_no_part(tiny: Any, family: str, side: str) -> None:
     saes = make_saes(lm, [*FULL[:7], "resid_post.2"])
     compared(lm, saes, clean, patch)
     effects = node_effects(lm, saes, clean, None, difference)
-    whole = edge_effects(lm, saes, clean, None, effects, threshold=0.02, summed="positions")
+    whole = edge_effects(lm, saes, clean, None, effects, Options(node_threshold=0.02, summed="positions"))
     alone = []
     for row in range(N):
         short = clean.rows(slice(row, row + 1))
@@ -257,7 +261,7 @@ def test_trap_01_padding_has_no_part(tiny: Any, family: str, side: str) -> None:
         short = Tokens(short.ids[:, kept], short.mask[:, kept], short.roles[:, kept])
         metric = lambda out, rows, row=row: difference(out, rows + row)  # noqa: E731
         found = node_effects(lm, saes, short, None, metric)
-        alone.append(edge_effects(lm, saes, short, None, found, threshold=0.02, summed="positions"))
+        alone.append(edge_effects(lm, saes, short, None, found, Options(node_threshold=0.02, summed="positions")))
     joined = merge(alone)
     assert set(joined) == set(whole)
     same(whole, {p: dense(e, saes, p, 1) for p, e in joined.items() if p[1]}, saes, 1e-6)  # type: ignore[arg-type]
@@ -322,7 +326,7 @@ def test_edges_equal_path_specific_finite_differences(tiny: Any, family: str) ->
     start = states(lm, saes, clean)
     one = slice(0, 1)
     alone = {s: SiteEffects(e.latents[one], e.error[one], e.gradient[one]) for s, e in effects.items()}  # type: ignore[index]
-    found = edge_effects(lm, saes, clean.rows(one), patch.rows(one), alone, threshold=0.0)
+    found = edge_effects(lm, saes, clean.rows(one), patch.rows(one), alone, Options(node_threshold=0.0))
     rounding = family in ("llama", "gemma2", "olmo2")  # their norms compute in float32
     step, tolerance = (2e-3, 2e-3) if rounding else (1e-4, 1e-6)
     compared_pairs = 0
@@ -373,7 +377,7 @@ def test_direct_and_mediated_paths_make_up_the_whole_derivative(tiny: Any, famil
     D, n = 32, 3 * 32
     ones = torch.ones(1, 3, D, dtype=torch.float64)
     effects = {site: SiteEffects(ones, ones[..., 0] * 0, ones) for site in saes}
-    found = edge_effects(lm, saes, tokens, None, effects, threshold=0.5)
+    found = edge_effects(lm, saes, tokens, None, effects, Options(node_threshold=0.5))
 
     def jacobian(up: str, down: str) -> Tensor:
         """[down, up], from weights -J f (zero ablation, all gradients 1)."""
@@ -411,8 +415,8 @@ def test_summed_is_the_sum_of_unsummed(tiny: Any, family: str) -> None:
     saes = make_saes(lm, ["resid_post.0", *FULL[4:]])
     clean, patch = make_pair()
     effects = node_effects(lm, saes, clean, patch, difference)
-    apart = edge_effects(lm, saes, clean, patch, effects, threshold=0.02)
-    added = edge_effects(lm, saes, clean, patch, effects, threshold=0.02, summed="positions")
+    apart = edge_effects(lm, saes, clean, patch, effects, Options(node_threshold=0.02))
+    added = edge_effects(lm, saes, clean, patch, effects, Options(node_threshold=0.02, summed="positions"))
     assert set(apart) == set(added)
     sums = {p: dense(e, saes, p).sum((0, 2))[None, :, None] for p, e in apart.items() if p[1]}  # type: ignore[arg-type]
     same(added, sums, saes, 1e-9)
@@ -433,12 +437,12 @@ def test_chunks_change_nothing(tiny: Any, monkeypatch: Any) -> None:
     clean, patch = make_pair()
     effects = node_effects(lm, saes, clean, patch, difference)
     for summed in ("none", "positions"):
-        options: Any = {"threshold": 0.02, "summed": summed}
+        options = Options(node_threshold=0.02, summed=summed)  # type: ignore[arg-type]
         with monkeypatch.context() as m:
-            whole = edge_effects(lm, saes, clean, patch, effects, **options)
+            whole = edge_effects(lm, saes, clean, patch, effects, options)
             m.setattr(edges, "_BUFFER", 300)
             m.setattr(arrivals, "_NUMBERS", 900)
-            small = edge_effects(lm, saes, clean, patch, effects, **options, max_tokens=7)
+            small = edge_effects(lm, saes, clean, patch, effects, replace(options, max_tokens=7))
         width = P if summed == "none" else 1
         same(small, {p: dense(e, saes, p, width) for p, e in whole.items() if p[1]}, saes, 1e-9)  # type: ignore[arg-type]
 
@@ -453,9 +457,9 @@ def test_dense_and_sparse_products_agree(tiny: Any, monkeypatch: Any) -> None:
     ways: list[Any] = []
     with monkeypatch.context() as m:
         m.setattr(Arrivals, "_prefers_dense", lambda self, *_: False)
-        ways.append(edge_effects(lm, saes, clean, patch, effects, threshold=0.02))
+        ways.append(edge_effects(lm, saes, clean, patch, effects, Options(node_threshold=0.02)))
         m.setattr(Arrivals, "_prefers_dense", lambda self, *_: True)
-        ways.append(edge_effects(lm, saes, clean, patch, effects, threshold=0.02))
+        ways.append(edge_effects(lm, saes, clean, patch, effects, Options(node_threshold=0.02)))
     same(ways[0], {p: dense(e, saes, p) for p, e in ways[1].items() if p[1]}, saes, 1e-9)
 
 
@@ -468,8 +472,8 @@ def test_upstream_is_a_filter(tiny: Any) -> None:
     for width in (1, P):
         allowed = {site: torch.rand(width, F + 1, generator=g) < 0.4 for site in list(saes)[:5]}
         allowed[Site("resid_post", 1)] = torch.rand(width, F + 1, generator=g) < 0.4
-        whole = edge_effects(lm, saes, clean, patch, effects, threshold=0.02)
-        part = edge_effects(lm, saes, clean, patch, effects, threshold=0.02, upstream=allowed)
+        whole = edge_effects(lm, saes, clean, patch, effects, Options(node_threshold=0.02))
+        part = edge_effects(lm, saes, clean, patch, effects, Options(node_threshold=0.02), upstream=allowed)
         expected = {}
         for pair, edges in whole.items():
             keep = torch.ones(len(edges), dtype=torch.bool)
@@ -486,11 +490,11 @@ def test_merge_adds(tiny: Any) -> None:
     saes = make_saes(lm, FULL[:4])
     clean, patch = make_pair()
     effects = node_effects(lm, saes, clean, patch, difference)
-    whole = edge_effects(lm, saes, clean, patch, effects, threshold=0.02)
+    whole = edge_effects(lm, saes, clean, patch, effects, Options(node_threshold=0.02))
     parts = []
     for rows in (slice(0, 2), slice(2, 3)):
         part = {s: SiteEffects(e.latents[rows], e.error[rows], e.gradient[rows]) for s, e in effects.items()}  # type: ignore[index]
-        parts.append(edge_effects(lm, saes, clean.rows(rows), patch.rows(rows), part, threshold=0.02))
+        parts.append(edge_effects(lm, saes, clean.rows(rows), patch.rows(rows), part, Options(node_threshold=0.02)))
     same(merge(parts), {p: dense(e, saes, p) for p, e in whole.items() if p[1]}, saes, 1e-9)  # type: ignore[arg-type]
 
 
@@ -501,10 +505,10 @@ def test_what_edges_refuse(tiny: Any) -> None:
     lm = LM(tiny("gpt2"), None)
     clean, patch = make_pair()
 
-    def attempt(saes: dict[Site, SAE], said: str, effects: Any = None, **options: Any) -> None:
+    def attempt(saes: dict[Site, SAE], said: str, effects: Any = None, upstream: Any = None, **options: Any) -> None:
         effects = effects or node_effects(lm, saes, clean, patch, difference)
         with pytest.raises(UnweaveError, match=said):
-            edge_effects(lm, saes, clean, patch, effects, **{"threshold": 0.1, **options})
+            edge_effects(lm, saes, clean, patch, effects, Options(**options), upstream=upstream)
 
     for site in ("mlp_in.1", "resid_mid.1", "attn_in.0"):
         attempt(make_saes(lm, [site]), "are not defined")
@@ -521,7 +525,7 @@ def test_what_edges_refuse(tiny: Any) -> None:
     attempt(saes, "do not belong to these inputs", short)
     nan = {s: SiteEffects(e.latents * float("nan"), e.error, e.gradient) for s, e in effects.items()}
     attempt(saes, "NaN", nan)
-    attempt(saes, "threshold", effects, threshold=float("nan"))
+    attempt(saes, "threshold", effects, node_threshold=float("nan"))
     attempt(saes, "summed", effects, summed="examples")
     attempt(saes, "upstream slots", effects, upstream={Site("resid_post", 0): torch.ones(1, F, dtype=torch.bool)})
     attempt(saes, "upstream slots", effects, upstream={Site("resid_post", 2): torch.ones(1, F + 1, dtype=torch.bool)})
@@ -547,7 +551,7 @@ def test_edges_to_the_metric_come_from_the_last_residual_site_and_all_above_it(
     saes = make_saes(lm, sites)
     clean, patch = make_pair()
     effects = node_effects(lm, saes, clean, patch, difference)
-    found = edge_effects(lm, saes, clean, patch, effects, threshold=0.1, summed=summed)
+    found = edge_effects(lm, saes, clean, patch, effects, Options(node_threshold=0.1, summed=summed))
     assert {up for up, down in found if down is None} == {Site.parse(site) for site in ends}
     for site in map(Site.parse, ends):
         weights = torch.cat([effects[site].latents, effects[site].error[..., None]], -1).sum(0)
@@ -562,6 +566,10 @@ def test_nothing_above_the_threshold_is_nothing(tiny: Any) -> None:
     saes = make_saes(lm, FULL)
     clean, patch = make_pair()
     effects = node_effects(lm, saes, clean, patch, difference)
-    assert set(edge_effects(lm, saes, clean, patch, effects, threshold=1e9)) == {(Site("resid_post", 2), None)}
-    flat = edge_effects(lm, saes, clean, clean, node_effects(lm, saes, clean, clean, difference), threshold=0.0)
+    assert set(edge_effects(lm, saes, clean, patch, effects, Options(node_threshold=1e9))) == {
+        (Site("resid_post", 2), None)
+    }
+    flat = edge_effects(
+        lm, saes, clean, clean, node_effects(lm, saes, clean, clean, difference), Options(node_threshold=0.0)
+    )
     assert flat == {}

@@ -7,12 +7,13 @@ import json
 import math
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from unweave.circuits.about import AblationOptions
 from unweave.circuits.faithfulness import Ablated, _Circuits, ablate_outside
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
@@ -20,8 +21,8 @@ from unweave.core.result import from_plain, to_plain
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
-from unweave.methods.circuits.result import RandomNodes, Row, Sweep
-from unweave.methods.circuits.sweep import ERRORS, PAPER_THRESHOLDS, spread_thresholds, sweep
+from unweave.methods.circuits.result import Errors, RandomNodes, Row, Sweep
+from unweave.methods.circuits.sweep import PAPER_THRESHOLDS, SweepOptions, spread_thresholds, sweep
 from unweave.sae.activations import JumpReLU, TopK
 from unweave.sae.module import SAE
 from unweave.sae.neurons import neurons
@@ -156,7 +157,9 @@ def test_ablation_is_what_it_is_by_hand(tiny: Any, family: str) -> None:
     clean, patch = pair()
     for first, width in ((-1, P), (2, 1)):
         kept = kept_sets(saes, width, first + 5)
-        found = ablate_outside(lm, saes, [(clean, patch, difference)], [kept], start_layer=first, max_tokens=2 * P)
+        found = ablate_outside(
+            lm, saes, [(clean, patch, difference)], [kept], AblationOptions(start_layer=first, max_tokens=2 * P)
+        )
         close(found.circuits[0], by_hand(lm, saes, clean, patch, kept, first), FAMILIES[family])
         nothing = {site: torch.zeros(1, sae.d_sae + 1, dtype=torch.bool) for site, sae in saes.items()}
         close(found.empty, by_hand(lm, saes, clean, patch, nothing, first), FAMILIES[family])
@@ -178,7 +181,7 @@ def test_other_means_and_transcoders(tiny: Any) -> None:
     found = {}
     for ablation, over in (("patch", patch), ("clean", clean), ("zero", None)):
         (found[ablation],) = ablate_outside(
-            lm, saes, [(clean, patch, difference)], [kept], ablation=ablation, start_layer=1
+            lm, saes, [(clean, patch, difference)], [kept], AblationOptions(ablation=ablation, start_layer=1)
         ).circuits
         close(found[ablation], by_hand(lm, saes, clean, over, kept, 1))
     assert (found["patch"] - found["clean"]).abs().max() > 1e-4 < (found["zero"] - found["clean"]).abs().max()
@@ -208,7 +211,12 @@ def test_single_texts_of_many_lengths_have_one_mean_over_all_their_tokens(tiny: 
     kept = kept_sets(saes, 1, 3)
     nothing = {site: torch.zeros(1, F + 1, dtype=torch.bool) for site in saes}
     result = ablate_outside(
-        lm, saes, batches, [kept], start_layer=-1, ablation="clean", means="tokens", skip_first=skip, max_tokens=8
+        lm,
+        saes,
+        batches,
+        [kept],
+        AblationOptions(start_layer=-1, ablation="clean", skip_first=skip, max_tokens=8),
+        means="tokens",
     )
     for sets, values in ((kept, result.circuits[0]), (nothing, result.empty)):
         wanted = []
@@ -216,7 +224,9 @@ def test_single_texts_of_many_lengths_have_one_mean_over_all_their_tokens(tiny: 
             whole = Tokens.of(torch.tensor([text] * (number + 1)))  # the metric goes by the row's number
             wanted.append(by_hand(lm, saes, whole, means, sets, -1, skip)[number])
         close(values, torch.stack(wanted))
-    apart = ablate_outside(lm, saes, batches, [kept], start_layer=-1, ablation="clean", skip_first=skip)
+    apart = ablate_outside(
+        lm, saes, batches, [kept], AblationOptions(start_layer=-1, ablation="clean", skip_first=skip)
+    )
     assert (apart.circuits - result.circuits).abs().max() > 1e-4
 
 
@@ -229,14 +239,16 @@ def test_first_tokens_that_the_search_skipped_stay_whatever_is_kept(tiny: Any) -
     nothing = {site: torch.zeros(1, F + 1, dtype=torch.bool) for site in saes}
     everything = {site: ~nodes for site, nodes in nothing.items()}
     batches = [(clean, patch, difference)]
-    found = ablate_outside(lm, saes, batches, [kept, everything], start_layer=-1, skip_first=2, max_tokens=2 * P)
+    found = ablate_outside(
+        lm, saes, batches, [kept, everything], AblationOptions(start_layer=-1, skip_first=2, max_tokens=2 * P)
+    )
     close(found.circuits[0], by_hand(lm, saes, clean, patch, kept, -1, 2))
     close(found.empty, by_hand(lm, saes, clean, patch, nothing, -1, 2))
     close(found.circuits[1], found.model)
-    whole = ablate_outside(lm, saes, batches, [kept], start_layer=-1)
+    whole = ablate_outside(lm, saes, batches, [kept], AblationOptions(start_layer=-1))
     assert (whole.circuits[0] - found.circuits[0]).abs().max() > 1e-4
     with pytest.raises(UnweaveError, match="first 5"):
-        ablate_outside(lm, saes, batches, [kept], skip_first=P)
+        ablate_outside(lm, saes, batches, [kept], AblationOptions(skip_first=P))
 
 
 def test_kept_sets_may_lie_on_any_device(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +283,7 @@ def test_all_is_one_none_is_nought_and_batches_do_not_matter(tiny: Any) -> None:
     everything = {site: torch.ones(1, sae.d_sae + 1, dtype=torch.bool) for site, sae in saes.items()}
     some, nothing = kept_sets(saes, 1, 2), {site: ~kept for site, kept in everything.items()}
     a = ablate_outside(lm, saes, whole, [everything, some, nothing])
-    b = ablate_outside(lm, saes, split, [everything, some, nothing], max_tokens=1)
+    b = ablate_outside(lm, saes, split, [everything, some, nothing], AblationOptions(max_tokens=1))
     close(a.faithfulness[[0, 2]], torch.tensor([1.0, 0.0], dtype=torch.float64), 1e-7)
     assert float(a.faithfulness[1]) not in (0.0, 1.0)
     close(a.faithfulness, b.faithfulness, 1e-6)
@@ -299,9 +311,11 @@ def test_what_does_not_fit_is_refused(tiny: Any) -> None:
     good = kept_sets(saes, 1, 0)
     batch = (clean, patch, difference)
 
-    def refused(words: str, kept: Any = good, batches: Any = (batch,), **options: Any) -> None:
+    def refused(
+        words: str, kept: Any = good, batches: Any = (batch,), means: Any = "positions", **options: Any
+    ) -> None:
         with pytest.raises(UnweaveError, match=words):
-            ablate_outside(lm, saes, list(batches), [kept], **options)
+            ablate_outside(lm, saes, list(batches), [kept], AblationOptions(**options), means)
 
     refused("misses it", {Site("resid_post", 0): good[Site("resid_post", 0)]})
     refused("not bool", {site: kept[:, :-1] for site, kept in good.items()})
@@ -313,7 +327,7 @@ def test_what_does_not_fit_is_refused(tiny: Any) -> None:
     refused("words", means="words")
     refused("no patch", batches=[(clean, None, difference)])
     refused("NaN or infinite", batches=[(clean, patch, lambda out, rows: out[:, 0] / 0)])
-    clean_means = ablate_outside(lm, saes, [(clean, None, difference)], [good], ablation="clean")
+    clean_means = ablate_outside(lm, saes, [(clean, None, difference)], [good], AblationOptions(ablation="clean"))
     assert clean_means.circuits.shape == (1, N)
 
 
@@ -336,10 +350,12 @@ def swept() -> Any:
     return lm, saes, Circuit(nodes, {}, True, N), [(*pair(), difference)]
 
 
-@pytest.mark.parametrize("errors", ERRORS)
+@pytest.mark.parametrize("errors", get_args(Errors))
 def test_a_sweep_keeps_what_its_threshold_and_errors_say(swept: Any, errors: Any) -> None:
     lm, saes, circuit, batches = swept
-    found = sweep(lm, saes, batches, circuit, thresholds=(0.4, 0.1), start_layer=1, errors=errors, draws=0)
+    found = sweep(
+        lm, saes, batches, circuit, SweepOptions(start_layer=1, errors=errors, draws=0), thresholds=(0.4, 0.1)
+    )
     assert [row.threshold for row in found.rows] == [0.1, 0.4]
     for row in found.rows:
         kept = {site: nodes.abs() > row.threshold for site, nodes in circuit.nodes.items()}
@@ -350,7 +366,7 @@ def test_a_sweep_keeps_what_its_threshold_and_errors_say(swept: Any, errors: Any
                     nodes[:, -1] = True
                 elif errors == "remove" or (errors == "remove-attn-mlp" and not site.point.startswith("resid")):
                     nodes[:, -1] = False
-        wanted = ablate_outside(lm, saes, batches, [kept, other], start_layer=1).faithfulness
+        wanted = ablate_outside(lm, saes, batches, [kept, other], AblationOptions(start_layer=1)).faithfulness
         close(torch.tensor([row.faithfulness, row.completeness], dtype=torch.float64), wanted)
         inside = {site: nodes for site, nodes in kept.items() if site.layer is not None}
         assert row.latents == sum(int(nodes[:, :-1].sum()) for nodes in inside.values())
@@ -369,7 +385,7 @@ def test_random_circuits_are_as_large_and_drawn_among_nodes_that_change(
         return ablate_outside(*args, **options)
 
     monkeypatch.setattr("unweave.methods.circuits.sweep.ablate_outside", look)
-    found = sweep(lm, saes, batches, circuit, thresholds=(0.1, 0.4), draws=3, seed=1)
+    found = sweep(lm, saes, batches, circuit, SweepOptions(draws=3, seed=1), thresholds=(0.1, 0.4))
     assert len(seen) == 2 + 2 + 6
     for i, row in enumerate(found.rows):
         drawn = seen[4 + 3 * i : 7 + 3 * i]
@@ -381,8 +397,8 @@ def test_random_circuits_are_as_large_and_drawn_among_nodes_that_change(
         wanted = ablate_outside(lm, saes, batches, drawn).faithfulness.mean()
         assert row.random is not None and row.random.draws == 3
         assert row.random.mean == pytest.approx(float(wanted), abs=1e-9)
-    again = sweep(lm, saes, batches, circuit, thresholds=(0.1, 0.4), draws=3, seed=1)
-    other = sweep(lm, saes, batches, circuit, thresholds=(0.1, 0.4), draws=3, seed=2)
+    again = sweep(lm, saes, batches, circuit, SweepOptions(draws=3, seed=1), thresholds=(0.1, 0.4))
+    other = sweep(lm, saes, batches, circuit, SweepOptions(draws=3, seed=2), thresholds=(0.1, 0.4))
     assert again == found != other
     assert found.changing == sum(int((e != 0).sum()) for site, e in circuit.nodes.items() if site.layer is not None)
 
@@ -399,12 +415,16 @@ def test_a_sweep_takes_means_that_its_texts_allow_and_skips_what_the_search_skip
     asked: list[tuple[str, int]] = []
 
     def look(*args: Any, **options: Any) -> Any:
-        asked.append((options["means"], options["skip_first"]))
+        asked.append((args[5], args[4].skip_first))
         return ablate_outside(*args, **options)
 
     monkeypatch.setattr("unweave.methods.circuits.sweep.ablate_outside", look)
-    options: Any = {"thresholds": (0.1,), "draws": 0, "skip_first": 1, "ablation": "clean"}
-    swept_ways = [sweep(lm, saes, given, of, **options) for given in (batches, single) for of in (circuit, summed)]
+    options = SweepOptions(draws=0, skip_first=1, ablation="clean")
+    swept_ways = [
+        sweep(lm, saes, texts, of, options, thresholds=(0.1,))
+        for texts in (batches, single)
+        for of in (circuit, summed)
+    ]
     assert asked == [("positions", 1)] * 3 + [("tokens", 1)] == [(s.means, s.skip_first) for s in swept_ways]
     assert swept_ways[2].rows != swept_ways[3].rows
     assert from_plain(Sweep, json.loads(json.dumps(to_plain(swept_ways[3]))), "here") == swept_ways[3]
@@ -425,9 +445,12 @@ def test_neurons_have_no_errors_and_all_of_them_are_the_model(swept: Any) -> Non
 
 def test_sweeps_refuse_what_makes_no_sense(swept: Any) -> None:
     lm, saes, circuit, batches = swept
-    for options in ({"thresholds": ()}, {"thresholds": (-1.0,)}, {"errors": "some"}, {"draws": -1}):
+    for thresholds in ((), (-1.0,)):
         with pytest.raises(UnweaveError, match="a sweep needs"):
-            sweep(lm, saes, batches, circuit, **options)
+            sweep(lm, saes, batches, circuit, thresholds=thresholds)
+    for name, value in (("errors", "some"), ("draws", -1)):
+        with pytest.raises(UnweaveError, match=f"{name} must be"):
+            SweepOptions(**{name: value})  # type: ignore[arg-type]
     less = {site: e for site, e in circuit.nodes.items() if site != Site("resid_post", 2)}
     with pytest.raises(UnweaveError, match=r"no effects at resid_post\.2"):
         sweep(lm, saes, batches, dataclasses.replace(circuit, nodes=less))

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from unweave.attribute.attribution import endpoints, node_effects
+from unweave.attribute.attribution import Interventions, node_effects
+from unweave.attribute.options import AttributionOptions
+from unweave.attribute.runner import AtSite
 from unweave.attribute.states import states
+from unweave.circuits.about import AblationOptions, Options
 from unweave.circuits.edges import edge_effects
 from unweave.circuits.faithfulness import ablate_outside
 from unweave.core.site import Site
@@ -93,7 +96,7 @@ def test_latents_and_error_are_what_they_are_in_a_linear_model_and_add_up(tiny: 
     def metric(out: Tensor, rows: Tensor) -> Tensor:
         return (out * v[rows]).sum((1, 2))
 
-    found = node_effects(lm, sae, clean, other, metric, method=method, steps=3, metric_at=top)[WRITE]
+    found = node_effects(lm, sae, clean, other, AtSite(metric, top), AttributionOptions(method=method, steps=3))[WRITE]
     y, y2 = values(lm, WRITE, clean), values(lm, WRITE, patch)
     f, e, passed = parts(sae, values(lm, READ, clean), y, clean.ids)
     f2, e2, passed2 = parts(sae, values(lm, READ, patch), y2, patch.ids)
@@ -107,7 +110,7 @@ def test_latents_and_error_are_what_they_are_in_a_linear_model_and_add_up(tiny: 
     latents, error = found.over_positions()
     close(latents.sum(1) + error, total)
     start = metric(values(lm, top, clean), torch.arange(N))
-    ends = endpoints(lm, sae, clean, other, metric, metric_at=top)
+    ends = Interventions(lm, sae, clean, other, AtSite(metric, top)).endpoints()
     close(ends[0], start)
     close(ends[1], start + total)
 
@@ -148,7 +151,7 @@ def test_edges_through_a_skip_equal_finite_differences(tiny: Any, family: str, r
     saes = {Site.parse(site): make_sae(lm, site, seed, where) for seed, (site, where) in enumerate(sites.items())}
     clean, patch = (tokens.rows(slice(0, 1)) for tokens in make_pair())
     effects = node_effects(lm, saes, clean, patch, difference)
-    found = edge_effects(lm, saes, clean, patch, effects, threshold=0.0)
+    found = edge_effects(lm, saes, clean, patch, effects, Options(node_threshold=0.0))
     reads = {site: sae.read or site for site, sae in saes.items()}
     at = [{site: values(lm, site, tokens) for site in {*reads, *reads.values()}} for tokens in (clean, patch)]
     start, end = (
@@ -226,5 +229,7 @@ def test_a_circuit_keeps_the_skips_of_transcoders_alive(tiny: Any, over: Any) ->
     with lm.taps(read=[r for s, r in reads.items() if r != s], edit=dict.fromkeys(saes, edit)):
         logits = lm(clean)
     assert logits is not None
-    found = ablate_outside(lm, saes, [(clean, patch, difference)], [kept], start_layer=-1, ablation=over)
+    found = ablate_outside(
+        lm, saes, [(clean, patch, difference)], [kept], AblationOptions(start_layer=-1, ablation=over)
+    )
     close(found.circuits[0], difference(logits[:, -1], torch.arange(N)))

@@ -69,8 +69,10 @@ def trace() -> Trace:
         for estimate in ("ig", "attribution", "exact")
     )
     return Trace(
-        SUBJECT, "across_pp", SITE, 120, 0.9, 0.95, Example("The keys", " are", "The key", " is"), tuple(effects),
-        agreements, 0.8, Totals(-2.0, 2.0, 3.2, 4.0, 0.3, 3.8, 0.2), (), None, None, Path("pairs.jsonl"),
+        subject=SUBJECT, task="across_pp", site=SITE, examples=120, right_clean=0.9, right_patch=0.95,
+        example=Example("The keys", " are", "The key", " is"), effects=tuple(effects), agreements=agreements, share=0.8,
+        totals=Totals(-2.0, 2.0, 3.2, 4.0, 0.3, 3.8, 0.2), sums=(), problem=None, diagnosis=None,
+        pairs_file=Path("pairs.jsonl"),
     )  # fmt: skip
 
 

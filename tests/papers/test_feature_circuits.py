@@ -22,7 +22,7 @@ from unweave.core.result import as_read, as_written
 from unweave.core.run import Run
 from unweave.core.site import Site, matching
 from unweave.inputs.subject import SAEInfo, Subject
-from unweave.methods.behaviours.result import Answer, Behaviour, BehavioursResult, Cluster
+from unweave.methods.behaviours.result import Behaviour, BehavioursResult, Cluster
 from unweave.methods.behaviours.result import Counts as behaviour_counts
 from unweave.methods.circuits.result import CircuitSearch, Errors, Faithfulness, Reached, Row, Sweep, Used
 from unweave.methods.shift.result import METHODS, Accuracies, Judgement, Method, Seed, Share, ShiftResult, TableRow
@@ -115,7 +115,7 @@ def test_every_stage_can_be_asked_at_every_scale(
     for more in ({}, {"annotations": "mine.jsonl"}, {"biographies": "mine.parquet"}):
         spec = FeatureCircuitsSpec.from_dict({**asked, **more})
         parts = recipe._parts(spec, chosen, trained if chosen.training else None, tmp_path)
-        assert set(parts.found) == set(STRUCTURES) and len(specs) == 14
+        assert {name for part, name in parts if part == "find"} == set(STRUCTURES) and len(specs) == 14
         shift, found = specs[12], specs[13]
         assert shift.judge == ("file" if "annotations" in more else "rule")
         assert shift.biographies == more.get("biographies", chosen.shift["biographies"])
@@ -185,11 +185,14 @@ def parts_of(
     seed = Seed((), rows, (), ())  # where nothing is ablated, which the page must say
     tabled = ShiftResult(subject, sites[1], "templated", "templated text", Judgement("rule", ()), (seed,))
     shifted = finished(folder, "shift", tabled, {})
-    one = Behaviour(0, 3, (Answer("a <b>", 3),), (), 4, 1, 0, 0, (), ())
+    one = Behaviour(0, 3, (("a <b>", 3),), (), 4, 1, 0, 0, (), ())
     counts = behaviour_counts(9, 8, 1, 0, 0, 0, 7)
     clusters = (Cluster(12, 0.4, 0.1, 0.01),) * 9
     discovered = BehavioursResult(subject, counts, "latents", "ig", 8, clusters, None, (one,) * 2)
-    return Parts(None, found, evaluated, drawn, shifted, finished(folder, "behaviours", discovered, {}))
+    parts: Parts = {}
+    for part, of_structures in (("find", found), ("evaluate", evaluated), ("draw", drawn)):
+        parts |= {(part, name): run for name, run in of_structures.items()}  # type: ignore[dict-item]
+    return parts | {("shift", None): shifted, ("behaviours", None): finished(folder, "behaviours", discovered, {})}
 
 
 @pytest.mark.parametrize(
@@ -227,10 +230,10 @@ def test_the_page_says_what_the_parts_found(tmp_path: Path, numbers: dict[str, A
 
 def test_a_page_of_other_parts_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = parts_of(tmp_path)
-    other = first.shifted.path.with_name("shift-0123456789ab")
-    shutil.copytree(first.shifted.path, other)
+    other = first["shift", None].path.with_name("shift-0123456789ab")
+    shutil.copytree(first["shift", None].path, other)
     monkeypatch.setattr(recipe, "plan_of", lambda spec: replace(plan_of(spec), training=None, saes=("x",)))
-    asked = iter([first, first, replace(first, shifted=Run.at(other, ShiftResult))])
+    asked = iter([first, first, first | {("shift", None): Run.at(other, ShiftResult)}])
     monkeypatch.setattr(recipe, "_parts", lambda *_: next(asked))
     runs = [recipe.run(FeatureCircuitsSpec(), tmp_path / "runs") for _ in range(3)]
     assert [run.reused for run in runs] == [False, True, False]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unweave.attribute.attribution import exact_effects, node_effects
+from unweave.attribute.attribution import Interventions, node_effects
 from unweave.attribute.states import states
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
@@ -75,7 +75,7 @@ def test_exact_effects_of_neurons_are_those_of_overwriting_them(tiny: Any) -> No
     lm = LM(tiny("llama"), None)
     clean, patch = make_pair()
     sae = neurons(lm, "mlp_act.1")
-    found = exact_effects(lm, sae, clean, patch, metric, [4, 9])
+    found = Interventions(lm, sae, clean, patch, metric).exact([4, 9])
     with lm.taps(read=["mlp_act.1"]) as here, lm.taps(read=["mlp_act.1"]) as there:
         lm(clean)
         x = here["mlp_act.1"]

@@ -45,16 +45,10 @@ class Completeness:
             rows.append(SiteSum(site, total / n, change / n, complete, int(n)))
         return tuple(rows)
 
-    def problem(self) -> str | None:
-        """What a reader must know where sums and changes differ; None where they agree."""
-        return incomplete(self.rows())
-
-    def warn(self) -> str | None:
-        """``problem``, said as a warning too."""
-        problem = self.problem()
-        if problem:
+    def warn(self) -> None:
+        """Warns where sums and changes differ."""
+        if problem := incomplete(self.rows()):
             warnings.warn(problem, UnweaveWarning, stacklevel=3)
-        return problem
 
 
 def sums_of(effects: SiteEffects) -> Tensor | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
 from unweave.core.errors import UnweaveError
+from unweave.core.rules import at_least, only_for
+from unweave.core.spec import Spec
 
 Method = Literal["attribution", "ig", "exact"]
 Rule = Literal["left", "midpoint", "right", "graded"]
@@ -16,6 +19,33 @@ middle: for ways that end at the zero vector, where normalisation makes gradient
 _GRADE = 4
 """how fast graded steps grow shorter; of 2 to 6 the best in sum and in each effect where ways end at zero (measured in
 tiny models of six families, and in SmolLM2)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientOptions(Spec):
+    """How effects are estimated from gradients: what several questions ask."""
+
+    method: Literal["ig", "attribution"] = "ig"
+    """Integrated gradients, or attribution patching, which is one step of it."""
+    steps: Annotated[int, at_least(1), only_for("method", "ig")] = 10
+    """Steps of integrated gradients."""
+    rule: Annotated[Rule, only_for("method", "ig")] = "midpoint"
+    """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
+    ablation to the zero vector (neurons, an SAE without a decoder bias), with 80 steps or more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributionOptions:
+    """How node effects are estimated. ``steps`` and ``rule`` are for integrated gradients ("ig"). "exact" runs the
+    model once per changed node and is for small cases only. ``max_tokens`` bounds the tokens of one pass."""
+
+    method: Method = "attribution"
+    steps: int = 10
+    rule: Rule = "left"
+    max_tokens: int = 1024
+
+
+DEFAULT = AttributionOptions()
 
 
 def fractions(steps: int, rule: Rule) -> list[float]:

@@ -10,7 +10,7 @@
    begin at the same place.
 
 Only the logits of last tokens are computed (of those that the metric reads, where it says so), or none where the metric
-is that of a site (``metric_at``): the pass ends there.
+reads a site (``AtSite``): the pass ends there.
 """
 
 from __future__ import annotations
@@ -33,9 +33,22 @@ from unweave.lm.unembed import knows, unembed
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """``metric(out [R, V], rows int64 [R]) -> [R]``: one number per row from the logits at its last token. ``rows`` says
-which example of the batch each row is: methods run examples several times and in other groups. With ``metric_at``
-given, ``out`` is that site's value [R, P, D] instead. A metric may have an attribute ``logits_read``, int64 [k]: the
-ids whose logits it reads. The others are then not computed, and NaN."""
+which example of the batch each row is: methods run examples several times and in other groups. A metric may have an
+attribute ``logits_read``, int64 [k]: the ids whose logits it reads. The others are then not computed, and NaN. One with
+an attribute ``site`` reads that site's value [R, P, D] instead (``AtSite``)."""
+Batch = tuple[Tokens, "Tokens | None", Metric]
+"""clean tokens, patch tokens (None: ablation), metric"""
+
+
+@dataclass(frozen=True)
+class AtSite:
+    """A metric of a site's value: ``of(value [R, P, D], rows [R]) -> [R]``."""
+
+    of: Metric
+    site: Site
+
+    def __call__(self, out: Tensor, rows: Tensor) -> Tensor:
+        return self.of(out, rows)
 
 
 @dataclass(frozen=True)
@@ -70,16 +83,27 @@ class Shifted:
     def logits_read(self) -> Tensor | None:
         return getattr(self.metric, "logits_read", None)
 
+    @property
+    def site(self) -> Site | None:
+        return getattr(self.metric, "site", None)
+
     def __call__(self, out: Tensor, rows: Tensor) -> Tensor:
         return self.metric(out, rows + self.first)
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some of a batch's examples; their metric still gets the numbers they have in the whole batch."""
+    clean, patch, metric = batch
+    return clean.rows(rows), None if patch is None else patch.rows(rows), Shifted(metric, rows.start)
 
 
 class Runner:
     """Runs one batch of examples with a site set to given values, and evaluates the metric, within ``max_tokens``."""
 
-    def __init__(self, lm: LM, tokens: Tokens, metric: Metric, metric_at: Site | None, max_tokens: int) -> None:
+    def __init__(self, lm: LM, tokens: Tokens, metric: Metric, max_tokens: int) -> None:
         self.lm, self.tokens, self.metric, self.max_tokens = lm, tokens, metric, max_tokens
-        self.metric_at = None if metric_at is None else lm.site(metric_at)
+        site: Site | None = getattr(metric, "site", None)
+        self.metric_at = None if site is None else lm.site(site)
         self._clean: dict[Site, Tensor] = {}
         read: Tensor | None = getattr(metric, "logits_read", None)
         self._read = None if read is None else read.to(lm.device).unique()
@@ -149,12 +173,7 @@ class Runner:
     # -- passes ---------------------------------------------------------------------------------------------------
 
     def metric_of(
-        self,
-        rows: Tensor,
-        edits: Mapping[Site, EditFn],
-        grad: bool,
-        start: Start | None = None,
-        shortcut: bool = False,
+        self, rows: Tensor, edits: Mapping[Site, EditFn], grad: bool, start: Start | None = None, shortcut: bool = False
     ) -> Tensor:
         """The metric [R] of the examples ``rows`` [R] with edits in place, the pass begun at ``start``.
 
@@ -363,7 +382,3 @@ def _grad(value: Tensor, at: Sequence[Tensor | None], sites: Sequence[Site]) -> 
 
 def _cat(parts: Mapping[Site, list[Tensor]]) -> dict[Site, Tensor]:
     return {site: torch.cat(tensors) for site, tensors in parts.items()}
-
-
-Batch = tuple[Tokens, "Tokens | None", Metric]
-"""clean tokens, patch tokens (None: ablation), metric"""

@@ -134,7 +134,7 @@ def line_up(lm: LM, clean: Tokens, patch: Patch) -> tuple[Tokens, Tokens | None,
 
 
 def moved_positions(tokens: Tokens, positions: Tensor | None) -> Tensor:
-    """Where patching may change something, bool [B, P]: the positions asked for (None: all) that are not padding."""
+    """Where patching may change something, bool [B, P]: the chosen positions (None: all) that are not padding."""
     if positions is None:
         return tokens.mask
     if positions.shape != tokens.mask.shape or positions.dtype != torch.bool:
@@ -143,6 +143,19 @@ def moved_positions(tokens: Tokens, positions: Tensor | None) -> Tensor:
             remedy="give one truth value per token",
         )
     return positions.to(tokens.mask.device) & tokens.mask
+
+
+def beyond_first(mask: Tensor, skip_first: int) -> Tensor:
+    """The tokens that are neither padding nor among each row's first ``skip_first``, bool [B, P].
+
+    Raises UnweaveError for a row that has no others.
+    """
+    free = mask & (mask.cumsum(1) > skip_first)
+    if not bool(free.any(1).all()):
+        raise UnweaveError(
+            f"a text has no tokens beside the first {skip_first}", where="skip_first", remedy="leave fewer alone"
+        )
+    return free
 
 
 def chunks(n_rows: int, width: int, max_tokens: int) -> Iterator[slice]:

@@ -1,15 +1,18 @@
-"""What a circuit says of itself, in plain values that its file holds and results share. Knows no torch."""
+"""The description of a circuit, in plain values that its file holds and results share. Knows no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from unweave.attribute.options import Method, Rule, fractions
+from unweave.attribute.options import Method, Rule
 from unweave.attribute.result import SiteSum, incomplete
-from unweave.core.errors import UnweaveError
+from unweave.core.rules import at_least
 from unweave.core.site import Site
+from unweave.core.spec import Spec, operational
 from unweave.inputs.subject import Subject
+from unweave.latents.annotations import name_of
 
 Summed = Literal["none", "positions"]
 """Effects of each position, or summed over positions."""
@@ -19,43 +22,46 @@ Means = Literal["positions", "tokens"]
 """What means are taken over: examples, position by position and length by length, or all tokens of all examples."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a circuit is found. Thresholds are in units of the metric.
-
-    ``steps`` and ``rule`` are those of integrated gradients. ``skip_first`` first tokens of each row are left as they
-    are. ``upstream`` "above" draws edges only from nodes whose mean effect is above ``node_threshold``. Edges with
-    |weight| <= ``edge_threshold`` are dropped, with 0 none. ``metric_at``: see ``attribute.runner.Metric``. Examples
-    without patch inputs are ablated: to zero, or each node to its "mean" over all tokens of all examples.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Options(Spec):
+    """How a circuit is found. Thresholds are in units of the metric."""
 
     method: Method = "ig"
-    steps: int = 10
+    """Integrated gradients; attribution patching, which is one step of it; or exact effects, for tiny models."""
+    steps: Annotated[int, at_least(1)] = 10
+    """Steps of integrated gradients."""
     rule: Rule = "midpoint"
+    """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
+    ablation to the zero vector (neurons, an SAE without a decoder bias), with 80 steps or more."""
     summed: Summed = "none"
-    skip_first: int = 0
-    node_threshold: float = 0.1
-    edge_threshold: float = 0.01
-    upstream: Literal["above", "all"] = "above"
-    max_tokens: int = 1024
-    metric_at: Site | None = None
+    """Keep positions, for sentences of equal length, or sum over them."""
+    skip_first: Annotated[int, at_least(0)] = 0
+    """How many first tokens of each text are left as they are, as 1 for a BOS token."""
     ablation: Literal["zero", "mean"] = "zero"
+    """Of single texts: ablate nodes to zero, or to their means over all tokens. Take the mean for neurons, and where
+    effects do not add up to what is measured."""
+    node_threshold: Annotated[float, at_least(0)] = 0.1
+    """Nodes whose mean effect on the metric is larger, in either direction, are in the circuit and get edges."""
+    edge_threshold: Annotated[float, at_least(0)] = 0.01
+    """Edges of larger weight, in either direction, are kept; 0 keeps all."""
+    upstream: Literal["above", "all"] = "above"
+    """Edges from nodes above the threshold only, or from all."""
+    max_tokens: Annotated[int, at_least(1)] = operational(1024)
+    """Tokens that go through the model at once at most; halved while memory is too small for them."""
 
-    def __post_init__(self) -> None:
-        fractions(self.steps, self.rule)
-        valid = {
-            "method": self.method in ("ig", "attribution", "exact"),
-            "summed": self.summed in ("none", "positions"),
-            "skip_first": self.skip_first >= 0,
-            "node_threshold": self.node_threshold >= 0,
-            "edge_threshold": self.edge_threshold >= 0,
-            "upstream": self.upstream in ("above", "all"),
-            "ablation": self.ablation in ("zero", "mean"),
-            "max_tokens": self.max_tokens > 0,
-        }
-        for name, fine in valid.items():
-            if not fine:
-                raise UnweaveError(f"{name} = {getattr(self, name)!r} is invalid", where="unweave.circuits.Options")
+
+@dataclass(frozen=True, kw_only=True)
+class AblationOptions(Spec):
+    """How everything outside a circuit is ablated."""
+
+    start_layer: Annotated[int, at_least(-1)] = 0
+    """From this layer on, -1 for the embedding too."""
+    ablation: Ablation = "patch"
+    """What ablated nodes are set to: means over the patch texts or the clean ones, or zero."""
+    skip_first: Annotated[int, at_least(0)] = 0
+    """How many first tokens of each text stay as they are, whatever is kept."""
+    max_tokens: Annotated[int, at_least(1)] = operational(1024)
+    """Tokens that go through the model at once at most."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,24 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """How many nodes are above a threshold."""
+class Supporting:
+    """A latent that supports a classifier's labels, and by how much, in logits."""
 
-    latents: int
-    errors: int
+    site: Site
+    latent: int
+    effect: float
+
+    @property
+    def name(self) -> str:
+        return name_of(self.site, self.latent)
+
+
+def by_site(latents: Iterable[tuple[Site, int]]) -> dict[Site, list[int]]:
+    """Latents by site, in their order and each once."""
+    grouped: dict[Site, dict[int, None]] = {}
+    for site, latent in latents:
+        grouped.setdefault(site, {})[latent] = None
+    return {site: list(group) for site, group in grouped.items()}
 
 
 @dataclass(frozen=True)
@@ -125,7 +144,7 @@ class Search:
     """the same on the patch texts; None where nodes are ablated"""
     above: tuple[SiteCounts, ...]
     edges: EdgeCounts | None = None
-    """None where no edges were asked for"""
+    """None for a search without edges"""
     ends: tuple[Site, ...] = ()
     """sites with edges to the metric. Of several, these edges are total effects: what one does through a later one
     counts at both"""

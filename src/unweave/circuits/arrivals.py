@@ -56,7 +56,7 @@ class Changes:
 def changes_of(
     sae: SAE, token: Tensor, latents: Tensor, x: Tensor, shape: torch.Size, allowed: Tensor | None
 ) -> Changes:
-    """A site's changes at ``token`` int64 [n], ascending (elsewhere there is none), of a batch of ``shape`` [B, P].
+    """A site's changes at ``token`` int64 [n], ascending (no other token changes), of a batch of ``shape`` [B, P].
 
     ``latents`` [n, F] and ``x`` [n, D] are the patch values minus the clean ones; the error's change is what latents
     leave of x's. Only ``allowed`` slots (bool [P or 1, F + 1]) are kept where that is given.
@@ -106,8 +106,8 @@ class Arrivals:
         token = (rows.example.unsqueeze(1) * self.changes.n_positions + rows.position).flatten()
         cot = rows.cot.flatten(0, 1).to(self.sums.dtype)
         if rows.spread:  # attention looks back only: later tokens have gradient 0
-            some = cot.any(-1).nonzero()[:, 0]
-            at, token, cot = at[some], token[some], cot[some]
+            nonzero = cot.any(-1).nonzero()[:, 0]
+            at, token, cot = at[nonzero], token[nonzero], cot[nonzero]
         if not len(cot):
             return
         self.sums[:, -1].index_add_(0, at, (cot * self.changes.error[token]).sum(-1))
@@ -121,7 +121,7 @@ class Arrivals:
             self._add_sparse(cot, at, used, place, sharing, counts)
 
     def _prefers_dense(self, n_rows: int, counts: Tensor) -> bool:
-        """Gathering a decoder row costs about as much as sixteen products with one that is at hand."""
+        """Gathering a decoder row costs about as much as sixteen products with one in place."""
         return len(self.changes.slots) * len(counts) <= int(counts.sum()) * (2 + 16 * len(counts) / n_rows)
 
     def _add_dense(self, cot: Tensor, token: Tensor, at: Tensor) -> None:

@@ -9,13 +9,15 @@ them. A latent is labelled with its annotation, where there is one, else with it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from unweave.circuits.graph import Circuit, Node, Y
 from unweave.circuits.picture import DIAMOND, Layout, Selection, place, select, thresholds
 from unweave.core.result import to_plain
 from unweave.latents.annotations import Annotation, name_of
-from unweave.show.pieces import esc, number, visible
+from unweave.show.pieces import counted, esc, number, visible
 
 POSITIVE, NEGATIVE = (33, 102, 172), (178, 24, 43)
 _INK, _SOFT, _LINE, _BAND, _PAPER = "#1e2124", "#5a5e63", "#d9d5cc", "#f5f3ee", "#ffffff"
@@ -26,53 +28,89 @@ _WIDE, _NARROW = "mwMWOQ@%&\u2026", "iljtfrI.,:;'|!()[] "
 _HEAD, _FOOT = 66.0, 74.0
 
 
-def draw_svg(
-    circuit: Circuit,
-    *,
-    node_threshold: float,
-    edge_threshold: float,
-    annotations: Mapping[str, Annotation] | None = None,
-    tokens: Sequence[str] | None = None,
-    title: str | None = None,
-    max_nodes: int = 150,
-    max_edges: int = 500,
-) -> str:
-    """The picture as one SVG document that stands on its own and loads nothing.
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """What is drawn of a circuit, and what is written on it.
 
     Drawn are nodes of |effect| and edges of |weight| above the thresholds, at most ``max_nodes`` and ``max_edges``, the
     strongest; the picture says how many that leaves out. ``tokens`` (by default the circuit's own, ``about.tokens``)
-    label the columns. UnweaveError where nothing is above the threshold, or a threshold is no number of 0 or more.
+    label the columns.
     """
-    selection = select(circuit, node_threshold, edge_threshold, max_nodes, max_edges)
-    words = {} if annotations is None else annotations
-    return svg_of(circuit, selection, node_threshold, edge_threshold, words, tokens, title)
+
+    circuit: Circuit
+    node_threshold: float
+    edge_threshold: float
+    annotations: Mapping[str, Annotation] = field(default_factory=dict)
+    tokens: Sequence[str] | None = None
+    title: str | None = None
+    max_nodes: int = 150
+    max_edges: int = 500
+
+    @cached_property
+    def selection(self) -> Selection:
+        """UnweaveError where nothing is above the threshold, or a threshold is no number of 0 or more."""
+        return select(self.circuit, self.node_threshold, self.edge_threshold, self.max_nodes, self.max_edges)
+
+    @property
+    def name(self) -> str:
+        """The title, else the circuit's task."""
+        return self.title or self.circuit.about.task or "Circuit"
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The words over the columns; empty without any, or without columns."""
+        return (self.circuit.about.tokens if self.tokens is None else self.tokens) if self.circuit.positions else ()
+
+    def token(self, position: int | None) -> str | None:
+        """The word over a column, where it is known."""
+        return None if position is None or position >= len(self.columns) else self.columns[position]
+
+    def note(self, node: Node) -> Annotation | None:
+        """What was written about a node."""
+        return self.annotations.get(key_of(node))
+
+    def words(self, node: Node) -> str:
+        """The annotation's text; empty without one."""
+        note = self.note(node)
+        return "" if note is None else note.annotation.strip()
+
+    @property
+    def summary(self) -> str:
+        """What the picture holds and what it leaves out, in words."""
+        shown = self.selection
+        errors = sum(node.is_error for node in shown.nodes)
+        text = (
+            f"{counted(len(shown.nodes) - errors, 'latent')} and {counted(errors, 'error')} with |effect| above "
+            f"{self.node_threshold:.3g}, {counted(len(shown.edges), 'edge')} with |weight| above "
+            f"{self.edge_threshold:.3g}; mean of {counted(self.circuit.n_examples, 'example')}."
+        )
+        left = {"weaker node": shown.nodes_left_out, "weaker edge": shown.edges_left_out}
+        words = " and ".join(counted(n, noun) for noun, n in left.items() if n)
+        return text + (f" Left out for want of room: {words}." if words else "")
 
 
-def to_json(
-    circuit: Circuit,
-    *,
-    node_threshold: float,
-    edge_threshold: float,
-    annotations: Mapping[str, Annotation] | None = None,
-    tokens: Sequence[str] | None = None,
-) -> dict[str, Any]:
+def key_of(node: Node) -> str:
+    """The node's name among annotations: without its position."""
+    return name_of(node.site, None if node.is_error else node.slot)
+
+
+def to_json(picture: Picture) -> dict[str, Any]:
     """Every node and edge above the thresholds as plain values, strongest first, ready for JSON.
 
-    Nodes have a ``name`` that edges refer to; ``"y"`` is the metric. ``about`` is what the circuit says of itself.
+    Nodes have a ``name`` that edges refer to; ``"y"`` is the metric. ``about`` describes the circuit.
     """
-    words = annotations or {}
-    shown = tokens_of(circuit, tokens)
-    nodes = sorted(circuit.above(node_threshold), key=lambda node: -abs(node.effect))
-    edges = sorted(circuit.edges_above(node_threshold, edge_threshold), key=lambda edge: -abs(edge[2]))
+    circuit, least = picture.circuit, picture.node_threshold
+    nodes = sorted(circuit.above(least), key=lambda node: -abs(node.effect))
+    edges = sorted(circuit.edges_above(least, picture.edge_threshold), key=lambda edge: -abs(edge[2]))
     return {
         "format": 2,
         "positions": circuit.positions,
-        "tokens": list(shown) if shown is not None else None,
+        "tokens": list(picture.columns) or None,
         "n_examples": circuit.n_examples,
-        "node_threshold": node_threshold,
-        "edge_threshold": edge_threshold,
+        "node_threshold": least,
+        "edge_threshold": picture.edge_threshold,
         "sites": [str(site) for site in circuit.nodes],
-        "nodes": [_node_values(node, words, shown) for node in nodes],
+        "nodes": [_node_values(node, picture) for node in nodes],
         "edges": [{"from": up.name, "to": Y if down is None else down.name, "weight": w} for up, down, w in edges],
         "about": to_plain(circuit.about),
     }
@@ -83,68 +121,23 @@ def notebook_html(circuit: Circuit) -> str:
     heading = f"<p>{esc(repr(circuit))}</p>"
     if not circuit.above(0.0):
         return heading
-    chosen = thresholds(circuit)
-    return heading + draw_svg(circuit, node_threshold=chosen.node, edge_threshold=chosen.edge)
+    limits = thresholds(circuit)
+    return heading + draw_svg(Picture(circuit=circuit, node_threshold=limits.node, edge_threshold=limits.edge))
 
 
-def tokens_of(circuit: Circuit, tokens: Sequence[str] | None) -> Sequence[str] | None:
-    """The words over the columns: those given, else the circuit's own; None without any, or without columns."""
-    given = circuit.about.tokens if tokens is None else tokens
-    return given if circuit.positions and given else None
+def draw_svg(picture: Picture, link: str = "") -> str:
+    """The picture as one SVG document that stands on its own and loads nothing.
 
-
-def title_of(circuit: Circuit, title: str | None) -> str:
-    """The title given, else the circuit's task."""
-    return title or circuit.about.task or "Circuit"
-
-
-def key_of(node: Node) -> str:
-    """The node's name among annotations: without its position."""
-    return name_of(node.site, None if node.is_error else node.slot)
-
-
-def words_of(node: Node, annotations: Mapping[str, Annotation]) -> str:
-    """What was written about the node; empty where nothing was."""
-    note = annotations.get(key_of(node))
-    return "" if note is None else note.annotation.strip()
-
-
-def counts_text(circuit: Circuit, selection: Selection, node_threshold: float, edge_threshold: float) -> str:
-    """What the picture holds and what it leaves out, in words."""
-    errors = sum(node.is_error for node in selection.nodes)
-    parts = [
-        f"{_many(len(selection.nodes) - errors, 'latent')} and {_many(errors, 'error')} with |effect| above "
-        f"{node_threshold:.3g}, {_many(len(selection.edges), 'edge')} with |weight| above {edge_threshold:.3g}; "
-        f"mean of {_many(circuit.n_examples, 'example')}"
-    ]
-    left = [
-        f"{_many(n, f'weaker {kind}')}"
-        for n, kind in ((selection.nodes_left_out, "node"), (selection.edges_left_out, "edge"))
-        if n
-    ]
-    return ". ".join(parts + ([f"Left out for want of room: {' and '.join(left)}"] if left else [])) + "."
-
-
-def svg_of(
-    circuit: Circuit,
-    selection: Selection,
-    node_threshold: float,
-    edge_threshold: float,
-    annotations: Mapping[str, Annotation],
-    tokens: Sequence[str] | None,
-    title: str | None,
-    link: str = "",
-) -> str:
-    """The picture of a selection. With ``link`` a node links to ``#<link><its number>``, and the title is left to the
-    page around."""
-    shown = tokens_of(circuit, tokens)
-    tall = any(_length(words_of(node, annotations), 11) > _ROOM for node in selection.nodes)
-    layout = place(circuit, selection, node_height=48.0 if tall else 34.0)
+    With ``link`` a node links to ``#<link><its number>``, and the title is left to the page around. UnweaveError where
+    nothing is above the threshold, or a threshold is no number of 0 or more.
+    """
+    selection = picture.selection
+    tall = any(_length(picture.words(node), 11) > _ROOM for node in selection.nodes)
+    layout = place(picture.circuit, selection, node_height=48.0 if tall else 34.0)
     head = 8.0 if link else _HEAD
     width = max(layout.width, 560.0)
     height = layout.height + head + _FOOT
-    name = title_of(circuit, title)
-    summary = counts_text(circuit, selection, node_threshold, edge_threshold)
+    name, summary = picture.name, picture.summary
     shift = (width - layout.width) / 2
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
@@ -153,12 +146,12 @@ def svg_of(
         f'<rect width="100%" height="100%" fill="{_PAPER}"/>',
         "" if link else _heading(name, summary, width),
         f'<g transform="translate({shift:.1f} {head:.0f})">',
-        _ground(layout, shown),
+        _ground(layout, picture),
         '<g fill="none" stroke-linecap="round">',
         *_edges(selection, layout),
         "</g>",
         _metric(layout),
-        *(_node(i, node, selection, layout, annotations, shown, link) for i, node in enumerate(selection.nodes)),
+        *(_node(i, picture, layout, link) for i in range(len(selection.nodes))),
         "</g>",
         _legend(selection, height - _FOOT, width),
         "</svg>",
@@ -174,27 +167,19 @@ def _esc(text: str) -> str:
     return esc(text.translate(_NOT_XML))
 
 
-def _many(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
-def _node_values(node: Node, annotations: Mapping[str, Annotation], tokens: Sequence[str] | None) -> dict[str, Any]:
-    note = annotations.get(key_of(node))
-    there = tokens is not None and node.position is not None and node.position < len(tokens)
-    return {
+def _node_values(node: Node, picture: Picture) -> dict[str, Any]:
+    note = picture.note(node)
+    values: dict[str, Any] = {
         "name": node.name,
         "site": str(node.site),
         "latent": None if node.is_error else node.slot,
         "error": node.is_error,
         "position": node.position,
-        "token": tokens[node.position] if there and tokens and node.position is not None else None,
+        "token": picture.token(node.position),
         "effect": node.effect,
-        "annotation": note.annotation if note else None,
-        "notes": note.notes if note else None,
-        "interpretability": note.interpretability if note else None,
-        "complexity": note.complexity if note else None,
-        "relevant": note.relevant if note else None,
     }
+    fields = ("annotation", "notes", "interpretability", "complexity", "relevant")
+    return values | {name: getattr(note, name, None) for name in fields}
 
 
 def _shade(value: float, largest: float) -> tuple[str, str]:
@@ -228,8 +213,8 @@ def _cut(text: str, room: float, size: float) -> str:
     """As much of a text as there is room for."""
     if _length(text, size) <= room:
         return text
-    kept = next((n for n in range(len(text), 0, -1) if _length(text[:n] + "\u2026", size) <= room), 1)
-    return text[:kept].rstrip() + "\u2026"
+    length = next((n for n in range(len(text), 0, -1) if _length(text[:n] + "\u2026", size) <= room), 1)
+    return text[:length].rstrip() + "\u2026"
 
 
 def _wrapped(text: str, room: float, size: float) -> list[str]:
@@ -254,7 +239,7 @@ def _column(token: str) -> str:
     return visible(token.strip() or " ") if token else "\u2026"
 
 
-def _ground(layout: Layout, tokens: Sequence[str] | None) -> str:
+def _ground(layout: Layout, picture: Picture) -> str:
     """Bands with the names of their sites, columns with their tokens."""
     parts = []
     for k, band in enumerate(layout.bands):
@@ -271,10 +256,10 @@ def _ground(layout: Layout, tokens: Sequence[str] | None) -> str:
             parts.append(f'<path d="{way}" stroke="{_LINE}" stroke-dasharray="2 4"/>')
         if column.position is None:
             continue
-        known = tokens is not None and column.position < len(tokens)
-        label = f"{column.position}" if not known or tokens is None else _column(tokens[column.position])
+        token = picture.token(column.position)
+        label = f"{column.position}" if token is None else _column(token)
+        note = f"position {column.position}" + ("" if token is None else f": {token!r}")
         middle = (column.left + column.right) / 2
-        note = f"position {column.position}" + (f": {tokens[column.position]!r}" if known and tokens else "")
         text = _text(middle, layout.height - 8, _cut(label, column.right - column.left - 8, 13), 13, weight=600)
         parts.append(f"<g><title>{_esc(note)}</title>{text}</g>")
     return "".join(parts)
@@ -289,7 +274,7 @@ def _edges(selection: Selection, layout: Layout) -> list[str]:
         share = min(1.0, abs(weight) / largest)
         full = POSITIVE if weight > 0 else NEGATIVE
         dash = "" if weight > 0 else ' stroke-dasharray="6 4"'
-        label = f"{names[u]} \u2192 {Y if d is None else names[d]}: {_signed(weight)}"
+        label = f"{names[u]} \u2192 {Y if d is None else names[d]}: {signed(weight)}"
         parts.append(
             f'<path d="{path}" stroke="{_hex(full)}" stroke-width="{0.7 + 4.8 * share:.2f}" '
             f'stroke-opacity="{0.35 + 0.5 * share:.2f}"{dash} data-u="{u}" data-d="{"y" if d is None else d}">'
@@ -298,7 +283,7 @@ def _edges(selection: Selection, layout: Layout) -> list[str]:
     return parts
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     return f"{'+' if value > 0 else ''}{number(value)}"
 
 
@@ -312,54 +297,38 @@ def _metric(layout: Layout) -> str:
     )
 
 
-def _node(
-    i: int,
-    node: Node,
-    selection: Selection,
-    layout: Layout,
-    annotations: Mapping[str, Annotation],
-    tokens: Sequence[str] | None,
-    link: str,
-) -> str:
-    fill, ink = _shade(node.effect, selection.largest[0])
-    edge = _hex(POSITIVE if node.effect > 0 else NEGATIVE)
-    words = words_of(node, annotations)
+def _node(i: int, picture: Picture, layout: Layout, link: str) -> str:
+    node = picture.selection.nodes[i]
+    fill, ink = _shade(node.effect, picture.selection.largest[0])
+    looks = f'fill="{fill}" stroke="{_hex(POSITIVE if node.effect > 0 else NEGATIVE)}" stroke-width="1.1"'
+    words, note, token = picture.words(node), picture.note(node), picture.token(node.position)
     at = f" at position {node.position}" if node.position is not None else ""
-    if node.position is not None and tokens is not None and node.position < len(tokens) and tokens[node.position]:
-        at += f" ({tokens[node.position].strip()})"
-    note = annotations.get(key_of(node))
+    at += f" ({token.strip()})" if token else ""
     notes = f". {note.notes}" if note and note.notes else ""
-    label = f"{key_of(node)}{at}: effect {_signed(node.effect)}" + (f". {words}" if words else "") + notes
+    effect = signed(node.effect)
+    label = f"{key_of(node)}{at}: effect {effect}" + (f". {words}" if words else "") + notes
     x, y = layout.places[i]
-    draw = _triangle if node.is_error else _rectangle
-    inside = draw(x, y, layout, fill, ink, edge, words, f"{node.site}/{node.slot}", _signed(node.effect))
+    if node.is_error:
+        inside = _triangle(x, y, layout.node_height, looks, effect)
+    else:
+        lines = _wrapped(words, _ROOM, 11) if words else [_cut(f"{node.site}/{node.slot}", _ROOM, 11)]
+        inside = _rectangle(x, y, layout, looks, ink, lines, f"latent {node.slot}, {effect}" if words else effect)
     shape = f'<g data-n="{i}"><title>{_esc(label)}</title>{inside}</g>'
     return f'<a href="#{_esc(link)}{i}" aria-label="{_esc(label)}">{shape}</a>' if link else shape
 
 
-def _rectangle(
-    x: float, y: float, layout: Layout, fill: str, ink: str, edge: str, words: str, name: str, effect: str
-) -> str:
+def _rectangle(x: float, y: float, layout: Layout, looks: str, ink: str, lines: Sequence[str], small: str) -> str:
     w, h = layout.node_width, layout.node_height
-    box = (
-        f'<rect x="{x - w / 2:.1f}" y="{y - h / 2:.1f}" width="{w:.1f}" height="{h:.1f}" rx="3" fill="{fill}" '
-        f'stroke="{edge}" stroke-width="1.1"/>'
-    )
-    lines = _wrapped(words, _ROOM, 11) if words else [_cut(name, _ROOM, 11)]
-    small = f"latent {name.rpartition('/')[2]}, {effect}" if words else effect
+    box = f'<rect x="{x - w / 2:.1f}" y="{y - h / 2:.1f}" width="{w:.1f}" height="{h:.1f}" rx="3" {looks}/>'
     top = y - (len(lines) * 12.5 + 11) / 2 + 10
     rows = [_text(x, top + 12.5 * k, line, 11, ink) for k, line in enumerate(lines)]
     return box + "".join(rows) + _text(x, top + 12.5 * len(lines) - 0.5, small, 9, ink)
 
 
-def _triangle(
-    x: float, y: float, layout: Layout, fill: str, ink: str, edge: str, words: str, name: str, effect: str
-) -> str:
-    del ink, words, name
-    h = layout.node_height
-    foot = y + h / 2 - 12
-    points = f"{x:.1f},{y - h / 2:.1f} {x + 19:.1f},{foot:.1f} {x - 19:.1f},{foot:.1f}"
-    shape = f'<polygon points="{points}" fill="{fill}" stroke="{edge}" stroke-width="1.1" stroke-linejoin="round"/>'
+def _triangle(x: float, y: float, height: float, looks: str, effect: str) -> str:
+    foot = y + height / 2 - 12
+    points = f"{x:.1f},{y - height / 2:.1f} {x + 19:.1f},{foot:.1f} {x - 19:.1f},{foot:.1f}"
+    shape = f'<polygon points="{points}" {looks} stroke-linejoin="round"/>'
     plate = f'<rect x="{x - 26:.1f}" y="{foot + 1:.1f}" width="52" height="11" fill="{_PAPER}" fill-opacity=".8"/>'
     return f"{shape}{plate}{_text(x, foot + 10, effect, 9)}"
 

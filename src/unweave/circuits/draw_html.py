@@ -7,12 +7,11 @@ The page is one file and a content policy forbids every connection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 
-from unweave.circuits.draw import counts_text, key_of, svg_of, title_of, tokens_of, words_of
-from unweave.circuits.graph import Circuit, Node
-from unweave.circuits.picture import Selection, select
+from unweave.circuits.draw import Picture, draw_svg, key_of, signed
+from unweave.circuits.graph import Node
 from unweave.core.site import Site
 from unweave.latents.annotations import Annotation
 from unweave.latents.records import LatentRecord, Records
@@ -26,47 +25,29 @@ _EDGES = 6
 _LINK = "node-"
 
 
-def draw_html(
-    circuit: Circuit,
-    *,
-    node_threshold: float,
-    edge_threshold: float,
-    annotations: Mapping[str, Annotation] | None = None,
-    records: Mapping[Site, Records] | None = None,
-    tokens: Sequence[str] | None = None,
-    title: str | None = None,
-    note: str = "",
-    max_nodes: int = 150,
-    max_edges: int = 500,
-) -> str:
+def draw_html(picture: Picture, records: Mapping[Site, Records] | None = None, note: str = "") -> str:
     """The page as a complete HTML document; equal arguments give an equal string.
 
-    ``records`` {site: Records} show what latents respond to, where there is a record of them; ``note`` is a sentence
-    under the title. The rest is as for ``draw_svg``.
+    ``records`` {site: Records} show what latents respond to, as far as they hold them; ``note`` is a sentence
+    under the title. UnweaveError as for ``draw_svg``.
     """
-    selection = select(circuit, node_threshold, edge_threshold, max_nodes, max_edges)
-    words = annotations or {}
-    name = title_of(circuit, title)
-    summary = counts_text(circuit, selection, node_threshold, edge_threshold)
-    picture = svg_of(circuit, selection, node_threshold, edge_threshold, words, tokens, title, link=_LINK)
-    shown = tokens_of(circuit, tokens)
-    cards = "".join(
-        _card(i, node, selection, words, _record(node, records or {}), shown) for i, node in enumerate(selection.nodes)
-    )
+    name = picture.name
+    svg = draw_svg(picture, link=_LINK)
+    cards = "".join(_card(i, picture, _record(node, records or {})) for i, node in enumerate(picture.selection.nodes))
     styles = palette_css() + asset("pieces.css") + _own("draw.css")
     return (
         '<!DOCTYPE html>\n<html lang="en" class="uw"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f"<title>{esc(name)}</title><style>{styles}</style></head><body>"
-        f'<header class="uw-circuit-top"><h1>{esc(name)}</h1><p>{esc(summary)}{" " + esc(note) if note else ""}</p>'
+        f'<header class="uw-circuit-top"><h1>{esc(name)}</h1><p>{esc(f"{picture.summary} {note}".strip())}</p>'
         '<p class="uw-circuit-how">Point at a node to see its edges; click it, or reach it with the Tab key, to read '
         'about it. Esc lets go.<button type="button" id="uw-size" hidden>Full size</button></p>'
         '</header><main class="uw-circuit"><div class="uw-circuit-picture" tabindex="0" '
-        f'role="region" aria-label="The circuit">{picture}</div><aside class="uw-circuit-cards" aria-live="polite">'
+        f'role="region" aria-label="The circuit">{svg}</div><aside class="uw-circuit-cards" aria-live="polite">'
         f'<p class="uw-circuit-hint">Choose a node.</p>{cards}</aside></main>'
         f'<section class="uw-circuit-all"><details><summary>All nodes as a table</summary>'
-        f"{_all_nodes(selection, words, shown)}</details></section>"
+        f"{_all_nodes(picture)}</details></section>"
         f"<script>{_own('draw.js')}</script></body></html>\n"
     )
 
@@ -84,35 +65,23 @@ def _record(node: Node, records: Mapping[Site, Records]) -> LatentRecord | None:
     return of_site.latent(node.slot) if listed else None
 
 
-def _at(node: Node, tokens: Sequence[str] | None) -> str:
+def _at(node: Node, picture: Picture) -> str:
     if node.position is None:
         return ""
-    known = tokens is not None and node.position < len(tokens) and tokens[node.position]
-    return f"position {node.position}" + (f", {tokens[node.position].strip()!r}" if known and tokens else "")
+    token = picture.token(node.position)
+    return f"position {node.position}" + (f", {token.strip()!r}" if token else "")
 
 
-def _short(node: Node, annotations: Mapping[str, Annotation]) -> str:
-    """A node's name where others are listed: what it stands for, and where."""
-    words, where = words_of(node, annotations), key_of(node)
-    return f"{words} ({where})" if words else where
-
-
-def _card(
-    i: int,
-    node: Node,
-    selection: Selection,
-    annotations: Mapping[str, Annotation],
-    record: LatentRecord | None,
-    tokens: Sequence[str] | None,
-) -> str:
-    words, annotation = words_of(node, annotations), annotations.get(key_of(node))
-    facts = [key_of(node), _at(node, tokens), f"effect {'+' if node.effect > 0 else ''}{number(node.effect)}"]
+def _card(i: int, picture: Picture, record: LatentRecord | None) -> str:
+    node = picture.selection.nodes[i]
+    annotation = picture.note(node)
+    facts = [key_of(node), _at(node, picture), f"effect {signed(node.effect)}"]
     parts = [f'<p class="uw-facts">{esc("; ".join(fact for fact in facts if fact))}</p>']
     if node.is_error:
         parts.append('<p class="uw-facts">What the SAE does not explain of its site.</p>')
     if annotation is not None:
         parts.append(_said(annotation))
-    body = _edges(i, selection, annotations)
+    body = _edges(i, picture)
     if record is not None:
         entry = entry_of(record, kinds=("top", "quantile"))
         fires = rate_text(entry.firing_rate)
@@ -121,8 +90,8 @@ def _card(
         logits = "".join(f"<dt>{label}</dt><dd>{chips(pairs)}</dd>" for label, pairs in rows if pairs)
         body += (f'<dl class="uw-logits">{logits}</dl>' if logits else "") + contexts_html(entry)
     return (
-        f'<article class="uw-card" id="{_LINK}{i}" tabindex="-1"><header><h3>{esc(words or key_of(node))}</h3>'
-        f"{''.join(parts)}</header>{body}</article>"
+        f'<article class="uw-card" id="{_LINK}{i}" tabindex="-1"><header>'
+        f"<h3>{esc(picture.words(node) or key_of(node))}</h3>{''.join(parts)}</header>{body}</article>"
     )
 
 
@@ -139,37 +108,40 @@ def _said(annotation: Annotation) -> str:
     return notes + (f'<p class="uw-facts">{esc("; ".join(ratings))}</p>' if ratings else "")
 
 
-def _edges(i: int, selection: Selection, annotations: Mapping[str, Annotation]) -> str:
+def _edges(i: int, picture: Picture) -> str:
     """The strongest edges into and out of a node, as links."""
-    nodes = selection.nodes
-    into = [(u, weight) for u, d, weight in selection.edges if d == i]
-    out = [(d, weight) for u, d, weight in selection.edges if u == i]
+    edges = picture.selection.edges
+    into: list[tuple[int | None, float]] = [(u, weight) for u, d, weight in edges if d == i]
+    out = [(d, weight) for u, d, weight in edges if u == i]
     parts = []
-    for heading, edges in (("Strongest edges in", into), ("Strongest edges out", out)):
-        if not edges:
+    for heading, ends in (("Strongest edges in", into), ("Strongest edges out", out)):
+        if not ends:
             continue
         rows = []
-        for other, weight in sorted(edges, key=lambda edge: -abs(edge[1]))[:_EDGES]:
+        for other, weight in sorted(ends, key=lambda edge: -abs(edge[1]))[:_EDGES]:
             sign = "uw-up" if weight > 0 else "uw-down"
-            at = "" if other is None or nodes[other].position is None else f" at {nodes[other].position}"
-            named = (
-                "the metric"
-                if other is None
-                else f'<a href="#{_LINK}{other}">{esc(_short(nodes[other], annotations))}</a>{at}'
-            )
-            rows.append(f'<li><b class="{sign}">{"+" if weight > 0 else ""}{number(weight)}</b> {named}</li>')
-        more = f" ({len(edges) - _EDGES} more)" if len(edges) > _EDGES else ""
+            rows.append(f'<li><b class="{sign}">{signed(weight)}</b> {_linked(other, picture)}</li>')
+        more = f" ({len(ends) - _EDGES} more)" if len(ends) > _EDGES else ""
         parts.append(f'<h4 class="uw-kind">{heading}{more}</h4><ul class="uw-circuit-edges">{"".join(rows)}</ul>')
     return "".join(parts)
 
 
-def _all_nodes(selection: Selection, annotations: Mapping[str, Annotation], tokens: Sequence[str] | None) -> str:
-    total = sum(abs(node.effect) for node in selection.nodes) or 1.0
-    order = sorted(range(len(selection.nodes)), key=lambda i: -abs(selection.nodes[i].effect))
+def _linked(i: int | None, picture: Picture) -> str:
+    """A node where others are listed: what it stands for, and where."""
+    if i is None:
+        return "the metric"
+    node = picture.selection.nodes[i]
+    words, where = picture.words(node), key_of(node)
+    at = "" if node.position is None else f" at {node.position}"
+    return f'<a href="#{_LINK}{i}">{esc(f"{words} ({where})" if words else where)}</a>{at}'
+
+
+def _all_nodes(picture: Picture) -> str:
+    nodes = picture.selection.nodes
+    total = sum(abs(node.effect) for node in nodes) or 1.0
     rows = []
-    for i in order:
-        node = selection.nodes[i]
+    for i, node in sorted(enumerate(nodes), key=lambda item: -abs(item[1].effect)):
         link = f'<a href="#{_LINK}{i}">{esc(key_of(node))}</a>'
         share = percent(abs(node.effect) / total)
-        rows.append([link, esc(_at(node, tokens)), esc(words_of(node, annotations)), number(node.effect), share])
+        rows.append([link, esc(_at(node, picture)), esc(picture.words(node)), number(node.effect), share])
     return table(["Node", "Where", "Annotation", "Effect", "Share of all |effects| shown"], rows, numeric=(3, 4))

@@ -21,18 +21,17 @@ Tokens that an SAE's policy excludes belong wholly to the error, which is there 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from unweave.attribute.attribution import SiteEffects
 from unweave.attribute.states import Patch, State, by_site_of, line_up, moved_positions, reads_of, values_of
+from unweave.circuits.about import Options, Summed
 from unweave.circuits.arrivals import Arrivals, Changes, changes_of
-from unweave.circuits.graph import Edges
+from unweave.circuits.graph import ByPair, Edges
 from unweave.circuits.paths import Emit, Paths, Plan, Rows, where
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
@@ -40,8 +39,7 @@ from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import Identity
 from unweave.sae.module import SAE
 
-Summed = Literal["none", "positions"]
-ByPair = dict[tuple[Site, Site | None], Edges]
+DEFAULT = Options()
 _BUFFER = 1 << 25
 """how many sums one block of downstream nodes may need at one upstream site (128 MB in float32)"""
 _MOST = 100_000_000
@@ -54,23 +52,21 @@ def edge_effects(
     clean: Tokens,
     patch: Patch,
     effects: Mapping[Site, SiteEffects],
+    options: Options = DEFAULT,
     *,
-    threshold: float,
     positions: Tensor | None = None,
-    max_tokens: int = 1024,
-    summed: Summed = "none",
     upstream: Mapping[Site, Tensor] | None = None,
 ) -> ByPair:
-    """Weights of all edges into nodes with |effect| > ``threshold``, added up over the batch's examples.
+    """Weights of all edges into nodes with |effect| > ``node_threshold``, added up over the batch's examples.
 
-    ``clean``, ``patch``, ``positions`` and ``effects`` are what ``node_effects`` was given and returned (attribution or
-    integrated gradients); effects are asked for one site after another, each once. The threshold holds for every
-    example and position alone. ``summed="positions"`` adds up over the positions of both ends as well. ``upstream``
-    (bool [P or 1, F + 1] by site) limits the upstream ends. Sites not in it are not limited. ``max_tokens`` bounds the
-    tokens of one pass.
+    ``clean``, ``patch``, ``positions`` and ``effects`` are what ``node_effects`` took and returned (attribution or
+    integrated gradients); effects are read one site after another, each once. Of the ``options``, ``node_threshold``
+    holds for every example and position alone, ``summed="positions"`` adds up over the positions of both ends as well,
+    and ``max_tokens`` bounds the tokens of one pass. ``upstream`` (bool [P or 1, F + 1] by site) limits the upstream
+    ends. Sites not in it are not limited.
 
     The edges to the metric, ``(site, None)``, are the node effects of the last site in the residual stream, beyond
-    which there is no other way. Attention and MLP sites above it (or all, where there is none) have such edges too:
+    which there is no other way. Attention and MLP sites above it (or all sites, without one) have such edges too:
     these, and then the last one's, are total effects, and what a site does through a later one counts at both. Edges
     with a weight of exactly 0 are left out, and so are pairs of sites without edges.
 
@@ -80,8 +76,8 @@ def edge_effects(
     by_site = by_site_of(lm, saes)
     plan = Plan(lm, by_site)
     clean, patch, fixed = line_up(lm, clean, patch)
-    _check(by_site, effects, clean, threshold, summed, upstream)
-    upstream = upstream or {}
+    upstream, threshold, max_tokens = upstream or {}, options.node_threshold, options.max_tokens
+    _check(by_site, effects, clean, upstream)
     with torch.no_grad():
         paths = Paths(lm, plan, by_site, clean, max_tokens)
         patched = None if patch is None else values_of(lm, paths.sites, patch, max_tokens=max_tokens)
@@ -100,46 +96,37 @@ def edge_effects(
             if strong is not None:
                 retained[site] = state.retained(of, strong)
             if site in plan.ends:
-                to_metric[site, None] = _to_metric(of, summed, upstream.get(site))
+                to_metric[site, None] = _to_metric(of, options.summed, upstream.get(site))
 
         for site, sae in by_site.items():
             take(site, sae)
-        inner = _into_all(retained, paths, changes, max_tokens, summed)
+        inner = _into_all(retained, paths, changes, max_tokens, options.summed)
     return {pair: edges for pair, edges in (inner | to_metric).items() if len(edges)}
 
 
-def merge(parts: Sequence[ByPair]) -> ByPair:
+def merge(batches: Sequence[ByPair]) -> ByPair:
     """Edges of several batches as one: equal entries are added. Entries that add up to exactly 0 stay."""
     merged: ByPair = {}
-    for pair in dict.fromkeys(pair for part in parts for pair in part):
-        several = [part[pair] for part in parts if pair in part]
-        if len(several) == 1:
-            merged[pair] = several[0]
+    for pair in dict.fromkeys(pair for batch in batches for pair in batch):
+        edges_here = [batch[pair] for batch in batches if pair in batch]
+        if len(edges_here) == 1:
+            merged[pair] = edges_here[0]
             continue
-        ends = torch.cat([torch.cat([edges.up, edges.down], 1) for edges in several])
+        ends = torch.cat([torch.cat([edges.up, edges.down], 1) for edges in edges_here])
         ends, place = ends.unique(dim=0, return_inverse=True)
-        weight = torch.cat([edges.weight for edges in several])
+        weight = torch.cat([edges.weight for edges in edges_here])
         weight = weight.new_zeros(len(ends)).index_add_(0, place, weight)
         merged[pair] = Edges(ends[:, :2].contiguous(), ends[:, 2:].contiguous(), weight)
     return merged
 
 
 def _check(
-    by_site: Mapping[Site, SAE],
-    effects: Mapping[Site, SiteEffects],
-    clean: Tokens,
-    threshold: float,
-    summed: Summed,
-    upstream: Mapping[Site, Tensor] | None,
+    by_site: Mapping[Site, SAE], effects: Mapping[Site, SiteEffects], clean: Tokens, upstream: Mapping[Site, Tensor]
 ) -> None:
-    if not (math.isfinite(threshold) and threshold >= 0):
-        raise UnweaveError(f"a threshold of {threshold} retains nothing or everything", remedy="give 0 or more")
-    if summed not in ("none", "positions"):
-        raise UnweaveError(f"edges cannot be summed over {summed!r}", remedy="use none or positions")
     missing = [str(site) for site in sorted(set(by_site) - set(effects))]
     if missing:
         raise UnweaveError("there are no node effects", where=", ".join(missing), remedy="find the nodes of all sites")
-    for site, slots in (upstream or {}).items():
+    for site, slots in upstream.items():
         widths = (1, clean.ids.shape[1])
         sae = by_site.get(site)
         if sae is None or slots.dtype != torch.bool or slots.ndim != 2 or slots.shape[0] not in widths:
@@ -262,10 +249,10 @@ class _State:
         moves = change.masked_fill(still, 0), shift.masked_fill(still, 0)
         return cls(sae, read, clean.ids.shape, token, *moves, active, kept)
 
-    def _through(self, g: Tensor, some: Tensor) -> Tensor:
+    def _through(self, g: Tensor, tokens: Tensor) -> Tensor:
         """The errors' gradients [m, d_in] through what is read: what latents, and a skip, explain less of x."""
-        less = ((g @ self.sae.W_dec.T) * self.active[some]) @ -self.sae.W_enc.T
-        return less if self.sae.W_skip is None else less - (g * self.kept[some]) @ self.sae.W_skip.T
+        less = ((g @ self.sae.W_dec.T) * self.active[tokens]) @ -self.sae.W_enc.T
+        return less if self.sae.W_skip is None else less - (g * self.kept[tokens]) @ self.sae.W_skip.T
 
     def changes(self, allowed: Tensor | None) -> Changes:
         return changes_of(self.sae, self.token, self.change, self.shift, self.shape, allowed)
@@ -300,7 +287,7 @@ def _encoded(sae: SAE, source: Tensor, tokens: Tokens, token: Tensor) -> tuple[T
 
 
 def _of_nodes(sae: SAE, x: Tensor, source: Tensor, kept: Tensor) -> Tensor:
-    """x [n, D] without what a skip says of what is read."""
+    """x [n, D] without what a skip adds."""
     skip = sae.through_skip(source, kept)
     return x if skip is None else x - skip
 
@@ -387,7 +374,7 @@ def _joined(several: list[Edges]) -> Edges:
 
 def _to_metric(effects: SiteEffects, summed: Summed, allowed: Tensor | None) -> Edges:
     """Node effects as edges, added up over examples."""
-    weights = torch.cat([effects.latents, effects.error.unsqueeze(-1)], -1)
+    weights = effects.slots
     if allowed is not None:
         weights = weights * allowed.to(weights.device)
     weights = weights.sum(0)

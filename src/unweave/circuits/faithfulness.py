@@ -3,7 +3,7 @@
 1. From ``start_layer`` on, every node outside the circuit C takes a fixed value at its position: its mean over the
    patch inputs of the examples that are evaluated (or over the clean ones, or zero). One forward pass does it: at each
    site latents are computed from the stream as it is there, already changed below, x' = decode(f') + e'. A
-   transcoder's skip is no node: what it says of what is read there is always added.
+   transcoder's skip is no node: it is always added, computed from what is read there.
    Texts of many lengths may have one mean over all their tokens instead: position by position those of a rare length
    would be ablated towards their own values. The first ``skip_first`` tokens of a text are no nodes and stay.
 2. F(C) = (m(C) - m(empty)) / (m(M) - m(empty)), with the metric's mean m over the examples, the whole model M, and the
@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from unweave.attribute.runner import Batch, Runner
-from unweave.attribute.states import SAEs, State, by_site_of, chunks, reads_of, states
-from unweave.circuits.about import Ablation, Means
-from unweave.circuits.examples import moved
+from unweave.attribute.states import SAEs, State, beyond_first, by_site_of, chunks, reads_of, states
+from unweave.circuits.about import AblationOptions, Means
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
 from unweave.core.site import Site
-from unweave.lm.model import LM, Tokens
+from unweave.lm.model import LM
 from unweave.lm.taps import At, EditFn
 from unweave.sae.module import SAE
 from unweave.sae.sparse.pattern import Choice
@@ -35,6 +34,7 @@ from unweave.sae.sparse.products import weighted_rows
 Kept = Mapping[Site, Tensor]
 """A circuit's nodes: bool [P or 1, F + 1] at each site, the error last."""
 
+DEFAULT = AblationOptions()
 _SAME = 1e-5
 """m(M) and m(empty) nearer than this, relative to the metric's size, differ by rounding only"""
 _FEW = 0.1
@@ -67,13 +67,13 @@ class Ablated:
 def ablated_sites(lm: LM, saes: SAEs, start_layer: int = 0) -> dict[Site, SAE]:
     """The SAEs whose nodes are ablated: those in blocks from ``start_layer`` on; -1 takes in the embedding."""
     by_site = by_site_of(lm, saes)
-    strange = [str(site) for site in by_site if site.layer is None and site.point != "embed"]
-    if strange:
-        raise UnweaveError(f"{', '.join(strange)} lies in no layer", remedy="leave it out, or name its layer's site")
-    kept = {site: sae for site, sae in by_site.items() if (-1 if site.layer is None else site.layer) >= start_layer}
-    if not kept:
+    outside = [str(site) for site in by_site if site.layer is None and site.point != "embed"]
+    if outside:
+        raise UnweaveError(f"{', '.join(outside)} lies in no layer", remedy="leave it out, or name its layer's site")
+    ablated = {site: sae for site, sae in by_site.items() if (-1 if site.layer is None else site.layer) >= start_layer}
+    if not ablated:
         raise UnweaveError(f"no site lies in layer {start_layer} or later", where="start_layer", remedy="start earlier")
-    return kept
+    return ablated
 
 
 def ablate_outside(
@@ -81,25 +81,18 @@ def ablate_outside(
     saes: SAEs,
     batches: Sequence[Batch],
     kept: Sequence[Kept],
-    *,
-    start_layer: int = 0,
-    ablation: Ablation = "patch",
+    options: AblationOptions = DEFAULT,
     means: Means = "positions",
-    skip_first: int = 0,
-    metric_at: Site | None = None,
-    max_tokens: int = 1024,
 ) -> Ablated:
     """The metric with everything outside each of ``kept`` ablated, beside that of the model and of no nodes.
 
-    Kept sets of one position hold at all. The first ``skip_first`` tokens of each row stay as they are, whatever is
-    kept, and no mean over "tokens" counts them. Raises UnweaveError for kept sets that miss a site or have the wrong
-    shape, and for rows that hold nothing but their first tokens.
+    Kept sets of one position hold at all. No mean over "tokens" counts the first tokens that are skipped. Raises
+    UnweaveError for kept sets that miss a site or have the wrong shape, and for rows that hold nothing but their first
+    tokens.
     """
-    by_site = ablated_sites(lm, saes, start_layer)
+    by_site = ablated_sites(lm, saes, options.start_layer)
     if not batches:
         raise UnweaveError("there are no examples", remedy="give at least one batch")
-    if ablation not in ("patch", "clean", "zero"):
-        raise UnweaveError(f"unknown ablation {ablation!r}", remedy="use patch, clean or zero")
     if means not in ("positions", "tokens"):
         raise UnweaveError(f"unknown means {means!r}", remedy="use positions or tokens")
     empty = {site: torch.zeros(1, sae.d_sae + 1, dtype=torch.bool) for site, sae in by_site.items()}
@@ -112,9 +105,9 @@ def ablate_outside(
     with task("ablation", total=n * (len(kept) + 2), unit="passes") as shown:
         for places in groups.values():
             group = [batches[place] for place in places]
-            fixed = _means(lm, by_site, group, ablation, means, skip_first, max_tokens)
+            fixed = _means(lm, by_site, group, options, means)
             for place in places:
-                run = _Run(lm, by_site, batches[place], fixed, start_layer, skip_first, metric_at, max_tokens)
+                run = _Run(lm, by_site, batches[place], fixed, options)
                 values[place] = [run.unchanged(shown), run.ablated(stacked, shown)]
     model = torch.cat([values[i][0] for i in range(len(batches))])
     circuits = torch.cat([values[i][1] for i in range(len(batches))], 1)
@@ -154,17 +147,12 @@ class _Circuits:
 
 
 def _means(
-    lm: LM,
-    by_site: Mapping[Site, SAE],
-    group: Sequence[Batch],
-    ablation: Ablation,
-    means: Means,
-    skip_first: int,
-    max_tokens: int,
+    lm: LM, by_site: Mapping[Site, SAE], group: Sequence[Batch], options: AblationOptions, means: Means
 ) -> dict[Site, State]:
     """What ablated nodes are set to at each site: latents [P or 1, F] and error [P or 1, D], P by position."""
+    max_tokens, ablation = options.max_tokens, options.ablation
     over = (0,) if means == "positions" else (0, 1)
-    sums: dict[Site, State] = {}
+    sums: dict[Site, list[Tensor]] = {}
     count: Tensor | int = 0
     for clean, patch, _ in group:
         tokens = clean if ablation != "patch" else patch
@@ -176,18 +164,16 @@ def _means(
             )
         for rows in chunks(len(tokens), tokens.ids.shape[1], max_tokens):
             part = tokens.rows(rows).to(lm.device)
-            there = _free(part, skip_first).unsqueeze(-1)
+            there = beyond_first(part.mask, options.skip_first).unsqueeze(-1)
             count = count + _sum(there, over)
             for site, state in states(lm, by_site, part, max_tokens=max_tokens).items():
                 new = [_sum(value * there, over) for value in (state.x, state.latents, state.error)]
-                old = sums.get(site)
-                sums[site] = State(*new) if old is None else State(
-                    old.x + new[0], old.latents + new[1], old.error + new[2]
-                )  # fmt: skip
-    if ablation == "zero":
-        return {site: State(s.x * 0, s.latents * 0, s.error * 0) for site, s in sums.items()}
+                sums[site] = [a + b for a, b in zip(sums[site], new, strict=True)] if site in sums else new
     n = torch.as_tensor(count).clamp(min=1)
-    return {site: State(s.x / n, s.latents / n, s.error / n) for site, s in sums.items()}
+    return {
+        site: State(*(total * 0 if ablation == "zero" else total / n for total in totals))
+        for site, totals in sums.items()
+    }
 
 
 def token_means(
@@ -198,7 +184,8 @@ def token_means(
     The first ``skip_first`` tokens of each row do not count.
     """
     by_site = by_site_of(lm, saes)
-    means = _means(lm, by_site, batches, "clean", "tokens", skip_first, max_tokens)
+    options = AblationOptions(ablation="clean", skip_first=skip_first, max_tokens=max_tokens)
+    means = _means(lm, by_site, batches, options, "tokens")
     return {
         site: State(by_site[site].decode(mean.latents) + mean.error, mean.latents, mean.error)
         for site, mean in means.items()
@@ -211,36 +198,23 @@ def _sum(values: Tensor, over: tuple[int, ...]) -> Tensor:
     return total if total.ndim == 2 else total.unsqueeze(0)
 
 
-def _free(tokens: Tokens, skip_first: int) -> Tensor:
-    """Where nodes are, bool [B, P]: not at padding, nor at each row's first tokens."""
-    free = moved(tokens, skip_first)
-    return tokens.mask if free is None else free
-
-
 class _Run:
     """One batch of examples, run from the start layer on with nodes ablated."""
 
     def __init__(
-        self,
-        lm: LM,
-        by_site: Mapping[Site, SAE],
-        batch: Batch,
-        means: Mapping[Site, State],
-        start_layer: int,
-        skip_first: int,
-        metric_at: Site | None,
-        max_tokens: int,
+        self, lm: LM, by_site: Mapping[Site, SAE], batch: Batch, means: Mapping[Site, State], options: AblationOptions
     ) -> None:
         self.lm, self.by_site, self.means = lm, by_site, means
         self.tokens = batch[0].to(lm.device)
-        self.free = _free(self.tokens, skip_first)
-        self.runner = Runner(lm, self.tokens, batch[2], metric_at, max_tokens)
+        self.free = beyond_first(self.tokens.mask, options.skip_first)
+        self.runner = Runner(lm, self.tokens, batch[2], options.max_tokens)
         self.sources = {reads_of(sae, site) for site, sae in by_site.items() if reads_of(sae, site) != site}
         self.reads = sorted(self.sources - set(by_site))
         self.fixed: dict[Site, Tensor] = {}
         self.start: Site | None = None
-        if start_layer > 0 and all((site.layer or 0) >= start_layer for site in self.reads):
-            self.start = Site("resid_pre", start_layer)
+        first = options.start_layer
+        if first > 0 and all((site.layer or 0) >= first for site in self.reads):
+            self.start = Site("resid_pre", first)
             with lm.taps(read=[self.start], stop=self.start) as seen:
                 streams = []
                 for part in self.runner.chunks(len(self.tokens)):
@@ -279,9 +253,9 @@ class _Run:
         fixed = self._fixed(site, sae, circuits)
 
         def edit(x: Tensor, at: At) -> Tensor:
-            whole, given = x.to(sae.W_dec.dtype), x if source == site else read[source]
-            counted = sae.policy.keep(given, at.ids, at.mask).unsqueeze(-1)
-            latents, skip = sae.encode(given) * counted, sae.through_skip(given, counted)
+            whole, encoded = x.to(sae.W_dec.dtype), x if source == site else read[source]
+            counted = sae.policy.keep(encoded, at.ids, at.mask).unsqueeze(-1)
+            latents, skip = sae.encode(encoded) * counted, sae.through_skip(encoded, counted)
             kept = circuits.rows(site, which, x.shape[1])
             with_error = kept[..., -1:]
             # Where the error is kept, latents outside are taken off x, so that a circuit of everything leaves the model

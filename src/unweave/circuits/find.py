@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -21,16 +22,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from unweave.attribute.attribution import node_effects
+from unweave.attribute.attribution import EffectsAgain, Interventions, node_effects
 from unweave.attribute.completeness import Completeness, sums_of
-from unweave.attribute.lazy import EffectsAgain
-from unweave.attribute.runner import Batch
-from unweave.attribute.states import Patch, SAEs, State, by_site_of
+from unweave.attribute.options import AttributionOptions
+from unweave.attribute.runner import Batch, Metric, Runner, rows_of
+from unweave.attribute.states import Patch, SAEs, State, beyond_first, by_site_of
 from unweave.circuits.about import About, Costs, EdgeCounts, Options, Search, SiteCounts
-from unweave.circuits.edges import edge_effects, merge
-from unweave.circuits.examples import metric_values, moved, of_one_length, rows_of, spans
+from unweave.circuits.edges import DEFAULT, edge_effects, merge
 from unweave.circuits.faithfulness import token_means
-from unweave.circuits.graph import Circuit, Edges, Y, slots_of
+from unweave.circuits.graph import ByPair, Circuit, Edges, edge_tensors, edges_from
 from unweave.circuits.paths import Plan
 from unweave.core.errors import UnweaveError
 from unweave.core.halving import halving
@@ -42,7 +42,6 @@ from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import Identity
 
 _T = TypeVar("_T")
-DEFAULT = Options()
 
 
 def find_nodes(
@@ -70,7 +69,7 @@ def find_circuit(
 
 
 class _Finder:
-    """One question; ``gradients`` says whether edges will be asked for."""
+    """One search; ``gradients`` are kept where edges follow."""
 
     def __init__(
         self, lm: LM, saes: SAEs, batches: Sequence[Batch], options: Options, pieces: Pieces | None, gradients: bool
@@ -80,7 +79,7 @@ class _Finder:
         self.lm, self.saes, self.options, self.gradients = lm, by_site_of(lm, saes), options, gradients
         self.other_lengths = 0
         if options.summed == "none":
-            batches, self.other_lengths = of_one_length(batches)
+            batches, self.other_lengths = _of_one_length(batches)
         self.points = options.steps if options.method == "ig" else 1
         self.n = sum(len(clean) for clean, _, _ in batches)
         self.pieces = Pieces(None) if pieces is None else pieces
@@ -98,10 +97,10 @@ class _Finder:
 
     def _parts(self) -> list[tuple[str, Batch]]:
         """Parts of the batches, each with a name. Sizes of passes decide last bits, so they are in the name."""
-        most, parts = self.options.max_tokens, []
+        max_tokens, parts = self.options.max_tokens, []
         for number, batch in enumerate(self.batches):
-            for start, stop in spans(batch, most // self.points):
-                parts.append((f"{number}-{start}-{stop}-of-{most}", rows_of(batch, slice(start, stop))))
+            for start, stop in _spans(batch, max_tokens // self.points):
+                parts.append((f"{number}-{start}-{stop}-of-{max_tokens}", rows_of(batch, slice(start, stop))))
         return parts
 
     def _end(self, patch: Tokens | None) -> Patch:
@@ -165,28 +164,26 @@ class _Finder:
 
     def _nodes_of(self, batch: Batch, max_tokens: int) -> Held:
         o, (clean, patch, metric) = self.options, batch
+        how = AttributionOptions(method=o.method, steps=o.steps, rule=o.rule, max_tokens=max_tokens)
         effects = node_effects(
-            self.lm, self.saes, clean, self._end(patch), metric, method=o.method, steps=o.steps, rule=o.rule,
-            positions=moved(clean, o.skip_first), metric_at=o.metric_at, max_tokens=max_tokens,
-            measure=o.method != "attribution",  # of which nobody expects that it adds up
+            self.lm, self.saes, clean, self._end(patch), metric, how, positions=beyond_first(clean.mask, o.skip_first),
+            measure=o.method != "attribution",  # whose effects need not add up
         )  # fmt: skip
         held: Held = {}
         for site in list(effects):
-            one = effects.pop(site)  # the largest tensors there are: each is let go before the next is joined
-            totals = sums_of(one)
+            of_site = effects.pop(site)  # the largest tensors: each is freed before the next is joined
+            totals = sums_of(of_site)
             if totals is not None:
                 held[f"total/{site}"] = totals
-            slots = slots_of({site: one})[site]
+            slots = of_site.slots
             total = slots.sum((0, 1)).unsqueeze(0) if o.summed == "positions" else slots.sum(0)
             held[f"sum/{site}"] = total.cpu()
             if self.gradients:
-                assert one.gradient is not None
-                held[f"gradient/{site}"] = one.gradient.cpu()
+                assert of_site.gradient is not None
+                held[f"gradient/{site}"] = of_site.gradient.cpu()
         for side, tokens in (("clean", clean), ("patch", patch)):
             if tokens is not None:
-                held[side] = (
-                    metric_values(self.lm, tokens, metric, metric_at=o.metric_at, max_tokens=max_tokens).double().cpu()
-                )
+                held[side] = _values(self.lm, tokens, metric, max_tokens).double().cpu()
         return held
 
     def _check(self, nodes: Mapping[Site, Tensor]) -> None:
@@ -212,18 +209,18 @@ class _Finder:
         upstream = None
         if o.upstream == "above":
             upstream = {site: (e.abs() > o.node_threshold).to(self.lm.device) for site, e in circuit.nodes.items()}
-        merged: dict[tuple[Site, Site | None], Edges] = {}
+        merged: ByPair = {}
         with task("edges", total=self.n, unit="examples") as shown:
             for name, part in self._parts():
                 held = self.pieces.tensors(
-                    f"edges-{name}", lambda name=name, part=part: _held(self._part_edges(name, part, upstream))
+                    f"edges-{name}", lambda name=name, part=part: edge_tensors(self._part_edges(name, part, upstream))
                 )
-                merged = merge([merged, _edges(held)])
+                merged = merge([merged, edges_from(held)])
                 shown.advance(len(part[0]))
-        edges = {pair: _mean(several, self.n, o.edge_threshold) for pair, several in merged.items()}
-        edges = {pair: several for pair, several in edges.items() if len(several)}
-        for pair, several in edges.items():
-            if not bool(torch.isfinite(several.weight).all()):
+        edges = {pair: _mean(of_pair, self.n, o.edge_threshold) for pair, of_pair in merged.items()}
+        edges = {pair: of_pair for pair, of_pair in edges.items() if len(of_pair)}
+        for pair, of_pair in edges.items():
+            if not bool(torch.isfinite(of_pair.weight).all()):
                 raise UnweaveError("weights of edges are NaN or infinite", where=" -> ".join(map(str, pair)))
         assert circuit.about.search is not None and circuit.costs is not None
         counts = EdgeCounts(sum(map(len, merged.values())), sum(map(len, edges.values())))
@@ -232,24 +229,19 @@ class _Finder:
         seconds = {"seconds_nodes": circuit.costs.seconds_nodes, "seconds_edges": _since(began)}
         return replace(circuit, edges=edges, about=about, costs=replace(self._costs(began), **seconds))
 
-    def _part_edges(
-        self, name: str, part: Batch, upstream: Mapping[Site, Tensor] | None
-    ) -> dict[tuple[Site, Site | None], Edges]:
+    def _part_edges(self, name: str, part: Batch, upstream: Mapping[Site, Tensor] | None) -> ByPair:
         held = self.pieces.get(f"nodes-{name}", "gradient")
         assert held is not None
         gradients = _by_site(held, "gradient")
         o = self.options
 
-        def work(batch: Batch, rows: slice, max_tokens: int) -> dict[tuple[Site, Site | None], Edges]:
-            clean, patch, _ = batch
-            positions = moved(clean, o.skip_first)
-            mine = {site: g[rows] for site, g in gradients.items()}
-            end = self._end(patch)
-            effects = EffectsAgain(self.lm, self.saes, clean, end, mine, positions, max_tokens)
-            return edge_effects(
-                self.lm, self.saes, clean, end, effects, threshold=o.node_threshold, positions=positions,
-                max_tokens=max_tokens, summed=o.summed, upstream=upstream,
-            )  # fmt: skip
+        def work(batch: Batch, rows: slice, max_tokens: int) -> ByPair:
+            clean, patch, metric = batch
+            end, at = self._end(patch), {"positions": beyond_first(clean.mask, o.skip_first)}
+            within = Interventions(self.lm, self.saes, clean, end, metric, max_tokens=max_tokens, **at)
+            effects = EffectsAgain(within, {site: g[rows] for site, g in gradients.items()})
+            options = replace(o, max_tokens=max_tokens)
+            return edge_effects(self.lm, self.saes, clean, end, effects, options, upstream=upstream, **at)
 
         return merge(self._halving(part, work))
 
@@ -316,20 +308,29 @@ def _mean(edges: Edges, n: int, threshold: float) -> Edges:
     return Edges(edges.up[order].cpu(), edges.down[order].cpu(), weight[order].float().cpu())
 
 
-def _held(edges: Mapping[tuple[Site, Site | None], Edges]) -> Held:
-    held: Held = {}
-    for (up, down), entries in edges.items():
-        name = f"{up} {down or Y}"
-        held |= {f"up/{name}": entries.up, f"down/{name}": entries.down, f"weight/{name}": entries.weight}
-    return held
+def _values(lm: LM, tokens: Tokens, metric: Metric, max_tokens: int) -> Tensor:
+    """The metric [B] of inputs as they are."""
+    run = Runner(lm, tokens.to(lm.device), metric, max_tokens)
+    return torch.cat([run.metric_of(run.all_rows[part], {}, False) for part in run.chunks(len(tokens))])
 
 
-def _edges(held: Held) -> dict[tuple[Site, Site | None], Edges]:
-    edges = {}
-    for name in held:
-        if name.startswith("weight/"):
-            pair = name.removeprefix("weight/")
-            up, _, down = pair.partition(" ")
-            entries = Edges(held[f"up/{pair}"], held[f"down/{pair}"], held[name])
-            edges[Site.parse(up), None if down == Y else Site.parse(down)] = entries
-    return edges
+def _of_one_length(batches: Sequence[Batch]) -> tuple[list[Batch], int]:
+    """The batches of the commonest length, and how many examples the others hold. Padding is refused."""
+    lengths: Counter[int] = Counter()
+    for clean, _, _ in batches:
+        if not bool(clean.mask.all()):
+            raise UnweaveError(
+                "positions cannot be kept where rows are padded", remedy="batch texts by length, or sum over positions"
+            )
+        lengths[clean.ids.shape[1]] += len(clean)
+    # The shorter of equally common ones, so that the order of batches does not matter.
+    width = min(lengths, key=lambda length: (-lengths[length], length))
+    chosen = [batch for batch in batches if batch[0].ids.shape[1] == width]
+    return chosen, lengths.total() - lengths[width]
+
+
+def _spans(batch: Batch, max_tokens: int) -> list[tuple[int, int]]:
+    """First and last rows of pieces of at most ``max_tokens`` tokens, as equal as can be."""
+    n, width = batch[0].ids.shape
+    pieces = -(-n // max(1, max_tokens // width))
+    return [(n * i // pieces, n * (i + 1) // pieces) for i in range(pieces)]

@@ -16,13 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import torch
 from torch import Tensor
 
 from unweave.circuits import stored
-from unweave.circuits.about import About, Costs, Counts, Node
+from unweave.circuits.about import About, Costs, Node, Supporting
 from unweave.circuits.stored import ARROW, Y
 from unweave.core.errors import UnweaveError
 from unweave.core.memory import refuse_if_memory
@@ -30,7 +29,7 @@ from unweave.core.result import to_plain
 from unweave.core.site import Site
 from unweave.core.writing import atomic_write
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,31 @@ class Edges:
         return len(self.weight)
 
 
+ByPair = dict[tuple[Site, Site | None], Edges]
+"""by upstream and downstream site, None for the metric"""
+
+
+def edge_tensors(edges: ByPair) -> dict[str, Tensor]:
+    """Edges as named tensors, for files."""
+    return {
+        f"edges/{up}{ARROW}{down or Y}/{part}": getattr(of_pair, part)
+        for (up, down), of_pair in edges.items()
+        for part in ("up", "down", "weight")
+    }
+
+
+def edges_from(tensors: Mapping[str, Tensor]) -> ByPair:
+    """What ``edge_tensors`` was given."""
+    edges: ByPair = {}
+    for name in tensors:
+        if name.endswith("/weight"):
+            start = name.removesuffix("/weight")
+            up, _, down = start.removeprefix("edges/").partition(ARROW)
+            ends = Site.parse(up), None if down == Y else Site.parse(down)
+            edges[ends] = Edges(*(tensors[f"{start}/{part}"] for part in ("up", "down", "weight")))
+    return edges
+
+
 @dataclass(frozen=True, repr=False)
 class Circuit:
     """Mean effects over ``n_examples`` examples.
@@ -58,7 +82,7 @@ class Circuit:
     """
 
     nodes: dict[Site, Tensor]
-    edges: dict[tuple[Site, Site | None], Edges]
+    edges: ByPair
     positions: bool
     n_examples: int
     about: About = About()
@@ -85,26 +109,24 @@ class Circuit:
                 nodes.append(Node(site, slot, position if self.positions else None, value, slot == last))
         return nodes
 
-    def counts(self, threshold: float) -> Counts:
+    def counts(self, threshold: float) -> tuple[int, int]:
         """How many latents and how many errors are above a threshold."""
         nodes = self.above(threshold)
         errors = sum(node.is_error for node in nodes)
-        return Counts(len(nodes) - errors, errors)
+        return len(nodes) - errors, errors
 
     def edges_above(self, node_threshold: float, edge_threshold: float) -> list[tuple[Node, Node | None, float]]:
         """(upstream node, downstream node or None for the metric, weight): both ends and |weight| above thresholds."""
-        kept = {(n.site, n.position or 0, n.slot): n for n in self.above(node_threshold)}
+        nodes = {(n.site, n.position or 0, n.slot): n for n in self.above(node_threshold)}
         strong_edges = []
         for (up_site, down_site), edges in self.edges.items():
             strong = (edges.weight.abs() > edge_threshold).nonzero()[:, 0]
-            rows = zip(
-                edges.up[strong].tolist(), edges.down[strong].tolist(), edges.weight[strong].tolist(), strict=True
-            )
-            for up, down, weight in rows:
-                u = kept.get((up_site, *up))
-                d = None if down_site is None else kept.get((down_site, *down))
+            rows = (part[strong].tolist() for part in (edges.up, edges.down, edges.weight))
+            for up, down, weight in zip(*rows, strict=True):
+                u = nodes.get((up_site, *up))
+                d = None if down_site is None else nodes.get((down_site, *down))
                 if u is not None and (down_site is None or d is not None):
-                    strong_edges.append((u, d, float(weight)))
+                    strong_edges.append((u, d, weight))
         return strong_edges
 
     # -- storage --------------------------------------------------------------------------------------------------
@@ -114,9 +136,7 @@ class Circuit:
         from safetensors.torch import save_file
 
         tensors = {f"nodes/{site}": effects for site, effects in self.nodes.items()}
-        for (up, down), edges in self.edges.items():
-            name = f"edges/{up}{ARROW}{Y if down is None else down}"
-            tensors |= {f"{name}/up": edges.up, f"{name}/down": edges.down, f"{name}/weight": edges.weight}
+        tensors |= edge_tensors(self.edges)
         about = {"version": VERSION, "positions": self.positions, "n_examples": self.n_examples}
         about["about"] = to_plain(self.about)
         with atomic_write(Path(path)) as temporary:
@@ -142,12 +162,20 @@ class Circuit:
         except (OSError, SafetensorError, ValueError) as error:
             refuse_if_memory(error, path)
             raise UnweaveError(
-                f"cannot read a circuit: {error}",
-                where=str(path),
-                remedy="give a circuit.safetensors, or make it anew",
+                f"cannot read a circuit: {error}", where=str(path), remedy="give a circuit.safetensors, or make it anew"
             ) from error
 
 
-def slots_of(effects: Mapping[Site, Any]) -> dict[Site, Tensor]:
-    """Effects of latents [B, P, F] and errors [B, P] side by side: {site: [B, P, F + 1]}."""
-    return {site: torch.cat([e.latents, e.error.unsqueeze(-1)], -1) for site, e in effects.items()}
+def strongest(mean: Mapping[Site, Tensor], *, threshold: float = 0.0, top: int | None = None) -> list[Supporting]:
+    """Latents (never errors) whose support is above ``threshold``, largest first; the ``top`` largest of them."""
+    strong = [
+        Supporting(site, latent, float(values[latent]))
+        for site, values in mean.items()
+        for latent in (values[:-1] > threshold).nonzero()[:, 0].tolist()
+    ]
+    return sorted(strong, key=lambda s: (-s.effect, s.site, s.latent))[:top]
+
+
+def means(circuit: Circuit) -> dict[Site, Tensor]:
+    """A circuit's support by slot, {site: [F + 1]}."""
+    return {site: values[0] for site, values in circuit.nodes.items()}

@@ -38,8 +38,8 @@ class StoredCircuit:
         """The question about SAEs that the circuit's run asked, with what is given in its place; None where
         neither says where they are."""
         known = {f.name: self.asked[f.name] for f in dataclasses.fields(OfSAEsSpec) if f.name in self.asked}
-        given = {"saes": list(saes), "model": model, "device": device}
-        values = known | {name: value for name, value in given.items() if value}
+        overrides = {"saes": list(saes), "model": model, "device": device}
+        values = known | {name: value for name, value in overrides.items() if value}
         if not (values.get("saes") or values.get("neurons")):
             return None
         spec = OfSAEsSpec.from_dict(values, where=str(self.path.parent / "spec.json"))
@@ -63,7 +63,7 @@ def _moved(name: str, folder: Path) -> str:
 
 
 def content_of_circuit(place: Path) -> str:
-    """Twelve digits over the circuit's file. UnweaveError where there is none."""
+    """Twelve digits over the circuit's file. UnweaveError without one."""
     return content_of(_file_of(place))
 
 
@@ -79,9 +79,9 @@ def _file_of(place: Path) -> Path:
 
 
 def open_circuit(place: Path) -> StoredCircuit:
-    """The circuit of a run's folder, or of a file; it is read when it is asked for.
+    """The circuit of a run's folder, or of a file; it is read on first use.
 
-    UnweaveError where there is none, or the run is damaged.
+    UnweaveError without one, and for a damaged run.
     """
     path = _file_of(place)
     folder = path.parent
@@ -98,7 +98,7 @@ def open_circuit(place: Path) -> StoredCircuit:
 def _asked(path: Path) -> dict[str, Any]:
     """The Spec's fields in spec.json, where there is one."""
     values = read_json(path) if path.is_file() else {}
-    asked = values.get("spec", {}) if isinstance(values, dict) else None
-    if not isinstance(asked, dict):
+    question = values.get("spec", {}) if isinstance(values, dict) else None
+    if not isinstance(question, dict):
         raise UnweaveError("damaged: it does not say what was asked", where=str(path), remedy="delete this file")
-    return asked
+    return question

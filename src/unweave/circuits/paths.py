@@ -289,11 +289,7 @@ class Paths:
 
     def _attention(self, rows: Rows, layer: int, cots: Mapping[Site, Tensor]) -> Tensor:
         """From sites of a block's attention to the block's input."""
-        start = Site("resid_pre", layer)
-        leaf = self._at(start, rows).requires_grad_()
-        direct = {site: cot for site, cot in cots.items() if site != start}
-        cot = self._product(rows, (start, leaf), {}, direct, leaf)
-        return cot + cots[start] if start in cots else cot
+        return self._through(rows, Site("resid_pre", layer), layer, {}, cots)
 
     def _mlp(self, rows: Rows, layer: int, cots: Mapping[Site, Tensor]) -> Tensor:
         """From sites of a block's MLP to the MLP's place in the stream, token by token.
@@ -301,10 +297,14 @@ class Paths:
         The pass begins at the block's input with the value before the MLP, and attention adds nothing.
         """
         before = Site("resid_pre" if self.parallel else "resid_mid", layer)
+        return self._through(rows, before, layer, {Site("attn_add", layer): _nothing}, cots)
+
+    def _through(
+        self, rows: Rows, before: Site, layer: int, edit: Mapping[Site, Callable], cots: Mapping[Site, Tensor]
+    ) -> Tensor:
         leaf = self._at(before, rows).requires_grad_()
         direct = {site: cot for site, cot in cots.items() if site != before}
-        start = (Site("resid_pre", layer), leaf)
-        cot = self._product(rows, start, {Site("attn_add", layer): _nothing}, direct, leaf)
+        cot = self._product(rows, (Site("resid_pre", layer), leaf), edit, direct, leaf)
         return cot + cots[before] if before in cots else cot
 
     def _to_site(self, rows: Rows, site: Site) -> Rows:
@@ -342,9 +342,8 @@ class Paths:
         with self.lm.taps(read=sites, edit=edit, stop=sites[-1], grad=True, start=start) as seen:
             self.lm(self._tokens(rows))
             values = [seen[site] for site in sites]
-        return torch.autograd.grad(
-            values, leaf, [cots[site].to(v.dtype) for site, v in zip(sites, values, strict=True)]
-        )[0]
+        into = [cots[site].to(value.dtype) for site, value in zip(sites, values, strict=True)]
+        return torch.autograd.grad(values, leaf, into)[0]
 
 
 def _nothing(x: Tensor, _at: object) -> Tensor:

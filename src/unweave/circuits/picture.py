@@ -138,7 +138,7 @@ def edge_threshold_for(circuit: Circuit, node_threshold: float, n_edges: int = 1
 
 
 Why = Literal["asked", "own", "count"]
-"""Why a node threshold was taken: it was asked for, it is the circuit's own, or it leaves so many nodes."""
+"""Where a node threshold comes from: the caller, the circuit's search, or the number of nodes to draw."""
 
 
 @dataclass(frozen=True)

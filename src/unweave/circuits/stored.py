@@ -46,7 +46,7 @@ def header(text: str, version: int) -> dict[str, Any]:
 
 
 def about_of(values: dict[str, Any]) -> About:
-    """What the header says of the circuit."""
+    """The circuit's description in the header."""
     try:
         return from_plain(About, values, "about")
     except UnweaveError as error:

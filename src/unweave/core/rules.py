@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,10 @@ def check(spec: Any) -> None:
     """Raises UnweaveError for the first field of a Spec that breaks a rule, saying the rule and the remedy."""
     where = type(spec).__name__
     fields = {f.name: f for f in dataclasses.fields(spec)}
+    for name, choices in _choices(type(spec)).items():
+        if (value := getattr(spec, name)) not in choices:
+            what = f"{name} must be one of {', '.join(map(str, choices))}; {_shown(value)} was given"
+            raise UnweaveError(what, where=where, remedy="choose one of these")
     for name, rules in rules_of(type(spec)).items():
         value = getattr(spec, name)
         for one in rules:
@@ -130,6 +135,21 @@ def rules_of(cls: type) -> dict[str, tuple[Rule | Use, ...]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     rules = {f.name: _of_hint(hints[f.name]) for f in dataclasses.fields(cls)}
     return {name: own for name, own in rules.items() if own}
+
+
+@functools.cache
+def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
+    """What fields of a ``Literal`` type may be; others may be None too."""
+    hints = typing.get_type_hints(cls)
+    choices: dict[str, tuple[Any, ...]] = {}
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        arms = typing.get_args(hint) if union else (hint,)
+        if all(arm is type(None) or typing.get_origin(arm) is typing.Literal for arm in arms):
+            none = (None,) if type(None) in arms else ()
+            choices[f.name] = (*(value for arm in arms for value in typing.get_args(arm)), *none)
+    return choices
 
 
 def _of_hint(hint: Any) -> tuple[Rule | Use, ...]:

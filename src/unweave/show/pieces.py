@@ -66,6 +66,16 @@ def percent(fraction: Number, digits: int = 2) -> str:
     return number(fraction * 100, digits).removesuffix(".0") + "\u202f%"
 
 
+def capital(text: str) -> str:
+    """The text with its first letter as a capital."""
+    return f"{text[:1].upper()}{text[1:]}"
+
+
+def counted(n: int, noun: str) -> str:
+    """ "1 node", "1,200 nodes" """
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def split_blank(token: str) -> tuple[bool, str]:
     """Return whether the token is a word after one blank, and what ``visible`` makes of it without that blank."""
     blank = token.startswith(" ") and token.strip(" ") != ""

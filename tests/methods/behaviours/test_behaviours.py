@@ -17,7 +17,6 @@ import scipy.sparse as sp
 import torch
 
 from unweave.attribute.attribution import node_effects
-from unweave.circuits.about import Counts as NodeCounts
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
 from unweave.core.result import as_read, as_written
@@ -34,7 +33,6 @@ from unweave.methods.behaviours import stage as job
 from unweave.methods.behaviours.contexts import repeated
 from unweave.methods.behaviours.gradients import blocks, parameters, projected_gradients, projection_block
 from unweave.methods.behaviours.result import (
-    Answer,
     Behaviour,
     BehavioursResult,
     Cluster,
@@ -42,7 +40,6 @@ from unweave.methods.behaviours.result import (
     Contexts,
     Counts,
     Example,
-    Promoted,
     StrongLatent,
     VectorsResult,
 )
@@ -540,7 +537,7 @@ def test_from_a_text_to_circuits_and_an_index(folder: Path, tmp_path: Path, monk
         assert size >= 3
         circuit = Circuit.load(runs / one.run / "circuit.safetensors")
         assert not circuit.positions and circuit.n_examples == one.examples == min(4, size) and len(circuit.nodes) == 3
-        assert circuit.counts(0.01) == NodeCounts(one.latents, one.errors)
+        assert circuit.counts(0.01) == (one.latents, one.errors)
         assert [sums.site for sums in one.sums] == sorted(circuit.nodes)
         ids = Run.at(runs / one.run).spec["contexts"]
         few = contexts.batches(LM.load(str(folder / "model")), [Example(tuple(r[:-1]), r[-1], 0, 0, 0) for r in ids])
@@ -785,9 +782,9 @@ def test_what_the_job_cannot_do_is_clear(folder: Path, tmp_path: Path) -> None:
 
 def test_the_index_escapes_what_texts_hold() -> None:
     bad = '<script>alert("1")</script>'
-    latent = StrongLatent(Site("embed"), 3, -0.5, (Promoted(bad, 1.0),))
+    latent = StrongLatent(Site("embed"), 3, -0.5, ((bad, 1.0),))
     one = Behaviour(
-        0, 8, (Answer(bad, 3),), (Context((bad, "\n", " x"), bad, 0.1),), 4, 1, 0, 1, (latent,), (), run=bad
+        0, 8, ((bad, 3),), (Context((bad, "\n", " x"), bad, 0.1),), 4, 1, 0, 1, (latent,), (), run=bad
     )  # fmt: skip
     result = BehavioursResult(
         Subject(bad, "", (), {}), Counts(9, 8, 1, 0, 0, 0, 7), "latents", "ig", 1, (Cluster(9, 0.5, 0.2, 0.01),), None,

@@ -34,7 +34,7 @@ from unweave.methods.circuits import texts, view
 from unweave.methods.circuits.figures import curve_name
 from unweave.methods.circuits.result import CircuitSearch, Faithfulness, LeftOut
 from unweave.methods.circuits.spec import CircuitDrawSpec, CircuitEvaluateSpec, CircuitFindSpec
-from unweave.methods.circuits.sweep import sweep
+from unweave.methods.circuits.sweep import SweepOptions, sweep
 from unweave.sae.module import SAE, ReLU
 from unweave.show.page import Around
 from unweave.tasks import agreement
@@ -74,7 +74,7 @@ def test_a_circuit_is_found_saved_and_described(home: Path, found: Run[CircuitSe
     assert (circuit.about.of, circuit.about.neurons) == ("model", False)
     result = found.result
     assert result.used.left_out == (LeftOut("another length than the commonest", 2),)
-    assert result.latents == circuit.counts(0.1).latents > 5 and result.errors == circuit.counts(0.1).errors
+    assert (result.latents, result.errors) == circuit.counts(0.1) and result.latents > 5
     whole = read_json(found.path / "circuit.json")
     assert len(whole["nodes"]) == len(circuit.above(0.1))
     assert len(whole["edges"]) == len(circuit.edges_above(0.1, 0.01)) > 5
@@ -194,7 +194,7 @@ def test_a_circuit_is_evaluated_on_other_texts_beside_neurons(home: Path, found:
     kept = [p for p in kept if p not in made_pairs(2, 0)]
     wanted = sweep(
         opened.lm, opened.saes, agreement.batches(opened.lm, kept), Circuit.load(found.path / "circuit.safetensors"),
-        thresholds=(0.0, 0.05, 0.2), start_layer=1, draws=2, seed=3,
+        SweepOptions(start_layer=1, draws=2, seed=3), thresholds=(0.0, 0.05, 0.2),
     )  # fmt: skip
     for a, b in zip(curves["latents and errors"].rows, wanted.rows, strict=True):
         assert (a.nodes, a.latents) == (b.nodes, b.latents)
@@ -228,7 +228,7 @@ def test_curves_are_kept_when_evaluation_is_interrupted(
         if len(calls) == 2:
             calls.append("stopped")
             raise KeyboardInterrupt
-        calls.append(named["errors"])
+        calls.append(args[4].errors)
         return sweep(*args, **named)
 
     monkeypatch.setattr(evaluate, "sweep", watched)

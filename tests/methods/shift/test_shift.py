@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from helpers.models import N_LAYERS, build_tiny, build_tiny_tokenizer
-from unweave.circuits.support import strongest
+from unweave.circuits.graph import strongest
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.inputs.subject import Subject
@@ -22,9 +22,8 @@ from unweave.latents.records import Context, LatentRecord
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
 from unweave.methods.shift import relevance, supporting
-from unweave.methods.shift.concepts import concept_vectors, describe
-from unweave.methods.shift.pooled import Pooled, pool, pooled_positions
-from unweave.methods.shift.probe import Probe, Recipe, accuracies, fit
+from unweave.methods.shift.pooled import Pooled, beyond_first, pool
+from unweave.methods.shift.probe import Probe, Recipe, accuracies, concept_vectors, describe, fit
 from unweave.methods.shift.result import Accuracies, Judgement, Method, Seed, Share, ShiftResult, TableRow, Verdict
 from unweave.methods.shift.spec import RuleOptions, SupportOptions
 from unweave.sae.activations import JumpReLU
@@ -146,7 +145,7 @@ def test_trap_01_means_are_over_tokens_whatever_the_padding(side: Any) -> None:
     x = tokens.ids.float().unsqueeze(-1) * torch.tensor([1.0, 100.0])
     assert pool(x, tokens, 0)[:, 0].tolist() == [6.0, 8.5]
     assert pool(x, tokens, 1)[:, 1].tolist() == [650.0, 900.0]
-    assert pooled_positions(tokens, 1).sum(1).tolist() == [2, 1]
+    assert beyond_first(tokens.mask, 1).sum(1).tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("family", ["olmo2", "gpt2"])

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unweave.circuits.about import Judged
+from unweave.circuits.graph import means, strongest
 from unweave.circuits.opened import FILE, StoredCircuit, open_circuit
 from unweave.circuits.picture import threshold_for
-from unweave.circuits.support import means, strongest
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.inputs.saes import Opened, open_saes

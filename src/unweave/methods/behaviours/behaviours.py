@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unweave.circuits.about import Node, Options
+from unweave.circuits.about import Node, Options, by_site
 from unweave.circuits.find import find_circuit
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
@@ -35,7 +35,6 @@ from unweave.lm.model import LM
 from unweave.methods.behaviours import cluster
 from unweave.methods.behaviours.contexts import Texts, batches, find
 from unweave.methods.behaviours.result import (
-    Answer,
     Behaviour,
     BehavioursResult,
     Cluster,
@@ -43,7 +42,6 @@ from unweave.methods.behaviours.result import (
     Contexts,
     Example,
     Firing,
-    Promoted,
     StrongLatent,
 )
 from unweave.methods.behaviours.spec import BehaviourOptions, CircuitOptions
@@ -90,15 +88,8 @@ def behaviours(
     options, pieces = options or BehaviourOptions(), pieces or Pieces(None)
     store = texts if isinstance(texts, TokenStore) else Texts(lm, texts)
     contexts = find(lm, store, options.contexts, seed=options.seed)
-    rows = vectors(
-        lm,
-        saes,
-        contexts.examples,
-        options.vectors,
-        skip_first=options.skip_first,
-        seed=options.seed,
-        max_tokens=options.max_tokens,
-    )
+    how = {"skip_first": options.skip_first, "seed": options.seed, "max_tokens": options.max_tokens}
+    rows = vectors(lm, saes, contexts.examples, options.vectors, **how)
     clusters = clustered(rows, options, pieces)
     explained = []
     groups = chosen(rows, clusters, contexts, options)
@@ -119,10 +110,10 @@ def clustered(rows: cluster.Vectors, options: BehaviourOptions, pieces: Pieces) 
     """The clusters of vectors, from the pieces where they are finished."""
 
     def work() -> Held:
-        told = options.clusters
-        new = cluster.cluster(rows, told.number, method=told.method, rank=told.rank, seed=options.seed)
-        stability = np.asarray(np.nan if new.stability is None else new.stability)
-        arrays = {field.name: getattr(new, field.name) for field in fields(new)} | {"stability": stability}
+        how = options.clusters
+        clusters = cluster.cluster(rows, how.number, method=how.method, rank=how.rank, seed=options.seed)
+        stability = np.asarray(np.nan if clusters.stability is None else clusters.stability)
+        arrays = {field.name: getattr(clusters, field.name) for field in fields(clusters)} | {"stability": stability}
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     held = {name: tensor.numpy() for name, tensor in pieces.tensors("clusters", work).items()}
@@ -143,7 +134,7 @@ def chosen(
             remedy="ask for fewer clusters or a smaller min_size, or find more contexts",
         )
     members = {place: cluster.typical(rows, clusters.members(place)).tolist() for place in large}
-    return [Group(place, tuple(contexts.examples[i] for i in some)) for place, some in members.items()]
+    return [Group(place, tuple(contexts.examples[i] for i in indices)) for place, indices in members.items()]
 
 
 def circuit_of(
@@ -156,18 +147,12 @@ def circuit_of(
     pieces: Pieces | None = None,
 ) -> Circuit:
     """The circuit behind the answers to some contexts: every node ablated to zero, effects summed over positions."""
-    asked = Options(
-        method=options.method,
-        steps=options.steps,
-        rule=options.rule,
-        summed="positions",
-        skip_first=skip_first,
-        node_threshold=options.node_threshold,
-        edge_threshold=options.edge_threshold,
-        max_tokens=max_tokens,
-    )
+    search = Options(
+        method=options.method, steps=options.steps, rule=options.rule, summed="positions", skip_first=skip_first,
+        node_threshold=options.node_threshold, edge_threshold=options.edge_threshold, max_tokens=max_tokens,
+    )  # fmt: skip
     few = batches(lm, examples, metric=options.metric, side="left", max_tokens=max_tokens)
-    return find_circuit(lm, saes, few, asked, pieces=pieces)
+    return find_circuit(lm, saes, few, search, pieces=pieces)
 
 
 # -- in plain values --------------------------------------------------------------------------------------------------
@@ -184,10 +169,8 @@ def described(
 ) -> BehavioursResult:
     """The result."""
     strongest = [_strongest(one.circuit) for one in explained]
-    chosen: dict[Site, set[int]] = {}
-    for node in (node for nodes in strongest for node in nodes):
-        chosen.setdefault(node.site, set()).add(node.slot)
-    known = records({site: sorted(some) for site, some in sorted(chosen.items())}) if records and chosen else {}
+    latents = by_site(sorted((node.site, node.slot) for nodes in strongest for node in nodes))
+    known = records(latents) if records and latents else {}
     return BehavioursResult(
         subject=subject,
         counts=contexts.counts,
@@ -215,30 +198,30 @@ def _latent(node: Node, records: Mapping[Site, Records]) -> StrongLatent:
     if node.site not in records:
         return StrongLatent(node.site, node.slot, node.effect)
     entry = entry_of(records[node.site].latent(node.slot), kinds=("top",))
-    promoted = tuple(Promoted(text, float(value)) for text, value in entry.promoted[:_PROMOTED])
+    promoted = tuple((text, float(value)) for text, value in entry.promoted[:_PROMOTED])
     top = max(entry.contexts, key=lambda context: context.activations[context.peak], default=None)
     firing = None if top is None else Firing(tuple(top.tokens), tuple(map(float, top.activations)), top.peak)
     return StrongLatent(node.site, node.slot, node.effect, promoted, firing)
 
 
-def _behaviour(lm: LM, one: Explained, options: CircuitOptions, strongest: tuple[StrongLatent, ...]) -> Behaviour:
-    examples, circuit = one.group.examples, one.circuit
-    counts = circuit.counts(options.node_threshold)
+def _behaviour(lm: LM, explained: Explained, options: CircuitOptions, strongest: tuple[StrongLatent, ...]) -> Behaviour:
+    examples, circuit = explained.group.examples, explained.circuit
+    latents, errors = circuit.counts(options.node_threshold)
     answers = Counter(example.answer for example in examples).most_common(_ANSWERS)
     texts = lm.token_strings([token for token, _ in answers])
     return Behaviour(
-        place=one.group.place,
+        place=explained.group.place,
         documents=len({example.document for example in examples}),
-        answers=tuple(Answer(text, count) for text, (_, count) in zip(texts, answers, strict=True)),
+        answers=tuple((text, count) for text, (_, count) in zip(texts, answers, strict=True)),
         contexts=tuple(
             Context(tuple(lm.pieces(e.ids)), lm.token_strings([e.answer])[0], e.loss) for e in examples[:_CONTEXTS]
         ),
         examples=circuit.n_examples,
-        latents=counts.latents,
-        errors=counts.errors,
+        latents=latents,
+        errors=errors,
         edges=len(circuit.edges_above(options.node_threshold, options.edge_threshold)),
         strongest=strongest,
         sums=circuit.about.sums,
-        run=one.run,
-        drawing=one.drawing,
+        run=explained.run,
+        drawing=explained.drawing,
     )

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,6 +62,8 @@ def cluster(
 
     Raises UnweaveError for more clusters than vectors with a direction, NaN, and too many vectors for ``spectral``.
     """
+    from sklearn.metrics import adjusted_rand_score
+
     units, places = unit_rows(vectors)
     n = len(places)
     if not 1 <= n_clusters <= n:
@@ -76,9 +79,9 @@ def cluster(
             where="method",
             remedy=f"use kmeans, or at most {_SPECTRAL_MOST:,} contexts",
         )
-    groups = _Groups(units, n_clusters, method)
-    labels = groups.find(seed)
-    agree = _agreement(labels, groups.find(seed + 1)) if stability and n_clusters > 1 else None
+    find = _finder(units, n_clusters, method)
+    labels = find(seed).astype(np.int64)
+    agree = float(adjusted_rand_score(labels, find(seed + 1))) if stability and n_clusters > 1 else None
     return _ranked(units, places, vectors.shape[0], labels, rank, seed, agree)
 
 
@@ -100,52 +103,29 @@ def unit_rows(vectors: Vectors) -> tuple[Vectors, np.ndarray]:
     values = vectors.data if sp.issparse(vectors) else np.asarray(vectors)
     if not np.isfinite(values).all():
         raise UnweaveError("vectors to cluster hold NaN or infinity", remedy="load the model in float32")
-    places = np.flatnonzero(_lengths(vectors) > 0)
+    places = np.unique(vectors.nonzero()[0])
     return _normalised(vectors[places]), places
 
 
-def _lengths(vectors: Vectors) -> np.ndarray:
-    if sp.issparse(vectors):
-        return np.sqrt(np.asarray(vectors.multiply(vectors).sum(axis=1), dtype=np.float64)).ravel()
-    return np.linalg.norm(np.asarray(vectors, dtype=np.float64), axis=1)
-
-
 def _normalised(vectors: Vectors) -> Vectors:
-    lengths = _lengths(vectors)
-    scale = np.where(lengths > 0, 1 / np.where(lengths > 0, lengths, 1), 0)
-    if sp.issparse(vectors):
-        return sp.csr_array(sp.diags_array(scale) @ vectors)
-    return np.asarray(vectors) * scale[:, None].astype(np.asarray(vectors).dtype)
+    from sklearn.preprocessing import normalize
+
+    return normalize(vectors)  # rows of zeros stay
 
 
-class _Groups:
-    """Clusters of the same vectors with several seeds; the pairs' similarities are made once."""
+def _finder(units: Vectors, n_clusters: int, method: Method) -> Callable[[int], np.ndarray]:
+    """Clusters of the same vectors by seed; the pairs' similarities are made once."""
+    from sklearn.cluster import MiniBatchKMeans, SpectralClustering
 
-    def __init__(self, units: Vectors, n_clusters: int, method: Method) -> None:
-        self.units, self.n_clusters, self.method = units, n_clusters, method
-        self.affinity = angular_similarity(units) if method == "spectral" and n_clusters > 1 else None
-
-    def find(self, seed: int) -> np.ndarray:
-        from sklearn.cluster import MiniBatchKMeans, SpectralClustering
-
-        n = self.units.shape[0]
-        if self.n_clusters in (1, n):  # nothing to find out, and scikit-learn's solvers refuse
-            return np.arange(n) if self.n_clusters == n else np.zeros(n, np.int64)
-        if self.affinity is not None:
-            model = SpectralClustering(
-                self.n_clusters, affinity="precomputed", assign_labels="kmeans", random_state=seed
-            )
-            return model.fit_predict(self.affinity).astype(np.int64)
-        model = MiniBatchKMeans(
-            self.n_clusters, random_state=seed, batch_size=max(1024, 2 * self.n_clusters), n_init="auto"
-        )
-        return model.fit_predict(self.units).astype(np.int64)
-
-
-def _agreement(a: np.ndarray, b: np.ndarray) -> float:
-    from sklearn.metrics import adjusted_rand_score
-
-    return float(adjusted_rand_score(a, b))
+    n = units.shape[0]
+    if n_clusters in (1, n):  # nothing to find out, and scikit-learn's solvers refuse
+        return lambda _seed: np.arange(n) if n_clusters == n else np.zeros(n, np.int64)
+    if method == "spectral":
+        affinity = angular_similarity(units)
+        how: dict[str, Any] = {"affinity": "precomputed", "assign_labels": "kmeans"}
+        return lambda seed: SpectralClustering(n_clusters, **how, random_state=seed).fit_predict(affinity)
+    how = {"batch_size": max(1024, 2 * n_clusters), "n_init": "auto"}
+    return lambda seed: MiniBatchKMeans(n_clusters, **how, random_state=seed).fit_predict(units)
 
 
 def coherence(units: Vectors) -> float:
@@ -164,7 +144,7 @@ def typical(vectors: Vectors, members: np.ndarray) -> np.ndarray:
 def _ranked(
     units: Vectors, places: np.ndarray, n: int, raw: np.ndarray, rank: str, seed: int, agree: float | None
 ) -> Clusters:
-    """Clusters numbered anew from the best on; k-means can leave some empty, which are dropped."""
+    """Clusters renumbered, the best first; empty ones, which k-means can leave, are dropped."""
     rng = np.random.default_rng(seed)
     names = np.unique(raw)
     sizes = np.array([(raw == name).sum() for name in names])

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -22,6 +24,7 @@ from unweave.core.progress import task
 from unweave.core.site import Site
 from unweave.lm.chat import Role, encode_text
 from unweave.lm.model import LM, Side, Tokens
+from unweave.lm.unembed import unembed
 from unweave.methods.behaviours.result import Contexts, Counts, Example
 from unweave.methods.behaviours.spec import ContextOptions
 from unweave.tasks.answers import AnswerLoss, AnswerMetric
@@ -75,17 +78,11 @@ def repeated(ids: Sequence[int], rule: Repeats, key: Callable[[int], object] | N
     what ``bigram`` does too. ``answer``: the token itself occurred before.
     """
     same: list[object] = [key(i) for i in ids] if rule == "word" and key is not None else list(ids)
-    out = np.zeros(len(same), dtype=bool)
-    seen: set[object] = set()
-    if rule == "answer":
-        for place, token in enumerate(same):
-            out[place] = token in seen
-            seen.add(token)
-        return out
-    for place in range(1, len(same)):
-        pair = (same[place - 1], same[place])
-        out[place] = pair in seen
-        seen.add(pair)
+    keys = same if rule == "answer" else [None, *itertools.pairwise(same)]
+    out, seen = np.zeros(len(same), dtype=bool), set()
+    for place in range(len(same)):
+        out[place] = keys[place] in seen
+        seen.add(keys[place])
     return out
 
 
@@ -99,15 +96,11 @@ def next_token_losses(lm: LM, tokens: Tokens) -> Tensor:
         lm(batch)
     wanted = batch.mask[:, 1:]
     hidden, answers = seen[norm][:, :-1][wanted], batch.ids[:, 1:][wanted]
-    head = lm.model.get_output_embeddings()
-    cap = getattr(lm.model.config, "final_logit_softcapping", None)
     step = max(1, _LOGIT_ELEMENTS // lm.vocab_size)
     parts = [hidden.new_zeros(0, dtype=torch.float32)]
     with torch.no_grad():
         for start in range(0, len(hidden), step):
-            logits = head(hidden[start : start + step]).float()
-            if cap is not None:
-                logits = torch.tanh(logits / cap) * cap
+            logits = unembed(lm, hidden[start : start + step]).float()
             chosen = logits.gather(1, answers[start : start + step, None])[:, 0]
             parts.append(logits.logsumexp(-1) - chosen)
     losses = torch.zeros(wanted.shape, device=lm.device)
@@ -133,11 +126,9 @@ def find(lm: LM, store: Rows, options: ContextOptions | None = None, *, seed: in
             for window, of_row in zip(batch, losses, strict=True):
                 loss = np.concatenate([[np.inf], of_row[: len(window.ids) - 1]])
                 if np.isnan(loss).any():
-                    raise UnweaveError(
-                        "the model's loss is NaN",
-                        where=f"document {window.document} of the text",
-                        remedy="load the model in float32 or bfloat16",
-                    )
+                    where = f"document {window.document} of the text"
+                    remedy = "load the model in float32 or bfloat16"
+                    raise UnweaveError("the model's loss is NaN", where=where, remedy=remedy)
                 able = ~np.isin(window.ids, special) & (window.roles != Role.SPECIAL.value)
                 able[: options.min_context] = False
                 sure = able & (loss < options.max_loss)
@@ -157,26 +148,20 @@ def find(lm: LM, store: Rows, options: ContextOptions | None = None, *, seed: in
 
 def _thinned(sure: list[Example], options: ContextOptions, counts: Mapping[str, int], seed: int) -> Contexts:
     """Each context once, and at most so many of each document and in all, drawn at random."""
-    rng = np.random.default_rng(seed)
-    of_document: dict[int, int] = {}
-    chosen: list[Example] = []
     first: dict[tuple[tuple[int, ...], int], Example] = {}
     for example in sorted(sure, key=lambda example: example.place):
         first.setdefault((example.ids, example.answer), example)
-    in_order = list(first.values())
-    for index in rng.permutation(len(in_order)).tolist():
+    in_order, of_document, chosen = list(first.values()), Counter[int](), list[Example]()
+    for index in np.random.default_rng(seed).permutation(len(in_order)).tolist():
         example = in_order[index]
-        of_document[example.document] = of_document.get(example.document, 0) + 1
+        of_document[example.document] += 1
         if of_document[example.document] <= options.per_document:
             chosen.append(example)
     left = chosen[: options.limit]
     thinned = Counts(
-        **counts,
-        same=len(sure) - len(first),
-        crowded=len(first) - len(chosen),
-        surplus=len(chosen) - len(left),
+        **counts, same=len(sure) - len(first), crowded=len(first) - len(chosen), surplus=len(chosen) - len(left),
         kept=len(left),
-    )
+    )  # fmt: skip
     return Contexts(thinned, tuple(sorted(left, key=lambda example: example.place)))
 
 
@@ -210,15 +195,8 @@ def _windows(lm: LM, store: Rows, options: ContextOptions) -> list[_Window]:
             part = slice(start, start + size)
             if len(ids[part]) + lead <= options.min_context:
                 continue
-            windows.append(
-                _Window(
-                    np.concatenate([ids[:lead], ids[part]]),
-                    np.concatenate([roles[:lead], roles[part]]),
-                    int(store.starts[row]) + start,
-                    lead,
-                    int(store.documents[row]),
-                )
-            )
+            own_ids, own_roles = (np.concatenate([values[:lead], values[part]]) for values in (ids, roles))
+            windows.append(_Window(own_ids, own_roles, int(store.starts[row]) + start, lead, int(store.documents[row])))
     return windows
 
 

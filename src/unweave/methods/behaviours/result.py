@@ -89,28 +89,12 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A token that follows contexts of a behaviour, and how many."""
-
-    text: str
-    count: int
-
-
-@dataclass(frozen=True)
 class Context:
     """A context's tokens, the token that follows, and its loss, -log p in nats."""
 
     tokens: tuple[str, ...]
     answer: str
     loss: float
-
-
-@dataclass(frozen=True)
-class Promoted:
-    """A token that a latent makes likelier, and by how much."""
-
-    text: str
-    value: float
 
 
 @dataclass(frozen=True)
@@ -130,7 +114,8 @@ class StrongLatent:
     latent: int
     effect: float
     """mean effect on the metric when it is ablated"""
-    promoted: tuple[Promoted, ...] = ()
+    promoted: tuple[tuple[str, float], ...] = ()
+    """tokens that it makes likelier, and by how much"""
     firing: Firing | None = None
     """None where no records were read"""
 
@@ -147,8 +132,8 @@ class Behaviour:
     """which of the clusters"""
     documents: int
     """from how many its contexts come"""
-    answers: tuple[Answer, ...]
-    """the commonest"""
+    answers: tuple[tuple[str, int], ...]
+    """the commonest tokens that follow its contexts, and how many each"""
     contexts: tuple[Context, ...]
     """the most typical"""
     examples: int
@@ -159,7 +144,7 @@ class Behaviour:
     strongest: tuple[StrongLatent, ...]
     sums: tuple[SiteSum, ...]
     run: str = ""
-    """the folder, beside the result's, of the run that holds the circuit; empty where there is none"""
+    """the folder, beside the result's, of the run that holds the circuit; empty without one"""
     drawing: Path | None = None
     """the circuit as SVG; None where no node is above the threshold"""
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from unweave.attribute.options import GradientOptions
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import FileRef
-from unweave.core.rules import above, at_least, at_most, below
+from unweave.core.rules import above, at_least, at_most, below, only_for
 from unweave.core.spec import Spec, operational
 from unweave.data.spec import DataSpec, ModelRef
 from unweave.inputs.spec import OfSAEsSpec, SAERefs, unused
@@ -70,28 +71,19 @@ class ClusterOptions(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CircuitOptions(Spec):
+class CircuitOptions(GradientOptions):
     """How the circuit of a behaviour is found."""
 
     examples: Annotated[int, at_least(1)] = 12
     """On how many contexts of a cluster, the most typical ones; the paper has up to 100."""
-    method: Literal["ig", "attribution"] = "ig"
-    """Integrated gradients, or attribution patching, which is one step of it."""
-    steps: Annotated[int, at_least(1)] = 4
+    steps: Annotated[int, at_least(1), only_for("method", "ig")] = 4
     """Steps of integrated gradients."""
-    rule: Literal["left", "midpoint", "right", "graded"] = "midpoint"
-    """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
-    ablation to the zero vector (neurons, an SAE without a decoder bias), with 80 steps or more."""
     metric: Literal["neg-log-p", "neg-logit"] = "neg-log-p"
     """What circuits explain: -log p(answer), as the paper, or -logit(answer), as its released code."""
     node_threshold: Annotated[float, at_least(0)] = 0.1
     """Nodes whose mean effect is larger, in either direction, are in a circuit."""
     edge_threshold: Annotated[float, at_least(0)] = 0.01
     """Edges of larger weight, in either direction, are kept."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        unused(self, {"steps": self.method == "ig", "rule": self.method == "ig"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +161,7 @@ class ContextsSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class OfContextsSpec(Spec):
-    """What is asked about contexts: the model and the SAEs at work."""
+    """A question about contexts: the model and the SAEs in use."""
 
     model: ModelRef
     dtype: str

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unweave.circuits.draw import draw_svg
+from unweave.circuits.draw import Picture, draw_svg
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
 from unweave.core.pieces import Pieces
@@ -54,16 +54,21 @@ def _also(spec: CircuitBehavioursSpec, handle: Any) -> Mapping[str, str]:
     return texts_of(spec, spec.data)
 
 
-@stage("circuit-behaviours", version=4, also=_also)
+@stage("circuit-behaviours", version=5, also=_also)
 def run(spec: CircuitBehavioursSpec, ctx: Context) -> BehavioursResult:
     """Contexts, vectors, clusters, circuits, and ``index.html`` to browse them."""
     opened = open_saes(spec)
-    contexts_run = contexts(_contexts_asked(spec, opened), ctx.runs, opened)
-    sure, common = contexts_run.result, _common(spec, opened)
-    asked = VectorsSpec(**common, contexts=contexts_run.file("result.json"), options=spec.vectors, seed=spec.seed)
+    common = _common(spec, opened)
+    of_text = {"data": spec.data or _own_text(spec, opened), "split": spec.split, "tokens": spec.tokens}
+    of_model = {name: common[name] for name in ("model", "dtype")}
+    contexts_run = contexts(
+        ContextsSpec(**of_model, **of_text, options=spec.contexts, seed=spec.seed), ctx.runs, opened
+    )
+    sure = contexts_run.result
+    question = VectorsSpec(**common, contexts=contexts_run.file("result.json"), options=spec.vectors, seed=spec.seed)
     if spec.vectors.kind == "gradients":  # of the model alone
-        asked = dataclasses.replace(asked, saes=(), neurons=(), sites=(), skip_first=0)
-    vectors_run = context_vectors(asked, ctx.runs, opened)
+        question = dataclasses.replace(question, saes=(), neurons=(), sites=(), skip_first=0)
+    vectors_run = context_vectors(question, ctx.runs, opened)
     rows = _rows(vectors_run)
     clusters = clustered(rows, spec, ctx.pieces)
     groups, explained = chosen(rows, clusters, sure, spec), []
@@ -97,14 +102,14 @@ def context_vectors(spec: VectorsSpec, ctx: Context) -> VectorsResult:
     examples, parts = Run.at(spec.contexts.parent, Contexts).result.examples, []
     with task(f"vectors: {spec.options.kind}", total=len(examples), unit="contexts") as shown:
         for start in range(0, len(examples), _PIECE):
-            few = examples[start : start + _PIECE]
+            batch = examples[start : start + _PIECE]
 
-            def work(few: Sequence[Example] = few) -> dict[str, Any]:
-                told = {"skip_first": spec.skip_first, "seed": spec.seed, "max_tokens": spec.max_tokens}
-                return to_tensors(vectors(opened.lm, opened.saes, few, spec.options, **told))
+            def work(batch: Sequence[Example] = batch) -> dict[str, Any]:
+                how = {"skip_first": spec.skip_first, "seed": spec.seed, "max_tokens": spec.max_tokens}
+                return to_tensors(vectors(opened.lm, opened.saes, batch, spec.options, **how))
 
             parts.append(from_tensors(ctx.pieces.tensors(f"{start // _PIECE:05d}", work)))
-            shown.advance(len(few))
+            shown.advance(len(batch))
     rows = joined(parts)
     Pieces(ctx.path).tensors("vectors", lambda: to_tensors(rows))
     return VectorsResult(rows.shape[0], rows.shape[1], Path("vectors.safetensors"))
@@ -117,49 +122,33 @@ def _rows(done: Run[VectorsResult]) -> Any:
     return from_tensors(held)
 
 
-@stage("circuit-behaviour", version=4)
+@stage("circuit-behaviour", version=5)
 def behaviour(spec: BehaviourSpec, ctx: Context) -> BehaviourCircuit:
     """A behaviour's circuit."""
     opened, options = ctx.handle, spec.options
     examples = [Example(ids[:-1], ids[-1], 0.0, 0, 0) for ids in spec.contexts]
     circuit = circuit_of(opened.lm, opened.saes, examples, options, spec.skip_first, spec.max_tokens, ctx.pieces)
     circuit.save(ctx.path / _CIRCUIT)
-    counts = circuit.counts(options.node_threshold)
+    latents, errors = circuit.counts(options.node_threshold)
     edges = len(circuit.edges_above(options.node_threshold, options.edge_threshold))
-    return BehaviourCircuit(counts.latents, counts.errors, edges, circuit.about.sums, Path(_CIRCUIT))
+    return BehaviourCircuit(latents, errors, edges, circuit.about.sums, Path(_CIRCUIT))
 
 
 # -- what is asked of them --------------------------------------------------------------------------------------------
 
 
 def _common(spec: CircuitBehavioursSpec, opened: Opened) -> dict[str, Any]:
-    """What is asked about contexts with these SAEs, whatever else."""
+    """The fields that all questions about contexts share."""
     neurons = tuple(str(site) for site, sae in opened.saes.items() if isinstance(sae.activation, Identity))
     return {
         "model": opened.model,
-        "dtype": _dtype(opened),
+        "dtype": str(opened.lm.dtype).removeprefix("torch."),
         "saes": spec.saes,
         "neurons": neurons,
         "sites": tuple(map(str, opened.saes)),
         "skip_first": spec.skip_first,
         "max_tokens": spec.max_tokens,
     }
-
-
-def _dtype(opened: Opened) -> str:
-    return str(opened.lm.dtype).removeprefix("torch.")
-
-
-def _contexts_asked(spec: CircuitBehavioursSpec, opened: Opened) -> ContextsSpec:
-    return ContextsSpec(
-        model=opened.model,
-        dtype=_dtype(opened),
-        data=spec.data or _own_text(spec, opened),
-        split=spec.split,
-        tokens=spec.tokens,
-        options=spec.contexts,
-        seed=spec.seed,
-    )
 
 
 def _own_text(spec: CircuitBehavioursSpec, opened: Opened) -> DataSpec:
@@ -173,13 +162,11 @@ def _own_text(spec: CircuitBehavioursSpec, opened: Opened) -> DataSpec:
         )
     # The beginnings of documents, whatever the training made of them: a context should not begin in another document,
     # and many documents say more than much of a few.
-    data, told = DataSpec.from_dict(own), spec.contexts
+    data, contexts = DataSpec.from_dict(own), spec.contexts
     pack = PackSpec(
-        context=_WINDOWS * (told.context + 1),
-        min_tokens=told.min_context + 1,
-        bos=data.pack.bos,
+        context=_WINDOWS * (contexts.context + 1), min_tokens=contexts.min_context + 1, bos=data.pack.bos,
         unanswered=data.pack.unanswered,
-    )
+    )  # fmt: skip
     return dataclasses.replace(data, pack=pack)
 
 
@@ -191,25 +178,21 @@ def _explained(lm: LM, group: Group, part: Run[BehaviourCircuit], options: Circu
     (answer, _), *_ = Counter(example.answer for example in group.examples).most_common()
     title = f"Behaviour {group.place + 1}: what makes the model say {lm.token_strings([answer])[0]!r}"
     drawing = Path("circuits") / f"{group.place + 1}.svg"
-    svg = draw_svg(
-        circuit,
-        node_threshold=options.node_threshold,
-        edge_threshold=options.edge_threshold,
-        title=title,
-        max_nodes=_DRAWN_NODES,
-        max_edges=_DRAWN_EDGES,
-    )
-    write_file(folder / drawing, svg)
+    picture = Picture(
+        circuit=circuit, node_threshold=options.node_threshold, edge_threshold=options.edge_threshold, title=title,
+        max_nodes=_DRAWN_NODES, max_edges=_DRAWN_EDGES,
+    )  # fmt: skip
+    write_file(folder / drawing, draw_svg(picture))
     return Explained(group, circuit, part.path.name, drawing)
 
 
 def _records(spec: CircuitBehavioursSpec, opened: Opened, runs: Path) -> Any:
     """The records of latents, from one pass over the text that the SAEs know."""
-    there = [spec.tokens]
+    lengths = [spec.tokens]
     if spec.data is None:
-        told = [sae.provenance.get("train", {}) for sae in opened.saes.values()]
-        there = [one["data"]["tokens"] for one in told if "data" in one]
-    tokens, split = min([spec.records_tokens, *there]), spec.split if spec.data is not None else "train"
+        trainings = [sae.provenance.get("train", {}) for sae in opened.saes.values()]
+        lengths = [one["data"]["tokens"] for one in trainings if "data" in one]
+    tokens, split = min([spec.records_tokens, *lengths]), spec.split if spec.data is not None else "train"
 
     def records(latents: Mapping[Site, Sequence[int]]) -> Mapping[Site, Records]:
         return records_of(opened, spec.data, tokens, runs, latents, split=split)

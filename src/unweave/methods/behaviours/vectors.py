@@ -13,19 +13,19 @@ five, or summed over all but the first ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from unweave.attribute.states import SAEs, by_site_of, reads_of
+from unweave.attribute.runner import Metric, Runner
+from unweave.attribute.states import SAEs, by_site_of, reads_of, values_of
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
-from unweave.lm.taps import At
 from unweave.methods.behaviours.cluster import Vectors
 from unweave.methods.behaviours.contexts import batches, order_of
 from unweave.methods.behaviours.gradients import projected_gradients
@@ -106,14 +106,15 @@ def from_tensors(held: Mapping[str, Tensor]) -> Vectors:
 
 
 def _of_sites(
-    lm: LM, by_site: Mapping[Site, SAE], tokens: Tokens, metric: Any, options: VectorOptions, skip_first: int
+    lm: LM, by_site: Mapping[Site, SAE], tokens: Tokens, metric: Metric, options: VectorOptions, skip_first: int
 ) -> Vectors:
     kind, positions = options.kind, options.positions
     reads = {reads_of(sae, site) for site, sae in by_site.items()} if kind in SPARSE else set()
+    gradients: dict[Site, Tensor] = {}
     if kind.startswith("effects"):
-        values, gradients = _with_gradients(lm, list(by_site), reads, tokens, metric)
+        gradients, values = Runner(lm, tokens, metric, tokens.ids.numel()).gradients(list(by_site), reads)
     else:
-        values, gradients = _values(lm, [*by_site, *reads], tokens), {}
+        values = values_of(lm, {*by_site, *reads}, tokens, max_tokens=tokens.ids.numel())
     where, counted = _places(tokens.mask, positions, skip_first)
     blocks = []
     for site, sae in by_site.items():
@@ -147,38 +148,3 @@ def _places(mask: Tensor, positions: Positions, skip_first: int) -> tuple[Tensor
 
 def _at(x: Tensor, where: Tensor) -> Tensor:
     return x.gather(1, where.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def _values(lm: LM, sites: Sequence[Site], tokens: Tokens) -> dict[Site, Tensor]:
-    asked = sorted(set(sites))
-    stop = None if any(site.point == "path" for site in asked) else asked[-1]
-    with lm.taps(read=asked, stop=stop) as seen:
-        lm(tokens)
-    return {site: seen[site] for site in asked}
-
-
-def _with_gradients(
-    lm: LM, sites: list[Site], reads: set[Site], tokens: Tokens, metric: Any
-) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
-    """Values of all sites, and the metric's gradients [B, P, D] at ``sites`` from one backward pass."""
-    held: dict[Site, Tensor] = {}
-
-    def probe(x: Tensor, at: At) -> Tensor:
-        # A node of its own: the model may use the same tensor elsewhere too.
-        held[at.site] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        return held[at.site]
-
-    def look(x: Tensor, at: At) -> None:
-        held[at.site] = x
-
-    last = tokens.mask.sum(1) - 1
-    width = tokens.ids.shape[1]
-    keep = width - int(last.min())
-    rows = torch.arange(len(tokens), device=lm.device)
-    with torch.enable_grad():
-        with lm.taps(edit=dict.fromkeys(reads - set(sites), look) | dict.fromkeys(sites, probe), grad=True):
-            logits = lm(tokens, keep_logits=keep)
-        assert logits is not None
-        value = metric(logits[rows, last - (width - keep)].float(), rows).sum()
-    gradients = torch.autograd.grad(value, [held[site] for site in sites])
-    return {site: x.detach() for site, x in held.items()}, dict(zip(sites, gradients, strict=True))

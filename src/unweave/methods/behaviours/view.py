@@ -11,7 +11,7 @@ from unweave.core.writing import write_file
 from unweave.methods.behaviours.result import Behaviour, BehavioursResult, Context, StrongLatent, VectorKind
 from unweave.show.model import ContextEntry
 from unweave.show.page import ALONE, Around, Section, page
-from unweave.show.pieces import context_html, esc, number, split_blank, token_chip, visible
+from unweave.show.pieces import context_html, counted, esc, number, split_blank, token_chip, visible
 
 INDEX = "index.html"
 _FIRST = 6
@@ -25,12 +25,7 @@ _BY: dict[VectorKind, str] = {
     "effects-latents": "the effects of latents on them",
     "gradients": "their gradients in parameter space",
 }
-_ORDERS = {
-    "place": "best first",
-    "size": "largest first",
-    "coherence": "most alike first",
-    "nodes": "most nodes first",
-}
+_ORDERS = {"place": "best first", "size": "largest first", "coherence": "most alike first", "nodes": "most nodes first"}
 
 
 def rows(result: BehavioursResult) -> list[Row]:
@@ -40,7 +35,8 @@ def rows(result: BehavioursResult) -> list[Row]:
 
 def listing(result: BehavioursResult) -> list[Row]:
     """Each behaviour with its commonest answers and its size."""
-    return [(name(one), label(one), f"{result.clusters[one.place].size} contexts") for one in result.behaviours]
+    sizes = [result.clusters[behaviour.place].size for behaviour in result.behaviours]
+    return [(name(b), label(b), f"{size} contexts") for b, size in zip(result.behaviours, sizes, strict=True)]
 
 
 def name(behaviour: Behaviour) -> str:
@@ -50,14 +46,14 @@ def name(behaviour: Behaviour) -> str:
 
 def label(behaviour: Behaviour) -> str:
     """The commonest answers, e.g. " of"; they say more than a number."""
-    return ", ".join(f"“{visible(answer.text.strip(' ') or answer.text)}”" for answer in behaviour.answers[:3])
+    return ", ".join(f"“{visible(answer.strip(' ') or answer)}”" for answer, _ in behaviour.answers[:3])
 
 
 def warnings(result: BehavioursResult) -> list[str]:
     """Circuits whose effects do not add up, though integrated gradients promise it."""
     if result.method != "ig":
         return []
-    return [f"{name(one)}: {problem}" for one in result.behaviours if (problem := incomplete(one.sums))]
+    return [f"{name(b)}: {problem}" for b in result.behaviours if (problem := incomplete(b.sums))]
 
 
 def save(folder: Path, result: BehavioursResult) -> None:
@@ -114,38 +110,34 @@ def _steady(index: float) -> str:
     return "much the same" if index > 0.8 else "in part the same" if index > 0.4 else "differently"
 
 
-def _card(result: BehavioursResult, one: Behaviour, folder: Path | None) -> str:
-    cluster = result.clusters[one.place]
+def _card(result: BehavioursResult, b: Behaviour, folder: Path | None) -> str:
+    cluster = result.clusters[b.place]
     facts = (
-        f"{cluster.size:,} contexts from {_several(one.documents, 'document')}; alike {number(cluster.coherence, 2)}, "
-        f"random {number(cluster.control, 2)} ± {number(cluster.spread, 1)}; circuit on {one.examples} of them: "
-        f"{_several(one.latents, 'latent')}, {_several(one.errors, 'error')}, {_several(one.edges, 'edge')}"
+        f"{cluster.size:,} contexts from {counted(b.documents, 'document')}; alike {number(cluster.coherence, 2)}, "
+        f"random {number(cluster.control, 2)} ± {number(cluster.spread, 1)}; circuit on {b.examples} of them: "
+        f"{counted(b.latents, 'latent')}, {counted(b.errors, 'error')}, {counted(b.edges, 'edge')}"
     )
-    chips = "".join(f'<span class="uw-times">{token_chip(a.text)} {a.count}</span>' for a in one.answers)
-    lines = [_context(context) for context in one.contexts]
-    more = "".join(lines[_FIRST:])
+    chips = "".join(f'<span class="uw-times">{token_chip(answer)} {count}</span>' for answer, count in b.answers)
+    lines = [_context(context) for context in b.contexts]
+    hidden = "".join(lines[_FIRST:])
     words = " ".join(
-        [name(one)]
-        + [answer.text for answer in one.answers]
-        + ["".join([*context.tokens, context.answer]) for context in one.contexts]
-        + [latent.name for latent in one.strongest]
+        [name(b)]
+        + [answer for answer, _ in b.answers]
+        + ["".join([*context.tokens, context.answer]) for context in b.contexts]
+        + [latent.name for latent in b.strongest]
     )
     return (
-        f'<article class="uw-card" id="behaviour-{one.place}" data-place="{one.place}" data-size="{cluster.size}" '
-        f'data-coherence="{cluster.coherence:.4f}" data-nodes="{one.latents + one.errors}" data-text="{esc(words)}">'
-        f'<header><h3><a href="#behaviour-{one.place}">{one.place + 1}</a>{esc(label(one))}</h3>'
+        f'<article class="uw-card" id="behaviour-{b.place}" data-place="{b.place}" data-size="{cluster.size}" '
+        f'data-coherence="{cluster.coherence:.4f}" data-nodes="{b.latents + b.errors}" data-text="{esc(words)}">'
+        f'<header><h3><a href="#behaviour-{b.place}">{b.place + 1}</a>{esc(label(b))}</h3>'
         f'<p class="uw-facts">{esc(facts)}</p></header>'
         f'<dl class="uw-logits"><dt>Answers</dt><dd>{chips}</dd></dl>'
         f'<p class="uw-kind">The most typical contexts</p>{"".join(lines[:_FIRST])}'
-        + (f"<details><summary>{len(lines) - _FIRST} more contexts</summary>{more}</details>" if more else "")
-        + _latents(one.strongest)
-        + _circuit(one, folder)
+        + (f"<details><summary>{len(lines) - _FIRST} more contexts</summary>{hidden}</details>" if hidden else "")
+        + _latents(b.strongest)
+        + _circuit(b, folder)
         + "</article>"
     )
-
-
-def _several(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _context(context: Context) -> str:
@@ -169,7 +161,7 @@ def _latents(latents: tuple[StrongLatent, ...]) -> str:
     lines = []
     for latent in latents:
         sign = "uw-more" if latent.effect > 0 else "uw-less"
-        words = " ".join(token_chip(one.text, one.value) for one in latent.promoted)
+        words = " ".join(token_chip(text, value) for text, value in latent.promoted)
         if latent.firing is not None:
             firing = latent.firing
             entry = ContextEntry("top", firing.tokens, firing.activations, firing.peak)
@@ -183,13 +175,13 @@ def _latents(latents: tuple[StrongLatent, ...]) -> str:
     )
 
 
-def _circuit(one: Behaviour, folder: Path | None) -> str:
-    place = f" Kept in <code>{esc(one.run)}</code>." if one.run else ""
-    if not one.latents + one.errors:
+def _circuit(behaviour: Behaviour, folder: Path | None) -> str:
+    place = f" Kept in <code>{esc(behaviour.run)}</code>." if behaviour.run else ""
+    if not behaviour.latents + behaviour.errors:
         return f'<p class="uw-facts">No node is above the threshold.{place}</p>'
-    if folder is None or one.drawing is None or not (folder / one.drawing).is_file():
+    if folder is None or behaviour.drawing is None or not (folder / behaviour.drawing).is_file():
         return f'<p class="uw-facts">{place}</p>' if place else ""
-    svg = (folder / one.drawing).read_text(encoding="utf-8")
+    svg = (folder / behaviour.drawing).read_text(encoding="utf-8")
     return (
         f'<details><summary>The circuit</summary><div class="uw-drawing">{svg}</div>'
         f'<p class="uw-facts">{place}</p></details>'

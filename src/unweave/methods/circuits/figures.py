@@ -63,10 +63,7 @@ def _figure(result: Faithfulness, title: str, colours: Mapping[str, str]) -> Fig
         colour = colours.get(hue, hue)
         rows = sorted((row for row in curve.rows if row.nodes), key=lambda row: row.nodes)
         nodes = [row.nodes for row in rows]
-        for ax, values in (
-            (left, [row.faithfulness for row in rows]),
-            (right, [row.completeness for row in rows]),
-        ):
+        for ax, values in ((left, [row.faithfulness for row in rows]), (right, [row.completeness for row in rows])):
             ax.plot(nodes, values, color=colour, marker=mark, markersize=4, linewidth=1.6, label=name)
         if curve.errors == "default":
             _random(left, curve, colour, name)

@@ -46,6 +46,11 @@ class Used:
     first: tuple[Example, ...]
     """the texts of the first example"""
 
+    @property
+    def problem(self) -> str | None:
+        """Why effects say little of this model and task."""
+        return None if self.accuracy is None else self.accuracy.problem
+
 
 @dataclass(frozen=True)
 class StrongEdge:
@@ -70,7 +75,7 @@ class CircuitSearch(Result):
     sums: tuple[SiteSum, ...]
     """sums of effects beside measured changes, by site"""
     edges: int | None
-    """between nodes above the thresholds; None where none were asked for"""
+    """between nodes above the thresholds; None for a search without edges"""
     strongest: tuple[Node, ...]
     """each site's strongest nodes above the threshold"""
     strongest_edges: tuple[StrongEdge, ...]
@@ -143,6 +148,10 @@ class Sweep:
         """The same for random nodes."""
         return _reached([(row.nodes, row.random.mean) for row in self.rows if row.random is not None], level)
 
+    def reached(self, level: float) -> Reached:
+        """Both, and of how many nodes."""
+        return Reached(self.neurons, self.errors, self.nodes_for(level), self.random_nodes_for(level), self.changing)
+
 
 @dataclass(frozen=True)
 class Reached:
@@ -199,7 +208,7 @@ class Drawing(Result):
     node_threshold: float
     edge_threshold: float
     why: Literal["asked", "own", "count"]
-    """why this node threshold: asked for, the circuit's own, or so that about ``wanted`` nodes remain"""
+    """where the node threshold comes from: the question, the circuit's search, or about ``wanted`` nodes to draw"""
     wanted: int
     picture: Path
     report: Path

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from unweave.circuits.about import Ablation, Options, Summed
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import Content, FileRef
@@ -17,7 +18,7 @@ from unweave.core.rules import at_least, not_empty, rule
 from unweave.core.spec import Spec, operational
 from unweave.data.spec import ModelRef
 from unweave.inputs.spec import OfSAEsSpec, SAERefs, unused
-from unweave.methods.circuits.result import CircuitSearch, Drawing, Faithfulness
+from unweave.methods.circuits.result import CircuitSearch, Drawing, Errors, Faithfulness
 
 CircuitRef = Annotated[Path, Content("unweave.circuits.opened:content_of_circuit")]
 """A circuit: its file, or the run that has it."""
@@ -33,7 +34,7 @@ gradient is taken (the paper's eq. 4, and the code's), and the metric of single 
 
 
 @dataclass(frozen=True, kw_only=True)
-class CircuitFindSpec(OfSAEsSpec):
+class CircuitFindSpec(Options, OfSAEsSpec):
     """Finding the circuit of a behaviour."""
 
     shorthands = {
@@ -50,38 +51,18 @@ class CircuitFindSpec(OfSAEsSpec):
     """Pairs of your own instead: JSON lines with clean_prefix, patch_prefix, clean_answer, patch_answer."""
     inputs: FileRef | None = None
     """Single texts instead: JSON lines with context and answer; latents are ablated."""
-    ablation: Literal["zero", "mean"] = "zero"
-    """Of single texts: ablate nodes to zero, or to their means over all tokens. Take the mean for neurons, and where
-    effects do not add up to what is measured."""
     examples: Annotated[int, at_least(1)] = 100
     """How many examples. A file may hold fewer."""
     split: Literal["train", "test"] = "train"
     """Which of the task's words: no sentence is in both."""
     seed: int = 0
     """Choice of examples."""
-    method: Literal["ig", "attribution", "exact"] = "ig"
-    """Integrated gradients; attribution patching, which is one step of it; or exact effects, for tiny models."""
-    steps: Annotated[int, at_least(1)] = 10
-    """Steps of integrated gradients."""
-    rule: Literal["left", "midpoint", "right", "graded"] = "midpoint"
-    """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
-    ablation to the zero vector (neurons, an SAE without a decoder bias), with 80 steps or more."""
     metric: Literal["neg-log-p", "neg-logit"] = "neg-log-p"
     """Of single inputs: -log p(answer), or -logit(answer). Of pairs it is always logit(patch) - logit(clean)."""
-    summed: Literal["none", "positions"] | None = None
+    summed: Summed | None = None
     """Keep positions, for sentences of equal length, or sum over them; by default kept for pairs, summed for inputs."""
-    skip_first: Annotated[int, at_least(0)] = 0
-    """How many first tokens of each text are left as they are, as 1 for a BOS token."""
-    node_threshold: Annotated[float, at_least(0)] = 0.1
-    """Nodes whose mean effect on the metric is larger, in either direction, are in the circuit and get edges."""
-    edge_threshold: Annotated[float, at_least(0)] = 0.01
-    """Edges of larger weight, in either direction, are kept; 0 keeps all."""
-    upstream: Literal["above", "all"] = "above"
-    """Edges from nodes above the threshold only, or from all."""
     edges: bool = True
     """Whether to find edges; nodes alone are much quicker and all that `evaluate` needs."""
-    max_tokens: Annotated[int, at_least(1)] = operational(1024)
-    """Tokens that go through the model at once at most; halved while memory is too small for them."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "", base: Spec | None = None) -> Self:
@@ -93,15 +74,15 @@ class CircuitFindSpec(OfSAEsSpec):
     @classmethod
     def _meant(cls, values: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The values with rule and metric in place of ``convention``."""
-        given = {name: value for name, value in values.items() if name != "convention"}
+        others = {name: value for name, value in values.items() if name != "convention"}
         name = values["convention"]
         if name not in CONVENTIONS:
             known = ", ".join(CONVENTIONS)
             raise UnweaveError(f"there is no convention {name!r}", where=where, remedy=f"conventions: {known}")
         meant = dict(CONVENTIONS[name])
-        if given.get("inputs") is None:
+        if others.get("inputs") is None:
             meant.pop("metric")  # pairs have one metric only
-        if given.get("method", "ig") != "ig":
+        if others.get("method", "ig") != "ig":
             meant.pop("rule")
         if not meant:
             raise UnweaveError(
@@ -110,7 +91,7 @@ class CircuitFindSpec(OfSAEsSpec):
                 where=where or cls.__name__,
                 remedy="leave convention out",
             )
-        return {**meant, **given}
+        return {**meant, **others}
 
     @property
     def keeps_positions(self) -> bool:
@@ -135,18 +116,27 @@ class CircuitFindSpec(OfSAEsSpec):
         unused(self, uses)
         if self.edges and self.method == "exact":
             raise UnweaveError(
-                "exact effects have no gradient, and edges need one",
-                where="method",
-                remedy="use ig, or --no-edges",
+                "exact effects have no gradient, and edges need one", where="method", remedy="use ig, or --no-edges"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class CircuitDrawSpec(Spec):
-    """Drawing a circuit that was found."""
+class OfCircuitSpec(Spec):
+    """A question about a circuit that was found."""
 
     circuit: CircuitRef
-    """A run of `unweave circuit find`, or any circuit.safetensors. Its content decides which drawing is reused."""
+    """A run of `unweave circuit find`, or, to draw it, any circuit.safetensors. Its content decides which run is
+    reused."""
+    saes: SAERefs = ()
+    """Where its SAEs are; by default where the circuit's run found them. Others than those are refused."""
+    device: str | None = operational(None)
+    """cpu, cuda, cuda:1...; by default a GPU where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitDrawSpec(OfCircuitSpec):
+    """Drawing a circuit that was found. Its SAEs and the device are needed for contexts only."""
+
     nodes: Annotated[int, at_least(1)] = 60
     """About how many of the strongest nodes to draw where no node_threshold is given."""
     node_threshold: Annotated[float | None, at_least(0)] = None
@@ -164,12 +154,8 @@ class CircuitDrawSpec(Spec):
     """How many tokens contexts are taken from; by default 200,000, or all there are."""
     title: str | None = None
     """What stands above the picture; by default the circuit's task."""
-    saes: SAERefs = ()
-    """For contexts: where the SAEs are; by default where the circuit's run found them."""
     model: ModelRef | None = None
     """For contexts: the model; by default that of the circuit's run."""
-    device: str | None = operational(None)
-    """For contexts: cpu, cuda, cuda:1...; by default a GPU where there is one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,13 +163,9 @@ class CircuitDrawSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CircuitEvaluateSpec(Spec):
+class CircuitEvaluateSpec(OfCircuitSpec):
     """Measuring how faithful and how complete a circuit is."""
 
-    circuit: CircuitRef
-    """The folder of a finished `circuit find`. Its content decides which run is reused."""
-    saes: SAERefs = ()
-    """Where its SAEs are now; by default where they were then. Others than those are refused."""
     pairs: FileRef | None = None
     """Pairs to measure on: JSON lines as for `circuit find`; by default the test split of its task."""
     inputs: FileRef | None = None
@@ -195,14 +177,10 @@ class CircuitEvaluateSpec(Spec):
     start_layer: Annotated[int | None, at_least(-1)] = None
     """Ablate from this layer on, -1 for the embedding too; by default from the first layer with nodes. Early layers
     deal with particular words, which are others in the test split."""
-    errors: Annotated[tuple[Literal["default", "keep", "remove", "remove-attn-mlp"], ...], not_empty()] = (
-        "default",
-        "remove-attn-mlp",
-        "remove",
-    )
+    errors: Annotated[tuple[Errors, ...], not_empty()] = ("default", "remove-attn-mlp", "remove")
     """What happens to errors, a curve for each: nodes as any other (default), all kept, all removed, or removed at
     attention and MLPs."""
-    ablation: Literal["patch", "clean", "zero"] | None = None
+    ablation: Ablation | None = None
     """What ablated nodes are set to: means over the patch texts (default for pairs), over the clean texts (default for
     single texts; over all their tokens together where positions are summed), or zero."""
     spaced: Literal["range", "paper"] = "range"
@@ -215,8 +193,6 @@ class CircuitEvaluateSpec(Spec):
     """How many circuits of random nodes to measure beside each; 0 for none."""
     level: float = 0.8
     """The faithfulness for which to say how many nodes it takes."""
-    device: str | None = operational(None)
-    """cpu, cuda, cuda:1...; by default a GPU where there is one."""
     max_tokens: Annotated[int, at_least(1)] = operational(1024)
     """Tokens that go through the model at once at most."""
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unweave.circuits.about import Node
-from unweave.circuits.draw import draw_svg, key_of, title_of, to_json
+from unweave.circuits.about import Node, by_site
+from unweave.circuits.draw import Picture, draw_svg, key_of, to_json
 from unweave.circuits.draw_html import draw_html
 from unweave.circuits.opened import StoredCircuit, open_circuit
-from unweave.circuits.picture import select, thresholds
+from unweave.circuits.picture import thresholds
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import contents_of
 from unweave.core.site import Site
@@ -45,7 +45,7 @@ def _stored(spec: CircuitDrawSpec) -> tuple[StoredCircuit, OfSAEsSpec | None]:
 
 
 def _of_contexts(spec: CircuitDrawSpec, _handle: Any) -> dict[str, str]:
-    """The SAEs, where contexts are asked for."""
+    """The SAEs, which contexts depend on."""
     _, of = _stored(spec)
     return contents_of(of) if spec.contexts else {}
 
@@ -58,23 +58,24 @@ def run(spec: CircuitDrawSpec, ctx: Context) -> Drawing:
     limits = thresholds(
         circuit, spec.nodes, spec.max_nodes, node_threshold=spec.node_threshold, edge_threshold=spec.edge_threshold
     )
-    selection = select(circuit, limits.node, limits.edge, spec.max_nodes)
     notes = annotated.load(spec.annotations, circuit.nodes) if spec.annotations is not None else {}
+    picture = Picture(
+        circuit=circuit, node_threshold=limits.node, edge_threshold=limits.edge, annotations=notes, title=spec.title,
+        max_nodes=spec.max_nodes,
+    )  # fmt: skip
+    selection = picture.selection
     _check(notes, of, str(spec.annotations))
     records = _records(spec, of, notes, selection.nodes, ctx.runs) if spec.contexts and of is not None else None
-    given = {"node_threshold": limits.node, "edge_threshold": limits.edge, "annotations": notes}
-    drawn = {"title": spec.title, "max_nodes": spec.max_nodes}
-    note = example_words(circuit.about.examples)
     texts = {
-        _PICTURE: draw_svg(circuit, **given, **drawn),
-        _PAGE: draw_html(circuit, **given, **drawn, records=records, note=note),
-        _LISTING: json.dumps(to_json(circuit, **given), ensure_ascii=False, indent=1),
+        _PICTURE: draw_svg(picture),
+        _PAGE: draw_html(picture, records, example_words(circuit.about.examples)),
+        _LISTING: json.dumps(to_json(picture), ensure_ascii=False, indent=1),
     }
     for name, text in texts.items():
         write_file(ctx.path / name, text)
     return Drawing(
         subject=circuit.about.subject,
-        title=title_of(circuit, spec.title),
+        title=picture.name,
         examples=circuit.n_examples,
         nodes=len(selection.nodes),
         errors=sum(node.is_error for node in selection.nodes),
@@ -98,16 +99,8 @@ def _records(
     """What the latents among nodes respond to."""
     opened = open_saes(of)
     annotated.refuse_strangers(notes, {s: sae.digest() for s, sae in opened.saes.items()}, str(spec.annotations))
-    return records_of(opened, None, spec.tokens, runs, latents_of(nodes))
-
-
-def latents_of(nodes: Sequence[Node]) -> dict[Site, list[int]]:
-    """The latents among nodes, by site, in the nodes' order and each once."""
-    chosen: dict[Site, dict[int, None]] = {}
-    for node in nodes:
-        if not node.is_error:
-            chosen.setdefault(node.site, {})[node.slot] = None
-    return {site: list(some) for site, some in chosen.items()}
+    latents = by_site((node.site, node.slot) for node in nodes if not node.is_error)
+    return records_of(opened, None, spec.tokens, runs, latents)
 
 
 def _check(notes: Mapping[str, Annotation], of: OfSAEsSpec | None, where: str) -> None:

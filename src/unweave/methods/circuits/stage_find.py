@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from unweave.circuits.about import Options
-from unweave.circuits.draw import to_json
+from unweave.circuits.draw import Picture, to_json
 from unweave.circuits.find import find_circuit, find_nodes
 from unweave.circuits.graph import Circuit
 from unweave.circuits.opened import FILE
@@ -32,7 +32,7 @@ def _dtype(spec: CircuitFindSpec, lm: Any) -> dict[str, str]:
     return {"dtype": str(lm.dtype)} if isinstance(lm, LM) and lm.dtype != torch.float32 and not spec.saes else {}
 
 
-@stage("circuit-find", version=4, also=_dtype)
+@stage("circuit-find", version=5, also=_dtype)
 def run(spec: CircuitFindSpec, ctx: Context) -> CircuitSearch:
     """Effects of all nodes over all examples, then edges; saved as circuit.safetensors, with what is above the
     thresholds in circuit.json and the examples beside it. The handle is the model, where it is open already."""
@@ -45,25 +45,16 @@ def run(spec: CircuitFindSpec, ctx: Context) -> CircuitSearch:
     circuit = replace(circuit, about=about)
     circuit.save(ctx.path / FILE)
     ctx.log("costs", to_plain(circuit.costs))
-    listing = to_json(circuit, node_threshold=spec.node_threshold, edge_threshold=spec.edge_threshold)
-    write_json(ctx.path / _LISTING, listing)
+    picture = Picture(circuit=circuit, node_threshold=spec.node_threshold, edge_threshold=spec.edge_threshold)
+    write_json(ctx.path / _LISTING, to_json(picture))
     return _result(spec, opened, circuit, examples)
 
 
 def options_of(spec: CircuitFindSpec) -> Options:
     """The search's options, of the spec's fields."""
-    return Options(
-        method=spec.method,
-        steps=spec.steps,
-        rule=spec.rule,
-        summed="none" if spec.keeps_positions else "positions",
-        skip_first=spec.skip_first,
-        node_threshold=spec.node_threshold,
-        edge_threshold=spec.edge_threshold,
-        upstream=spec.upstream,
-        max_tokens=spec.max_tokens,
-        ablation=spec.ablation,
-    )
+    values: dict[str, Any] = {field.name: getattr(spec, field.name) for field in fields(Options)}
+    values["summed"] = "none" if spec.keeps_positions else "positions"
+    return Options(**values)
 
 
 def task_of(spec: CircuitFindSpec) -> str:

@@ -9,23 +9,37 @@ whose effect is not 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from unweave.attribute.runner import Batch
 from unweave.attribute.states import SAEs
-from unweave.circuits.about import Ablation, Means
+from unweave.circuits.about import AblationOptions, Means
 from unweave.circuits.faithfulness import Ablated, ablate_outside, ablated_sites
 from unweave.circuits.graph import Circuit
 from unweave.core.errors import UnweaveError
+from unweave.core.rules import at_least
 from unweave.core.site import Site
 from unweave.lm.model import LM
 from unweave.methods.circuits.result import Errors, RandomNodes, Row, Sweep
 
-ERRORS: tuple[Errors, ...] = get_args(Errors)
 
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(AblationOptions):
+    """How a circuit is measured at every size."""
+
+    errors: Errors = "default"
+    """What happens to errors: nodes as any other, all kept, all removed, or removed at attention and MLPs."""
+    draws: Annotated[int, at_least(0)] = 1
+    """How many circuits of random nodes to measure beside each; 0 for none."""
+    seed: int = 0
+    """Choice of random nodes."""
+
+
+DEFAULT = SweepOptions()
 PAPER_THRESHOLDS = tuple(10 ** (-4 + 4 * i / 14) for i in range(15))
 """15, log-spaced from 1e-4 to 1"""
 
@@ -35,35 +49,24 @@ def sweep(
     saes: SAEs,
     batches: Sequence[Batch],
     circuit: Circuit,
-    *,
+    options: SweepOptions = DEFAULT,
     thresholds: Sequence[float] = PAPER_THRESHOLDS,
-    start_layer: int = 0,
-    errors: Errors = "default",
-    ablation: Ablation = "patch",
-    draws: int = 1,
-    seed: int = 0,
-    skip_first: int = 0,
-    metric_at: Site | None = None,
-    max_tokens: int = 1024,
 ) -> Sweep:
     """F of the circuit at each threshold, of everything but it, and of ``draws`` random circuits of its size.
 
-    ``batches`` should be others than those the circuit was found on. ``start_layer`` -1 ablates the embedding too.
-    ``skip_first`` tokens of each row stay as they are, as in the search. Single texts of a circuit without positions
-    are of any length, so their means are taken over all tokens; others' position by position.
-    Raises UnweaveError where the circuit misses a site, or m(M) = m(empty).
+    ``batches`` should be others than those the circuit was found on; ``skip_first`` should be as in the search. Single
+    texts of a circuit without positions are of any length, so their means are taken over all tokens; others' position
+    by position. Raises UnweaveError where the circuit misses a site, or m(M) = m(empty).
     """
-    if not thresholds or not all(t >= 0 for t in thresholds) or draws < 0 or errors not in ERRORS:
-        raise UnweaveError(
-            "a sweep needs thresholds of at least 0, draws of at least 0, and a way with errors",
-            remedy=f"errors: one of {', '.join(ERRORS)}",
-        )
-    sites = ablated_sites(lm, saes, start_layer)
+    if not thresholds or not all(t >= 0 for t in thresholds):
+        raise UnweaveError("a sweep needs thresholds of at least 0", remedy="give at least one")
+    errors, draws = options.errors, options.draws
+    sites = ablated_sites(lm, saes, options.start_layer)
     effects = {site: circuit.nodes[site].to(lm.device) for site in sites if site in circuit.nodes}
     if len(effects) < len(sites):
         missing = ", ".join(str(site) for site in sites if site not in effects)
         raise UnweaveError(f"the circuit has no effects at {missing}", remedy="use the SAEs that it was found with")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(options.seed)
     ordered = sorted(set(thresholds))
     above = [{site: e.abs() > threshold for site, e in effects.items()} for threshold in ordered]
     circuits = [_handled(kept, errors) for kept in above]
@@ -72,10 +75,7 @@ def sweep(
     drawn = [_handled(_drawn(places, kept, generator), errors) for kept in above for _ in range(draws)]
     single = all(patch is None for _, patch, _ in batches)
     means: Means = "tokens" if single and not circuit.positions else "positions"
-    measured = ablate_outside(
-        lm, saes, batches, [*circuits, *others, *drawn], start_layer=start_layer, ablation=ablation,
-        means=means, skip_first=skip_first, metric_at=metric_at, max_tokens=max_tokens,
-    )  # fmt: skip
+    measured = ablate_outside(lm, saes, batches, [*circuits, *others, *drawn], options, means)
     return Sweep(
         neurons=circuit.about.neurons,
         errors=errors,
@@ -83,10 +83,10 @@ def sweep(
         model=float(measured.model.mean()),
         empty=float(measured.empty.mean()),
         examples=len(measured.model),
-        start_layer=start_layer,
-        ablation=ablation,
+        start_layer=options.start_layer,
+        ablation=options.ablation,
         means=means,
-        skip_first=skip_first,
+        skip_first=options.skip_first,
         changing=sum(int((e != 0).sum()) for e in effects.values()),
     )
 

@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Sequence
 from functools import singledispatch
-from typing import Any
 
 from unweave.attribute.result import SiteSum, incomplete
 from unweave.circuits.about import Example
@@ -16,7 +15,7 @@ from unweave.methods.circuits import figures
 from unweave.methods.circuits.figures import curve_name
 from unweave.methods.circuits.result import CircuitSearch, Drawing, Faithfulness, Reached, Used
 from unweave.show.page import ALONE, Around, Section, Tile, figure
-from unweave.show.pieces import esc, number, table
+from unweave.show.pieces import capital, esc, number, table
 
 _COLUMNS = ("threshold", "nodes", "latents", "errors", "faithfulness", "completeness")
 
@@ -48,29 +47,25 @@ def _used_rows(used: Used) -> list[Row]:
 def example_words(examples: Sequence[Example]) -> str:
     """The first example in a sentence; empty where none is known."""
     names = {"clean": "clean", "patch": "patch", "alone": "input"}
-    text = "; ".join(f"{names[one.side]}: {f'{one.text} →{one.answer}'!r}" for one in examples)
+    text = "; ".join(f"{names[example.side]}: {f'{example.text} →{example.answer}'!r}" for example in examples)
     return f"For example, {text}." if text else ""
 
 
 def _lead(task: str, used: Used) -> str:
-    left = "".join(f" {one.examples:,} left out: {one.reason}." for one in used.left_out)
+    left = "".join(f" {group.examples:,} left out: {group.reason}." for group in used.left_out)
     right = ""
     if used.accuracy is not None:
         right = (
             f" The model prefers the right answer in {used.accuracy.clean:.0%} of the clean and "
             f"{used.accuracy.patch:.0%} of the patch texts; chance is half."
         )
-    text = f"{_capital(task)}, {used.examples:,} examples.{left}{right} {example_words(used.first)}"
+    text = f"{capital(task)}, {used.examples:,} examples.{left}{right} {example_words(used.first)}"
     return f"<p>{esc(text)}</p>"
 
 
 def _notes(subject: Subject | None, *more: str | None) -> tuple[str, ...]:
     own = subject.notes if subject is not None else ()
-    return (*own, *(f"{_capital(note)}." for note in more if note))
-
-
-def _capital(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}"
+    return (*own, *(f"{capital(note)}." for note in more if note))
 
 
 # -- the search -------------------------------------------------------------------------------------------------------
@@ -147,11 +142,10 @@ def _(result: CircuitSearch, around: Around = ALONE) -> Section:
             for edge in result.strongest_edges
         ]
         parts.append(table(("From", "To", "Weight"), edges, (2,), "The strongest edges"))
-    problem = result.used.accuracy.problem if result.used.accuracy is not None else None
     tile = Tile(
         f"{result.latents:,}", f"{_noun(result)} in the circuit", f"Of {result.task}, above {options.node_threshold:g}."
     )
-    notes = _notes(result.subject, problem, incomplete_of(result))
+    notes = _notes(result.subject, result.used.problem, incomplete_of(result))
     heading = f"Circuit{' of neurons' if result.neurons else ''}: {esc(result.task)}"
     return Section("Circuit", heading, "".join(parts), tiles=(tile,), notes=notes)
 
@@ -162,7 +156,7 @@ def _site_table(result: CircuitSearch) -> str:
         (str(row.site), f"{row.latents:,}", f"{row.errors:,}", *_sum_cells(sums.get(row.site)))
         for row in result.search.above
     ]
-    head = ("Site", _capital(_noun(result)), "Errors", "Sum of all effects", "Measured change")
+    head = ("Site", capital(_noun(result)), "Errors", "Sum of all effects", "Measured change")
     return table(head, lines, (1, 2, 3, 4), "Nodes above the threshold, and whether effects add up")
 
 
@@ -176,20 +170,19 @@ def _sum_cells(row: SiteSum | None) -> tuple[str, str]:
 @rows.register
 def _(result: Faithfulness) -> list[Row]:
     first = result.curves[0]
-    problem = result.used.accuracy.problem if result.used.accuracy is not None else None
     return [
         ("task", result.task, ""),
         *_used_rows(result.used),
         ("metric of the model", first.model, "mean"),
         ("metric of no nodes", first.empty, f"everything from layer {first.start_layer} on ablated"),
-        *(_reached_row(reached, result, problem) for reached in result.reached),
+        *(_reached_row(reached, result) for reached in result.reached),
         ("figure", str(result.figure), "faithfulness and completeness over the number of nodes"),
     ]
 
 
-def _reached_row(reached: Reached, result: Faithfulness, problem: str | None) -> Row:
+def _reached_row(reached: Reached, result: Faithfulness) -> Row:
     name = curve_name(reached.errors, reached.neurons)
-    if problem:
+    if result.used.problem:
         return (name, "-", "the model fails this task, see its right answers")
     drawn = any(row.random is not None for row in result.curves[0].rows)
     beside = f"; random ones: {_nodes(reached.random_nodes)}" if drawn else ""
@@ -204,7 +197,6 @@ def _nodes(value: float | None) -> str:
 def _(result: Faithfulness, around: Around = ALONE) -> Section:
     del around
     first = result.curves[0]
-    problem = result.used.accuracy.problem if result.used.accuracy is not None else None
     lines = [
         (esc(curve_name(r.errors, r.neurons)), _nodes(r.nodes), _nodes(r.random_nodes), f"{r.changing:,}")
         for r in result.reached
@@ -224,11 +216,13 @@ def _(result: Faithfulness, around: Around = ALONE) -> Section:
     tile = Tile(
         _nodes(result.reached[0].nodes),
         f"nodes for faithfulness {result.level:g}",
-        f"Of {result.reached[0].changing:,} that change. {_capital(result.task)}.",
+        f"Of {result.reached[0].changing:,} that change. {capital(result.task)}.",
     )
     heading = f"How much the circuit carries: {esc(result.task)}"
-    tiles = () if problem else (tile,)
-    return Section("Faithfulness", heading, "".join(parts), tiles=tiles, notes=_notes(result.subject, problem))
+    tiles = () if result.used.problem else (tile,)
+    return Section(
+        "Faithfulness", heading, "".join(parts), tiles=tiles, notes=_notes(result.subject, result.used.problem)
+    )
 
 
 _ABLATED = {"patch": "its mean over the patch texts", "clean": "its mean over the clean texts", "zero": "zero"}
@@ -236,8 +230,9 @@ _ABLATED = {"patch": "its mean over the patch texts", "clean": "its mean over th
 
 def curves_png(result: Faithfulness) -> bytes:
     """The figure as a file, with its task above it."""
-    problem = result.used.accuracy.problem if result.used.accuracy is not None else None
-    return figures.curves_png(result, _capital(result.task) + (" (the model fails this task)" if problem else ""))
+    return figures.curves_png(
+        result, capital(result.task) + (" (the model fails this task)" if result.used.problem else "")
+    )
 
 
 def curves_csv(result: Faithfulness) -> str:
@@ -246,13 +241,10 @@ def curves_csv(result: Faithfulness) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("circuit", *_COLUMNS, "random", "random_low", "random_high"))
     for curve in result.curves:
+        name = curve_name(curve.errors, curve.neurons)
         for row in curve.rows:
-            drawn: tuple[Any, ...] = ("", "", "")
-            if row.random is not None:
-                drawn = (row.random.mean, row.random.low, row.random.high)
-            writer.writerow(
-                (curve_name(curve.errors, curve.neurons), *(getattr(row, column) for column in _COLUMNS), *drawn)
-            )
+            drawn = [getattr(row.random, column, "") for column in ("mean", "low", "high")]
+            writer.writerow((name, *(getattr(row, column) for column in _COLUMNS), *drawn))
     return out.getvalue()
 
 

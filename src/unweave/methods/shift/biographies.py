@@ -2,9 +2,9 @@
 
 1. ``read`` takes real ones: De-Arteaga et al.'s data set (``hub:LabHC/bias_in_bios``), or JSON lines, JSON or Parquet
    with its fields hard_text, profession (21 professor, 13 nurse) and gender (0 male, 1 female).
-2. ``templated`` writes its own: an opening, two sentences about the work and one about anything else, from word lists
-   and sentence patterns below. First name and pronouns carry the gender; the two sentences carry the profession, which
-   is never named, in vocabulary of that work.
+2. ``templated`` writes its own: an opening, two sentences about the work and one about anything else, from the word
+   lists and sentence patterns of ``words.toml``. First name and pronouns carry the gender; the two sentences carry the
+   profession, which is never named, in vocabulary of that work.
 3. ``sets`` draws what SHIFT needs: a pool of the four groups to train on, and a test set of all four in equal parts.
 
 Train and test share no sentence: every filled pattern, without name and pronouns, belongs to one of the two by a hash
@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from unweave.core.contents import tree_of
 from unweave.core.errors import UnweaveError
+from unweave.core.files import read_toml
 from unweave.core.progress import task
 from unweave.data.rows import hub_rows, json_rows, parquet_rows, without_halves
 
@@ -39,6 +40,11 @@ AMBIGUOUS: tuple[Group, ...] = ((0, 0), (1, 1))
 
 TEMPLATED = "templated"
 TEMPLATED_NOTE = "templated biographies, written by this package from word lists: plainer than real ones"
+
+_WORDS = read_toml(Path(__file__).with_name("words.toml"))["biographies"]
+FIRST_NAMES = tuple(tuple(names.split()) for names in _WORDS["first_names"])
+"""male and female"""
+_LAST_NAMES = _WORDS["last_names"].split()
 _TEST_SHARE = 0.3
 _SURNAMES = 0.4
 """how often a sentence that could begin with He or She begins with the surname"""
@@ -66,7 +72,7 @@ class Biography:
 
 @dataclass(frozen=True)
 class Sets:
-    """``train`` holds each of the four groups' biographies, equally many; ``test`` all four in turn.
+    """``train`` holds each of the four groups' biographies, equally many; ``test`` alternates all four.
 
     ``note`` says what a reader of results must know of them: empty for real ones.
     """
@@ -164,7 +170,7 @@ def read(
     if short:
         there = ", ".join(f"{count} {group_name(group)}" for group, count in short.items())
         raise UnweaveError(
-            f"{n} biographies of each group were asked for ({split}), there are only {there}",
+            f"{n} biographies of each group are needed ({split}), there are only {there}",
             where=source,
             remedy="ask for fewer, or give more biographies",
         )
@@ -247,19 +253,16 @@ def _in_turn(by_group: Mapping[Group, list[Biography]], seed: int) -> list[Biogr
 
 def _written(rng: random.Random, group: Group, split: Split) -> str:
     profession, gender = group
-    middle = [*_two_different(rng, _WORK[profession], split), _filled(rng, _OTHER, split)]
+    work = [_filled(rng, (pattern,), split) for pattern in rng.sample(_WORDS["work"][profession], 2)]
+    middle = [*work, _filled(rng, _WORDS["other"], split)]
     rng.shuffle(middle)
     name = _name(rng, gender, split)
     words = dict(_PRONOUNS[gender], name=name)
     surname = words | {"They": name.split()[1]}
-    sentences = [_put(_filled(rng, _OPENINGS, split), words)]
+    sentences = [_put(_filled(rng, _WORDS["openings"], split), words)]
     for sentence in middle:  # some begin with the surname, as in real ones
         sentences.append(_put(sentence, surname if rng.random() < _SURNAMES else words))
     return " ".join(sentences)
-
-
-def _two_different(rng: random.Random, patterns: Sequence[str], split: Split) -> list[str]:
-    return [_filled(rng, (pattern,), split) for pattern in rng.sample(patterns, 2)]
 
 
 def _name(rng: random.Random, gender: int, split: Split) -> str:
@@ -273,7 +276,7 @@ def _filled(rng: random.Random, patterns: Sequence[str], split: Split) -> str:
     """A pattern with its word slots filled so that it belongs to the split; name and pronouns still stand open."""
     while True:
         pattern = rng.choice(patterns)
-        chosen = {slot: rng.choice(words) for slot, words in _SLOTS.items() if f"{{{slot}}}" in pattern}
+        chosen = {slot: rng.choice(words) for slot, words in _WORDS["slots"].items() if f"{{{slot}}}" in pattern}
         sentence = _put(pattern, chosen)
         if _split_of(sentence) == split:
             return sentence
@@ -290,105 +293,3 @@ def _split_of(text: str) -> Split:
 def _hash(text: str) -> float:
     """A number from 0 to 1 that a text always has."""
     return int.from_bytes(hashlib.sha256(f"biographies|{text}".encode()).digest()[:8], "big") / 2**64
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-def _phrases(text: str) -> tuple[str, ...]:
-    return tuple(phrase.strip() for phrase in text.split(","))
-
-
-FIRST_NAMES = (
-    _words(
-        "Adam Nathan Scott Gary Jason Eric Ryan Justin Roger Keith Jeremy Sean Carl Ethan Bruce Ralph Roy Vincent "
-        "Howard Craig Stuart Duncan Neil Nigel Ian Colin Derek Trevor Hugh Leonard"
-    ),
-    _words(
-        "Amy Angela Brenda Pamela Nicole Christine Janet Heather Teresa Gloria Judith Megan Andrea Hannah Olivia Joan "
-        "Denise Marilyn Danielle Natalie Abigail Doris Kathleen Joyce Fiona Isabel Claire Molly Wendy Sheila"
-    ),
-)
-"""Male and female. None is among the names by which SHIFT's rule knows a latent about gender: a rule that had the
-biographies' own names would be told what it has to find."""
-_LAST_NAMES = _words(
-    "Adams Baker Barnes Bennett Brooks Butler Carter Clarke Coleman Cooper Davies Dawson Dixon Ellis Fisher Foster "
-    "Gibson Graham Griffin Hamilton Harper Harris Hayes Hughes Hunt Jenkins Kelly Lambert Lawson Marsh Mason Morris "
-    "Murray Newman Owens Palmer Parker Pearson Perry Porter Powell Price Reed Russell Sanders Shaw Spencer Stone "
-    "Turner Wallace Walsh Warren Watson Webb Wells Wheeler Young"
-)
-_SLOTS: dict[str, tuple[str, ...]] = {
-    "town": _words(
-        "Leeds Bristol Boston Denver Dublin Toronto Chicago Glasgow Oxford Portland Austin Sydney Seattle Oakland "
-        "Cardiff Norwich Dallas Atlanta Phoenix Brighton Belfast Ottawa Perth Memphis Albany"
-    ),
-    "year": tuple(str(year) for year in range(1978, 2019)),
-    "county": _words("Kent Devon Ohio Texas Maine Oregon Norfolk Ontario Kansas Essex Cornwall Vermont Iowa Yorkshire"),
-    "pet": _phrases("two dogs, an old cat, three cats, a spaniel, a parrot, two rabbits, a greyhound, a small terrier"),
-    "hobby": _phrases(
-        "hiking, swimming, gardening, cooking, painting, sailing, cycling, photography, chess, baking, running, "
-        "fishing, camping, knitting, pottery, singing, dancing, woodwork"
-    ),
-    "sport": _words("football tennis cricket hockey rugby golf basketball baseball snooker cycling rowing"),
-    "language": _words("French Spanish German Italian Welsh Polish Russian Dutch Greek Arabic Hindi Swedish"),
-    "country": _words("Spain France Italy Greece Kenya India Norway Chile Peru Japan Iceland Portugal Morocco Canada"),
-    "music": _phrases("the piano, the guitar, the violin, the flute, the drums, the organ, the trumpet, the cello"),
-    "season": _words("spring summer autumn winter"),
-    "weekday": _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
-    "number": _words("two three four five six seven eight nine ten twelve"),
-    "topic": _phrases(
-        "medieval trade, coastal erosion, modern poetry, labour law, plant genetics, early cinema, water policy, "
-        "number theory, church music, public health, voting systems, desert insects, urban housing, sleep, "
-        "chronic pain, ageing, child nutrition, infection, the history of medicine, wound healing"
-    ),
-    "care": _phrases(
-        "burns, a stroke, heart trouble, surgery, broken hips, pneumonia, diabetes, long illness, high fevers, "
-        "accidents, asthma, kidney failure"
-    ),
-}
-_OPENINGS = (
-    "{name} grew up in {town} and moved to {county} in {year}.",
-    "{name} was born in {town} and has lived in {county} since {year}.",
-    "Since {year}, {name} has lived near {town} in {county}.",
-    "In {year}, {name} left {town} for a new life in {county}.",
-    "After some years in {country}, {name} came to {town} in {year}.",
-    "Originally from {town}, {name} settled in {county} in {year}.",
-    "{name} came back to {town} in {year} after a long stay in {country}.",
-)
-_WORK = (
-    (
-        "{They} gives a seminar on {topic} every {weekday}.",
-        "{They} has written {number} papers on {topic}.",
-        "{They} lectures on {topic} each {season}.",
-        "{Their} latest book deals with {topic}.",
-        "{They} supervises {number} theses on {topic}.",
-        "{They} edits a journal about {topic}.",
-        "{They} spends each {season} marking essays on {topic}.",
-        "{They} won a grant to study {topic} in {country}.",
-        "{They} spoke about {topic} at a conference in {country}.",
-        "{They} runs a small laboratory that looks into {topic}.",
-    ),
-    (
-        "{They} looks after people with {care} every {weekday}.",
-        "{They} works {number} night shifts a month on a ward.",
-        "{They} cares for patients recovering from {care}.",
-        "{They} checks the charts of those with {care}.",
-        "{They} visits {number} homes a week to change dressings.",
-        "{They} helps families of people with {care}.",
-        "{They} gave flu vaccinations in {county} last {season}.",
-        "{They} hands out medication on a ward in {town}.",
-        "{They} sits with people with {care} on {weekday} nights.",
-        "{They} trained at a hospital in {county} in the {season} of {year}.",
-    ),
-)
-_OTHER = (
-    "{They} loves {hobby} and {sport}.",
-    "At home {they} keeps {pet}.",
-    "{They} plays {music} and speaks {language}.",
-    "When {they} is free, {they} enjoys {hobby}.",
-    "{Their} parents came from {country}.",
-    "{They} spends every {season} in {country}.",
-    "On {weekday}s {they} meets friends for {sport}.",
-    "{They} is learning {language} and {music}.",
-)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from unweave.circuits.about import by_site
 from unweave.core.site import Site
 from unweave.inputs.saes import Opened
 from unweave.judge.base import REPLIES, Judge, open_judge
@@ -53,16 +54,13 @@ def by_chat(records: RecordsOf, judge: Callable[[], Judge]) -> Judging:
 
 
 def judge_of(spec: CircuitShiftSpec, opened: Opened, runs: Path) -> Judging:
-    """Whoever the question names."""
+    """The judge that the question names."""
     if spec.judge == "file":
         assert spec.annotations is not None  # the spec's own check
         return by_file(spec.annotations, opened.saes)
 
     def records(latents: Sequence[Latent]) -> Mapping[Latent, LatentRecord]:
-        by_site: dict[Site, list[int]] = {}
-        for site, latent in latents:
-            by_site.setdefault(site, []).append(latent)
-        return of(records_of(opened, spec.data, spec.latents_tokens, runs, by_site))(latents)
+        return of(records_of(opened, spec.data, spec.latents_tokens, runs, by_site(latents)))(latents)
 
     if spec.judge == "rule":
         return by_rule(records, spec.gender)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from unweave.attribute.states import beyond_first
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
 from unweave.core.site import Site
@@ -30,15 +31,10 @@ def pool(x: Tensor, tokens: Tokens, skip_first: int) -> Tensor:
     The first token of a text is an attention sink in many models: its activation is huge, and says nothing of the text.
     Sums are taken in float32 at least.
     """
-    counted = pooled_positions(tokens, skip_first)
+    counted = beyond_first(tokens.mask, skip_first)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     weights = counted.to(wide.dtype).unsqueeze(-1)
     return (wide * weights).sum(1) / weights.sum(1)
-
-
-def pooled_positions(tokens: Tokens, skip_first: int) -> Tensor:
-    """The tokens that a mean is taken over, bool [B, P]: not padding, and not among the first ``skip_first``."""
-    return tokens.mask & (tokens.mask.cumsum(1) > skip_first)
 
 
 class Pooled:
@@ -111,28 +107,22 @@ class Pooled:
 
     def _read(self, rows: Sequence[int], edits: Sequence[Edit], shown: Task) -> Tensor:
         lm, place = self.lm, {row: i for i, row in enumerate(rows)}
-        out: list[tuple[list[int], Tensor]] = []
+        pooled = torch.zeros(0)
         above = bool(edits) and self._above(edits)
         for group in self.batches(rows):
             tokens = self.tokens(group).to(lm.device)
-            start = (self._begin_site(), self._stream(group, tokens)) if above else None
+            start = (self.begin, self._stream(group, tokens)) if above and self.begin is not None else None
             keep = [self.begin] if self.begin is not None and not edits else []
             with lm.taps(read=[*keep, self.site], edit=list(edits), stop=self.site, start=start) as seen:
                 lm(tokens)
             for site in keep:
                 for i, row in enumerate(group):
                     self._streams[row] = seen[site][i, : len(self.rows[row][0])].clone()
-            out.append(([place[row] for row in group], pool(seen[self.site], tokens, self.skip_first).cpu()))
+            values = pool(seen[self.site], tokens, self.skip_first).cpu()
+            pooled = pooled if len(pooled) else values.new_zeros(len(rows), values.shape[1])
+            pooled[[place[row] for row in group]] = values
             shown.advance(len(group))
-        width = out[0][1].shape[1]
-        pooled = out[0][1].new_zeros(len(rows), width)
-        for places, values in out:
-            pooled[places] = values
         return pooled
-
-    def _begin_site(self) -> Site:
-        assert self.begin is not None
-        return self.begin
 
     def _above(self, edits: Sequence[Edit]) -> bool:
         """Whether no edit changes, or reads, anything below the block where a pass can begin."""

@@ -6,6 +6,11 @@ Trained as in Marks et al. 2024, app. E.1: logistic regression by AdamW, learnin
 in the order in which the examples come. One thing differs, unless told otherwise: activations are centred and scaled
 by the training set's mean and standard deviation first, which is folded into w and b afterwards. In some models (the
 default one too) a few dimensions are hundreds of times larger than the rest, and one epoch then learns nothing else.
+
+Concept bottleneck probing is a baseline that knows the task's words (app. E.2). Each keyword's vector is the model's
+activation at its last token, at the classifier's site, minus the mean over all keywords, at unit length. A text is
+described by its pooled activation's product with each vector, and a probe is trained on these descriptions. The
+keywords stand behind a neutral word, since the first token of a text is an attention sink in many models.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unweave.core.errors import UnweaveError
+from unweave.core.site import Site
+from unweave.lm.model import LM
 from unweave.methods.shift.result import Accuracies, Share
 
 
@@ -103,3 +110,30 @@ def accuracies(logits: Tensor, professions: Sequence[int], genders: Sequence[int
 
 def _share(right: Tensor) -> Share:
     return Share(int(right.sum()), len(right))
+
+
+# -- concept bottleneck probing ----------------------------------------------------------------------------------------
+
+KEYWORDS = (
+    "nurse", "healthcare", "hospital", "patient", "medical", "clinic", "triage", "medication", "emergency", "surgery",
+    "professor", "academia", "research", "university", "tenure", "faculty", "dissertation", "sabbatical", "publication",
+    "grant",
+)  # fmt: skip
+"""The paper's words for the two professions."""
+_BEFORE = "The"
+
+
+def concept_vectors(lm: LM, site: Site, keywords: Sequence[str] = KEYWORDS) -> Tensor:
+    """Unit vectors [K, D], on the CPU."""
+    tokens = lm.tokenize([f"{_BEFORE} {word}" for word in keywords])
+    with lm.taps(read=[site], stop=site) as seen:
+        lm(tokens)
+    last = tokens.mask.sum(1) - 1
+    x = seen[site][torch.arange(len(keywords)), last].float().cpu()
+    vectors = x - x.mean(0)
+    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def describe(pooled: Tensor, vectors: Tensor) -> Tensor:
+    """What the bottleneck lets through of pooled activations [N, D]: [N, K]."""
+    return pooled @ vectors.to(pooled.dtype).T

@@ -16,10 +16,13 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
+from pathlib import Path
 
 from unweave.core.errors import UnweaveError
+from unweave.core.files import read_toml
 from unweave.core.site import Site
-from unweave.judge.base import Conversation, Judge, Reply
+from unweave.judge.base import Conversation, Judge
+from unweave.judge.form import Answer, Form, Rating, rate
 from unweave.latents.annotations import Annotation, name_of
 from unweave.latents.records import Context, LatentRecord
 from unweave.lm.shown import is_letter
@@ -29,32 +32,14 @@ from unweave.methods.shift.spec import RuleOptions
 Latent = tuple[Site, int]
 
 SILENT = "never fires in the text looked at"
-"""why nothing can be said of a latent without contexts"""
+"""the reason for no verdict on a latent without contexts"""
 
 
-def _set(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-PRONOUNS = _set("he him his himself she her hers herself")
-TITLES = _set("mr mrs ms miss sir madam mister lord lady dame king queen prince princess duke duchess")
-PERSONS = _set(
-    "man men woman women boy boys girl girls male males female females masculine feminine gentleman gentlemen ladies "
-    "guy guys father fathers mother mothers dad mom mum daddy mommy mama papa son sons daughter daughters brother "
-    "brothers sister sisters husband husbands wife wives uncle aunt nephew niece grandfather grandmother boyfriend "
-    "girlfriend bride groom widow widower actor actress actresses waitress heroine goddess maternal paternal "
-    "motherhood fatherhood pregnant feminist manhood womanhood"
-)
-FIRST_NAMES = _set(
-    "james john robert michael william david richard joseph thomas charles christopher daniel matthew anthony mark "
-    "donald steven paul andrew joshua kenneth kevin brian george edward henry peter frank arthur walter harry jack "
-    "albert philip patrick simon stephen martin samuel benjamin jim bob bill tom joe mike dave fred alexander louis "
-    "mary patricia jennifer linda elizabeth barbara susan jessica sarah karen nancy lisa margaret betty sandra ashley "
-    "dorothy kimberly emily donna michelle carol amanda melissa deborah stephanie rebecca laura helen anna anne ann "
-    "maria alice jane catherine katherine kate emma julia victoria ruth rachel martha diana sophia grace rose lucy "
-    "charlotte caroline marie annie ellen eleanor"
-)
-GENDER_WORDS = PRONOUNS | TITLES | PERSONS | FIRST_NAMES
+_WORDS = {
+    name: frozenset(text.split()) for name, text in read_toml(Path(__file__).with_name("words.toml"))["gender"].items()
+}
+PRONOUNS, FIRST_NAMES = _WORDS["pronouns"], _WORDS["first_names"]
+GENDER_WORDS = frozenset().union(*_WORDS.values())
 
 _ANSWER = re.compile(r"answer:\s*\[\[\s*(yes|no)\s*\]\]", re.IGNORECASE)
 _SHOWN_CONTEXTS = 5
@@ -85,7 +70,7 @@ def by_annotation(latents: Sequence[Latent], annotations: Mapping[str, Annotatio
         verdicts.append(Verdict(site, latent, None if relevant is None else not relevant, why))
     if latents and all(verdict.irrelevant is None for verdict in verdicts):
         raise UnweaveError(
-            f"no annotation says of any of the {len(latents)} latents whether it is relevant",
+            f"no annotation says which of the {len(latents)} latents are relevant",
             where="annotations",
             remedy="annotate the latents of this circuit, with relevant true or false",
         )
@@ -153,38 +138,33 @@ def by_chat(records: Mapping[Latent, LatentRecord], judge: Judge) -> list[Verdic
 
     Latents that never fire are not asked about. Raises UnweaveError when no answer could be used.
     """
-    asked = [key for key, record in records.items() if record.top]
-    replies = dict(zip(asked, judge.ask([question(records[key]) for key in asked]), strict=True))
-    failures: Counter[str] = Counter()
-    verdicts = []
-    for site, latent in records:
-        reply = replies.get((site, latent))
-        if reply is None:
-            verdicts.append(Verdict(site, latent, None, SILENT))
-            continue
-        irrelevant, failure = _read(reply)
-        if failure:
-            failures[failure] += 1
-        strongest = f"strongest on {_listed([word_at(context) for context in records[site, latent].top])}"
-        verdicts.append(Verdict(site, latent, irrelevant, failure or strongest))
-    if asked and sum(failures.values()) == len(asked):
-        reason = failures.most_common(1)[0][0]
+    firing = [key for key, record in records.items() if record.top]
+    ratings = rate(judge, FORM, [records[key] for key in firing])
+    if firing and sum(ratings.failures.values()) == len(firing):
         raise UnweaveError(
-            f"none of the judge's {len(asked)} answers could be used: {reason}",
+            f"none of the judge's {len(firing)} answers could be used: {next(iter(ratings.failures))}",
             where=judge.name,
             remedy="use another judge",
         )
-    return verdicts
+    answers = dict(zip(firing, ratings.rows, strict=True))
+    return [_answered(key, answers.get(key)) for key in records]
 
 
-def _read(reply: Reply) -> tuple[bool | None, str]:
-    """(about gender, why there is no answer) of a reply: exactly one answer of the form asked for."""
-    if reply.text is None:
-        return None, reply.failure
-    answers = {answer.lower() for answer in _ANSWER.findall(reply.text)}
+def _answered(latent: Latent, rating: Rating[LatentRecord] | None) -> Verdict:
+    if rating is None:
+        return Verdict(*latent, None, SILENT)
+    if rating.failure:
+        return Verdict(*latent, None, rating.failure)
+    strongest = _listed([word_at(context) for context in rating.case.top])
+    return Verdict(*latent, rating.words == "yes", f"strongest on {strongest}")
+
+
+def _parsed(text: str, _record: LatentRecord) -> Answer:
+    """Exactly one answer of the form asked for."""
+    answers = {answer.lower() for answer in _ANSWER.findall(text)}
     if len(answers) != 1:
-        return None, "more than one answer" if answers else "no answer of the form asked for"
-    return answers == {"yes"}, ""
+        raise ValueError("more than one answer" if answers else "no answer of the form asked for")
+    return Answer(words=answers.pop())
 
 
 def question(record: LatentRecord) -> Conversation:
@@ -193,6 +173,9 @@ def question(record: LatentRecord) -> Conversation:
     turns.append(_shown(record))
     turns[0] = f"{_TASK}\n\n{turns[0]}"
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+FORM = Form("about-gender", 1, question, _parsed)
 
 
 def _shown(record: LatentRecord) -> str:

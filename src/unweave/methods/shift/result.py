@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unweave.attribute.result import SiteSum
+from unweave.circuits.about import Supporting
 from unweave.core.result import Result
 from unweave.core.site import Site
 from unweave.inputs.subject import Subject
@@ -74,21 +75,8 @@ class TableRow:
 
 
 @dataclass(frozen=True)
-class Supporting:
-    """A latent that supports the classifier's labels, and by how much, in logits."""
-
-    site: Site
-    latent: int
-    effect: float
-
-    @property
-    def name(self) -> str:
-        return name_of(self.site, self.latent)
-
-
-@dataclass(frozen=True)
 class Verdict:
-    """``irrelevant`` True: about something else than the task, to be ablated; None: nobody knows. ``why`` in words."""
+    """``irrelevant`` True: about something else than the task, to be ablated; None: unknown. ``why`` in words."""
 
     site: Site
     latent: int
@@ -102,7 +90,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Verdicts on all latents of all seeds' circuits, and whose they are."""
+    """Verdicts on all latents of all seeds' circuits, and their source."""
 
     by: Literal["rule", "file", "chat"]
     verdicts: tuple[Verdict, ...]
@@ -114,7 +102,7 @@ class Judgement:
     def ablated(self, circuit: tuple[Supporting, ...]) -> tuple[Supporting, ...]:
         """Those of a circuit's latents that are irrelevant, strongest first."""
         irrelevant = {(v.site, v.latent) for v in self.verdicts if v.irrelevant}
-        return tuple(one for one in circuit if (one.site, one.latent) in irrelevant)
+        return tuple(latent for latent in circuit if (latent.site, latent.latent) in irrelevant)
 
     def count(self, irrelevant: bool | None) -> int:
         """How many verdicts say so."""
@@ -146,7 +134,7 @@ class ShiftResult(Result):
     site: Site
     """where the classifier reads"""
     biographies: str
-    """what they were asked for as: templated, hub:..., a file"""
+    """their source: templated, hub:..., a file"""
     biographies_note: str
     """what a reader must know of them; empty for real ones"""
     judgement: Judgement
@@ -154,7 +142,7 @@ class ShiftResult(Result):
 
     def values(self, method: Method, measure: Measure) -> list[float]:
         """Each seed's share, averaged over draws where there are several."""
-        by_seed = [[one.share(measure).value for one in seed.of(method)] for seed in self.seeds]
+        by_seed = [[reached.share(measure).value for reached in seed.of(method)] for seed in self.seeds]
         return [statistics.fmean(draws) for draws in by_seed]
 
     def mean(self, method: Method, measure: Measure) -> float:

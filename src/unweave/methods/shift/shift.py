@@ -22,9 +22,8 @@ from torch import Tensor
 
 from unweave.attribute.completeness import Completeness
 from unweave.attribute.result import SiteSum
-from unweave.circuits.about import About, Judged
-from unweave.circuits.graph import Circuit
-from unweave.circuits.support import Strong, strongest
+from unweave.circuits.about import About, Judged, Supporting
+from unweave.circuits.graph import Circuit, strongest
 from unweave.core.errors import UnweaveError
 from unweave.core.pieces import Held, Pieces
 from unweave.core.site import Site
@@ -34,10 +33,9 @@ from unweave.inputs.subject import Subject
 from unweave.lm.model import LM
 from unweave.methods.shift import biographies
 from unweave.methods.shift.biographies import Biography, Sets
-from unweave.methods.shift.concepts import concept_vectors, describe
 from unweave.methods.shift.pooled import Edit, Pooled
-from unweave.methods.shift.probe import Probe, Recipe, accuracies, fit
-from unweave.methods.shift.result import Accuracies, Judgement, Method, Seed, ShiftResult, Supporting, TableRow
+from unweave.methods.shift.probe import Probe, Recipe, accuracies, concept_vectors, describe, fit
+from unweave.methods.shift.result import Accuracies, Judgement, Method, Seed, ShiftResult, TableRow
 from unweave.methods.shift.spec import ShiftOptions
 from unweave.methods.shift.supporting import ablation, before, logit_effects, mean_ablation, random_latents, support
 from unweave.sae.module import SAE
@@ -65,7 +63,7 @@ def shift(
     options, pieces = options or ShiftOptions(), pieces or Pieces(None)
     study = _Study(lm, saes, people, options)
     circuits = [study.circuits(seed, pieces) for seed in range(options.seeds)]
-    latents = {(one.site, one.latent) for of_seed in circuits for one in of_seed.strong}
+    latents = {(latent.site, latent.latent) for of_seed in circuits for latent in of_seed.strong}
     if not latents:
         raise UnweaveError(
             "no latent supports the classifier's labels",
@@ -97,7 +95,7 @@ class _Circuits:
 
     def save(self, folder: Path, seed: int, options: ShiftOptions) -> None:
         """A file for each of the three."""
-        told = options.circuit
+        search = options.circuit
         files = {
             "circuit": ("profession", self.profession, self.sums),
             "gender": ("gender", self.gender, self.sums),
@@ -107,12 +105,12 @@ class _Circuits:
             about = About(
                 f"support for the label: {label}",
                 of="classifier",
-                judged=Judged(told.threshold, told.top),
+                judged=Judged(search.threshold, search.top),
                 neurons=name == "neurons",
                 sums=sums,
             )
             nodes = {place: values.unsqueeze(0) for place, values in mean.items()}
-            Circuit(nodes, {}, False, told.examples, about).save(folder / f"{name}-{seed}.safetensors")
+            Circuit(nodes, {}, False, search.examples, about).save(folder / f"{name}-{seed}.safetensors")
 
 
 @dataclass(frozen=True)
@@ -178,19 +176,13 @@ class _Study:
             {Site.parse(name.partition("/")[2]): value for name, value in held.items() if name.startswith(f"{kind}/")}
             for kind in ("profession", "gender", "neurons", "sums", "neuron_sums")
         )
-        told = self.options.circuit
-        strong = tuple(
-            Supporting(one.site, one.latent, one.effect)
-            for one in strongest(profession, threshold=told.threshold, top=told.top)
-        )
-        return _Circuits(profession, gender, by_neurons, strong, _rows(sums), _rows(neuron_sums))
+        search = self.options.circuit
+        strong = strongest(profession, threshold=search.threshold, top=search.top)
+        return _Circuits(profession, gender, by_neurons, tuple(strong), _rows(sums), _rows(neuron_sums))
 
     def _circuits(self, seed: int) -> Held:
-        chosen, half, quarter = (
-            self.examples(seed),
-            self.options.circuit.examples // 2,
-            self.options.circuit.examples // 4,
-        )
+        chosen, n = self.examples(seed), self.options.circuit.examples
+        half, quarter = n // 2, n // 4
         group = {g: [row for row in chosen.ambiguous if self.people[row].group == g] for g in biographies.AMBIGUOUS}
         others = {
             g: [row for row in chosen.balanced if self.people[row].group == g][:quarter]
@@ -222,8 +214,8 @@ class _Study:
     def _effects(
         self, saes: Mapping[Site, SAE], rows: Sequence[int], probe: Probe, name: str, complete: Completeness
     ) -> dict[Site, Tensor]:
-        told = self.options.circuit
-        return logit_effects(self.lm, saes, self.texts, rows, probe, options=told, name=name, complete=complete)
+        search = self.options.circuit
+        return logit_effects(self.lm, saes, self.texts, rows, probe, options=search, name=name, complete=complete)
 
     # -- the table ------------------------------------------------------------------------------------------------
 
@@ -240,7 +232,7 @@ class _Study:
         bottleneck = self.fitted(concepts[chosen.ambiguous], chosen.ambiguous, seed)
         oracle = self.fitted(clean[chosen.balanced], chosen.balanced, seed)
         x = self.texts.edited(self._ablation(_places(ablated)), [*chosen.ambiguous, *test], of)
-        n = len(chosen.ambiguous)
+        n, by_gender = len(chosen.ambiguous), _places(strongest(circuits.gender, top=len(ablated)))
         retrained = self.fitted(x[:n], chosen.ambiguous, seed)
         single: dict[Method, Accuracies] = {
             "original": self._accuracies(chosen.probe, clean[test]),
@@ -248,11 +240,7 @@ class _Study:
             "shift": self._accuracies(chosen.probe, x[n:]),
             "retrain": self._accuracies(retrained, x[n:]),
             "neurons": self._tested(chosen.probe, self._neuron_edits(circuits, chosen, len(ablated)), f"neurons, {of}"),
-            "features": self._tested(
-                chosen.probe,
-                self._ablation(_places(strongest(circuits.gender, top=len(ablated)))),
-                f"feature skyline, {of}",
-            ),
+            "features": self._tested(chosen.probe, self._ablation(by_gender), f"feature skyline, {of}"),
             "oracle": self._accuracies(oracle, clean[test]),
         }
         rows = [TableRow(method, 0, reached) for method, reached in single.items()]
@@ -276,18 +264,18 @@ class _Study:
         return accuracies(probe(x), self.professions(self.test), self.genders(self.test))
 
 
-def _places(latents: Sequence[Supporting] | Sequence[Strong]) -> list[tuple[Site, int]]:
-    return [(one.site, one.latent) for one in latents]
+def _places(latents: Sequence[Supporting]) -> list[tuple[Site, int]]:
+    return [(latent.site, latent.latent) for latent in latents]
 
 
 def _rows(sums: Mapping[Site, Tensor]) -> tuple[SiteSum, ...]:
     return Completeness({site: values.tolist() for site, values in sums.items()}).rows()
 
 
-def _site_of(lm: LM, saes: Mapping[Site, SAE], asked: str | None) -> Site:
-    """The classifier's site: the one asked for, else the last residual one with an SAE."""
-    if asked is not None:
-        return lm.site(asked)
+def _site_of(lm: LM, saes: Mapping[Site, SAE], name: str | None) -> Site:
+    """The classifier's site: the named one, else the last residual one with an SAE."""
+    if name is not None:
+        return lm.site(name)
     streams = [site for site in saes if site.point == "resid_post"]
     if not streams:
         raise UnweaveError(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from unweave.attribute.options import GradientOptions
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import Content, FileRef
-from unweave.core.rules import above, at_least, at_most, below, multiple_of
+from unweave.core.rules import above, at_least, at_most, below, multiple_of, only_for
 from unweave.core.spec import Spec, operational
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import OfSAEsSpec, unused
@@ -40,26 +41,17 @@ class ClassifierOptions(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupportOptions(Spec):
+class SupportOptions(GradientOptions):
     """Which latents support the classifier's labels: its circuit."""
 
     examples: Annotated[int, at_least(4), multiple_of(4)] = 40
     """Training examples that the circuit is found on; a multiple of 4."""
-    method: Literal["ig", "attribution"] = "ig"
-    """Integrated gradients, or attribution patching, which is one step of it."""
-    steps: Annotated[int, at_least(1)] = 3
+    steps: Annotated[int, at_least(1), only_for("method", "ig")] = 3
     """Steps of integrated gradients."""
-    rule: Literal["left", "midpoint", "right", "graded"] = "midpoint"
-    """Where in each step the gradient is taken. graded: in the middle of steps that grow shorter towards the end, for
-    ablation to the zero vector (neurons, an SAE without a decoder bias), with 80 steps or more."""
     threshold: Annotated[float, at_least(0)] = 0.0
     """Latents that support the labels by more than this, in logits, are in the circuit."""
     top: Annotated[int | None, at_least(1)] = 100
     """So many of them at most, the strongest; null for all."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        unused(self, {"steps": self.method == "ig", "rule": self.method == "ig"})
 
 
 @dataclass(frozen=True, kw_only=True)

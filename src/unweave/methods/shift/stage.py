@@ -28,7 +28,7 @@ def _also(spec: CircuitShiftSpec, handle: Any) -> Mapping[str, str]:
     return texts_of(spec, spec.data) if spec.judge != "file" else {}
 
 
-@stage("circuit-shift", version=5, also=_also)
+@stage("circuit-shift", version=6, also=_also)
 def run(spec: CircuitShiftSpec, ctx: Context) -> ShiftResult:
     """Every method of Table 2 on every seed; ``table.md``, a figure, and every seed's circuits. Warns where the task is
     too easy."""
@@ -47,6 +47,7 @@ def run(spec: CircuitShiftSpec, ctx: Context) -> ShiftResult:
 
 
 def _write(path: Path, people: biographies.Sets) -> None:
-    pool = [(one, "train") for group in biographies.GROUPS for one in people.train[group]]
-    lines = [asdict(one) | {"split": split} for one, split in [*pool, *((one, "test") for one in people.test)]]
+    train = [person for group in biographies.GROUPS for person in people.train[group]]
+    parts = {"train": train, "test": people.test}
+    lines = [asdict(person) | {"split": split} for split, part in parts.items() for person in part]
     write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

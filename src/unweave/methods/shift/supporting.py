@@ -17,14 +17,17 @@ from torch import Tensor
 
 from unweave.attribute.attribution import node_effects
 from unweave.attribute.completeness import Completeness
+from unweave.attribute.options import AttributionOptions
+from unweave.attribute.states import beyond_first
+from unweave.circuits.about import Supporting, by_site
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At
-from unweave.methods.shift.pooled import Edit, Pooled, pool, pooled_positions
+from unweave.methods.shift.pooled import Edit, Pooled, pool
 from unweave.methods.shift.probe import Probe
-from unweave.methods.shift.result import Supporting, Verdict
+from unweave.methods.shift.result import Verdict
 from unweave.methods.shift.spec import SupportOptions
 from unweave.sae.edits import Where
 from unweave.sae.module import SAE
@@ -35,9 +38,10 @@ _EFFECT_TOKENS = 512
 
 @dataclass(frozen=True)
 class ProbeLogit:
-    """The metric: a probe's logit of pooled activations. For ``node_effects`` with ``metric_at`` the probe's site."""
+    """The metric: a probe's logit of pooled activations at its site."""
 
     probe: Probe
+    site: Site
     examples: Tokens
     skip_first: int
 
@@ -66,39 +70,30 @@ def logit_effects(
     {site: [n, F + 1]}, on the CPU, summed over the tokens that are averaged over. Only sites up to the probe's.
     ``complete`` learns what ablating all nodes of a site really changes, which costs a pass more a site.
     """
-    options = options or SupportOptions()
+    o = options or SupportOptions()
+    how = AttributionOptions(method=o.method, steps=o.steps, rule=o.rule, max_tokens=texts.batch_tokens)
     used = before(saes, texts.site)
     place = {row: i for i, row in enumerate(rows)}
     effects_of = {site: torch.zeros(len(rows), sae.d_sae + 1) for site, sae in used.items()}
     with task(name, total=len(rows), unit="texts") as shown:
         for group in _groups(texts, rows):
             tokens = texts.tokens(group)
+            metric = ProbeLogit(probe, texts.site, tokens, texts.skip_first)
+            positions = beyond_first(tokens.mask, texts.skip_first)
             effects = node_effects(
-                lm,
-                used,
-                tokens,
-                None,
-                ProbeLogit(probe, tokens, texts.skip_first),
-                method=options.method,
-                steps=options.steps,
-                rule=options.rule,
-                positions=pooled_positions(tokens, texts.skip_first),
-                metric_at=texts.site,
-                max_tokens=texts.batch_tokens,
-                measure=complete is not None,
+                lm, used, tokens, None, metric, how, positions=positions, measure=complete is not None
             )
             places = [place[row] for row in group]
             for site, here in effects.items():
                 if complete is not None:
                     complete.add(site, here)
-                latents, error = here.over_positions()
-                effects_of[site][places] = torch.cat([latents, error.unsqueeze(-1)], -1).float().cpu()
+                effects_of[site][places] = here.slots.sum(1).float().cpu()
             shown.advance(len(group))
     return effects_of
 
 
 def before(saes: Mapping[Site, SAE], site: Site) -> dict[Site, SAE]:
-    """The SAEs at or before the classifier's site. UnweaveError where there is none."""
+    """The SAEs at or before the classifier's site. UnweaveError without one."""
     used = {place: sae for place, sae in saes.items() if place <= site}
     if not used:
         raise UnweaveError(f"no SAE lies at or before {site}", where="classifier.site", remedy="name a later site")
@@ -128,14 +123,12 @@ def random_latents(
 
     Fewer where a site has fewer. A latent is active where its effect {site: [F + 1]} is not exactly 0.
     """
-    taken: dict[Site, set[int]] = {}
-    for each in chosen:
-        taken.setdefault(each.site, set()).add(each.latent)
+    taken = by_site((latent.site, latent.latent) for latent in chosen)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for site in sorted(taken):
         active = mean[site][:-1].nonzero()[:, 0].tolist()
-        others = sorted(set(active) - taken[site])
+        others = sorted(set(active) - set(taken[site]))
         order = torch.randperm(len(others), generator=generator)[: len(taken[site])]
         drawn += [(site, others[i]) for i in sorted(order.tolist())]
     return drawn
@@ -143,10 +136,7 @@ def random_latents(
 
 def ablation(saes: Mapping[Site, SAE], latents: Sequence[tuple[Site, int]], where: Where = "all") -> list[Edit]:
     """Edits that set latents to 0 and keep every error: x - sum_j f_j(x) d_j at each site."""
-    by_site: dict[Site, list[int]] = {}
-    for site, latent in latents:
-        by_site.setdefault(site, []).append(latent)
-    return [saes[site].ablate(sorted(chosen), where=where) for site, chosen in sorted(by_site.items())]
+    return [saes[site].ablate(sorted(chosen), where=where) for site, chosen in sorted(by_site(latents).items())]
 
 
 @dataclass(frozen=True)
@@ -169,24 +159,23 @@ class MeanAblation:
     def __call__(self, x: Tensor, at: At) -> Tensor:
         new = x.clone()
         new[..., self.coordinates.to(x.device)] = self.means.to(x)
-        counted = at.mask & (at.mask.cumsum(1) > self.skip_first)
+        counted = beyond_first(at.mask, self.skip_first)
         return torch.where(counted.unsqueeze(-1), new, x)
 
 
 def mean_ablation(lm: LM, texts: Pooled, rows: Sequence[int], neurons: Sequence[tuple[Site, int]]) -> list[Edit]:
     """Edits that set neurons to their mean over the tokens of the texts ``rows`` (each text counting the same)."""
-    by_site: dict[Site, list[int]] = {}
-    for site, neuron in neurons:
-        by_site.setdefault(site, []).append(neuron)
-    if not by_site:
+    coordinates = by_site(neurons)
+    if not coordinates:
         return []
-    sites = sorted(by_site)
-    sums = {site: torch.zeros(len(by_site[site]), dtype=torch.float64) for site in sites}
+    sites = sorted(coordinates)
+    sums = {site: torch.zeros(len(coordinates[site]), dtype=torch.float64) for site in sites}
     for group in texts.batches(rows):
         tokens = texts.tokens(group).to(lm.device)
         with lm.taps(read=sites, stop=sites[-1]) as seen:
             lm(tokens)
         for site in sites:
-            means = pool(seen[site], tokens, texts.skip_first)[:, by_site[site]]
+            means = pool(seen[site], tokens, texts.skip_first)[:, coordinates[site]]
             sums[site] += means.double().sum(0).cpu()
-    return [MeanAblation(site, torch.tensor(by_site[site]), sums[site] / len(rows), texts.skip_first) for site in sites]
+    means = {site: total / len(rows) for site, total in sums.items()}
+    return [MeanAblation(site, torch.tensor(coordinates[site]), means[site], texts.skip_first) for site in sites]

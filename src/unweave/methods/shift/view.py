@@ -13,7 +13,7 @@ from unweave.core.writing import write_file
 from unweave.methods.shift.result import LEAST_GAP, MEASURES, METHODS, Judgement, Measure, Method, Seed, ShiftResult
 from unweave.show.figures import COLOURS, as_svg, settings
 from unweave.show.page import ALONE, Around, Section, Tile, figure
-from unweave.show.pieces import esc, number, table
+from unweave.show.pieces import capital, esc, number, table
 from unweave.show.plots import png
 from unweave.show.theme import LIGHT
 
@@ -91,8 +91,8 @@ def _unknown(judgement: Judgement) -> str:
     reasons = Counter(verdict.why for verdict in judgement.verdicts if verdict.irrelevant is None)
     if judgement.by == "file":
         reasons = Counter({"the file does not say": reasons.total()})
-    told = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
-    return f"{reasons.total()} of {len(judgement.verdicts)} latents have no verdict and were kept ({told})"
+    listed = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
+    return f"{reasons.total()} of {len(judgement.verdicts)} latents have no verdict and were kept ({listed})"
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def section(result: ShiftResult, around: Around = ALONE) -> Section:
         f"Biographies: {esc(result.biographies)}.{data}</p>",
         summary(result),
         f"<p>Judgement ({esc(result.judgement.by)}): {esc(judged(result.judgement))}.</p>",
-        *(f"<p>{esc(warning[0].upper() + warning[1:])}.</p>" for warning in warnings(result)),
+        *(f"<p>{esc(capital(warning))}.</p>" for warning in warnings(result)),
         *(_seed(result, number, seed) for number, seed in enumerate(result.seeds)),
     ]
     share = result.recovered("shift")
@@ -208,9 +208,9 @@ def _seed(result: ShiftResult, number_: int, seed: Seed) -> str:
     verdicts = {(v.site, v.latent): v for v in result.judgement.verdicts}
     words = {True: "ablated", False: "kept", None: "kept: no verdict"}
     latents = [
-        (esc(one.name), number(one.effect), words[v.irrelevant], esc(v.why))
-        for one in seed.circuit
-        if (v := verdicts.get((one.site, one.latent))) is not None
+        (esc(latent.name), number(latent.effect), words[v.irrelevant], esc(v.why))
+        for latent in seed.circuit
+        if (v := verdicts.get((latent.site, latent.latent))) is not None
     ]
     return (
         f"<details><summary>Seed {number_}: {len(seed.circuit)} latents in the circuit, {result.ablated[number_]} "

@@ -1,4 +1,4 @@
-"""The result of a trace. Imports no torch."""
+"""What a comparison of estimates with measured effects, and a trace, hold. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ Estimate = Literal["ig", "attribution", "exact"]
 """integrated gradients, attribution patching, and the effect measured from the clean end alone"""
 Group = Literal["chosen", "weaker", "random"]
 """the strongest by estimate, these without the one of the largest measured effect, and latents drawn at random"""
+Cause = Literal["steps", "interactions", "steps and interactions", "neither"]
 
 
 @dataclass(frozen=True)
@@ -69,28 +70,36 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One pair of the task."""
+class Diagnosis:
+    """Why integrated gradients (IG) differ from the effects from the clean end, measured on the first ``examples``."""
 
-    clean: str
-    clean_answer: str
-    patch: str
-    patch_answer: str
+    examples: int
+    coarse: float
+    """Pearson correlation of IG with these effects, as in the comparison"""
+    fine: float
+    """the same with ``fine_steps`` midpoint steps"""
+    fine_steps: int
+    coarse_scale: float
+    """how many times larger than these effects IG is: the least-squares factor"""
+    fine_scale: float
+    """the same with ``fine_steps`` midpoint steps"""
+    alone_error: float
+    """largest |IG along one latent's own path - effect| over the strongest latents, relative to the largest |effect|"""
+    other_end: float
+    """Pearson correlation of fine IG with the effects from the patched end"""
+    both_ends: float
+    """Pearson correlation of fine IG with the mean of the effects from both ends"""
+    cause: Cause
+    text: str
+    """all of this in sentences"""
 
 
-@dataclass(frozen=True)
-class Trace(Result):
-    """The latents of one SAE that cause a behaviour."""
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Attribution patching and integrated gradients against measured effects at one site."""
 
-    subject: Subject
-    task: str
-    """which structure of subject-verb agreement: "across_pp" """
     site: Site
-    pairs: int
-    right_clean: float
-    """in what share of the clean sentences the model prefers the right answer; chance is half"""
-    right_patch: float
-    example: Example
+    examples: int
     effects: tuple[Effect, ...]
     """the chosen by |integrated gradients|, then the random ones"""
     agreements: tuple[Agreement, ...]
@@ -98,11 +107,8 @@ class Trace(Result):
     """what share of the whole change the chosen latents make together"""
     totals: Totals
     sums: tuple[SiteSum, ...]
-    problem: str | None
-    """why the causes of the behaviour cannot be measured"""
-    explanation: str | None
-    """what was measured about a difference between estimates and effects"""
-    pairs_file: Path
+    diagnosis: Diagnosis | None
+    """why estimates and effects differ, where they do"""
 
     def spearman(self, estimate: Estimate, among: Group) -> float | None:
         """One of the correlations."""
@@ -118,3 +124,31 @@ class Trace(Result):
     def strongest(self) -> list[Effect]:
         """The chosen latents, the largest measured effect first."""
         return sorted((e for e in self.effects if e.chosen), key=lambda e: (-abs(e.measured), e.latent))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair of the task."""
+
+    clean: str
+    clean_answer: str
+    patch: str
+    patch_answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace(Comparison, Result):
+    """The latents of one SAE that cause a behaviour."""
+
+    schema = 2
+
+    subject: Subject
+    task: str
+    """which structure of subject-verb agreement: "across_pp" """
+    right_clean: float
+    """in what share of the clean sentences the model prefers the right answer; chance is half"""
+    right_patch: float
+    example: Example
+    problem: str | None
+    """why the causes of the behaviour cannot be measured; the agreements and the share are then left out"""
+    pairs_file: Path

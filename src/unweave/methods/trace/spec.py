@@ -7,18 +7,15 @@ from typing import Annotated, Literal
 
 from unweave.core.command import Command
 from unweave.core.rules import at_least
+from unweave.core.spec import Spec
 from unweave.inputs.spec import UseSpec
 from unweave.methods.trace.result import Trace
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceSpec(UseSpec):
-    """Finding the latents that cause a behaviour."""
+class TraceOptions(Spec):
+    """Which latents are measured, and how their effects are estimated."""
 
-    task: Literal["simple", "within_rc", "across_rc", "across_pp"] = "across_pp"
-    """Subject-verb agreement: alone, within or across a relative clause, or across a prepositional phrase."""
-    pairs: Annotated[int, at_least(1)] = 128
-    """How many pairs of a clean and a changed sentence."""
     top: Annotated[int, at_least(2)] = 20
     """How many of the strongest latents to check by their exact effect."""
     random: Annotated[int, at_least(0)] = 20
@@ -29,6 +26,16 @@ class TraceSpec(UseSpec):
     """Where in each step the gradient is taken: left is the feature-circuits code's convention, right the paper's."""
     seed: int = 0
     """Choice of pairs and of random latents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceSpec(TraceOptions, UseSpec):
+    """Finding the latents that cause a behaviour."""
+
+    task: Literal["simple", "within_rc", "across_rc", "across_pp"] = "across_pp"
+    """Subject-verb agreement: alone, within or across a relative clause, or across a prepositional phrase."""
+    pairs: Annotated[int, at_least(1)] = 128
+    """How many pairs of a clean and a changed sentence."""
 
 
 COMMAND = Command(

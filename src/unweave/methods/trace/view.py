@@ -8,18 +8,14 @@ from unweave.methods.trace.figures import attribution_scatter
 from unweave.methods.trace.result import Effect, Estimate, Group, Trace
 from unweave.show.model import LatentEntry
 from unweave.show.page import ALONE, Around, Section, Tile, beside, figure
-from unweave.show.pieces import card, chips, esc, latent_link, number, strongest_contexts, table
+from unweave.show.pieces import capital, card, chips, esc, latent_link, number, strongest_contexts, table
 
 NAMES: dict[Estimate, str] = {
     "ig": "Integrated gradients",
     "attribution": "Attribution patching",
     "exact": "The clean end alone",
 }
-GROUPS: dict[Group, str] = {
-    "chosen": "Chosen latents",
-    "weaker": "Without the strongest",
-    "random": "Random latents",
-}
+GROUPS: dict[Group, str] = {"chosen": "Chosen latents", "weaker": "Without the strongest", "random": "Random latents"}
 
 
 def task_words(result: Trace) -> str:
@@ -33,7 +29,7 @@ def rows(result: Trace) -> list[Row]:
     right = f"the model is right on {result.right_clean:.0%} (clean) and {result.right_patch:.0%} (patch)"
     head: list[Row] = [
         ("task", task_words(result), ""),
-        ("pairs", result.pairs, right),
+        ("pairs", result.examples, right),
         ("change", totals.change, "of the metric, when the whole site is patched"),
     ]
     if result.problem is not None:
@@ -66,7 +62,7 @@ def metric_words(result: Trace) -> str:
 def finding(result: Trace) -> str:
     """The result in sentences."""
     if result.problem is not None:
-        return f"{result.problem[0].upper()}{result.problem[1:]}."
+        return f"{capital(result.problem)}."
     first, totals = result.strongest()[0], result.totals
     top = sum(effect.chosen for effect in result.effects)
     share = "" if result.share is None else f" ({result.share:.0%} of it)"
@@ -81,7 +77,7 @@ def finding(result: Trace) -> str:
         f"clean end and {first.exact_patch:+.2f} from the patched one. Agreement in order (Spearman) with the mean "
         f"of both ends: {orders}."
     )
-    return words if result.explanation is None else f"{words} {result.explanation}"
+    return words if result.diagnosis is None else f"{words} {result.diagnosis.text}"
 
 
 def named(result: Trace) -> dict[str, list[int]]:
@@ -92,10 +88,10 @@ def named(result: Trace) -> dict[str, list[int]]:
 def section(result: Trace, around: Around = ALONE) -> Section:
     """The latents that cause the behaviour: estimates against the measured effect."""
     parts = [
-        f"<p>Which latents does the model use for {esc(task_words(result))}? Over {result.pairs:,} pairs of sentences, "
-        "each latent was given the value that it has in the pair's other sentence. The change this makes is its "
-        "effect, while all other latents stay as they are, or while all have the values of the other sentence; where "
-        "latents act on one another the two differ, and their mean is the fairer share. "
+        f"<p>Which latents does the model use for {esc(task_words(result))}? Over {result.examples:,} pairs of "
+        "sentences, each latent was given the value that it has in the pair's other sentence. The change this makes is "
+        "its effect, while all other latents stay as they are, or while all have the values of the other sentence; "
+        "where latents act on one another the two differ, and their mean is the fairer share. "
         "Measuring takes runs of the model for every latent, so estimates that need only a few gradients pick the "
         f"candidates, and measurements test the estimates. {esc(metric_words(result))}</p>"
     ]
@@ -118,7 +114,7 @@ def section(result: Trace, around: Around = ALONE) -> Section:
         cards = "".join(card(strongest_contexts(around.entries[e.latent]), _card_heading(e)) for e in recorded)
         parts.append(f'<div class="uw-wide uw-cards">{cards}</div>')
     warning = incomplete(result.sums)
-    notes = (*result.subject.notes, *([f"{warning[0].upper()}{warning[1:]}."] if warning else []))
+    notes = (*result.subject.notes, *([f"{capital(warning)}."] if warning else []))
     heading = f"What causes what: {esc(result.site)}"
     return Section("Causes", heading, "".join(parts), tiles=_tiles(result), notes=notes)
 
@@ -147,10 +143,7 @@ def _scatter(result: Trace, estimate: Estimate) -> str:
 
 def _agreement(result: Trace) -> str:
     lines = [
-        (
-            f"{name}, {kind}",
-            *(number(getattr(result, kind.lower())(estimate, group)) for group in GROUPS),
-        )
+        (f"{name}, {kind}", *(number(getattr(result, kind.lower())(estimate, group)) for group in GROUPS))
         for kind in ("Spearman", "Pearson")
         for estimate, name in NAMES.items()
     ]

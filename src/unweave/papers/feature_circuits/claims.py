@@ -41,14 +41,14 @@ def reached_heads() -> list[str]:
 
 def _of(result: Faithfulness, errors: Errors = "default", neurons: bool = False) -> Reached:
     """How many nodes one of the curves takes."""
-    return next(one for one in result.reached if (one.errors, one.neurons) == (errors, neurons))
+    return next(curve for curve in result.reached if (curve.errors, curve.neurons) == (errors, neurons))
 
 
 def reached(result: Faithfulness) -> list[str]:
     cells = []
-    for one in (_of(result), _of(result, neurons=True)):
-        for value in (one.nodes, one.random_nodes):
-            cells.append(f"never (of {one.changing:,})" if value is None else f"{value:,.0f}")
+    for curve in (_of(result), _of(result, neurons=True)):
+        for value in (curve.nodes, curve.random_nodes):
+            cells.append(f"never (of {curve.changing:,})" if value is None else f"{value:,.0f}")
     return cells
 
 
@@ -141,5 +141,5 @@ def _behaviour_claim(result: BehavioursResult) -> Claim:
         "circuits are found without supervision for thousands of behaviours that clustering discovers",
         f"{len(result.behaviours)} behaviours with a circuit each, of {len(result.clusters)} clusters; coherence: "
         f"{coherence}",
-        "not measured",  # how clear the clusters are was judged by people in the paper, and by nobody here
+        "not measured",  # in the paper people judged how clear the clusters are; here none did
     )

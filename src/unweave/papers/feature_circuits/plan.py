@@ -158,17 +158,17 @@ def _gemma() -> Plan:
 
 def nearest_l0(files: Sequence[str], width: str, l0: int) -> dict[int, str]:
     """Each layer's folder with the L0 nearest to ``l0``, of files named layer_3/width_16k/average_l0_59/params.npz."""
-    found: dict[int, tuple[int, str]] = {}
+    nearest: dict[int, tuple[int, str]] = {}
     for file in files:
         match = re.fullmatch(rf"(layer_(\d+)/width_{width}/average_l0_(\d+))/params\.npz", file)
         if match is None:
             continue
         layer, distance = int(match[2]), abs(int(match[3]) - l0)
-        if layer not in found or (distance, match[1]) < found[layer]:
-            found[layer] = (distance, match[1])
-    if not found:
+        if layer not in nearest or (distance, match[1]) < nearest[layer]:
+            nearest[layer] = (distance, match[1])
+    if not nearest:
         raise UnweaveError(f"the repository lists no SAE of width {width}", remedy="check the name and the network")
-    return {layer: folder for layer, (_, folder) in sorted(found.items())}
+    return {layer: folder for layer, (_, folder) in sorted(nearest.items())}
 
 
 def _listed(repository: str) -> list[str]:

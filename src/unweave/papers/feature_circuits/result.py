@@ -34,11 +34,14 @@ class Structure:
     faithfulness: Faithfulness
 
 
+Part = Literal["train", "find", "evaluate", "draw", "shift", "behaviours"]
+
+
 @dataclass(frozen=True)
 class PartRun:
     """One of the runs that the recipe consists of, in the same folder."""
 
-    part: Literal["train", "find", "evaluate", "draw", "shift", "behaviours"]
+    part: Part
     structure: str | None
     """None where it is of all of them"""
     run: str
@@ -58,4 +61,4 @@ class FeatureCircuits(Result):
 
     def part(self, part: str, structure: str | None = None) -> str:
         """The name of one of the runs."""
-        return next(one.run for one in self.runs if (one.part, one.structure) == (part, structure))
+        return next(run.run for run in self.runs if (run.part, run.structure) == (part, structure))

@@ -24,9 +24,9 @@ PICTURE = "circuit.svg"
 def rows(result: FeatureCircuits) -> list[Row]:
     """How many nodes carry the behaviour, SHIFT's rows, and how many behaviours there are."""
     lines: list[Row] = []
-    for one in result.structures:
-        features, random, neurons, _ = reached(one.faithfulness)
-        lines.append((f"nodes for {LEVEL:g}: {one.name}", features, f"random: {random}; neurons: {neurons}"))
+    for structure in result.structures:
+        features, random, neurons, _ = reached(structure.faithfulness)
+        lines.append((f"nodes for {LEVEL:g}: {structure.name}", features, f"random: {random}; neurons: {neurons}"))
     sizes = result.overlap.sizes
     lines.append(("latents in both across RC and PP", result.overlap.shared, f"of {sizes[0]} and {sizes[1]}"))
     methods: tuple[Method, ...] = ("original", "random", "shift", "retrain", "oracle")
@@ -42,7 +42,7 @@ def section(result: FeatureCircuits, around: Around = ALONE) -> Section:
     lead = f"{result.subject.named_model}; {sites}; {result.scale} scale."
     heads, lines = _reached_table(result)
     counted = table([esc(h) for h in heads], [[esc(c) for c in row] for row in lines])
-    curves = "".join(_curves(one.name, curves_svg(one.faithfulness)) for one in result.structures)
+    curves = "".join(_curves(structure.name, curves_svg(structure.faithfulness)) for structure in result.structures)
     body = [
         f'<p>{esc(lead)}</p><div class="uw-wide">{claims_html(claims(result))}</div>',
         f'<h3>How many nodes carry a behaviour</h3><div class="uw-wide">{counted}</div>{curves}',
@@ -67,7 +67,7 @@ def write(result: FeatureCircuits, folder: Path) -> None:
 
 
 def _reached_table(result: FeatureCircuits) -> tuple[list[str], list[list[str]]]:
-    return ["structure", *reached_heads()], [[one.name, *reached(one.faithfulness)] for one in result.structures]
+    return ["structure", *reached_heads()], [[s.name, *reached(s.faithfulness)] for s in result.structures]
 
 
 def _curves(structure: str, svg: str) -> str:
