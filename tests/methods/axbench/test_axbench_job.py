@@ -113,12 +113,12 @@ def test_everything_is_generated_rated_and_shown(
         assert [one.edit for one in judged.suppression] == ["prompt", "latent", "span"]
         assert len(judged.rated) == 3 * len(spec.methods)
     truth = result.judged[0]
-    assert {one.rating: one.shown for one in truth.checks}["concept"]
+    assert {one.form: one.reads for one in truth.checks}["concept"]
     assert {one.method for one in result.detection} == {"sae", "random", "diffmean", "probe", "reft"}
     assert as_read(Comparison, json.loads(json.dumps(as_written(result))), "") == result
     html = view.section(result).embedded()
     assert html.count("<svg") == 4 and "Suppression" in html and "sea" in html
-    assert any("NOT SHOWN" in str(row[2]) for row in view.rows(result))
+    assert any("not shown to read" in str(row[2]) for row in view.rows(result))
     assert stage.run(spec, tmp_path / "runs").reused
 
 

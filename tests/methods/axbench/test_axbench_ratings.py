@@ -13,7 +13,7 @@ from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.judge.scripted import Scripted
 from unweave.latents.annotations import Pair, ScoredLabel
-from unweave.methods.axbench.checks import auroc, check, confidence_change, detect, known_cases
+from unweave.methods.axbench.checks import check, confidence_change, detect, known_cases
 from unweave.methods.axbench.compare import Experiment, Ratings, judge
 from unweave.methods.axbench.directions import Direction, sae_of, token_activations
 from unweave.methods.axbench.forms import FORMS, Case, ChatRater, spoken, template_prompt, written_prompts
@@ -87,8 +87,15 @@ def test_scripted_truth_reads_the_concept_and_repetition(texts: Texts, tiny_lm: 
     assert values[0, 0] == 2 and values[1, 0] == 0 and list(values[2]) == [0, 0, 0] and values[3, 2] == 0
     own = [one.mean for one in likelihoods(lm, ["ask a", "ask b", "ask c"], ["perch and trout"] * 3, 20)]
     assert values[0, 1] == (own[0] > own[1]) + (own[0] > own[2])
-    (concept, *_) = check(rater, known_cases({"fish": fish}, fluent, [("ask a", "x y"), ("ask b", "z")]))
-    assert concept.rating == "concept" and concept.shown and concept.cases == 16
+    (concept, *_) = check(
+        rater, known_cases({"fish": fish}, fluent, [("ask a", "x y"), ("ask b", "z")], any_concept=False)
+    )
+    assert (
+        concept.form == "concept"
+        and concept.reads
+        and concept.asked == 16
+        and concept.aurocs == {"without the tag": 1.0}
+    )
 
 
 def test_a_chat_models_last_rating_counts_and_anything_else_is_a_failure() -> None:
@@ -100,14 +107,14 @@ def test_a_chat_models_last_rating_counts_and_anything_else_is_a_failure() -> No
     assert {name: ("sea" in text, "ask" in text) for name, text in shown.items()} == {
         "concept": (True, False), "instruction": (False, True), "fluency": (False, False),
     }  # fmt: skip
+    known = known_cases({}, ["a b c d e f"], [], any_concept=True)
+    (concept, *_) = check(ChatRater(Scripted(lambda asked: f"Rating: [[{len(asked[0]['content']) % 3}]]")), known)
+    assert concept.asked == 32 and set(concept.aurocs) == {"near miss", "unrelated"}
     assert template_prompt("works-with::the_sea").count("works with the sea") == 2 and spoken("c++") == "c++"
     assert written_prompts(Scripted([" talk of it "]), ["sea"]) == ["talk of it"]
 
 
-def test_auroc_counts_ties_half_and_confidence_is_of_the_likeliest_tokens(tiny_lm: Any) -> None:
-    values, wanted = np.array([0.0, 1, 1, 2]), np.array([False, True, False, True])
-    pairs = [(a > b) + (a == b) / 2 for a in values[wanted] for b in values[~wanted]]
-    assert auroc(values, wanted) == pytest.approx(np.mean(pairs)) and auroc(values, wanted | True) is None
+def test_confidence_is_of_the_likeliest_tokens(tiny_lm: Any) -> None:
     lm = tiny_lm("llama")
     sae = sae_of([Direction(torch.nn.functional.normalize(torch.randn(32), dim=0))], SITE, TokenPolicy())
     handle = Handle(sae, 0, 40.0, "add", "all")

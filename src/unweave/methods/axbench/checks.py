@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from unweave.core.progress import task
+from unweave.judge.check import Check, auroc, known_texts
 from unweave.lm.model import LM
 from unweave.methods.axbench.compare import Rater
 from unweave.methods.axbench.directions import passage_values
 from unweave.methods.axbench.forms import Case
 from unweave.methods.axbench.generate import Handle, Setting
-from unweave.methods.axbench.result import Checked
 from unweave.methods.axbench.scores import Array
 from unweave.methods.axbench.texts import ConceptTexts
 from unweave.methods.axbench.truth import broken
@@ -30,48 +30,46 @@ _TOP = 20
 _EACH = 12
 """known cases of either kind, per concept"""
 
-Known = Mapping[str, Sequence[tuple[Case, bool]]]
+Known = Mapping[str, Sequence[tuple[Case, bool, str]]]
+"""by rating: a case, whether it deserves a high one, and what kind of case it is"""
 
 
 def known_cases(
-    concepts: Mapping[str, ConceptTexts], whole: Sequence[str], answers: Sequence[tuple[str, str]]
+    concepts: Mapping[str, ConceptTexts], whole: Sequence[str], answers: Sequence[tuple[str, str]], *, any_concept: bool
 ) -> Known:
-    """By rating, cases of which it is known whether they deserve a high one. ``whole`` are fluent texts, ``answers``
-    pairs (instruction, the unedited model's answer)."""
+    """Cases of which the right rating is known. ``whole`` are fluent texts, ``answers`` (instruction, the unedited
+    model's answer) pairs. ``any_concept``: with the concepts and near misses of ``judge.check``, for a chat model."""
     concept = [
-        (Case(name, "", text), wanted)
+        (Case(name, "", text), right, kind)
         for name, texts in concepts.items()
-        for several, wanted in ((texts.positive, True), (texts.negative, False))
+        for several, right, kind in ((texts.positive, True, "tagged"), (texts.negative, False, "without the tag"))
         for text in several[:_EACH]
     ]
-    fluency = [(Case("", "", text), True) for text in whole]
-    fluency += [(Case("", "", broken(text, i, loop=i % 2 == 1)), False) for i, text in enumerate(whole)]
+    if any_concept:
+        concept += [(Case(one.concept, "", one.text), one.right, one.kind) for one in known_texts()]
+    fluency = [(Case("", "", text), True, "whole") for text in whole]
+    for i, text in enumerate(whole):
+        fluency.append((Case("", "", broken(text, i, loop=i % 2 == 1)), False, "loop" if i % 2 else "shuffled words"))
     answered = [(instruction, text) for instruction, text in dict.fromkeys(answers) if text.strip()]
     others = [*answered[1:], *answered[:1]]
-    own = [(Case("", instruction, text), True) for instruction, text in answered]
-    swapped = [(Case("", o, text), False) for (i, text), (o, _) in zip(answered, others, strict=True) if i != o]
+    own = [(Case("", instruction, text), True, "own") for instruction, text in answered]
+    swapped = [
+        (Case("", o, text), False, "another's") for (i, text), (o, _) in zip(answered, others, strict=True) if i != o
+    ]
     return {"concept": concept, "instruction": own + swapped, "fluency": fluency}
 
 
-def check(rater: Rater, known: Known) -> tuple[Checked, ...]:
-    """The rater's AUROC on known cases, rating by rating; cases that it failed on are left out."""
+def check(rater: Rater, known: Known) -> tuple[Check, ...]:
+    """Whether a rater is shown to read, rating by rating; as ``judge.check`` does for a chat model's forms."""
     checks = []
     for name, cases in known.items():
-        values, _ = rater.rate([case for case, _ in cases], (name,))
-        rated = ~np.isnan(values[:, 0])
-        checks.append(
-            Checked(name, auroc(values[rated, 0], np.array([w for _, w in cases], dtype=bool)[rated]), int(rated.sum()))
-        )
+        values = rater.rate([case for case, _, _ in cases], (name,))[0][:, 0]
+        right = np.array([is_right for _, is_right, _ in cases], dtype=bool)
+        kinds = np.array([kind for _, _, kind in cases])
+        by_kind = {kind: auroc(values[right], values[~right & (kinds == kind)]) for kind in sorted({*kinds[~right]})}
+        failures = {"no rating": int(np.isnan(values).sum())}
+        checks.append(Check(name, rater.name, auroc(values[right], values[~right]), by_kind, len(cases), failures))
     return tuple(checks)
-
-
-def auroc(values: Array, wanted: Array) -> float | None:
-    """How often a wanted case has the larger value, ties half; None without cases of both kinds."""
-    if not wanted.any() or wanted.all():
-        return None
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(wanted, values))
 
 
 def detect(setting: Setting, handles: Mapping[str, Sequence[Handle]], most: int) -> dict[str, Array]:
@@ -88,13 +86,9 @@ def detect(setting: Setting, handles: Mapping[str, Sequence[Handle]], most: int)
             mean, largest = passage_values(setting.lm, latents, everything, most)
             wanted = np.arange(len(everything)) < len(texts.positive)
             hard = wanted | (np.arange(len(everything)) >= len(everything) - len(texts.hard))
-            valid = ~np.isnan(mean).any(1)
             for column, (method, p) in enumerate(mine):
-                scores = (
-                    auroc(mean[valid, column], wanted[valid]),
-                    auroc(largest[valid, column], wanted[valid]),
-                    auroc(largest[valid & hard, column], wanted[valid & hard]),
-                )
+                values = (mean[:, column], largest[:, column], np.where(hard, largest[:, column], np.nan))
+                scores = [auroc(one[wanted], one[~wanted]) for one in values]
                 found[method][p] = [np.nan if one is None else one for one in scores]
             shown.advance()
     return found

@@ -20,6 +20,7 @@ import numpy as np
 
 from unweave.core.pieces import Pieces
 from unweave.core.progress import task
+from unweave.judge.check import Check
 from unweave.latents.annotations import Pair, name_of
 from unweave.methods.axbench import generate
 from unweave.methods.axbench.forms import Case
@@ -30,7 +31,6 @@ from unweave.methods.axbench.result import (
     METHODS,
     RATINGS,
     SUPPRESSIONS,
-    Checked,
     Interval,
     Judged,
     Point,
@@ -185,7 +185,7 @@ def blocks(jobs: Sequence[Job], values: Array) -> dict[str, Array]:
 
 def judge(
     experiment: Experiment, jobs: Sequence[Job], ratings: Ratings, splits: Sequence[Split],
-    pair_scores: Sequence[Mapping[str, float | None]], checks: Sequence[Checked], seed: int = 0,
+    pair_scores: Sequence[Mapping[str, float | None]], checks: Sequence[Check], seed: int = 0,
 ) -> Judged:  # fmt: skip
     """The scores of all methods from one rater's ratings."""
     by_block = blocks(jobs, ratings.values)

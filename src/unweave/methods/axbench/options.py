@@ -29,13 +29,13 @@ class SteeringSpec(Spec):
     """On all tokens, as in AxBench and the paper, or only on those that the SAE was trained on."""
     factors: Annotated[tuple[float, ...] | None, not_empty(), _RISING] = None
     """Strengths, as multiples of a latent's largest activation on the texts."""
-    preset: Literal["add", "clamp", "max-act"] = "add"
+    preset: Literal["add", "clamp", "max-act"] = "max-act"
     """Where factors are not given: AxBench's list for addition (0.2 to 5), clamping (0.4 to 100), or its variant by
     largest activation (0.4 to 10)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.factors is not None and self.preset != "add":
+        if self.factors is not None and self.preset != "max-act":
             raise UnweaveError("preset has no effect where factors are given", where="steering", remedy="leave one out")
 
     @property

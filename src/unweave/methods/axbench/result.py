@@ -7,6 +7,7 @@ from pathlib import Path
 
 from unweave.core.result import Result
 from unweave.inputs.subject import Subject
+from unweave.judge.check import Check
 
 METHODS = {
     "unedited": "the model as it is",
@@ -128,25 +129,13 @@ class Suppression:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """How well a judge tells known cases apart, by rating; ``shown`` at 0.8 and above."""
-
-    rating: str
-    auroc: float | None
-    cases: int
-
-    @property
-    def shown(self) -> bool:
-        return self.auroc is not None and self.auroc >= 0.8
-
-
-@dataclass(frozen=True)
 class Judged:
     """All methods as one judge rates them."""
 
     judge: str
     note: str
-    checks: tuple[Checked, ...]
+    checks: tuple[Check, ...]
+    """of each rating: ``form`` is its name"""
     scores: tuple[Score, ...]
     points: tuple[Point, ...]
     rated: tuple[Rated, ...]

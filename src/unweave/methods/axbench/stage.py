@@ -54,7 +54,10 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
     if chat is not None and "chat" in spec.raters:
         raters.append(ChatRater(chat))
     answers = [(case.instruction, case.text) for case, job in zip(cases, jobs, strict=True) if job.block == "unedited"]
-    known = known_cases(concepts, fluent[1::2], answers[:_FLUENT])
+    known = {
+        rater.name: known_cases(concepts, fluent[1::2], answers[:_FLUENT], any_concept=isinstance(rater, ChatRater))
+        for rater in raters
+    }
     scores = [
         {"calibrated F1": pair.label.score, "output score": pair.label.output_score, "token confidence": float(change)}
         for pair, change in zip(pairs, confidence_change(lm, handles["sae"]), strict=True)
@@ -76,7 +79,8 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
         split=spec.protocol.split,
         cost=cost_of(spec, experiment),
         judged=tuple(
-            judge(experiment, jobs, one, splits, scores, check(one.rater, known), spec.seed) for one in ratings
+            judge(experiment, jobs, one, splits, scores, check(one.rater, known[one.rater.name]), spec.seed)
+            for one in ratings
         ),
         detection=detections(experiment, found, spec.seed),
         hard_negatives=learning.heldout,

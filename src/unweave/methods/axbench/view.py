@@ -22,8 +22,7 @@ def rows(result: Comparison) -> list[Row]:
     for judged in result.judged:
         lines.append(("judge", judged.judge, judged.note))
         for one in judged.checks:
-            verdict = "tells known cases apart" if one.shown else "NOT SHOWN TO READ: do not build on this rating"
-            lines.append((f"  check: {one.rating}", number(one.auroc), f"AUROC on {one.cases} known cases; {verdict}"))
+            lines.append((f"  check: {one.form}", number(one.auroc), one.verdict))
         for score in judged.scores:
             parts = ", ".join(f"{name} {_shown(part)}" for name, part in zip(RATINGS, score.parts, strict=True))
             lines.append((f"  {score.method}", _shown(score.rating), parts))
@@ -72,20 +71,18 @@ def section(result: Comparison, around: Around = ALONE) -> Section:
     head = ("Method", "Mean of a text", "Largest value", "Against hard negatives")
     body.append(table(head, [tuple(map(esc, row)) for row in found], (1, 2, 3), "Detection on held-out texts, AUROC"))
     unread = [
-        f"{judged.judge} was not shown to read {one.rating} (AUROC {number(one.auroc)})."
+        f"The ratings of {judged.judge} for {one.form}: {one.verdict}."
         for judged in result.judged
         for one in judged.checks
-        if not one.shown
+        if not one.reads
     ]
     notes = (*result.subject.notes, *unread)
     return Section("AxBench", "Steering, judged as AxBench does", "".join(body), tiles=tiles, notes=notes)
 
 
 def _judged(judged: Judged, name: str) -> Iterator[str]:
-    checks = "; ".join(
-        f"{one.rating} {number(one.auroc)}{'' if one.shown else ' (not shown to read)'}" for one in judged.checks
-    )
-    yield f"<h3>{esc(judged.judge)}</h3><p>{esc(judged.note)} AUROC on known cases: {esc(checks)}.</p>"
+    checks = "; ".join(f"{one.form} {one.verdict}" for one in judged.checks)
+    yield f"<h3>{esc(judged.judge)}</h3><p>{esc(judged.note)} On known cases: {esc(checks)}.</p>"
     yield beside(
         figure(bars(judged, name), "Each method's rating at the strength chosen for each pair."),
         figure(curves(judged, name), "Mean over all pairs at each strength."),
