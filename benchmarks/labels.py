@@ -1,11 +1,14 @@
 """What labelling costs beside the bare harvest, and how its memory grows with the number of texts.
 
-    python benchmarks/labels.py [--tokens 500000] [--source debtags | FILE.jsonl] [--sae FOLDER]
+    python benchmarks/labels.py [--judge NAME] [--tokens 500000] [--source debtags | FILE.jsonl] [--sae FOLDER]
 
 ratio    chunk by chunk, in turns: reading all activations of one site from the model (the bare harvest), and what
          ``unweave labels`` does with them: the same pass, the SAE's codes, counts by text and latent, the piece kept.
          Beside it the rest of the work, once: matching, shuffled labels, output scores. Without ``--sae`` an SAE of
          4,608 random latents, about 40 active a token.
+judging  the known cases of a judge's check put to a model that runs here: one by one, each whole prompt read and each
+         reply written to its end or 40 tokens, against ``judge/local.py`` (shared beginnings, batches, replies that
+         end with the rating); the ratings must be the same.
 memory   the largest anonymous memory above the start's, of a random tiny model with 4,608 latents on 2,000, 8,000 and
          32,000 texts, each in a process of its own.
 """
@@ -30,6 +33,12 @@ from rich.table import Table
 
 from unweave import LM, SAE, Site
 from unweave.core.pieces import Pieces
+from unweave.judge.base import CachedJudge, Reply
+from unweave.judge.check import known_texts
+from unweave.judge.form import rate
+from unweave.judge.local import LocalModel
+from unweave.judge.scripted import Scripted
+from unweave.methods.explain.forms import DETECTION, Claim
 from unweave.methods.labels import labels
 from unweave.methods.labels.frequencies import Frequencies, Reading, read_chunk
 from unweave.methods.labels.spec import MatchSpec
@@ -101,6 +110,29 @@ def ratio(arguments: argparse.Namespace, folder: Path) -> None:
     console.print(table)
 
 
+def judging(name: str) -> None:
+    lm, cases = LM.load(name), [Claim(one.concept, one.text) for one in known_texts()]
+    started, naive = time.perf_counter(), []
+    for case in cases:
+        prompt = lm.chat([DETECTION.messages(case)], add_generation_prompt=True)
+        naive.append(Reply(lm.decode(lm.generate_ids(prompt, max_new_tokens=40)[0])))
+    slow = time.perf_counter() - started
+    started = time.perf_counter()
+    ratings = rate(CachedJudge(LocalModel(lm, max_new_tokens=40)), DETECTION, cases)
+    quick = time.perf_counter() - started
+    replies = Scripted([reply.text for reply in naive])
+    same = int(((values := rate(replies, DETECTION, cases).values) == ratings.values).sum())
+    usable = int((values == values).sum())
+    table = Table(title=f"Judging {len(cases)} prompts of about {prompt.n_tokens} tokens by {lm.name}")
+    for head in ("", "seconds a prompt"):
+        table.add_column(head, justify="left" if not head else "right")
+    table.add_row("one by one", f"{slow / len(cases):.2f}")
+    table.add_row("shared beginnings, batches, cut at the rating", f"{quick / len(cases):.2f}")
+    table.add_row("times as fast", f"{slow / quick:.1f}")
+    table.add_row("the same rating", f"{same} of {usable}")
+    console.print(table)
+
+
 def one_size(n: int, folder: Path) -> None:
     """Labels n texts with a random tiny model and prints the growth of memory in megabytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -154,6 +186,7 @@ def growth(sizes: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--judge", default="smollm2-135m-instruct", help="none: leave this section out")
     parser.add_argument("--tokens", type=int, default=500_000)
     parser.add_argument("--source", default="debtags")
     parser.add_argument("--sae")
@@ -164,6 +197,8 @@ def main() -> None:
     if arguments.one_size:
         one_size(arguments.one_size, arguments.folder)
         return
+    if arguments.judge != "none":
+        judging(arguments.judge)
     if arguments.tokens:
         with tempfile.TemporaryDirectory() as folder:
             ratio(arguments, Path(folder))

@@ -25,7 +25,8 @@ from unweave.judge.base import Conversation, Judge, Reply
 
 Case = TypeVar("Case")
 _ENOUGH = 0.25
-_LAST_RATING = r"(?i)rating:\s*\[\[([^\[\]]*)\]\]"
+_LAST_RATING = r"(?i)rating:\s*\[{1,2}([^\[\]]*)\]"
+"""Small models write single brackets too; the rating is as clear in them."""
 
 
 class Answer(NamedTuple):
@@ -183,7 +184,7 @@ def integer(text: str, ratings: Sequence[int]) -> int:
 def rating_form(
     name: str, version: int, messages: Callable[[Case], Conversation], ratings: Sequence[int]
 ) -> Form[Case]:
-    """A form whose answers hold one rating: what stands in the last ``Rating: [[n]]`` of the reply."""
+    """A form whose answers hold one rating: what stands in the last ``Rating: [[n]]`` (or ``[n]``) of the reply."""
     allowed = tuple(ratings)
 
     def parse(text: str, case: Case) -> Answer:

@@ -32,7 +32,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """A score over latents, beside its controls; see ``docs/labels.md`` for what each means."""
+    """A score over latents, beside its controls; see ``docs/explain.md`` for what each means."""
 
     score: str
     chosen: Interval | None
