@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,12 @@ def test_latents_with_a_low_output_score_are_left_out(
         assert pair.label.output_score == pytest.approx(scores[pair.latent], rel=1e-4)
     ordered = [pair.label.score for pair in site.pairs]
     assert ordered == sorted(ordered, reverse=True) and site.tried == 8
+
+    taken: dict[str, int] = {}  # with per_label: the first of each label in the whole list
+    for pair in site.pairs:
+        taken.setdefault(pair.label.label, pair.latent)
+    (few,) = label(lm, {Site("embed"): sae}, texts, replace(match, per_label=1), folder=tmp_path / "few").sites
+    assert {pair.label.label: pair.latent for pair in few.pairs} == taken and len(few.pairs) == len(taken)
 
 
 def test_the_command_labels_several_saes_writes_annotations_and_refuses_early(

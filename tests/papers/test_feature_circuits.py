@@ -28,10 +28,11 @@ from unweave.methods.circuits.result import CircuitSearch, Errors, Faithfulness,
 from unweave.methods.shift.result import METHODS, Accuracies, Judgement, Method, Seed, Share, ShiftResult, TableRow
 from unweave.papers.feature_circuits import plan, recipe
 from unweave.papers.feature_circuits.claims import claims as claims_of
-from unweave.papers.feature_circuits.plan import nearest_l0, plan_of
+from unweave.papers.feature_circuits.plan import plan_of
 from unweave.papers.feature_circuits.recipe import Parts
 from unweave.papers.feature_circuits.result import FeatureCircuits
 from unweave.papers.feature_circuits.spec import MODELS, FeatureCircuitsSpec
+from unweave.papers.gemma_scope import nearest_l0
 from unweave.tasks.agreement import STRUCTURES
 
 
@@ -52,7 +53,7 @@ def test_the_paper_scale_takes_the_published_saes(monkeypatch: pytest.MonkeyPatc
     assert pythia.saes[0] == "embed=saelens:pythia-70m-deduped-res-sm/blocks.0.hook_resid_pre"
     assert "mlp_add.5=saelens:pythia-70m-deduped-mlp-sm/blocks.5.hook_mlp_out" in pythia.saes
     files = [f"layer_{i}/width_16k/average_l0_{l0}/params.npz" for i in range(26) for l0 in (42, 105)]
-    monkeypatch.setattr(plan, "_listed", lambda repository: files)
+    monkeypatch.setattr(plan, "listed", lambda repository: files)
     gemma = plan_of(FeatureCircuitsSpec(scale="paper", model=MODELS[1]))
     assert len(gemma.saes) == 78
     assert "attn_heads.25=hub:google/gemma-scope-2b-pt-att/layer_25/width_16k/average_l0_105" in gemma.saes
@@ -101,7 +102,7 @@ def test_every_stage_can_be_asked_at_every_scale(
     asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The specs that the recipe makes hold together: nothing unknown, ignored or contradictory."""
-    monkeypatch.setattr(plan, "_listed", lambda repository: ["layer_0/width_16k/average_l0_9/params.npz"])
+    monkeypatch.setattr(plan, "listed", lambda repository: ["layer_0/width_16k/average_l0_9/params.npz"])
     specs = []
 
     def stage(spec: Any, runs: Path) -> Run:

@@ -97,7 +97,9 @@ def test_everything_is_generated_rated_and_shown(
     table = pq.read_table(done.path / result.generations).to_pylist()
     assert len(table) == 2 * 3 * per_pair
     assert {row["judge"] for row in table} == {"scripted truth", "the script"}
-    assert all(0 <= row[name] <= 2 for row in table for name in RATINGS)
+    assert all(0 <= row[f"{name}_rating"] <= 2 for row in table for name in RATINGS)
+    assert {row["concept"] for row in table} == {"sea", "soup"}
+    assert all(row["prompt"].endswith(row["instruction"]) for row in table)
     steered = next(row for row in table if row["method"] == "sae" and row["factor"] == 2.0)
     maximum = next(pair.maximum for pair in result.pairs if pair.name == steered["latent"])
     assert steered["value"] == pytest.approx(2.0 * maximum)

@@ -42,8 +42,10 @@ def write_table(
         writer = None
         for one in ratings:
             columns = shared | {"judge": [one.rater.name] * len(jobs)}
-            columns |= {name: pa.array(plain(one.values[:, r]), pa.float64()) for r, name in enumerate(RATINGS)}
-            columns |= {"rating": pa.array(plain(harmonic(one.values)), pa.float64())}
+            scores = {f"{name}_rating": one.values[:, r] for r, name in enumerate(RATINGS)} | {
+                "rating": harmonic(one.values)
+            }
+            columns |= {name: pa.array(plain(values), pa.float64()) for name, values in scores.items()}
             columns |= {"replies": pa.array(one.replies, pa.list_(pa.string()))}
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(temporary, table.schema)

@@ -156,17 +156,20 @@ def best_pairs(
     chance = best_scores(blocks, sae.d_sae, labels.shuffled(seed), match.quantiles, match.prior)
     pairs: list[Pair] = []
     output: dict[int, float] = {}
+    taken, most = np.zeros(scores.score.shape[1], dtype=np.int64), match.per_label or match.top
     with task(f"output scores at {site}", total=match.top, unit="pairs") as shown:
         for some in _by_score(scores):
+            some = [pair for pair in some if taken[pair[1]] < most]
             latents = sorted({latent for latent, _ in some} - set(output))
             if match.output_score is not None and latents:
                 output |= {one.latent: one.score for one in output_scores(lm, sae, latents)}
             for latent, name in some:
-                if match.output_score is None or output[latent] >= match.output_score:
+                if taken[name] < most and (match.output_score is None or output[latent] >= match.output_score):
                     level = int(scores.level[latent, name])
                     pairs.append(Pair(latent, name, float(scores.score[latent, name]), level, output.get(latent)))
+                    taken[name] += 1
                     shown.advance()
-            if len(pairs) >= match.top:
+            if len(pairs) >= match.top or (taken >= most).all():
                 break
     if not pairs:
         raise UnweaveError(

@@ -31,6 +31,8 @@ class MatchSpec(Spec):
     residual stream."""
     top: Annotated[int, at_least(1)] = 100
     """How many pairs of each SAE to keep, the best first."""
+    per_label: Annotated[int | None, at_least(1)] = None
+    """At most so many of them of one label. null: any number."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unweave.core.errors import UnweaveError
 from unweave.data.corpus import Source
 from unweave.data.pack import PackSpec
 from unweave.data.spec import DEFAULT_MODEL, DataSpec, StreamSpec
@@ -15,6 +13,7 @@ from unweave.methods.shift.biographies import TEMPLATED
 from unweave.methods.train.kinds import BatchTopKSpec
 from unweave.methods.train.spec import TrainSpec
 from unweave.papers.feature_circuits.spec import MODELS, FeatureCircuitsSpec
+from unweave.papers.gemma_scope import listed, nearest_l0
 from unweave.tasks.agreement import STRUCTURES
 
 _SMOKE_LAYERS = (24, 25, 26, 27)
@@ -141,7 +140,7 @@ def _gemma() -> Plan:
     saes = []
     for point, kind in kinds.items():
         repository = f"google/gemma-scope-2b-pt-{kind}"
-        folders = nearest_l0(_listed(repository), "16k", _GEMMA_L0)
+        folders = nearest_l0(listed(repository), "16k", _GEMMA_L0)
         saes += [f"{point}.{layer}=hub:{repository}/{folder}" for layer, folder in folders.items()]
     return Plan(
         model=MODELS[1],
@@ -154,30 +153,3 @@ def _gemma() -> Plan:
         shift=_paper_shift("resid_post.22", threshold=6.0, skip_first=1),
         behaviours=_PAPER_BEHAVIOURS,
     )
-
-
-def nearest_l0(files: Sequence[str], width: str, l0: int) -> dict[int, str]:
-    """Each layer's folder with the L0 nearest to ``l0``, of files named layer_3/width_16k/average_l0_59/params.npz."""
-    nearest: dict[int, tuple[int, str]] = {}
-    for file in files:
-        match = re.fullmatch(rf"(layer_(\d+)/width_{width}/average_l0_(\d+))/params\.npz", file)
-        if match is None:
-            continue
-        layer, distance = int(match[2]), abs(int(match[3]) - l0)
-        if layer not in nearest or (distance, match[1]) < nearest[layer]:
-            nearest[layer] = (distance, match[1])
-    if not nearest:
-        raise UnweaveError(f"the repository lists no SAE of width {width}", remedy="check the name and the network")
-    return {layer: folder for layer, (_, folder) in sorted(nearest.items())}
-
-
-def _listed(repository: str) -> list[str]:
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.list_repo_files(repository)
-    except Exception as error:  # network, hub and authorisation errors of several libraries meet here
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnweaveError(
-            f"its files cannot be listed: {reason}", where=f"hub:{repository}", remedy="check the network and try again"
-        ) from error
