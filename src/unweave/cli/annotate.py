@@ -81,14 +81,14 @@ def annotate(
     _require_positive(top, tokens)
     usable(runs)
     ask = _asker()
-    asked = Asked(circuit, tuple(saes or ()), tuple(latents or ()), threshold, top, tokens, model, device, again)
+    choice = Asked(circuit, tuple(saes or ()), tuple(latents or ()), threshold, top, tokens, model, device, again)
     with show_progress(json):
-        found, known = questions(asked, out, runs)
+        to_ask, known = questions(choice, out, runs)
     console = Console(highlight=False)
-    if found:
-        console.print(f"{len(found):,} latents to look at, {known:,} have answers already. {COMMANDS}", markup=False)
+    if to_ask:
+        console.print(f"{len(to_ask):,} latents to look at, {known:,} have answers already. {COMMANDS}", markup=False)
     tally = walk(
-        found, out, ask, lambda *shown: _show(console, *shown), lambda text: print(plain(f"  {text}")), known=known
+        to_ask, out, ask, lambda *shown: _show(console, *shown), lambda text: print(plain(f"  {text}")), known=known
     )
     if json:
         return {"out": str(out), **asdict(tally)}

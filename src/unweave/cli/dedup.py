@@ -44,9 +44,9 @@ def dedup(
 
     if memory_mb < 1:
         raise UnweaveError(f"{memory_mb} MB of memory make no sense", where="--memory-mb", remedy="give at least 1")
-    asked = [Source(path=source, messages_field=messages_field, text_field=text_field) for source in sources]
+    places = [Source(path=source, messages_field=messages_field, text_field=text_field) for source in sources]
     with show_progress(json):
-        counts = write_deduplicated(asked, out, n, memory_bytes=memory_mb << 20)
+        counts = write_deduplicated(places, out, n, memory_bytes=memory_mb << 20)
     if json:
         return {"out": str(out), "counts": counts}
     print(

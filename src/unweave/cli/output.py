@@ -86,7 +86,7 @@ def nothing_on_stdout() -> Iterator[None]:
     sys.stdout.flush()
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            kept = os.dup(1)
+            original = os.dup(1)
         except OSError:  # standard output is closed: there is nothing to keep clean
             yield
             return
@@ -94,8 +94,8 @@ def nothing_on_stdout() -> Iterator[None]:
         try:
             yield
         finally:
-            os.dup2(kept, 1)
-            os.close(kept)
+            os.dup2(original, 1)
+            os.close(original)
 
 
 def _table(stage: str, rows: Sequence[tuple[str, str, str]]) -> Any:

@@ -24,7 +24,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether memory is why an error was raised, by itself or as what it was raised from. Never an UnweaveError's."""
     if isinstance(error, UnweaveError):
         return False
-    return any(_says_so(one) for one in _chain(error))
+    return any(_says_so(cause) for cause in _chain(error))
 
 
 def _says_so(error: BaseException) -> bool:
@@ -39,11 +39,11 @@ def _says_so(error: BaseException) -> bool:
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
-    one: BaseException | None = error
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
-        yield one
-        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
 
 
 def refuse_if_memory(error: BaseException, where: object) -> None:

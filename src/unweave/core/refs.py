@@ -63,8 +63,8 @@ def _specs_in(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield name, value
     elif isinstance(value, tuple):
-        for number, one in enumerate(value):
-            yield from _specs_in(one, f"{name}[{number}]")
+        for number, item in enumerate(value):
+            yield from _specs_in(item, f"{name}[{number}]")
 
 
 def _marker(hint: Any) -> Content | None:
@@ -72,5 +72,5 @@ def _marker(hint: Any) -> Content | None:
     for extra in getattr(hint, "__metadata__", ()):
         if isinstance(extra, Content):
             return extra
-    inner = [_marker(one) for one in typing.get_args(hint)] if typing.get_origin(hint) is not Annotated else []
-    return next((one for one in inner if one is not None), None)
+    inner = [_marker(part) for part in typing.get_args(hint)] if typing.get_origin(hint) is not Annotated else []
+    return next((part for part in inner if part is not None), None)

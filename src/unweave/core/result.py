@@ -83,9 +83,9 @@ def to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): to_plain(one) for key, one in value.items()}
+        return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_plain(one) for one in value]
+        return [to_plain(item) for item in value]
     raise TypeError(f"a result cannot hold a {type(value).__name__}")
 
 
@@ -101,10 +101,10 @@ def from_plain(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         _expect(isinstance(value, list), value, where, "a list")
         if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(from_plain(args[0], one, f"{where}[{i}]") for i, one in enumerate(value))
+            return tuple(from_plain(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
         _expect(len(value) == len(args), value, where, f"a list of {len(args)} values")
         return tuple(
-            from_plain(kind, one, f"{where}[{i}]") for i, (kind, one) in enumerate(zip(args, value, strict=True))
+            from_plain(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(args, value, strict=True))
         )
     if origin in (dict, Mapping, typing.get_origin(Mapping[str, int])):
         _expect(isinstance(value, dict), value, where, "named values")
@@ -129,7 +129,7 @@ def _dataclass(kind: type, value: Any, where: str) -> Any:
     _expect(isinstance(value, dict), value, where, "named values")
     hints, names = _hints(kind), {f.name for f in dataclasses.fields(kind)}
     _expect(set(value) == names, sorted(set(value) ^ names), where, f"the fields of {kind.__name__}, and no others")
-    return kind(**{name: from_plain(hints[name], one, f"{where}.{name}") for name, one in value.items()})
+    return kind(**{name: from_plain(hints[name], item, f"{where}.{name}") for name, item in value.items()})
 
 
 @lru_cache

@@ -99,11 +99,11 @@ def check(spec: Any) -> None:
             raise UnweaveError(what, where=where, remedy="choose one of these")
     for name, rules in rules_of(type(spec)).items():
         value = getattr(spec, name)
-        for one in rules:
-            if isinstance(one, Use):
-                if value != fields[name].default and not one.holds(spec):
-                    raise no_effect(name, value, one, where)
-            elif value is not None and not one.holds(value, spec):
+        for condition in rules:
+            if isinstance(condition, Use):
+                if value != fields[name].default and not condition.holds(spec):
+                    raise no_effect(name, value, condition, where)
+            elif value is not None and not condition.holds(value, spec):
                 raise _refused(fields[name], value, rules, spec)
 
 
@@ -114,7 +114,7 @@ def no_effect(name: str, value: Any, use: Use, where: str) -> UnweaveError:
 
 
 def _refused(field: dataclasses.Field[Any], value: Any, rules: tuple[Rule | Use, ...], spec: Any) -> UnweaveError:
-    words = " and ".join(_with_bound(one, spec) for one in rules if isinstance(one, Rule))
+    words = " and ".join(_with_bound(condition, spec) for condition in rules if isinstance(condition, Rule))
     plain = field.default is not dataclasses.MISSING and field.default is not None and value != field.default
     instead = f", or leave {field.name} out: its default is {_shown(field.default)}" if plain else ""
     return UnweaveError(
@@ -125,8 +125,8 @@ def _refused(field: dataclasses.Field[Any], value: Any, rules: tuple[Rule | Use,
 
 def stated(rules: tuple[Rule | Use, ...]) -> str:
     """The rules of a field in words: "at least 0 and at most lr; only for schedule cosine"."""
-    values = " and ".join(one.words for one in rules if isinstance(one, Rule))
-    return "; ".join(filter(None, [values, *(one.words for one in rules if isinstance(one, Use))]))
+    values = " and ".join(condition.words for condition in rules if isinstance(condition, Rule))
+    return "; ".join(filter(None, [values, *(condition.words for condition in rules if isinstance(condition, Use))]))
 
 
 @functools.cache
@@ -154,7 +154,7 @@ def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
 
 def _of_hint(hint: Any) -> tuple[Rule | Use, ...]:
     metadata = typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
-    return tuple(one for one in metadata if isinstance(one, (Rule, Use)))
+    return tuple(condition for condition in metadata if isinstance(condition, (Rule, Use)))
 
 
 def _bounded(relation: str, bound: float | str, holds: Callable[[Any, Any], bool]) -> Rule:
@@ -168,8 +168,10 @@ def _holds_to(holds: Callable[[Any, Any], bool], value: Any, other: Any) -> bool
     return other is None or holds(value, other)
 
 
-def _with_bound(one: Rule, spec: Any) -> str:
-    return one.words if one.bound is None else f"{one.words} ({_shown(getattr(spec, one.bound))})"
+def _with_bound(condition: Rule, spec: Any) -> str:
+    return (
+        condition.words if condition.bound is None else f"{condition.words} ({_shown(getattr(spec, condition.bound))})"
+    )
 
 
 def _shown(value: Any) -> str:

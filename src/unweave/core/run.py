@@ -91,13 +91,13 @@ class Run(Generic[R]):
         ``version`` is the stage's own (raise it when its results change), ``inputs`` the digests of what it reads,
         ``kind`` the class of its result.
         """
-        asked = {"stage": stage, "version": version, "spec": spec.digest(), "inputs": dict(inputs or {})}
-        identity = digest(asked)
+        question = {"stage": stage, "version": version, "spec": spec.digest(), "inputs": dict(inputs or {})}
+        identity = digest(question)
         path = usable(root) / f"{stage}-{identity}"
         make_folder(path)
         run = cls(path, identity, kind)
         if _asked(path) is None:
-            write_json(path / "spec.json", asked | {"spec": spec.to_dict()})
+            write_json(path / "spec.json", question | {"spec": spec.to_dict()})
         if not (path / "env.json").exists() and not run.done:
             write_json(path / "env.json", environment())
         return run
@@ -179,10 +179,10 @@ class Run(Generic[R]):
 
     def _listed(self) -> contents.Listing | None:
         try:
-            found = read_json(self.path / "DONE")
+            listed = read_json(self.path / "DONE")
         except UnweaveError:
             return None
-        return found if contents.is_listing(found) else None
+        return listed if contents.is_listing(listed) else None
 
     def file(self, name: str) -> Path:
         """The path of an output. UnweaveError where it is missing, or not what the run wrote."""
@@ -203,10 +203,10 @@ class Run(Generic[R]):
     def costs(self) -> dict[str, Any]:
         """{"seconds", "peak_memory_gb"} of all processes that worked on it, so far; empty where nothing is known."""
         try:
-            found = read_json(self.path / "costs.json")
+            costs = read_json(self.path / "costs.json")
         except UnweaveError:
             return {}
-        return found if isinstance(found, dict) else {}
+        return costs if isinstance(costs, dict) else {}
 
     @property
     def seconds(self) -> float:
@@ -239,27 +239,27 @@ class Run(Generic[R]):
     @property
     def asked(self) -> dict[str, Any]:
         """{"stage", "version", "spec", "inputs"}: the whole question. UnweaveError where it is missing or damaged."""
-        found = _asked(self.path)
-        if found is None:
+        question = _asked(self.path)
+        if question is None:
             raise UnweaveError(
                 "damaged: spec.json does not say what was asked",
                 where=str(self.path),
                 remedy="run the same command again, which writes it anew, or delete the folder",
             )
-        return found
+        return question
 
     @property
     def environment(self) -> dict[str, str]:
         """The versions that it was made with; empty where nobody noted them. UnweaveError where the file is damaged."""
         path = self.path / "env.json"
-        found = read_json(path) if path.exists() else {}
-        if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        versions = read_json(path) if path.exists() else {}
+        if not isinstance(versions, dict) or not all(isinstance(value, str) for value in versions.values()):
             raise UnweaveError(
                 "damaged: env.json does not name versions",
                 where=str(self.path),
                 remedy="delete it: versions stay unknown",
             )
-        return found
+        return versions
 
     @property
     def result(self) -> R:
@@ -285,14 +285,14 @@ class Run(Generic[R]):
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """The logged lines of one kind, oldest first; damaged lines, as a crash leaves them, are passed over."""
-        found = []
+        events = []
         path = self.path / "log.jsonl"
         for text in path.read_bytes().split(b"\n") if path.is_file() else []:
             with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(text)
                 if isinstance(line, dict) and line.get("event") == event:
-                    found.append(line)
-        return found
+                    events.append(line)
+        return events
 
     def finish(self, result: Result) -> None:
         """Writes the result and then, last of all, ``DONE`` with the listing of every output.
@@ -312,9 +312,9 @@ def _number(value: Any) -> float:
 def _asked(path: Path) -> dict[str, Any] | None:
     """What spec.json says, where it has the form of a question."""
     try:
-        found = read_json(path / "spec.json")
+        question = read_json(path / "spec.json")
     except UnweaveError:
         return None
     forms = {"stage": str, "version": int, "spec": dict, "inputs": dict}
-    fine = isinstance(found, dict) and all(isinstance(found.get(name), form) for name, form in forms.items())
-    return found if fine else None
+    fine = isinstance(question, dict) and all(isinstance(question.get(name), form) for name, form in forms.items())
+    return question if fine else None

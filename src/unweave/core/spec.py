@@ -77,20 +77,20 @@ class Spec:
                     f"{cls.__name__} has no field {key!r}", where=where, remedy=f"{hint}fields: {', '.join(fields)}"
                 )
         hints = typing.get_type_hints(cls)
-        made: dict[str, Any] = {}
+        chosen: dict[str, Any] = {}
         for name, f in fields.items():
             inner = f"{where}.{name}" if where else name
             default = getattr(base, name, f.default)
             if name in values and isinstance(default, Spec) and isinstance(values[name], Mapping):
-                made[name] = type(default).from_dict(values[name], where=inner, base=default)
+                chosen[name] = type(default).from_dict(values[name], where=inner, base=default)
             elif name in values:
-                made[name] = _coerce(values[name], hints[name], inner)
+                chosen[name] = _coerce(values[name], hints[name], inner)
             elif hasattr(base, name):
-                made[name] = default
+                chosen[name] = default
             elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise UnweaveError(f"{cls.__name__} needs {name!r}", where=where, remedy=f"give a value for {name!r}")
         try:
-            return cls(**made)
+            return cls(**chosen)
         except UnweaveError as error:  # which knows the class alone
             if not where or error.where not in ("", cls.__name__):
                 raise
@@ -207,13 +207,13 @@ def _plain(value: Any, result_only: bool) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _wrong(value: Any, wanted: str, where: str) -> UnweaveError:
+def _wrong(value: Any, expected: str, where: str) -> UnweaveError:
     try:
         shown = repr(value)
     except ValueError:  # of more digits than Python writes
         shown = "this number"
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-    return UnweaveError(f"{shown} is not {wanted}", where=where, remedy=f"give {wanted}")
+    return UnweaveError(f"{shown} is not {expected}", where=where, remedy=f"give {expected}")
 
 
 def _number(text: str, hint: type) -> int | float:
@@ -293,16 +293,16 @@ def _coerce_scalar(value: Any, hint: Any, where: str) -> Any:
             raise _wrong(value, "true or false", where)
         return value
     if hint in (int, float):
-        wanted = "a whole number" if hint is int else "a number"
+        expected = "a whole number" if hint is int else "a number"
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise _wrong(value, wanted, where)
+            raise _wrong(value, expected, where)
         try:
             number = _number(value.replace("_", ""), hint) if isinstance(value, str) else value
             fine = math.isfinite(number) and (hint is float or (number == int(number) and abs(number) < _TOO_LARGE))
         except (ValueError, OverflowError):
             fine, number = False, 0
         if not fine:
-            raise _wrong(value, wanted, where)
+            raise _wrong(value, expected, where)
         return hint(number)
     if hint is str:
         if not isinstance(value, (str, int, float)) or isinstance(value, bool):

@@ -119,17 +119,17 @@ class Packed(Iterator[Row]):
     def in_words(self) -> str:
         """What became of the documents and conversations."""
         counts = self.counts
-        parts = [f"{counts.documents:,} documents read"]
-        for count, what in (
+        words = [f"{counts.documents:,} documents read"]
+        for count, reason in (
             (counts.short_documents, f"shorter than {self.spec.min_tokens} tokens"),
             (counts.truncated_tokens, "tokens cut off"),
             (counts.unread_characters, "characters behind them not tokenised"),
             (counts.unanswered_conversations, "conversations without an assistant turn"),
             (counts.rejected_conversations, "refused by the chat template"),
         ):
-            parts += [f"{count:,} {what}"] if count else []
+            words += [f"{count:,} {reason}"] if count else []
         before = [self._docs.in_words()] if isinstance(self._docs, SplitDocuments) else []
-        return "; ".join([", ".join(parts), *before])
+        return "; ".join([", ".join(words), *before])
 
     def require_conversations(self) -> None:
         """Raises UnweaveError when there were conversations and none of them could be used."""

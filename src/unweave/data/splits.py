@@ -62,13 +62,13 @@ class SplitDocuments(Iterator[Document]):
     def in_words(self) -> str:
         """What became of the documents."""
         counts = self.counts
-        parts = [f"{counts.taken:,} of this split", f"{counts.other_split:,} of the other"]
-        parts += [f"{counts.other_part:,} of another part of it"] if counts.other_part else []
-        parts += [f"{counts.blank:,} blank"] if counts.blank else []
+        words = [f"{counts.taken:,} of this split", f"{counts.other_split:,} of the other"]
+        words += [f"{counts.other_part:,} of another part of it"] if counts.other_part else []
+        words += [f"{counts.blank:,} blank"] if counts.blank else []
         if self.dedup is not None:
             dropped = self.dedup.counts
-            parts.append(f"{dropped.dropped:,} of {dropped.documents:,} dropped for {dropped.n}-grams seen before")
-        return ", ".join(parts)
+            words.append(f"{dropped.dropped:,} of {dropped.documents:,} dropped for {dropped.n}-grams seen before")
+        return ", ".join(words)
 
     def _divided(self, stream: Iterator[Document], heldout: float, seed: int) -> Iterator[Document]:
         for document in stream:

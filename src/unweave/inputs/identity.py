@@ -37,8 +37,8 @@ def provenance_of(name: str | Path) -> dict[str, Any]:
     path = Path(name) / _OWN[0]
     config = read_json(path) if os.path.isfile(path) else {}
     own = config.get("metadata", {}).get("unweave", {}) if isinstance(config, dict) else {}
-    found = own.get("provenance", {}) if isinstance(own, dict) else {}
-    return found if isinstance(found, dict) else {}
+    provenance = own.get("provenance", {}) if isinstance(own, dict) else {}
+    return provenance if isinstance(provenance, dict) else {}
 
 
 def _local(model: str, data: DataSpec) -> dict[str, str]:
@@ -56,13 +56,13 @@ def texts_of(spec: OfSAEsSpec, data: DataSpec | None) -> dict[str, str]:
 
     if data is not None and spec.model is not None:
         return _local(spec.model, data)
-    found: dict[str, str] = {}
+    contents: dict[str, str] = {}
     for _, name in named_saes(spec.saes):
-        told = provenance_of(name).get("train", {})
-        model = spec.model or told.get("model")
-        if model is not None and (data is not None or "data" in told):
-            found |= _local(model, data if data is not None else DataSpec.from_dict(told["data"]))
-    return found
+        training = provenance_of(name).get("train", {})
+        model = spec.model or training.get("model")
+        if model is not None and (data is not None or "data" in training):
+            contents |= _local(model, data if data is not None else DataSpec.from_dict(training["data"]))
+    return contents
 
 
 def saes(written: tuple[str, ...]) -> str:

@@ -45,7 +45,7 @@ def check_config(config: Any, name: str) -> None:
     text = config.get_text_config()
     family_of((text if text.model_type in FAMILIES else config).model_type)
     built = getattr(config, "architectures", None) or ()
-    if built and all(one.endswith(_OTHER_HEADS) for one in built):
+    if built and all(architecture.endswith(_OTHER_HEADS) for architecture in built):
         raise UnweaveError(
             f"{name} holds a {built[0]}, which has no language-model head", remedy="give a causal language model"
         )

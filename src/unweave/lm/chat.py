@@ -75,11 +75,11 @@ def render_many(
     tokenizer: Any, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
 ) -> list[tuple[list[int], list[int]]]:
     """``render`` of several conversations, tokenised together, which is many times faster than one by one."""
-    results = render_each(tokenizer, conversations, add_generation_prompt=add_generation_prompt)
-    rendered = [one for one in results if not isinstance(one, UnweaveError)]
-    for refused in results:
-        if isinstance(refused, UnweaveError):
-            raise refused
+    rendered = []
+    for result in render_each(tokenizer, conversations, add_generation_prompt=add_generation_prompt):
+        if isinstance(result, UnweaveError):
+            raise result
+        rendered.append(result)
     return rendered
 
 
@@ -91,19 +91,18 @@ def render_each(
         return []
     _require_offsets(tokenizer)
     located = [_located(tokenizer, messages, add_generation_prompt) for messages in conversations]
-    located = [one if isinstance(one, UnweaveError) else _no_text(one[0]) or one for one in located]
-    texts = [one[0] for one in located if not isinstance(one, UnweaveError)]
-    if not texts:
-        return [one for one in located if isinstance(one, UnweaveError)]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    texts = [place[0] for place in located if not isinstance(place, UnweaveError)]
+    encoded: Any = {"input_ids": [], "offset_mapping": []}
+    if texts:
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     pairs = iter(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
     rendered: list[tuple[list[int], list[int]] | UnweaveError] = []
-    for one in located:
-        if isinstance(one, UnweaveError):
-            rendered.append(one)
+    for place in located:
+        if isinstance(place, UnweaveError):
+            rendered.append(place)
         else:
             ids, offsets = next(pairs)
-            rendered.append((ids, _roles(offsets, one[1])))
+            rendered.append((ids, _roles(offsets, place[1])))
     return rendered
 
 
@@ -232,9 +231,10 @@ def _located(
     tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool
 ) -> tuple[str, list[_Span]] | UnweaveError:
     try:
-        return _locate(tokenizer, messages, add_generation_prompt)
+        text, spans = _locate(tokenizer, messages, add_generation_prompt)
     except UnweaveError as error:
         return error
+    return _no_text(text) or (text, spans)
 
 
 def _locate(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[_Span]]:

@@ -46,7 +46,7 @@ def find_places(render: Render, messages: Sequence[Message], text: str) -> list[
     Raises UnweaveError for a content that cannot be followed.
     """
     contents = [str(message["content"]) for message in messages]
-    if len(messages) > _MOST or any(not one.isascii() and _MARK.search(one) for one in (text, *contents)):
+    if len(messages) > _MOST or any(not string.isascii() and _MARK.search(string) for string in (text, *contents)):
         raise UnweaveError(
             "the conversation holds characters from U+100000 on, or too many messages to tell apart",
             remedy="take them out of the text",

@@ -76,13 +76,13 @@ def rows_apart(rotaries: Sequence[Changing]) -> Iterator[None]:
 def _apart(rotary: Changing, own: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
     def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         of_row = rotary.sets(position_ids.amax(-1) + 1)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for one in of_row.unique().tolist():
-            rows = (of_row == one).nonzero().squeeze(1)
+        tables: list[tuple[Tensor, Tensor, Tensor]] = []
+        for frequencies in of_row.unique().tolist():
+            rows = (of_row == frequencies).nonzero().squeeze(1)
             _reset(rotary.module)
-            parts.append((rows, *own(x, position_ids[rows], *args, **kwargs)))
-        back = torch.cat([rows for rows, _, _ in parts]).argsort()
-        return torch.cat([cos for _, cos, _ in parts])[back], torch.cat([sin for _, _, sin in parts])[back]
+            tables.append((rows, *own(x, position_ids[rows], *args, **kwargs)))
+        back = torch.cat([rows for rows, _, _ in tables]).argsort()
+        return torch.cat([cos for _, cos, _ in tables])[back], torch.cat([sin for _, _, sin in tables])[back]
 
     return forward
 

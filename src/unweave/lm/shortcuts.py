@@ -55,8 +55,8 @@ def last_tokens_only(lm: LM, last: Tensor) -> Iterator[None]:
             replaced.append(Replaced(module, _at(module.forward, last)))
         yield
     finally:
-        for one in reversed(replaced):
-            one.remove()
+        for replacement in reversed(replaced):
+            replacement.remove()
 
 
 def _at(own: Callable[..., Tensor], last: Tensor) -> Callable[..., Tensor]:

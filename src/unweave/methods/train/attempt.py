@@ -39,7 +39,6 @@ class Attempt:
     active: Tensor
     """how many latents are active, over all rows, int64 []"""
     observed: Observed
-    dead: int
     output: Affine
 
     @cached_property

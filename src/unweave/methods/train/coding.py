@@ -25,9 +25,9 @@ from unweave.core.dist import Group
 from unweave.methods.train.entries import Entries
 from unweave.methods.train.kinds import Part, SAESpec
 from unweave.methods.train.objectives import total
-from unweave.methods.train.parameters import Weights
 from unweave.methods.train.selection import every
 from unweave.methods.train.state import Observed, State
+from unweave.methods.train.weights import Weights
 from unweave.sae.sparse import kernels
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from unweave.core.dist import Group
 from unweave.methods.train.entries import Entries
-from unweave.methods.train.parameters import Weights
 from unweave.methods.train.state import State
+from unweave.methods.train.weights import Weights
 from unweave.sae.sparse import kernels
 
 SPARSE_BELOW = 0.1

@@ -95,7 +95,7 @@ def _refuse_empty_shares(spec: TrainSpec, every: list[Member], group: Group) -> 
 
 def sae_folder(run: Run[Any], name: str = "") -> Path:
     """Where a training run keeps an SAE; ``name`` is "" for a run's only one, else as in the result's ``saes``."""
-    return run.path / "sae" / name if name else run.path / "sae"
+    return run.path / "sae" / name
 
 
 def _trained(run: Run[Any], member: Member) -> TrainedSAE:

@@ -15,7 +15,7 @@ exchange, and all that is decided is decided from numbers of the whole batch, so
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
-from unweave.methods.train import coding, fit, init, objectives, resample, weights, window
+from unweave.methods.train import coding, fit, init, objectives, resample, weights
 from unweave.methods.train.attempt import Attempt, Tally
 from unweave.methods.train.kinds import SAESpec
 from unweave.methods.train.scaling import Affine
@@ -33,6 +33,9 @@ from unweave.methods.train.state import State
 from unweave.sae.module import SAE
 from unweave.sae.sparse import kernels
 
+_SAMPLED, _WINDOW = 512, 4096
+"""rows of a batch, at most and evenly spread over it, and of the last batches together, on which the one threshold of
+batchtopk kinds is measured"""
 _FIT_ROWS = 2048
 """rows of init_x, at most, on which the encoder's first scale is fitted"""
 
@@ -178,7 +181,7 @@ class SAETrainer:
             penalty = penalty + spec.aux_weight * aux
         return Attempt(
             loss=reconstruction + penalty, reconstruction=reconstruction, penalty=penalty, scaled=y, x=x.detach(),
-            goal=goal.detach(), rows=rows, fired=coded.fired, active=coded.active, observed=observed, dead=len(dead),
+            goal=goal.detach(), rows=rows, fired=coded.fired, active=coded.active, observed=observed,
             output=self._output,
         )  # fmt: skip
 
@@ -219,7 +222,7 @@ class SAETrainer:
         self.dead_for = (self.dead_for + tally.rows).masked_fill_(tally.fired, 0)  # trap 29: clocks in tokens
         coding.follow(self.spec, self.state, tally.observed, l0, self.d_sae, self.tokens_seen)
         if self.spec.one_threshold:
-            self._window = window.extended(self._window, tally.inputs, tally.rows, self.group)
+            self._extend_window(tally.inputs, tally.rows)
         before = self.tokens_seen
         self.tokens_seen += tally.rows
         self.steps += 1
@@ -304,9 +307,25 @@ class SAETrainer:
 
         Before the first step that of the SAE to start from; 0 where there is none.
         """
-        if len(self._window):
-            return window.threshold(self.spec, self.weights, self._window)
-        return self.state.batch_threshold or 0.0
+        if not len(self._window):
+            return self.state.batch_threshold or 0.0
+        w, n = self.weights, self.spec.k * len(self._window)
+        with torch.no_grad():
+            values, _ = kernels.choose_batch_topk(self._window, w.W_enc, w.b_enc, self.spec.k)
+        return float(values.min()) if len(values) == n else 0.0
+
+    @torch.no_grad()
+    def _extend_window(self, inputs: Sequence[Tensor], rows: int) -> None:
+        """Adds a sample of a batch of ``rows`` rows, of which ``inputs`` [m, D] are this process's own.
+
+        A running mean of past thresholds would lag behind the weights, which move fast in the first steps. Every
+        process holds the sample of the whole batch, so that the threshold does not depend on how a batch is divided.
+        """
+        own, stride = torch.cat(list(inputs)), -(-rows // _SAMPLED)
+        counts = torch.cat(self.group.gather(torch.tensor([len(own)], device=own.device)))
+        before = int(counts[: self.group.rank].sum())
+        sample = torch.cat(self.group.gather(own[-before % stride :: stride]))
+        self._window = torch.cat([self._window, sample])[-_WINDOW:]
 
     def to_sae(self) -> SAE:
         """The SAE as it stands, with centring and scaling folded in: ReLU, JumpReLU or TopK (see ``weights.fold``)."""

@@ -138,9 +138,9 @@ class Contest:
     """in log2 MSE; below 0: the first recipe's error is lower"""
 
 
-def contest(every: Sequence[Cell], one: Recipe, other: Recipe) -> Contest:
+def contest(every: Sequence[Cell], recipe: Recipe, other: Recipe) -> Contest:
     """Compares two recipes cell by cell, where both are comparable."""
-    ours = {cell.place: cell for cell in every if cell.recipe == one}
+    ours = {cell.place: cell for cell in every if cell.recipe == recipe}
     theirs = {cell.place: cell for cell in every if cell.recipe == other}
     both = [(ours[key], theirs[key]) for key in ours if key in theirs]
     pairs = [(a, b) for a, b in both if a.comparable and b.comparable]

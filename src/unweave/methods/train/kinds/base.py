@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from unweave.core.dist import Group
     from unweave.methods.train.entries import Entries
-    from unweave.methods.train.parameters import Weights
+    from unweave.methods.train.weights import Weights
 
 
 _RATE = 0.02
@@ -131,13 +131,13 @@ class SAESpec(Optimisation):
         """
         if "preset" not in values:
             return super().from_dict(values, where=where, base=base)
-        given = {name: value for name, value in values.items() if name != "preset"}
+        others = {name: value for name, value in values.items() if name != "preset"}
         name = values["preset"]
         if name not in PRESETS:
             raise UnweaveError(f"there is no preset {name!r}", where=where, remedy=f"presets: {', '.join(PRESETS)}")
         before = {} if base is None else changed(base)
         size = {name: before[name] for name in ("tokens", "batch") if name in before}
-        return SAESpec.from_dict({**PRESETS[name], **size, **given}, where=where)  # type: ignore[return-value]
+        return SAESpec.from_dict({**PRESETS[name], **size, **others}, where=where)  # type: ignore[return-value]
 
     @classmethod
     def kinds(cls) -> list[type[SAESpec]]:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unweave.methods.train.entries import Entries
-    from unweave.methods.train.parameters import Weights
     from unweave.methods.train.state import State
+    from unweave.methods.train.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unweave.methods.train.entries import Entries
-    from unweave.methods.train.parameters import Weights
+    from unweave.methods.train.weights import Weights
 
 _threshold = Rule(
     "at least 0, and above 0 where threshold_parameter is log",

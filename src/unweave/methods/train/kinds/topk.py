@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from unweave.core.dist import Group
     from unweave.methods.train.entries import Entries
-    from unweave.methods.train.parameters import Weights
     from unweave.methods.train.state import State
+    from unweave.methods.train.weights import Weights
 
 _WIDER = 4
 """how many times k the second reconstruction has"""
