@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from unweave.core.errors import UnweaveError
-from unweave.core.site import LAYER_POINTS, MODEL_POINTS, Site
+from unweave.core.site import LAYER_POINTS, Site
 
 
 @dataclass(frozen=True)
@@ -40,55 +40,26 @@ class Family:
 
 
 _LLAMA = Family(
-    blocks="model.layers",
-    final_norm="model.norm",
-    attn="self_attn",
-    heads="self_attn.o_proj",
-    mlp="mlp",
-    act="mlp.down_proj",
-    attn_add="self_attn",
-    mlp_add="mlp",
-    mid="post_attention_layernorm",
-)
+    blocks="model.layers", final_norm="model.norm", attn="self_attn", heads="self_attn.o_proj", mlp="mlp",
+    act="mlp.down_proj", attn_add="self_attn", mlp_add="mlp", mid="post_attention_layernorm",
+)  # fmt: skip
 _GEMMA2 = replace(
     _LLAMA, attn_add="post_attention_layernorm", mlp_add="post_feedforward_layernorm", mid="pre_feedforward_layernorm"
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "smollm3": _LLAMA,
-    "phi3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma"), _LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
     "olmo2": replace(_GEMMA2, mid="mlp"),
     "gpt2": Family(
-        blocks="transformer.h",
-        final_norm="transformer.ln_f",
-        attn="attn",
-        heads="attn.c_proj",
-        mlp="mlp",
-        act="mlp.c_proj",
-        attn_add="attn",
-        mlp_add="mlp",
-        mid="ln_2",
-        positions="transformer.wpe",
+        blocks="transformer.h", final_norm="transformer.ln_f", attn="attn", heads="attn.c_proj", mlp="mlp",
+        act="mlp.c_proj", attn_add="attn", mlp_add="mlp", mid="ln_2", positions="transformer.wpe",
     ),
     "gpt_neox": Family(
-        blocks="gpt_neox.layers",
-        final_norm="gpt_neox.final_layer_norm",
-        attn="attention",
-        heads="attention.dense",
-        mlp="mlp",
-        act="mlp.dense_4h_to_h",
-        attn_add="attention",
-        mlp_add="mlp",
-        mid="post_attention_layernorm",
+        blocks="gpt_neox.layers", final_norm="gpt_neox.final_layer_norm", attn="attention", heads="attention.dense",
+        mlp="mlp", act="mlp.dense_4h_to_h", attn_add="attention", mlp_add="mlp", mid="post_attention_layernorm",
     ),
-}
+}  # fmt: skip
 """By ``config.model_type``."""
 
 
@@ -150,14 +121,12 @@ class Layout:
         family = self.family
         if site.point == "path":
             return self._path(site)
-        if site.point in MODEL_POINTS:
-            match site.point:
-                case "embed":
-                    return Tap(self.model.get_input_embeddings(), "out")  # type: ignore[operator]
-                case "final_norm":
-                    return Tap(self.model.get_submodule(family.final_norm), "out")
-                case _:
-                    return Tap(self.model.get_output_embeddings(), "out")  # type: ignore[operator]
+        if site.point == "embed":
+            return Tap(self.model.get_input_embeddings(), "out")  # type: ignore[operator]
+        if site.point == "final_norm":
+            return Tap(self.model.get_submodule(family.final_norm), "out")
+        if site.point == "logits":
+            return Tap(self.model.get_output_embeddings(), "out")  # type: ignore[operator]
         if site.layer is None or site.layer >= self.n_layers:
             raise UnweaveError(
                 f"site {site} does not exist in this model", remedy=f"its layers are 0 to {self.n_layers - 1}"

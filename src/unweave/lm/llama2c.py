@@ -175,20 +175,10 @@ def _save(folder: Path, shape: Shape, tensors: dict[str, Tensor], pieces: list[t
     build_tokenizer(pieces, shape.context).save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape.width,
-        "intermediate_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "vocab_size": shape.vocab,
-        "max_position_embeddings": shape.context,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "float32",
-    }
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.width,
+        "intermediate_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocab, "max_position_embeddings": shape.context,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "bos_token_id": 1,
+        "eos_token_id": 2, "torch_dtype": "float32",
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import hashlib
 import json
 import re
 import warnings
@@ -18,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from unweave.core.contents import sha256
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import task
@@ -123,9 +123,10 @@ def _ready(located: Located) -> tuple[Path | str, Located]:
 
 
 def _convert_gguf(path: Path, name: str) -> Path:
-    """The safetensors folder made from a GGUF file, named by the file's content and transformers' major version."""
+    """The safetensors folder made from a GGUF file, named by the file's whole content (two fine-tunes may differ in the
+    middle alone) and transformers' major version."""
     major = metadata.version("transformers").split(".")[0]
-    folder = cache_dir() / "converted" / f"{name}-{_content_key(path)}-transformers{major}"
+    folder = cache_dir() / "converted" / f"{name}-{sha256(path)[:12]}-transformers{major}"
     with building(folder) as work:
         if work is None:
             return folder
@@ -178,12 +179,6 @@ def _gguf_progress(name: str) -> Iterator[None]:
         yield
     finally:
         setattr(module, "tqdm", original)  # noqa: B010
-
-
-def _content_key(path: Path) -> str:
-    """Names a file by its whole content: two fine-tunes may differ in the middle alone."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()[:12]
 
 
 def _check_gguf(path: Path) -> str:

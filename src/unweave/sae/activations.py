@@ -43,9 +43,6 @@ class TopK(nn.Module):
         shape = (*pre.shape[:-1], values.shape[-1])
         return torch.zeros_like(pre).scatter(-1, indices.reshape(shape), torch.relu(values).reshape(shape))
 
-    def extra_repr(self) -> str:
-        return f"k={self.k}"
-
 
 class Identity(nn.Module):
     """f = z: no SAE, but neurons as latents (``sae/neurons.py``)."""

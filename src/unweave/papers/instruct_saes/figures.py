@@ -62,8 +62,7 @@ def errors(rows: Sequence[Measured], by_measure: Sequence[tuple[Measure, Sequenc
             if row == 0:
                 ax.set_title(measure_name(measure), fontsize=10, color=LIGHT["ink"])
             if column == 0:
-                name = _title(kind_name(*kind, rows))
-                ax.set_ylabel(f"{name}: log2 MSE", fontsize=9, color=LIGHT["soft"])
+                ax.set_ylabel(f"{_title(kind_name(*kind, rows))}: log2 MSE", fontsize=9, color=LIGHT["soft"])
     _legend(figure, axes[0])
     return figure
 
@@ -129,9 +128,8 @@ def ratings(every: Sequence[Rated]) -> Figure:
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
-    ax.set_xlabel(
-        "share of rated latents with each score, 1 (no pattern) to 5 (clear)", fontsize=9, color=LIGHT["soft"]
-    )
+    what = "share of rated latents with each score, 1 (no pattern) to 5 (clear)"
+    ax.set_xlabel(what, fontsize=9, color=LIGHT["soft"])
     ax.grid(visible=False)
     _legend(figure, ax)
     return figure

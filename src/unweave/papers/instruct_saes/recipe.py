@@ -74,33 +74,20 @@ def _rated(
     spec: InstructSaesSpec, plan: Plan, trained: Mapping[Recipe, Run[Training]], ctx: Context
 ) -> dict[Recipe, Run[RubricResult]]:
     """The rubric on one JumpReLU SAE per recipe: the same text, which none was trained on, and the same judge."""
-    return {
-        name: rubric.run(
-            RubricSpec(
-                sae=train.sae_folder(part, plan.examined),
-                data=plan.read,
-                split="heldout",
-                latents_tokens=_RATED_TOKENS if spec.scale == "smoke" else None,
-                latents=plan.rated,
-                judge=spec.judge,
-                device=spec.device,
-            ),
-            ctx.runs,
-        )
-        for name, part in trained.items()
-    }
+    rated: dict[Recipe, Run[RubricResult]] = {}
+    for name, training in trained.items():
+        question = RubricSpec(
+            sae=train.sae_folder(training, plan.examined), data=plan.read, split="heldout", latents=plan.rated,
+            latents_tokens=_RATED_TOKENS if spec.scale == "smoke" else None, judge=spec.judge, device=spec.device,
+        )  # fmt: skip
+        rated[name] = rubric.run(question, ctx.runs)
+    return rated
 
 
 def _steered(spec: InstructSaesSpec, plan: Plan, trained: Run[Training], ctx: Context) -> Run[SpecialTokenResult]:
     """Special tokens of the SAE that was trained on whole conversations: its latents, and steering with them."""
-    return special_tokens.run(
-        SpecialTokensSpec(
-            sae=train.sae_folder(trained, plan.examined),
-            data=plan.steered,
-            samples=plan.conversations,
-            special_ids=plan.special_ids,
-            where=plan.where,
-            device=spec.device,
-        ),
-        ctx.runs,
-    )
+    question = SpecialTokensSpec(
+        sae=train.sae_folder(trained, plan.examined), data=plan.steered, samples=plan.conversations,
+        special_ids=plan.special_ids, where=plan.where, device=spec.device,
+    )  # fmt: skip
+    return special_tokens.run(question, ctx.runs)

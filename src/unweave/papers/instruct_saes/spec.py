@@ -43,13 +43,11 @@ class InstructSaesSpec(Spec):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model is not None and self.scale != "paper":
-            raise UnweaveError(
-                "the smoke scale has its own model", where="model", remedy="leave model out, or give scale: paper"
-            )
+            remedy = "leave model out, or give scale: paper"
+            raise UnweaveError("the smoke scale has its own model", where="model", remedy=remedy)
         if self.model is not None and self.model not in LAYERS:
-            raise UnweaveError(
-                f"{self.model!r} is not one of the paper's models", where="model", remedy=f"models: {', '.join(LAYERS)}"
-            )
+            what, remedy = f"{self.model!r} is not one of the paper's models", f"models: {', '.join(LAYERS)}"
+            raise UnweaveError(what, where="model", remedy=remedy)
         if not self.rubric and self.judge != JudgeSpec():
             raise UnweaveError("a judge without a rubric has nothing to do", where="judge", remedy="leave one of them")
 

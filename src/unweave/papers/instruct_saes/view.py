@@ -81,7 +81,7 @@ def write(result: InstructSaes, folder: Path) -> None:
 
 
 def _lead(result: InstructSaes) -> str:
-    widths = " and ".join(str(width) for width in sorted({one.expansion for one in result.saes}))
+    widths = " and ".join(str(width) for width in sorted({sae.expansion for sae in result.saes}))
     return (
         f"{result.special_tokens.subject.named_model}; {', '.join(result.sites)}; SAEs {widths} times as wide; "
         f"{result.tokens:,} tokens per SAE, the same for all; {result.scale} scale."
@@ -89,7 +89,7 @@ def _lead(result: InstructSaes) -> str:
 
 
 def _pictures(result: InstructSaes) -> dict[str, bytes]:
-    seed = min(one.seed for one in result.saes)
+    seed = min(sae.seed for sae in result.saes)
     by_measure = [(measure, cells(result.saes, measure, result.k)) for measure in _SHOWN]
     drawn = {
         "errors": figures.errors(result.saes, by_measure),

@@ -75,10 +75,6 @@ class Tensors:
             "the biases and this matrix do not belong together: restore the file",
         )
 
-    def maybe(self, *names: str) -> Tensor | None:
-        """As ``take``, but None when none is there."""
-        return self.take(*names) if any(name in self.values for name in names) else None
-
     def number(self, name: str) -> float | None:
         """A tensor that holds one finite number; None when it is not there."""
         tensor = self.values.pop(name, None)
