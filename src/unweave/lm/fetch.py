@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from unweave.core.contents import sha256
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
 from unweave.core.writing import friendly_io, sync_folder
@@ -103,14 +102,14 @@ def fetch_package(entry: CatalogueEntry) -> Path:
 def _verified(package: Package, work: Path, shown: Task) -> Path:
     """The archive of one package in the work folder, downloaded unless an earlier try already has it."""
     cached = work / package.sha256
-    if cached.is_file() and sha256(cached) == package.sha256:
+    if cached.is_file() and _sha256(cached) == package.sha256:
         shown.advance(cached.stat().st_size / 1e6)
         return cached
     for stale in work.glob("download-*"):
         shutil.rmtree(stale, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="download-", dir=work))
     archive = download(package, folder, shown)
-    digest = sha256(archive)
+    digest = _sha256(archive)
     if digest != package.sha256:
         shutil.rmtree(folder, ignore_errors=True)
         raise _mismatch(package, f"expected sha256 {package.sha256}, got {digest}")
@@ -125,6 +124,11 @@ def _mismatch(package: Package, detail: str) -> UnweaveError:
         where=f"{package.name} {package.version}",
         remedy="try again; if it stays, the registry or something on the way serves another file: do not use it",
     )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def download(package: Package, folder: Path, shown: Task) -> Path:
