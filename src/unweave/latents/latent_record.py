@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from unweave.latents.contexts import KINDS
 from unweave.lm.chat import Role
+
+_FEWEST = 10
 
 
 class Shown(NamedTuple):
@@ -87,6 +90,13 @@ class LatentRecord:
     top: tuple[Context, ...]
     quantile: tuple[Context, ...]
     random: tuple[Context, ...]
+
+    def input_score(self, tokens: Collection[int]) -> float | None:
+        """Share of its contexts (top and quantile) whose chosen token, where it fires most, is among ``tokens``: with
+        the tokens that its direction promotes, whether it fires on what it writes (Arad et al. 2025). None for fewer
+        than 10 contexts."""
+        fired = [context.ids[context.focus] for context in (*self.top, *self.quantile)]
+        return sum(one in tokens for one in fired) / len(fired) if len(fired) >= _FEWEST else None
 
     def __repr__(self) -> str:
         lines = [

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
@@ -29,8 +28,9 @@ from unweave.sae.module import SAE
 
 _GRAM = 3
 _THEME = 20
-_TOKENS = 2048
-"""of which logits over the whole vocabulary are held at once"""
+_CONFIDENT = 20
+_LOGITS = 1 << 25
+"""how many logits are held at once"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class SteeredText:
     """distinct 3-grams of new tokens over all of them; 1 where nothing repeats, near 0 in a loop"""
     perplexity: float | None
     """of the new tokens after the prompt, under the unedited model; None for an empty text"""
+    log_prob: float | None = None
+    """mean log-probability of the new tokens under the model that wrote them, in nats; None for an empty text, and
+    where edits do not persist"""
+    kl: float | None = None
+    """KL(model that wrote it || unedited model) of the next token, in nats, mean over the text; None as above"""
 
 
 class Generated(NamedTuple):
@@ -140,24 +145,40 @@ def sweep(
     if mode not in MODES:
         raise UnweaveError(f"unknown way to steer {mode!r}", remedy=f"use one of {', '.join(MODES)}")
     unit = 1.0 if mode in ("multiply", "project") else maximum
-    cells = [
-        (prompt, strength, None if strength is None else strength * unit)
-        for prompt in prompts
-        for strength in (None, *strengths)
-    ]
+    changes = [(strength, [Change(sae, latent, strength * unit, mode, where)]) for strength in strengths]
+    return side_by_side(lm, prompts, changes, themes=[(sae, latent)], max_new_tokens=max_new_tokens, chat=chat)
+
+
+def side_by_side(
+    lm: LM,
+    prompts: Sequence[str],
+    changes: Sequence[tuple[float, Sequence[Change]]],
+    *,
+    themes: Sequence[tuple[SAE, int]] = (),
+    max_new_tokens: int = 60,
+    chat: bool | None = None,
+    persist: bool = True,
+) -> list[SteeredText]:
+    """Every prompt unedited, and under each (strength, changes), in that order, prompt by prompt.
+
+    ``themes``: the latents whose tokens are counted, of those that write to the residual stream. ``chat`` as in
+    ``sweep``, ``persist`` as in ``LM.generate_ids``. Raises UnweaveError before anything is generated.
+    """
+    check_prompts(prompts)
+    plain: tuple[None, Sequence[Change]] = (None, ())
+    cells = [(prompt, strength, edits) for prompt in prompts for strength, edits in (plain, *changes)]
+    rows = [edits for _, _, edits in cells]
     tokens = prompt_tokens(lm, [prompt for prompt, _, _ in cells], chat)
-    changes = [[] if value is None else [Change(sae, latent, value, mode, where)] for _, _, value in cells]
-    theme = lens_tokens(lm, sae, [latent])[0].cpu() if sae.d_out == lm.d_model else None
-    written = generate_sweep(lm, tokens, changes, max_new_tokens=max_new_tokens)
-    perplexities = perplexity(lm, tokens, *written)
+    lens = [lens_tokens(lm, sae, [latent]).cpu().flatten() for sae, latent in themes if sae.d_out == lm.d_model]
+    written = generate_sweep(lm, tokens, rows, max_new_tokens=max_new_tokens, persist=persist)
+    measured = measures(lm, tokens, written, rows if persist else None)
     texts = written.texts(lm)
     steered = []
-    for row, (prompt, strength, value) in enumerate(cells):
+    for row, ((prompt, strength, edits), numbers) in enumerate(zip(cells, measured, strict=True)):
         new = written.ids[row, : int(written.lengths[row])]
-        on_theme = None if theme is None or len(new) == 0 else float(torch.isin(new, theme).float().mean())
-        steered.append(
-            SteeredText(prompt, strength, value, texts[row], len(new), on_theme, distinct(new), perplexities[row])
-        )
+        on_theme = float(torch.isin(new, torch.cat(lens)).float().mean()) if lens and len(new) else None
+        value = edits[0].value if edits else None
+        steered.append(SteeredText(prompt, strength, value, texts[row], len(new), on_theme, distinct(new), *numbers))
     return steered
 
 
@@ -192,19 +213,45 @@ def distinct(ids: Tensor, n: int = _GRAM) -> float:
     return len({tuple(gram) for gram in grams.tolist()}) / len(grams)
 
 
+class Measures(NamedTuple):
+    """Of one text, as in ``SteeredText``; all None where it is empty."""
+
+    perplexity: float | None
+    log_prob: float | None
+    kl: float | None
+
+
 def perplexity(lm: LM, prompt: Tokens, ids: Tensor, written: Tensor) -> list[float | None]:
     """exp of the mean cross-entropy, in nats, of each row's first ``written`` [B] new tokens ``ids`` [B, N] after its
     left-padded prompt; None where there are none. Taps that are open are in force."""
-    values: list[float | None] = []
-    step = max(1, _TOKENS // (prompt.ids.shape[1] + ids.shape[1]))
-    for start in range(0, len(ids), step):
+    return [one.perplexity for one in measures(lm, prompt, Generated(ids, written), None)]
+
+
+def measures(lm: LM, prompts: Tokens, written: Generated, changes: Sequence[Sequence[Change]] | None) -> list[Measures]:
+    """Each text under the unedited model and, with ``changes`` by row, under the model that is changed so: one forward
+    pass each of prompt and text, whose new tokens are the answer for ``where`` as they were when it was written."""
+    found: list[Measures] = []
+    step = max(1, _LOGITS // (lm.vocab_size * (written.ids.shape[1] + 1)))
+    for start in range(0, len(written.ids), step):
         rows = slice(start, start + step)
-        values += _perplexity(lm, prompt.rows(rows).to(lm.device), ids[rows].to(lm.device), written[rows].to(lm.device))
-    return values
+        ids, lengths = written.ids[rows].to(lm.device), written.lengths[rows].to(lm.device)
+        counted = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+        prompt = prompts.rows(rows).to(lm.device)
+        plain = _log_probs(lm, prompt, ids, counted)
+        columns = [_mean(plain.gather(2, ids.unsqueeze(2)).squeeze(2), counted)]
+        if changes is not None:
+            with lm.taps(edit=together(changes[rows])):
+                edited = _log_probs(lm, prompt, ids, counted)
+            columns.append(_mean(edited.gather(2, ids.unsqueeze(2)).squeeze(2), counted))
+            columns.append(_mean((edited.exp() * (edited - plain)).sum(2), counted))
+        for n, loss, *others in zip(lengths.tolist(), *columns, strict=True):
+            log_prob, kl = others if others and n else (None, None)
+            found.append(Measures(math.exp(min(-loss, 700.0)) if n else None, log_prob, kl))
+    return found
 
 
-def _perplexity(lm: LM, prompt: Tokens, ids: Tensor, written: Tensor) -> list[float | None]:
-    counted = torch.arange(ids.shape[1], device=ids.device) < written.unsqueeze(1)
+def _log_probs(lm: LM, prompt: Tokens, ids: Tensor, counted: Tensor) -> Tensor:
+    """The next token's log-probabilities [B, N, V] at every place where a new token ``ids`` [B, N] came."""
     roles = torch.where(counted, int(Role.ASSISTANT), int(Role.PAD)).to(torch.uint8)
     whole = Tokens(
         torch.cat([prompt.ids, ids], 1), torch.cat([prompt.mask, counted], 1), torch.cat([prompt.roles, roles], 1)
@@ -212,9 +259,36 @@ def _perplexity(lm: LM, prompt: Tokens, ids: Tensor, written: Tensor) -> list[fl
     logits = lm(whole, keep_logits=ids.shape[1] + 1)
     if logits is None:
         raise UnweaveError("the forward pass was stopped before its logits", remedy="measure outside taps(stop=...)")
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids, reduction="none")
-    totals = torch.where(counted, losses, 0.0).double().sum(1).tolist()
-    return [math.exp(min(total / n, 700.0)) if n else None for total, n in zip(totals, written.tolist(), strict=True)]
+    return torch.log_softmax(logits[:, :-1].float(), -1)
+
+
+def _mean(values: Tensor, counted: Tensor) -> list[float]:
+    """Of each row's counted values [B, N]; 0 where there are none."""
+    total = torch.where(counted, values, 0.0).double().sum(1)
+    return (total / counted.sum(1).clamp(min=1)).tolist()
+
+
+def confidence_changes(
+    lm: LM, changes: Sequence[Sequence[Change]], prompts: Sequence[str], *, max_rows: int = 32
+) -> list[float]:
+    """By how much each row of changes makes the model's next token more confident, in nats, mean over plain prompts.
+
+    Token confidence is minus the mean log-probability of the 20 likeliest tokens: the more of the mass the first have,
+    the less is left for the others. Latents that change it steer well (Wang et al. 2025, arXiv 2510.03659).
+    """
+    rows: list[Sequence[Change]] = [(), *changes]
+    values = torch.zeros(len(rows), dtype=torch.float64)
+    for prompt in prompts:
+        row = lm.tokenize(prompt)
+        for start in range(0, len(rows), max_rows):
+            part = rows[start : start + max_rows]
+            batch = Tokens(*(column.expand(len(part), -1) for column in (row.ids, row.mask, row.roles)))
+            with lm.taps(edit=together(part)):
+                logits = lm(batch, keep_logits=1)
+            assert logits is not None
+            top = torch.log_softmax(logits[:, -1].float(), -1).topk(min(_CONFIDENT, lm.vocab_size), -1).values
+            values[start : start + len(part)] -= top.mean(-1).double().cpu()
+    return ((values[1:] - values[0]) / len(prompts)).tolist()
 
 
 def lens_tokens(lm: LM, sae: SAE, latents: Sequence[int], k: int = _THEME) -> Tensor:
