@@ -1,6 +1,7 @@
 """What labelling costs beside the bare harvest, and how its memory grows with the number of texts.
 
     python benchmarks/labels.py [--judge NAME] [--tokens 500000] [--source debtags | FILE.jsonl] [--sae FOLDER]
+    python benchmarks/labels.py --tokens 0 --sizes --rounds 7    # generation alone
 
 ratio    chunk by chunk, in turns: reading all activations of one site from the model (the bare harvest), and what
          ``unweave labels`` does with them: the same pass, the SAE's codes, counts by text and latent, the piece kept.
@@ -11,6 +12,8 @@ judging  the known cases of a judge's check put to a model that runs here: one b
          end with the rating); the ratings must be the same.
 memory   the largest anonymous memory above the start's, of a random tiny model with 4,608 latents on 2,000, 8,000 and
          32,000 texts, each in a process of its own.
+generate 16 prompts of SmolLM2 continued by 32 tokens in one batch with a cache, in turns unedited and edited: one latent
+         for all rows, eight latents with a strength for each row, one while another fires, one that does not persist.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from unweave.methods.labels import labels
 from unweave.methods.labels.frequencies import Frequencies, Reading, read_chunk
 from unweave.methods.labels.spec import MatchSpec
 from unweave.sae.activations import JumpReLU
+from unweave.sae.edits import Change, together
 from unweave.tasks.tagged.spec import TaggedSpec
 from unweave.tasks.tagged.texts import TaggedTexts, open_tagged
 
@@ -184,6 +188,36 @@ def growth(sizes: list[int]) -> None:
     console.print(table)
 
 
+def generation(rounds: int) -> None:
+    lm = LM.load("smollm2-135m-instruct")
+    lm.tokenizer.eos_token, lm.tokenizer.chat_template = None, None  # every run generates all tokens
+    lm.model.generation_config.eos_token_id = lm.model.config.eos_token_id = None
+    texts = [f"The {word} is" for word in ("sea", "moon", "old man", "city", "war", "law", "code", "food")] * 2
+    tokens, site = lm.tokenize(texts, side="left"), Site("resid_post", LAYER)
+    with lm.taps(read=[site], stop=site) as seen:
+        lm(tokens)
+    sae = random_sae(site, seen[site][:, 1:].flatten(0, 1))
+    rows = together([[Change(sae, row % 8, 4.0 + row)] for row in range(len(texts))])
+    runs = {
+        "unedited": (None, True), "one latent": (sae.clamp({7: 8.0}), True), "eight latents by row": (rows, True),
+        "while another fires": (sae.clamp({7: 8.0}, when=sae.fires(9)), True),
+        "not persistent": (sae.clamp({7: 8.0}), False),
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):  # the first warms up
+        for name, (edit, persist) in runs.items():
+            started = time.process_time()
+            lm.generate_ids(tokens, edit, max_new_tokens=32, persist=persist)
+            if turn:
+                seconds[name].append(time.process_time() - started)
+    table = Table("generation", "seconds", "of unedited: median, least, most")
+    for name, times in seconds.items():
+        ratios = [one / bare for one, bare in zip(times, seconds["unedited"], strict=True)]
+        spread = (statistics.median(ratios), min(ratios), max(ratios))
+        table.add_row(name, f"{statistics.median(times):.2f}", ", ".join(f"{one:.3f}" for one in spread))
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--judge", default="smollm2-135m-instruct", help="none: leave this section out")
@@ -191,6 +225,7 @@ def main() -> None:
     parser.add_argument("--source", default="debtags")
     parser.add_argument("--sae")
     parser.add_argument("--sizes", type=int, nargs="*", default=[2_000, 8_000, 32_000])
+    parser.add_argument("--rounds", type=int, default=7, help="of generation; 0 leaves it out")
     parser.add_argument("--one-size", type=int)
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
@@ -204,6 +239,8 @@ def main() -> None:
             ratio(arguments, Path(folder))
     if arguments.sizes:
         growth(arguments.sizes)
+    if arguments.rounds:
+        generation(arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from unweave.cli.dedup import dedup
 from unweave.cli.models import HELP as MODELS_HELP
 from unweave.cli.models import models
 from unweave.cli.output import nothing_on_stdout, print_json
+from unweave.cli.serve import HELP as SERVE_HELP
+from unweave.cli.serve import serve
 from unweave.cli.stages import GROUPS, stages
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.memory import out_of_memory
@@ -63,6 +65,7 @@ def build_app() -> App:
     app.command(dedup, name="dedup", help=DEDUP_HELP, sort_key=_AFTER + 1)
     app.command(convert, name="convert", help=CONVERT_HELP, sort_key=_AFTER + 2)
     app.command(annotate, name="annotate", help=ANNOTATE_HELP, sort_key=_AFTER)
+    app.command(serve, name="serve", help=SERVE_HELP, sort_key=_AFTER)
     return app
 
 
@@ -121,7 +124,7 @@ def as_user_error(error: Exception, tokens: Sequence[str]) -> UnweaveError | Non
 def _command_of(tokens: Sequence[str]) -> str:
     """The command that a command line names, as far as there is one: ``unweave circuit find``."""
     first, second, *_ = [*tokens, "", ""]
-    known = (*stages(), *GROUPS, "models", "dedup", "convert", "annotate")
+    known = (*stages(), *GROUPS, "models", "dedup", "convert", "annotate", "serve")
     return next((f"unweave {words}" for words in (f"{first} {second}", first) if words in known), "unweave")
 
 

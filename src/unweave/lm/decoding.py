@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def decode(
     temperature: float = 0.0,
     seed: int | Sequence[int] = 0,
     persist: bool = True,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """The new token of every row, int64 [B], one pass after the other; ``pad_id`` in rows that have ended.
 
     Arguments as in ``LM.generate_ids``. The model is taken until the last token is read, or the iterator is closed.

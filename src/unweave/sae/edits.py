@@ -18,7 +18,7 @@ row. So one batch holds many strengths of many latents, and unedited rows; ``tog
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -118,9 +118,9 @@ def together(rows: Sequence[Sequence[Change]]) -> list[Edit]:
     strengths: dict[tuple[object, ...], tuple[Change, dict[int, Tensor]]] = {}
     for b, changes in enumerate(rows):
         for change in changes:
-            like = (change.sae, change.mode, change.where, change.when)
-            spans = [c.latent for c in changes if (c.sae, c.mode, c.where, c.when) == like]
-            key = (*like, *(spans if change.mode == "project" else ()))
+            like = _kind(change)
+            spans = [one.latent for one in changes if _kind(one) == like] if change.mode == "project" else []
+            key = (*like, *spans)
             _, values = strengths.setdefault(key, (change, {}))
             value = values.setdefault(change.latent, torch.full((len(rows),), torch.nan, dtype=torch.float64))
             if not value[b].isnan() or finite(change.value) is None:
@@ -130,6 +130,12 @@ def together(rows: Sequence[Sequence[Change]]) -> list[Edit]:
                 )
             value[b] = change.value
     return [edit(one.sae, one.mode, values, one.where, one.when) for one, values in strengths.values()]
+
+
+def _kind(change: Change) -> tuple[object, ...]:
+    """Equal for changes that one edit can make."""
+    where = change.where if isinstance(change.where, Hashable) else tuple(change.where)
+    return change.sae, change.mode, where, change.when
 
 
 def _strengths(sae: SAE, values: Mapping[int, Strength]) -> Tensor:
