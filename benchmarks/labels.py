@@ -12,8 +12,9 @@ judging  the known cases of a judge's check put to a model that runs here: one b
          end with the rating); the ratings must be the same.
 memory   the largest anonymous memory above the start's, of a random tiny model with 4,608 latents on 2,000, 8,000 and
          32,000 texts, each in a process of its own.
-generate 16 prompts of SmolLM2 continued by 32 tokens in one batch with a cache, in turns unedited and edited: one latent
-         for all rows, eight latents with a strength for each row, one while another fires, one that does not persist.
+generate 16 prompts of SmolLM2 continued by 32 tokens in one batch with a cache, in turns unedited and edited: one
+         latent for all rows, eight latents with a strength for each row, one while another fires, one that does not
+         persist.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from unweave.cli import bridge
 from unweave.cli.app import build_app, main
 from unweave.cli.convert import convert
 from unweave.cli.fields import leaves
+from unweave.cli.serve import serve
 from unweave.cli.stages import GROUPS, stages
 from unweave.core.errors import UnweaveError
 from unweave.core.site import LAYER_POINTS, MODEL_POINTS, Site
@@ -97,7 +98,17 @@ def test_command_lines_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         if code.startswith("unweave "):
             assert set(options_of(code)) <= options(), code
             first, inner = code.split()[1], code.split()[2:3]
-            assert first in (*stages(), *GROUPS, "models", "dedup", "convert", "annotate", "COMMAND", "--help"), code
+            assert first in (
+                *stages(),
+                *GROUPS,
+                "models",
+                "dedup",
+                "convert",
+                "annotate",
+                "serve",
+                "COMMAND",
+                "--help",
+            ), code
             assert first not in GROUPS or not inner or f"{first} {inner[0]}" in stages(), code
         elif re.match(r"make \w", code):
             check_target(code)
@@ -119,7 +130,7 @@ def options() -> frozenset[str]:
     found = {"--runs", "--json", "--help", "--config", "--version"}
     for stage in stages().values():
         found |= {f"--{leaf.name.replace('_', dash)}" for leaf in leaves(stage.spec) for dash in "_-"}
-    found |= {f"--{name}" for name in inspect.signature(convert).parameters}
+    found |= {f"--{name}" for command in (convert, serve) for name in inspect.signature(command).parameters}
     for script in (*EXAMPLES, *(ROOT / "benchmarks").glob("*.py")):
         text = script.read_text(encoding="utf-8")
         found |= set(re.findall(r'add_argument\("(--[\w-]+)"', text))
