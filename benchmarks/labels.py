@@ -1,7 +1,7 @@
 """What labelling costs beside the bare harvest, and how its memory grows with the number of texts.
 
     python benchmarks/labels.py [--judge NAME] [--tokens 500000] [--source debtags | FILE.jsonl] [--sae FOLDER]
-    python benchmarks/labels.py --tokens 0 --sizes --rounds 7    # generation alone
+    python benchmarks/labels.py --judge none --tokens 0 --sizes --rounds 7    # generation alone
 
 ratio    chunk by chunk, in turns: reading all activations of one site from the model (the bare harvest), and what
          ``unweave labels`` does with them: the same pass, the SAE's codes, counts by text and latent, the piece kept.
