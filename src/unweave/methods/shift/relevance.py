@@ -70,7 +70,7 @@ def by_annotation(latents: Sequence[Latent], annotations: Mapping[str, Annotatio
         verdicts.append(Verdict(site, latent, None if relevant is None else not relevant, why))
     if latents and all(verdict.irrelevant is None for verdict in verdicts):
         raise UnweaveError(
-            f"no annotation says which of the {len(latents)} latents are relevant",
+            f"no annotation says of any of the {len(latents)} latents whether it is relevant",
             where="annotations",
             remedy="annotate the latents of this circuit, with relevant true or false",
         )
