@@ -62,9 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
     print("latent   exact, from both ends   integrated gradients   attribution patching")
     for row in found.effects:
         values = (row.exact, row.exact_patch, row.ig, row.attribution)
-        print(
-            f"{row.latent:6d}  {'  '.join(f'{value:+.4f}' for value in values)}  {'top' if row.chosen else 'random'}"
-        )
+        print(f"{row.latent:6d}  {'  '.join(f'{value:+.4f}' for value in values)}  {'top' if row.chosen else 'random'}")
     ig, attribution = (found.spearman(estimate, "chosen") for estimate in ("ig", "attribution"))
     print(f"Spearman with the mean of both ends: {ig:.3f} (IG), {attribution:.3f} (AP)")
     if found.diagnosis is not None:
