@@ -143,7 +143,7 @@ def one_size(n: int, folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from conftest import build_tiny_tokenizer
+    from helpers.models import build_tiny_tokenizer
 
     config = LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                          intermediate_size=64, max_position_embeddings=128)  # fmt: skip
