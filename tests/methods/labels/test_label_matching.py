@@ -12,8 +12,9 @@ from scipy.stats import rankdata
 from sklearn.metrics import f1_score, roc_auc_score
 
 from unweave.methods.labels.heldout import told
+from unweave.methods.labels.labels import _by_score
 from unweave.methods.labels.levels import EDGES, LEVELS, auroc, candidates, level_of, threshold_of
-from unweave.methods.labels.matching import BLOCK, Blocks, Entries, TextLabels, best_scores, calibrated_f1
+from unweave.methods.labels.matching import BLOCK, Blocks, Entries, Scores, TextLabels, best_scores, calibrated_f1
 
 QUANTILES = (0.25, 0.5, 0.75, 0.9)
 
@@ -74,6 +75,8 @@ def test_match_scores_are_those_of_a_loop_over_pairs_and_thresholds(seed: int, n
             assert scores.score[j, m] == pytest.approx(expected, rel=1e-6)
             if np.isfinite(expected):
                 assert brute_force(own, has, scores.level[j, m : m + 1], prior) == pytest.approx(expected, rel=1e-6)
+                each = np.float32([brute_force(own, has, levels[j, t : t + 1], prior) for t in range(len(levels[j]))])
+                assert scores.level[j, m] == levels[j][each.argmax()], "of equal scores the lowest threshold"
 
 
 def test_latents_beyond_one_block_are_matched_alike() -> None:
@@ -159,6 +162,15 @@ def test_shuffled_labels_keep_their_support_among_counted_texts_and_some_labels_
     some = labels.of(np.array([1, 4]))
     assert some.support.tolist() == labels.support[[1, 4]].tolist() and some.n_labels == 2
     assert np.diff(some.offsets).tolist() == dense[:, [1, 4]].sum(1).tolist()
+
+
+def test_pairs_come_by_falling_score_however_many_are_asked_for() -> None:
+    draw = np.random.default_rng(7)
+    score = np.where(draw.random((30_000, 4)) < 0.3, draw.integers(-2, 900, (30_000, 4)) / 1000, -np.inf)
+    scores = Scores(score.astype(np.float32), np.zeros_like(score, np.uint8), np.ones(30_000, np.int64))
+    listed = [latent * 4 + label for some in _by_score(scores) for latent, label in some]
+    flat = score.ravel()
+    assert listed == [place for place in np.argsort(-flat, kind="stable").tolist() if flat[place] > 0]
 
 
 # -- pairs that were planted ------------------------------------------------------------------------------------------

@@ -178,6 +178,11 @@ def test_an_interrupted_pass_goes_on_and_gives_the_same(
         label(lm, saes, texts, match, folder=tmp_path / "cut")
     assert label(lm, saes, texts, match, folder=tmp_path / "cut") == whole
     assert calls[:3] == [0, 1, 2] and calls[3] == 2, "finished chunks are not computed again"
+    other = MatchSpec(support=20, output_score=None, top=2, prior=0.3)  # the folder knows what it holds
+    expected = label(lm, saes, texts, other, folder=tmp_path / "other")
+    assert label(lm, saes, texts, other, folder=tmp_path / "whole") == expected != whole
+    short = label(lm, saes, texts, match, folder=tmp_path / "whole", context=8)
+    assert short == label(lm, saes, texts, match, folder=tmp_path / "short", context=8) != whole
 
 
 def test_latents_with_a_low_output_score_are_left_out(

@@ -18,6 +18,7 @@ from unweave.core.codes import Codes
 from unweave.core.pieces import Pieces
 from unweave.core.progress import task
 from unweave.core.site import Site
+from unweave.core.spec import digest
 from unweave.methods.labels.frequencies import Reading
 from unweave.methods.labels.levels import LEVELS, Array, auroc, level_of
 from unweave.methods.labels.matching import calibrated_f1
@@ -66,10 +67,11 @@ def look(
     latents = {site: np.unique([latent for latent, _ in some]).astype(np.int64) for site, some in pairs.items()}
     totals = {site: np.zeros((len(some), 2, 1 + LEVELS), np.int64) for site, some in pairs.items()}
     codes: dict[Site, list[tuple[Codes, Array]]] = {site: [] for site in pairs}
+    name = f"heldout-{digest([[str(site), list(map(list, some))] for site, some in pairs.items()])}"
     with task("held-out texts", total=reading.store.n_tokens, unit="tokens") as shown:
         for chunk in range(reading.source.n_chunks):
             make = lambda chunk=chunk: _chunk(reading, texts, pairs, latents, chunk)  # noqa: E731
-            held = pieces.tensors(f"heldout-{chunk:05d}", make, later="")
+            held = pieces.tensors(f"{name}-{chunk:05d}", make, later="")
             for site in totals:
                 totals[site] += held[f"{site}/histogram"].numpy()
                 if f"{site}/offsets" in held:
@@ -94,8 +96,11 @@ def _chunk(
     """The histograms of a chunk's texts; of the first chunks also the codes."""
     rows = reading.source.rows_of(chunk)
     offsets, labels = texts.label_rows(reading.texts[rows.start : rows.stop])
-    has = np.zeros((len(rows), len(texts.names)), dtype=bool)
-    has[np.repeat(np.arange(len(rows)), np.diff(offsets)), labels] = True
+    wanted = np.unique([name for some in pairs.values() for _, name in some])
+    has = np.zeros((len(rows), len(wanted)), dtype=np.int64)
+    inside = np.isin(labels, wanted)
+    row_of_each = np.repeat(np.arange(len(rows)), np.diff(offsets))
+    has[row_of_each[inside], np.searchsorted(wanted, labels[inside])] = 1
     totals = {site: np.zeros(len(some) * 2 * (1 + LEVELS), np.int64) for site, some in pairs.items()}
     codes: dict[Site, list[tuple[Codes, Array]]] = {site: [] for site in pairs}
     for site, x, where in reading.passes(chunk):
@@ -106,7 +111,7 @@ def _chunk(
         share = fired / np.bincount(row, minlength=len(here))[:, None]
         place = np.searchsorted(latents[site], [latent for latent, _ in pairs[site]])
         level = np.where(share > 0, 1 + level_of(share).astype(np.int64), 0)[:, place]
-        labelled = has[here][:, [label for _, label in pairs[site]]].astype(np.int64)
+        labelled = has[here][:, np.searchsorted(wanted, [label for _, label in pairs[site]])]
         cell = (np.arange(len(place)) * 2 + labelled) * (1 + LEVELS) + level
         totals[site] += np.bincount(cell.ravel(), minlength=totals[site].size)
     tensors = {f"{site}/histogram": torch.from_numpy(t.reshape(-1, 2, 1 + LEVELS)) for site, t in totals.items()}

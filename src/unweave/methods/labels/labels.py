@@ -18,6 +18,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.pieces import Pieces
 from unweave.core.progress import task
 from unweave.core.site import Site
+from unweave.core.spec import digest
 from unweave.latents.annotations import ScoredLabel
 from unweave.latents.logit_weights import writes_into_stream
 from unweave.latents.records import Records, RecordsSpec, build
@@ -85,7 +86,7 @@ def label(
     seed: int = 0,
 ) -> Labels:
     """Labels latents of SAEs that read ``lm``. Tokens and sparse frequencies lie in ``folder``, where interrupted work
-    goes on.
+    goes on, and where the same texts are matched in another way without another pass over them.
 
     Raises UnweaveError for SAEs of another model, where the split leaves a side empty, where no label has the support,
     and where an output score is asked of an SAE that does not write into the residual stream.
@@ -93,6 +94,7 @@ def label(
     match = match or MatchSpec()
     sides = {"chosen": np.flatnonzero(~texts.heldout), "heldout": np.flatnonzero(texts.heldout)}
     _refuse(lm, saes, texts, match, sides)
+    folder = folder / _identity(saes, texts, context)
     chosen, heldout = (
         Reading.of(lm, saes, texts, which, folder / name, context=context, batch_tokens=batch_tokens)
         for name, which in sides.items()
@@ -139,6 +141,12 @@ def _refuse(lm: LM, saes: Mapping[Site, SAE], texts: TaggedTexts, match: MatchSp
                 where="match.output_score",
                 remedy="set match.output_score: null",
             )
+
+
+def _identity(saes: Mapping[Site, SAE], texts: TaggedTexts, context: int) -> str:
+    """Twelve digits over what is read by whom, so that one folder serves any settings of the matching."""
+    drawn = [texts.folder.name, texts.rows.tolist(), np.packbits(texts.heldout).tolist()]
+    return digest([*drawn, context, {str(site): sae.digest() for site, sae in saes.items()}])
 
 
 def labels_of(texts: TaggedTexts, reading: Reading, counted: Array) -> TextLabels:

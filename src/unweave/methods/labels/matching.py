@@ -124,7 +124,7 @@ def best_scores(
         for t in reversed(range(levels.shape[1])):  # of equal scores the lowest threshold stays
             tp += between[:, t]
             fp = np.take_along_axis(above, levels[:, t : t + 1].astype(np.int64), 1) - tp
-            new = calibrated_f1(tp, fp, support, labels.n_texts, prior)
+            new = calibrated_f1(tp, fp, support, labels.n_texts, prior).astype(np.float32)
             better = new >= here
             here[better] = new[better]
             at[better] = np.broadcast_to(levels[:, t : t + 1], at.shape)[better]
