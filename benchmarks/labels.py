@@ -98,7 +98,7 @@ def ratio(arguments: argparse.Namespace, folder: Path) -> None:
     started = time.perf_counter()
     counted = Frequencies(reading, pieces)
     text_labels = labels.labels_of(texts, reading, counted.tokens(site) > 0)
-    often = np.flatnonzero(text_labels.support >= min(50, np.sort(text_labels.support)[-10]))
+    often = np.flatnonzero(text_labels.support >= min(50, np.sort(text_labels.support)[-10:][0]))
     labels.best_pairs(lm, sae, counted, site, text_labels.of(often), MatchSpec(output_score=0.0), 0)
     rest, tokens = time.perf_counter() - started, reading.store.n_tokens
     each = [a / b for a, b in zip(ours, bare, strict=True)]
