@@ -80,7 +80,7 @@ def ratio(arguments: argparse.Namespace, folder: Path) -> None:
     site = Site("resid_post", LAYER)
     texts = open_tagged(TaggedSpec(source=arguments.source))
     sae = SAE.load(arguments.sae) if arguments.sae else random_sae(site, activations(lm, site, texts))
-    which = np.flatnonzero(~texts.heldout)
+    which = np.random.default_rng(0).permutation(np.flatnonzero(~texts.heldout))
     size = np.cumsum([min(128, len(texts.text(int(i))) // 4) for i in which])  # about four characters a token
     which = which[: int((size < arguments.tokens).sum()) + 1]
     reading = Reading.of(lm, {site: sae}, texts, which, folder / "store", context=128, batch_tokens=2048)
