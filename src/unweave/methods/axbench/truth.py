@@ -58,16 +58,18 @@ def likelihoods(lm: LM, prompts: Sequence[str], texts: Sequence[str], most: int)
     ]
     means = np.full(len(rows), np.nan)
     order = [i for i in np.argsort([len(ids) for ids, _ in rows], kind="stable").tolist() if answers[i]]
-    for start in range(0, len(order), _BATCH):
-        part = order[start : start + _BATCH]
-        width = max(len(answers[i]) for i in part)
-        batch = Tokens.pad([rows[i] for i in part], lm.pad_id, "left").to(lm.device)
-        logits = lm(batch, keep_logits=width + 1)
-        assert logits is not None
-        targets = batch.ids[:, -width:]
-        logprobs = torch.log_softmax(logits[:, :-1].float(), -1).gather(2, targets.unsqueeze(2))[..., 0].double()
-        for row, i in enumerate(part):
-            means[i] = float(logprobs[row, width - len(answers[i]) :].mean())
+    with task("likelihoods", total=len(order), unit="texts") as shown:
+        for start in range(0, len(order), _BATCH):
+            part = order[start : start + _BATCH]
+            width = max(len(answers[i]) for i in part)
+            batch = Tokens.pad([rows[i] for i in part], lm.pad_id, "left").to(lm.device)
+            logits = lm(batch, keep_logits=width + 1)
+            assert logits is not None
+            targets = batch.ids[:, -width:]
+            logprobs = torch.log_softmax(logits[:, :-1].float(), -1).gather(2, targets.unsqueeze(2))[..., 0].double()
+            for row, i in enumerate(part):
+                means[i] = float(logprobs[row, width - len(answers[i]) :].mean())
+            shown.advance(len(part))
     return [
         Likelihood(float(mean), distinct(torch.tensor(ids, dtype=torch.int64)))
         for mean, ids in zip(means, answers, strict=True)
@@ -110,11 +112,7 @@ class TruthRater:
         """Ratings [cases, ratings], and nothing that was said."""
         by = {"concept": self._concept, "instruction": self._instruction, "fluency": self._fluency}
         empty = np.array([not case.text.strip() for case in cases])
-        with task("scripted ratings", total=len(cases) * len(ratings), unit="ratings") as shown:
-            columns = []
-            for name in ratings:
-                columns.append(np.where(empty, 0.0, by[name](cases)))
-                shown.advance(len(cases))
+        columns = [np.where(empty, 0.0, by[name](cases)) for name in ratings]
         return np.stack(columns, -1), [[] for _ in cases]
 
     def _concept(self, cases: Sequence[Case]) -> Array:
