@@ -107,6 +107,10 @@ def test_everything_is_generated_rated_and_shown(
     sae.accept(lm, "a test")
     edit = sae.clamp({int(steered["latent"].split("/")[1]): steered["value"]}, where="all")
     assert lm.generate(steered["prompt"], edit=edit, max_new_tokens=6) == steered["text"]
+    for block, mode in (("suppress-latent", "zero"), ("suppress-span", "span")):
+        kept = next(row for row in table if row["method"] == block)
+        ablation = sae.ablate([int(kept["latent"].split("/")[1])], mode=mode, where="all")
+        assert lm.generate(kept["prompt"], edit=ablation, max_new_tokens=6) == kept["text"]
     unedited = [row["text"] for row in table if row["method"] == "unedited"]
     assert unedited == [lm.generate(row["prompt"], max_new_tokens=6) for row in table if row["method"] == "unedited"]
     for judged in result.judged:
