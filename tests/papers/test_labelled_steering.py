@@ -97,10 +97,13 @@ def test_what_a_scale_needs_is_refused_at_once(asked: dict[str, Any], says: str)
 def test_a_missing_forum_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = paper(tmp_path, monkeypatch)
     (tmp_path / "law.stackexchange.com.7z").unlink()
+    listed = plan.listed
+    monkeypatch.setattr(plan, "listed", lambda repository: pytest.fail("the hub was asked first"))
     with pytest.raises(UnweaveError, match="the dump of law is missing"):
         plan_of(spec)
     (tmp_path / "law.stackexchange.com").mkdir()
     (tmp_path / "law.stackexchange.com" / "Posts.xml").write_text("")
+    monkeypatch.setattr(plan, "listed", listed)
     assert plan_of(spec).corpora["law"].source.endswith("law.stackexchange.com")
 
 

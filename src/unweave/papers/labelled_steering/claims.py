@@ -19,7 +19,7 @@ _MODEST = 0.5
 _UNMEASURED = (
     ("Figure 1 and the examples of appendices C and D: texts steered well, and texts that the judge got wrong",
      "some of ours are below; all are in generations.parquet of each comparison, with every rating"),
-    ("scores vary from forum to forum (Figures 2 and 6)", "ours by source are in the figure below"),
+    ("scores vary from forum to forum (Figures 2 and 6)", "ours by source are in the table below"),
     ("labels of Neuronpedia on random latents score 0.14 to 0.19, on the pipeline's latents more (Figures 2 and 8)",
      "needs Neuronpedia's labels of the same SAEs; random latents with the pairs' labels stand in their place above"),
     ("students rate steered texts somewhat more kindly than GPT-4o-mini, without a clear bias for a method",

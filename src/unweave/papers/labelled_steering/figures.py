@@ -1,11 +1,9 @@
-"""The figures of labelled steering: the paper's simulation, and ratings by source."""
+"""The figures of the simulation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from unweave.methods.axbench.result import Rated
-from unweave.papers.labelled_steering.claims import mean
 from unweave.papers.labelled_steering.simulation import Curve, Simulation
 from unweave.show.figures import COLOURS, as_svg, new_figure, settings
 
@@ -21,7 +19,7 @@ def curves(some: Sequence[Curve], name: str, x: str, y: str, described: str) -> 
         axes = figure.add_subplot()
         for place, curve in enumerate(some):
             points = [(a, b) for a, b in zip(curve.x, curve.y, strict=True) if b is not None]
-            colour = COLOURS[_LINES[place % len(_LINES)]]
+            colour = COLOURS[_LINES[place - len(some)]]
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=curve.name)
         axes.set_xscale("log")
         axes.set_ylim(0, 1.02)
@@ -48,33 +46,3 @@ def simulated(simulation: Simulation) -> list[tuple[str, str]]:
         (curves((simulation.recovered, ordinary), "recovery", prior, "Planted pairs found", "Recovery by prior"),
          "Planted pairs among as many best ones, beside wider and narrower latents."),
     ]  # fmt: skip
-
-
-def by_source(sources: Mapping[str, Mapping[str, Sequence[Rated]]]) -> str:
-    """The paper's Figure 2: for each source the ratings of labelled latents (bar), random ones and prompts (marks)."""
-    import matplotlib
-
-    marks = {"random": ("x", "soft", "random latents"), "prompt": ("o", "warm", "prompt"), "lora": ("^", "ink", "LoRA")}
-    with matplotlib.rc_context(settings()):
-        figure = new_figure(1.2 + 0.36 * len(sources))
-        axes = figure.add_subplot()
-        axes.grid(axis="y", visible=False)
-        for row, by_method in enumerate(sources.values()):
-            own = mean(by_method.get("sae", ()))
-            if own is not None:
-                axes.barh(row, own.value, height=0.5, color=COLOURS["accent"], alpha=0.7)
-                if own.low is not None and own.high is not None:
-                    axes.plot([own.low, own.high], [row, row], color=COLOURS["ink"], linewidth=1.2)
-            for method, (mark, colour, label) in marks.items():
-                one = mean(by_method.get(method, ()))
-                if one is not None:
-                    axes.scatter([one.value], [row], s=20, marker=mark, color=COLOURS[colour], zorder=3,
-                                 label=label if row == 0 else None)  # fmt: skip
-        axes.set_yticks(range(len(sources)), list(sources))
-        axes.invert_yaxis()
-        axes.set_xlim(0, 2)
-        axes.set_xlabel("Rating, 0 to 2 (bar: labelled latents)")
-        figure.legend(loc="outside upper center", ncols=3)
-        return as_svg(
-            figure, "labelled-steering-sources", "Ratings of labelled latents, random latents and prompts by source"
-        )

@@ -86,9 +86,9 @@ def _smoke(spec: LabelledSteeringSpec) -> Plan:
         corpora={},
         labels={"match": {"top": 24, "per_label": 1}, "context": 48},
         compare={
-            "most_pairs": 24,
-            "protocol": _protocol(spec, 8),
-            "steering": {"factors": [1.0, 2.0, 4.0, 8.0]},
+            "most_pairs": 28,
+            "protocol": _protocol(spec, 6),
+            "steering": {"factors": [1.0, 1.4, 1.8, 2.4]},
             "generation": {"max_new_tokens": 24},
             "learning": {"examples": 48, "heldout": 24, "tokens": 48},
             **_raters(spec),
@@ -106,6 +106,7 @@ def _paper(spec: LabelledSteeringSpec) -> Plan:
     """Support 50, prior 0.001, output score 0.001, 20 instructions, 10 repeats of 4 folds; what the paper leaves open
     (thresholds, how many pairs, strengths, width and L0 of the SAEs) is AxBench's or our own."""
     assert spec.stackexchange is not None
+    corpora = {forum: TaggedSpec(source=str(_dump(spec.stackexchange, forum))) for forum in FORA}
     files = listed(_GEMMA_SCOPE)
     folders = {name: nearest_l0(files, "16k", l0) for name, l0 in _GEMMA_L0.items()}
     return Plan(
@@ -120,7 +121,7 @@ def _paper(spec: LabelledSteeringSpec) -> Plan:
         saes={
             name: tuple(f"hub:{_GEMMA_SCOPE}/{of[layer]}" for layer in _GEMMA_LAYERS) for name, of in folders.items()
         },
-        corpora={forum: TaggedSpec(source=str(_dump(spec.stackexchange, forum))) for forum in FORA},
+        corpora=corpora,
         labels={"match": {"top": 100}, "context": 256},
         compare={
             "most_pairs": None,

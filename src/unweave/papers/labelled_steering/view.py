@@ -11,7 +11,7 @@ from unweave.methods.axbench.result import METHODS
 from unweave.methods.labels import view as labels_view
 from unweave.papers.claims import markdown
 from unweave.papers.labelled_steering.claims import claims, gain, mean, sources, words
-from unweave.papers.labelled_steering.figures import by_source, simulated
+from unweave.papers.labelled_steering.figures import simulated
 from unweave.papers.labelled_steering.plan import LOW
 from unweave.papers.labelled_steering.result import F1, LabelledSteering
 from unweave.papers.page import claims_html
@@ -56,7 +56,7 @@ def section(result: LabelledSteering, around: Around = ALONE) -> Section:
     body = [
         f'<p>{esc(lead)}</p><div class="uw-wide">{claims_html(claims(result))}</div>',
         f'<h3>Ratings</h3><div class="uw-wide">{ratings}</div>',
-        figure(by_source(sources(result)), "Figure 2: ratings by source of the labels, with intervals over concepts."),
+        f'<h3>By source of the labels (Figures 2 and 6)</h3><div class="uw-wide">{_sources(result)}</div>',
         f'<h3>What was written</h3><div class="uw-wide">{_samples(result)}</div>',
         "<h3>The calibrated F1</h3>",
     ]
@@ -74,6 +74,15 @@ def section(result: LabelledSteering, around: Around = ALONE) -> Section:
     )
     notes = dict.fromkeys((*subject.notes, *(note for one in labels for note in one.labels.notes)))
     return Section("Labelled steering", "Labelled latents steer", "".join(body), tiles=tiles, notes=tuple(notes))
+
+
+def _sources(result: LabelledSteering) -> str:
+    lines = [
+        tuple(map(esc, (source, METHODS[method], len(some), words(mean(some)), words(mean(some, 0)))))
+        for source, by_method in sources(result).items()
+        for method, some in by_method.items()
+    ]
+    return table(("Source", "Method", "Pairs", "Rating", "Concept"), lines, (2, 3, 4))
 
 
 def _samples(result: LabelledSteering) -> str:
