@@ -121,6 +121,11 @@ def test_texts_of_several_sources_are_balanced_and_divided(tmp_path: Path) -> No
     done = texts.run(spec, tmp_path / "runs")
     train = [json.loads(line)["text"] for line in done.file(texts.TRAIN).read_text().splitlines()]
     assert len(train) == done.result.train < done.result.texts and set(train) <= {text.text for text in some}
+    alike = {"text": "the very same words again and again in every one of these texts ", "tags": ["game::sea"]}
+    with open(one, "a", encoding="utf-8") as out:
+        out.writelines(json.dumps(alike | {"text": alike["text"] + str(i)}) + "\n" for i in range(30))
+    many = list(texts.mixed(replace(spec, per_label=1000)))
+    assert sum(text.text.startswith("the very same") for text in many) == 1
 
 
 def test_the_simulations_formula_is_that_of_drawn_texts() -> None:

@@ -88,7 +88,7 @@ def _smoke(spec: LabelledSteeringSpec) -> Plan:
         compare={
             "most_pairs": 28,
             "protocol": _protocol(spec, 6),
-            "steering": {"factors": [1.0, 1.4, 1.8, 2.4]},
+            "steering": {"factors": [0.7, 1.0, 1.4, 1.8]},
             "generation": {"max_new_tokens": 24},
             "learning": {"examples": 48, "heldout": 24, "tokens": 48},
             **_raters(spec),

@@ -48,16 +48,19 @@ def run(spec: MixSpec, ctx: Context) -> MixResult:
 
 
 def mixed(spec: MixSpec) -> Iterator[Mixed]:
-    """Texts of each source in random order, taken while one of their labels has too few, cut off at a word."""
+    """Texts of each source in random order, one of each group of near duplicates, taken while one of their labels has
+    too few, and cut off at a word."""
     for source in spec.sources:
         texts = open_tagged(source)
-        enough = texts.support(np.arange(len(texts))) >= spec.support
+        order = np.random.default_rng(source.seed).permutation(len(texts))
+        order = order[np.sort(np.unique(texts.groups[order], return_index=True)[1])]
+        enough = texts.support(order) >= spec.support
         wanted = [
             many and (name.startswith(spec.facets) or "::" not in name)
             for name, many in zip(texts.names, enough.tolist(), strict=True)
         ]
         taken: Counter[int] = Counter()
-        for i in np.random.default_rng(source.seed).permutation(len(texts)).tolist():
+        for i in order.tolist():
             labels = [label for label in texts.labels(i) if wanted[label]]
             if any(taken[label] < spec.per_label for label in labels):
                 taken.update(labels)

@@ -88,6 +88,11 @@ class TaggedTexts:
         return np.bincount(self.label_rows(texts)[1], minlength=len(self.names))
 
     @cached_property
+    def groups(self) -> Array:
+        """uint64 [N], equal for near duplicates."""
+        return np.load(self.folder / "groups.npy")[self.rows]
+
+    @cached_property
     def _offsets(self) -> Array:
         return np.load(self.folder / "offsets.npy", mmap_mode="r")
 
