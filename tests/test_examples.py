@@ -130,6 +130,7 @@ def options() -> frozenset[str]:
     found = {"--runs", "--json", "--help", "--config", "--version"}
     for stage in stages().values():
         found |= {f"--{leaf.name.replace('_', dash)}" for leaf in leaves(stage.spec) for dash in "_-"}
+        found |= {f"--no-{leaf.name}" for leaf in leaves(stage.spec) if leaf.is_flag}
     found |= {f"--{name}" for command in (convert, serve) for name in inspect.signature(command).parameters}
     for script in (*EXAMPLES, *(ROOT / "benchmarks").glob("*.py")):
         text = script.read_text(encoding="utf-8")

@@ -516,7 +516,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_and_import_load_no_heavy_library() -> None:
-    commands = (*stages.stages(), *stages.GROUPS, "models", "dedup", "convert", "annotate")
+    commands = (*stages.stages(), *stages.GROUPS, "models", "dedup", "convert", "annotate", "serve")
     names = ["--help", *(f"{name} --help" for name in commands), "models", "--version"]
     done = python(
         "import sys, unweave\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +50,10 @@ def serve(
     from unweave.cli.progress import show_progress
     from unweave.core.errors import UnweaveError
 
+    if not 0 <= port <= 65535:
+        raise UnweaveError(
+            f"{port} is no port", where="--port", remedy="choose one from 1 to 65535, or 0 for a free one"
+        )
     asked = [_edit(word) for word in edits or ()]
     try:
         import uvicorn
@@ -60,7 +65,7 @@ def serve(
         ) from None
     try:
         listening = socket.create_server(("127.0.0.1", port))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UnweaveError(
             f"cannot listen on port {port}: {error}", where="--port", remedy="choose another, or 0 for a free one"
         ) from None
@@ -69,7 +74,8 @@ def serve(
             steered = _opened(saes, asked, records, persist, model, device, accept_mismatch)
         print(f"http://127.0.0.1:{listening.getsockname()[1]}/v1 serves {steered.name}", flush=True)
         config = uvicorn.Config(app(steered), log_level="warning", server_header=False, timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run(sockets=[listening])
+        with contextlib.suppress(KeyboardInterrupt):  # which ends it; uvicorn passes it on when it has stopped
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 def _edit(word: str) -> Any:

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from helpers.jobs import spec_of, write_home
+from unweave.cli.app import main
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.inputs.inputs import load_lm
+from unweave.latents import stage as latents
+from unweave.latents.spec import LatentsSpec
 from unweave.methods.steer import stage as steer
 from unweave.methods.steer import view
 from unweave.methods.steer.changes import open_edits
@@ -128,3 +131,39 @@ def test_conditions_are_read() -> None:
     assert condition("resid_post.9/12") == ("resid_post.9/12", 0.0)
     with pytest.raises(UnweaveError, match="not a number"):
         condition("12>1.2.3")
+
+
+def test_the_command_serves_what_it_was_given(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import uvicorn
+    from starlette.testclient import TestClient
+
+    answers: list[Any] = []
+
+    def run(self: Any, sockets: Any) -> None:
+        assert sockets[0].getsockname()[0] == "127.0.0.1"
+        own = {"edits": [{"latent": "resid_post.1/3", "strength": 0.5}]}
+        asked = {"messages": [{"role": "user", "content": "keys"}], "max_tokens": 4, "temperature": 0, "unweave": own}
+        with TestClient(self.config.app, base_url="http://127.0.0.1") as client:
+            answers.append(client.post("/v1/chat/completions", json=asked).json())
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    sae = home / "runs" / _train(home) / "sae" / "resid_post.1"
+    asked = LatentsSpec(sae=sae, device="cpu", tokens=1000)
+    records = latents.run(asked, home / "runs")
+    command = ["serve", "--saes", str(sae), "--edits", "{latent: 5, value: 2}", "--device", "cpu", "--port", "0"]
+    assert main([*command, "--records", str(records.path)]) == 0
+    assert "http://127.0.0.1:" in capsys.readouterr().out
+    lm, steered = load_lm(str(home / "model"), "float32", "cpu"), SAE.load(sae)
+    half = latents.load(records).latent(3).maximum / 2
+    edits = [steered.clamp({5: 2.0, 3: half})]
+    assert answers[0]["choices"][0]["message"]["content"] == lm.generate("keys", edits, max_new_tokens=4)
+    assert main(command) == 0 and "give a value" in answers[1]["error"]["message"]
+    for wrong, message in (
+        (["--port", "99999999"], "99999999 is no port"),
+        (["--edits", "{latnet: 3}"], "latnet"),
+        (["--edits", "3", "--port", "0"], "give a value"),
+    ):
+        assert main(["serve", "--saes", str(sae), *wrong]) == 2
+        assert message in capsys.readouterr().err

@@ -173,9 +173,8 @@ def _job(steered: Steered, question: Question, chat: bool) -> _Job:
     try:
         edits = together([[edit.change() for edit in steered.opened(question.edits)]])
     except UnweaveError as error:
-        raise Refused(
-            " ".join([error.what, error.remedy]).strip(), param="unweave.edits", code="invalid_edit"
-        ) from None
+        message = f"{error.what}: {error.remedy}" if error.remedy else error.what
+        raise Refused(message, param="unweave.edits", code="invalid_edit") from None
     param = "messages" if chat else "prompt"
     if chat and not has_template(lm.tokenizer):
         raise Refused("this model has no chat template: use /v1/completions", param=param)
