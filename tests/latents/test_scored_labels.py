@@ -36,3 +36,10 @@ def test_a_scored_label_of_another_form_is_refused_with_its_line(tmp_path: Path,
     path.write_text("\n" + json.dumps(line), encoding="utf-8")
     with pytest.raises(UnweaveError, match="line 2"):
         notes.load(path)
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_text(json.dumps({"name": "embed/3", "labels": [vars(OTHER) | {"score": float("nan")}]}), "utf-8")
+    with pytest.raises(UnweaveError, match="score of label 'history' is nan"):
+        notes.load(path)

@@ -83,6 +83,16 @@ def test_near_duplicates_fall_on_one_side_whatever_the_seed_and_the_draw_is_of_t
     assert {again.text(i) for i in range(50)} == {few.text(i) for i in range(50)}
 
 
+def test_a_split_that_near_duplicates_decide_is_told(tmp_path: Path) -> None:
+    start = "every text begins with the same nine words and ends"
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": f"{start} {i}", "tags": ["x"]} for i in range(40)]
+                      + [{"text": f"another {i}", "tags": []} for i in range(40)])  # fmt: skip
+    texts = open_tagged(TaggedSpec(source=str(file)))
+    assert texts.alike == 40 and "40 of the 80 texts are near duplicates" in texts.notes[0]
+    few = open_tagged(TaggedSpec(source=str(file), texts=2))
+    assert few.alike <= 2
+
+
 # -- Stack Exchange ---------------------------------------------------------------------------------------------------
 
 
@@ -175,12 +185,33 @@ def test_archives_that_are_none_and_missing_parts_are_refused(tmp_path: Path, mo
     (tmp_path / "c.7z").write_bytes(content[: len(content) // 2])
     with pytest.raises(UnweaveError, match="not a 7z archive"):
         open_tagged(TaggedSpec(source=str(tmp_path / "c.7z")))
+    for name, kinds in (("locked", {}), ("closed", {"header_encryption": True})):
+        with py7zr.SevenZipFile(tmp_path / f"{name}.7z", "w", password="s", **kinds) as archive:
+            archive.write(folder / "Posts.xml", "Posts.xml")
+        with pytest.raises(UnweaveError, match="it has a password"):
+            open_tagged(TaggedSpec(source=str(tmp_path / f"{name}.7z"), comments=False))
+    with py7zr.SevenZipFile(tmp_path / "d.7z", "w") as archive:
+        archive.write(folder / "Posts.xml", "Posts.xml")
+    content = bytearray((tmp_path / "d.7z").read_bytes())
+    for place in range(32, 64):  # within the compressed stream
+        damaged = content.copy()
+        damaged[place] ^= 0x55
+        (tmp_path / "d.7z").write_bytes(damaged)
+        with pytest.raises(UnweaveError, match="not a 7z archive"):
+            open_tagged(TaggedSpec(source=str(tmp_path / "d.7z"), comments=False))
     (folder / "Comments.xml").unlink()
     with pytest.raises(UnweaveError, match="comments: false"):
         open_tagged(TaggedSpec(source=str(folder)))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnweaveError, match=r"unweave\[label\]"):
         open_tagged(TaggedSpec(source=str(folder), comments=False))
+
+
+def test_numbers_of_posts_that_are_none_have_no_comments(tmp_path: Path) -> None:
+    posts = [POSTS[0] | {"Id": number, "Title": number} for number in ("9" * 30, "\u00b2", "\u0661", "1")]
+    comments = [{"PostId": post["Id"], "Text": "a comment"} for post in posts]
+    texts = open_tagged(TaggedSpec(source=str(dump(tmp_path / "forum", posts, comments))))
+    assert ["a comment" in texts.text(i) for i in range(4)] == [False, False, False, True]
 
 
 def test_html_is_text_without_what_is_loaded_or_run() -> None:
@@ -260,5 +291,9 @@ def test_an_option_of_another_source_and_no_source_at_all_are_refused(tmp_path: 
             TaggedSpec(source="debtags", **wrong)  # type: ignore[arg-type]
     with pytest.raises(UnweaveError, match="no tagged texts 'debtag'"):
         open_tagged(TaggedSpec(source="debtag"))
+    (tmp_path / "folder.jsonl").mkdir()
+    for nothing in ("missing.jsonl", "missing.7z", "folder.jsonl"):
+        with pytest.raises(UnweaveError, match="there is no such file"):
+            open_tagged(TaggedSpec(source=str(tmp_path / nothing)))
     with pytest.raises(UnweaveError, match="no tagged texts"):
         contents_of(TaggedSpec(source=str(tmp_path)))

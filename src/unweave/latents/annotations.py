@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -55,7 +56,7 @@ class ScoredLabel:
     """of the latent's frequency on texts held out; None where these have the label not at all, or all of them"""
     auroc_low: float | None = None
     auroc_high: float | None = None
-    """the 95 % bootstrap interval over texts"""
+    """the 95 % bootstrap interval over texts; None where too few of these have the label, or lack it"""
 
 
 class Pair(NamedTuple):
@@ -246,6 +247,10 @@ def _from_value(content: Any, used: list[Site]) -> Annotation | None:
         raise UnweaveError("there is no name", remedy='write "name": "resid_post.24/3036"')
     text = {key: "" if content.get(key) is None else content[key] for key in ("annotation", "notes")}
     labels = from_plain(tuple[ScoredLabel, ...], content.get("labels") or [], "labels")
+    for label in labels:
+        for name, value in vars(label).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UnweaveError(f"{name} of label {label.label!r} is {value}", remedy="give a number, or null")
     given: dict[str, Any] = content | text | {"name": _our_name(content["name"], used), "labels": labels}
     return Annotation(**given)
 

@@ -152,6 +152,17 @@ def test_auroc_and_its_interval_are_those_of_the_texts_themselves() -> None:
     assert told(histogram * [[1], [0]], 2, 0.1, 0).auroc is None and told(histogram * [[0], [1]], 2, 0.1, 0).low is None
 
 
+@pytest.mark.parametrize("positive", [1, 7, 8, 293, 294])
+def test_few_texts_with_or_without_the_label_have_an_auroc_and_no_interval(positive: int) -> None:
+    """A bootstrap of 2 texts excluded 0.5 in a quarter of draws by chance, of 8 in 1 of 25."""
+    level = np.random.default_rng(5).integers(0, 5, 300)
+    histogram = np.stack([np.bincount(level[:-positive], minlength=1 + LEVELS),
+                          np.bincount(level[-positive:], minlength=1 + LEVELS)])  # fmt: skip
+    test = told(histogram, level=2, prior=0.1, seed=0)
+    assert test.auroc is not None and test.shuffled is not None
+    assert (test.low is not None) == (test.high is not None) == (8 <= positive <= 292)
+
+
 def test_shuffled_labels_keep_their_support_among_counted_texts_and_some_labels_keep_their_texts() -> None:
     draw = np.random.default_rng(4)
     dense, counted = draw.random((300, 6)) < 0.2, draw.random(300) < 0.8

@@ -268,7 +268,20 @@ def test_what_cannot_be_labelled_is_refused(tiny_lm: Callable[..., LM], texts: T
         label(lm, {Site("mlp_act", 1): wide}, texts, MatchSpec(support=5), folder=tmp_path / "a")
     with pytest.raises(UnweaveError, match="no label has 500 of"):
         label(lm, {Site("embed"): letter_sae(lm)}, texts, MatchSpec(support=500), folder=tmp_path / "b")
+    draw = random.Random(1)
+    apart = ["".join(draw.choices("abcdefgh", k=30)) for _ in range(60)]
+    alike = [f"a a a a a b b b b b c c c c c {i % 7} {i}" for i in range(60)]
+    for words, tags, reason in (
+        (apart, [["x"]] * 60, "no label parts the .. texts to choose on"),
+        (alike, [["x"], []] * 30, "60 of the 60 are near duplicates"),
+        (["<|im_end|>" * (i + 1) for i in range(60)], [["x"], []] * 30, "no text to choose on has a token that counts"),
+    ):
+        rows = [{"text": text, "tags": own} for text, own in zip(words, tags, strict=True)]
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        own = open_tagged(TaggedSpec(source=str(tmp_path / "own.jsonl")))
+        with pytest.raises(UnweaveError, match=reason):
+            label(lm, {Site("embed"): letter_sae(lm)}, own, MatchSpec(support=5, output_score=None), folder=tmp_path)
     silent = random_sae("embed", JumpReLU(torch.full((F,), 1e9)))
-    with pytest.raises(UnweaveError, match="no latent at embed has a label"):
+    with pytest.raises(UnweaveError, match="no latent at embed has a label: none fires"):
         label(lm, {Site("embed"): silent}, texts, MatchSpec(support=20, output_score=None), folder=tmp_path / "c")
     assert threshold_of(0) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from unweave.methods.labels.result import SiteLabels
 from unweave.show.figures import COLOURS, as_svg, new_figure, settings
 
@@ -17,8 +19,9 @@ def aurocs(site: SiteLabels) -> str:
         axes = figure.add_subplot()
         places = range(1, len(there) + 1)
         columns = [[getattr(label, name) for label, _ in there] for name in ("auroc_low", "auroc_high", "auroc")]
-        axes.vlines(places, columns[0], columns[1], color=COLOURS["accent"], alpha=0.4, linewidth=1.5)
-        axes.plot(places, columns[2], "o", color=COLOURS["accent"], markersize=3, label="labels")
+        lines = np.array(columns, dtype=float)  # no interval: no line
+        axes.vlines(places, lines[0], lines[1], color=COLOURS["accent"], alpha=0.4, linewidth=1.5)
+        axes.plot(places, lines[2], "o", color=COLOURS["accent"], markersize=3, label="labels")
         hollow = {"markerfacecolor": "none", "color": COLOURS["soft"], "markersize": 3, "label": "shuffled"}
         axes.plot(places, [chance or 0.5 for _, chance in there], "o", **hollow)
         axes.axhline(0.5, color=COLOURS["line"], linewidth=1)

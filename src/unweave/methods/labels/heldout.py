@@ -27,6 +27,8 @@ from unweave.sae.module import SAE
 from unweave.tasks.tagged.texts import TaggedTexts
 
 RESAMPLES = 1_000
+LEAST = 8
+"""texts with the label, and without, below which a bootstrap's interval says too much"""
 _PARTS = ("offsets", "indices", "values", "where")
 _SHOWN_CHUNKS = 12
 """chunks that contexts are taken from: about 200,000 tokens"""
@@ -41,7 +43,8 @@ class Told:
     auroc: float | None
     low: float | None
     high: float | None
-    """the 95 % interval of a bootstrap over texts with and without the label"""
+    """the 95 % interval of a bootstrap over texts with and without the label; None with fewer than ``LEAST`` of
+    either, of which it is too narrow"""
     shuffled: float | None
     """AUROC with the labels of the texts shuffled"""
     score: float | None
@@ -139,11 +142,13 @@ def told(histogram: Array, level: int, prior: float | None, seed: int) -> Told:
     if not 0 < has < n:
         return Told(has, None, None, None, None, None)
     rng = np.random.default_rng([seed, has, n])
-    drawn = [rng.multinomial(int(side.sum()), side / side.sum(), RESAMPLES) for side in (positive, negative)]
-    low, high = np.percentile(auroc(*drawn), [2.5, 97.5])
+    low = high = None
+    if LEAST <= has <= n - LEAST:
+        drawn = [rng.multinomial(int(side.sum()), side / side.sum(), RESAMPLES) for side in (positive, negative)]
+        low, high = (float(value) for value in np.percentile(auroc(*drawn), [2.5, 97.5]))
     # drawing which texts have the label is drawing how many of each level do
     chance = rng.multivariate_hypergeometric(positive + negative, has)
     fires = histogram[:, 1 + level :].sum(1)
     score = float(calibrated_f1(fires[1], fires[0], np.array(has), n, prior))
     shuffled = float(auroc(chance, positive + negative - chance))
-    return Told(has, float(auroc(positive, negative)), float(low), float(high), shuffled, score)
+    return Told(has, float(auroc(positive, negative)), low, high, shuffled, score)

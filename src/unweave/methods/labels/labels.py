@@ -36,6 +36,7 @@ from unweave.tasks.tagged.texts import TaggedTexts
 _TRIED_AT_ONCE = 64
 _SHOWN = 30
 _PASSAGES = 4
+_SIDES = {"chosen": "to choose on", "heldout": "held out"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,12 @@ def label(
     pieces = Pieces(folder)
     frequencies = read(chosen, pieces)
     counted = np.stack([frequencies.tokens(site) > 0 for site in saes])
+    if not counted.any():
+        raise UnweaveError(
+            "no text to choose on has a token that counts: all are special, or excluded by the SAE's policy",
+            where=texts.source,
+            remedy="give texts of words, or SAEs with another policy",
+        )
     kept = np.flatnonzero(texts.support(sides["chosen"]) >= match.support)
     matched = {
         site: best_pairs(lm, saes[site], frequencies, site, labels_of(texts, chosen, counted[i]).of(kept), match, seed)
@@ -123,7 +130,8 @@ def _refuse(lm: LM, saes: Mapping[Site, SAE], texts: TaggedTexts, match: MatchSp
     """Raises UnweaveError for what cannot be labelled, before the model runs."""
     for name, which in sides.items():
         if not len(which):
-            raise UnweaveError(f"no text is {name}", where=texts.source, remedy="give more texts, or another heldout")
+            remedy = f"give more texts, or another heldout{_alike(texts)}"
+            raise UnweaveError(f"there are no texts {_SIDES[name]}", where=texts.source, remedy=remedy)
     support = texts.support(sides["chosen"])
     if not (support >= match.support).any():
         best = int(support.argmax())
@@ -133,6 +141,15 @@ def _refuse(lm: LM, saes: Mapping[Site, SAE], texts: TaggedTexts, match: MatchSp
             where=texts.source,
             remedy="lower match.support, or give more texts",
         )
+    for name, which in sides.items():
+        own = texts.support(which)
+        if not ((own > 0) & (own < len(which)))[support >= match.support].any():
+            raise UnweaveError(
+                f"no label parts the {len(which):,} texts {_SIDES[name]}: with support are only such that all of them "
+                "have, or none",
+                where=texts.source,
+                remedy=f"give texts with the label and without{_alike(texts)}",
+            )
     for site, sae in saes.items():
         sae.verify(lm)
         if match.output_score is not None and not writes_into_stream(lm, sae.write, sae.d_out):
@@ -141,6 +158,13 @@ def _refuse(lm: LM, saes: Mapping[Site, SAE], texts: TaggedTexts, match: MatchSp
                 where="match.output_score",
                 remedy="set match.output_score: null",
             )
+
+
+def _alike(texts: TaggedTexts) -> str:
+    """What to add where a side lacks texts since near duplicates fall on the other."""
+    if texts.alike < max(2, len(texts) / 2):
+        return ""
+    return f"; {texts.alike:,} of the {len(texts):,} are near duplicates (eight words in a row) and stay on one side"
 
 
 def _identity(saes: Mapping[Site, SAE], texts: TaggedTexts, context: int) -> str:
@@ -180,10 +204,10 @@ def best_pairs(
             if len(pairs) >= match.top or (taken >= most).all():
                 break
     if not pairs:
-        raise UnweaveError(
-            f"no latent at {site} has a label", where="match",
-            remedy="lower match.output_score, or give more texts",
-        )  # fmt: skip
+        low = "their output scores are too low", "lower match.output_score, or give more texts"
+        none = "none fires in a text that has one", "check that the SAE fits the texts, and its policy's exclusions"
+        reason, remedy = low if (scores.score > 0).any() else none
+        raise UnweaveError(f"no latent at {site} has a label: {reason}", where="match", remedy=remedy)
     firing, candidates = int((scores.firing > 0).sum()), int((scores.score > 0).sum())
     best = tuple(pairs[: match.top])
     return Matched(

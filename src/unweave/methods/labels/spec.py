@@ -17,11 +17,12 @@ _SHARES = rule("shares from above 0 to below 1", lambda values: all(0 < value < 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchSpec(Spec):
-    """How labels are matched with latents. The paper leaves quantiles and top open; the other values are its own."""
+    """How labels are matched with latents. Support and the output score are the paper's; it leaves quantiles and top
+    open, and its prior of 0.001 is for far more texts than most have."""
 
-    prior: Annotated[float | None, above(0), below(1)] = 1e-3
-    """The reference prior of the calibrated F1: the lower, the heavier false positives weigh. null: every label's own
-    prevalence, which is the ordinary F1."""
+    prior: Annotated[float | None, above(0), below(1)] = 0.1
+    """The reference prior of the calibrated F1: the lower, the heavier false positives weigh. The paper's is 0.001.
+    null: every label's own prevalence, which is the ordinary F1."""
     quantiles: Annotated[tuple[float, ...], not_empty(), _SHARES] = (0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995)
     """Candidate thresholds of a latent: these quantiles of its frequencies above 0, and 0."""
     support: Annotated[int, at_least(1)] = 50
@@ -66,6 +67,6 @@ COMMAND = Command(
     examples=(
         "unweave labels --saes runs/train-0123456789ab/sae",
         "unweave labels --saes runs/train-0123456789ab/sae --texts.source academia.stackexchange.com.7z",
-        "unweave labels --saes runs/train-0123456789ab/sae --texts.source topics --match.prior 0.01",
+        "unweave labels --saes runs/train-0123456789ab/sae --texts.source topics --match.prior 0.001",
     ),
 )

@@ -27,7 +27,11 @@ def rows(result: LabelsResult) -> list[Row]:
             (f"{about}held-out AUROC", shown(one.auroc), "mean over pairs, 95 % interval over pairs"),
             (f"{about}... shuffled labels", shown(one.shuffled_auroc), "0.5 is chance"),
             (f"{about}told on unseen texts", one.above_half, "pairs whose own interval lies above 0.5"),
-            (f"{about}best score by chance", one.shuffled_best, f"{_beyond(one)} of the pairs score higher"),
+            (
+                f"{about}best score by chance",
+                one.shuffled_best,
+                f"{_beyond(one)} of the pairs score higher{_advice(one)}",
+            ),
         ]
         lines += [(f"  {pair.label.label}", f"latent {pair.latent}", _words(pair)) for pair in one.pairs[:5]]
     return lines
@@ -42,15 +46,21 @@ def _beyond(one: SiteLabels) -> int:
     return sum(pair.label.score > one.shuffled_best for pair in one.pairs)
 
 
+def _advice(one: SiteLabels) -> str:
+    return "" if 2 * _beyond(one) >= len(one.pairs) else ": most could be luck; raise match.prior, or give more texts"
+
+
 def _auroc(pair: LabelledLatent) -> str:
     label = pair.label
     if label.auroc is None:
         return "n/a"
-    return f"{label.auroc:.2f} [{label.auroc_low or 0:.2f}, {label.auroc_high or 0:.2f}]"
+    if label.auroc_low is None or label.auroc_high is None:
+        return f"{label.auroc:.2f}, no interval"
+    return f"{label.auroc:.2f} [{label.auroc_low:.2f}, {label.auroc_high:.2f}]"
 
 
 def _words(pair: LabelledLatent) -> str:
-    return f"score {pair.label.score:.3f}, held-out AUROC {_auroc(pair)}, {pair.positive} texts"
+    return f"score {pair.label.score:.3f}, held-out AUROC {_auroc(pair)} ({pair.positive} texts have it)"
 
 
 def section(result: LabelsResult, around: Around = ALONE) -> Section:
@@ -84,7 +94,8 @@ def _site(one: SiteLabels, around: Around, several: bool) -> list[str]:
     text = (
         f"{one.above_half} of {len(one.pairs)} pairs have an AUROC whose interval lies above 0.5. Mean AUROC "
         f"{shown(one.auroc)}; with shuffled labels {shown(one.shuffled_auroc)}. The best of all pairs scores "
-        f"{number(one.shuffled_best)} when labels are shuffled before matching; {_beyond(one)} pairs score higher."
+        f"{number(one.shuffled_best)} when labels are shuffled before matching; {_beyond(one)} pairs score "
+        f"higher{_advice(one)}."
     )
     parts = [f"<h3>{esc(one.site)}</h3>"] if several else []
     parts.append(f"<p>{text}</p>")

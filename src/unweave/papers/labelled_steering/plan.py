@@ -123,7 +123,7 @@ def _paper(spec: LabelledSteeringSpec) -> Plan:
             name: tuple(f"hub:{_GEMMA_SCOPE}/{of[layer]}" for layer in _GEMMA_LAYERS) for name, of in folders.items()
         },
         corpora=corpora,
-        labels={"match": {"top": 100}, "context": 256},
+        labels={"match": {"prior": 1e-3, "top": 100}, "context": 256},
         compare={
             "most_pairs": None,
             "protocol": _protocol(spec, 20),

@@ -9,6 +9,7 @@ Rows are parsed with defusedxml, each alone: entities, DTDs and outside referenc
 
 from __future__ import annotations
 
+import errno
 import re
 from array import array
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ import numpy as np
 from unweave.core.contents import content_of
 from unweave.core.errors import UnweaveError
 from unweave.core.files import printable
+from unweave.core.memory import refuse_if_memory
 from unweave.core.writing import disk_free
 from unweave.lm.fetch import building, cache_dir
 from unweave.tasks.tagged.texts import Tagged
@@ -28,6 +30,7 @@ _FILES = "Posts.xml", "Comments.xml"
 _LONGEST = 1 << 24
 """bytes of one row"""
 _QUESTION = "1"
+_NUMBER = re.compile("[0-9]{1,18}")
 _BLOCKS = ("p", "pre", "li", "br", "hr", "blockquote", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "div")
 _EXTRA = "pip install 'unweave[label]'"
 
@@ -78,7 +81,7 @@ def _index(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """The post of each comment, ascending, and where its line begins, int64 [n] both."""
     posts, starts = array("q"), array("q")
     for start, row in _rows(path, "comments"):
-        if row.get("PostId", "").isdigit():
+        if _NUMBER.fullmatch(row.get("PostId", "")):
             posts.append(int(row["PostId"]))
             starts.append(start)
     order = np.argsort(np.frombuffer(posts, np.int64), kind="stable") if posts else np.zeros(0, np.int64)
@@ -87,7 +90,7 @@ def _index(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 def _comments(handle: BinaryIO, index: tuple[Any, Any], post: str, path: Path) -> list[str]:
     """The texts of a post's comments, in their order."""
-    if not post.isdigit() or not len(index[0]):
+    if not _NUMBER.fullmatch(post) or not len(index[0]):
         return []
     first, last = np.searchsorted(index[0], [int(post), int(post) + 1])
     texts = []
@@ -150,7 +153,7 @@ def _unpacked(path: Path) -> Path:
     """The two files of an archive, in the cache. UnweaveError for what is none, or too large for the disk."""
     _require("py7zr", path)
     import py7zr
-    from py7zr.exceptions import ArchiveError
+    from py7zr.exceptions import PasswordRequired
 
     folder = cache_dir() / "stackexchange" / content_of(path)
     with building(folder) as work:
@@ -165,8 +168,14 @@ def _unpacked(path: Path) -> Path:
                     raise UnweaveError(f"its files take {size / 1e9:.1f} GB, more than is free", where=str(work),
                                        remedy="free some space, or set UNWEAVE_CACHE to another disk")  # fmt: skip
                 archive.extract(work / "out", targets=list(members))
-        except (ArchiveError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        except UnweaveError:
+            raise
+        except Exception as error:  # of the container, of each of its compressions, and of encryption
+            refuse_if_memory(error, path)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # the cache's disk is full: not the archive's fault
+            locked = isinstance(error, PasswordRequired)
+            reason = "it has a password" if locked else (str(error) or type(error).__name__).splitlines()[0][:200]
             raise UnweaveError(f"not a 7z archive that can be read: {reason}", where=str(path),
                                remedy="get the archive again") from error  # fmt: skip
     return folder

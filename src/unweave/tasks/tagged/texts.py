@@ -38,6 +38,8 @@ _FORMAT = 1
 _GRAM = 8
 _KEYS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], dtype=np.uint64)
 _AT_ONCE = 1_000
+_MANY_ALIKE = 0.1
+"""share of the texts above which a group of near duplicates is worth a note"""
 Array = np.ndarray[Any, Any]
 
 
@@ -62,6 +64,8 @@ class TaggedTexts:
     rows: Array
     heldout: Array
     """bool [N]"""
+    alike: int = 1
+    """how many texts the largest group of near duplicates has; they are on one side"""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,7 +132,12 @@ def open_tagged(spec: TaggedSpec) -> TaggedTexts:
     if spec.texts is not None and spec.texts < len(rows):
         rows = np.sort(np.argsort(_salted(hashes, f"draw {spec.seed}"), kind="stable")[: spec.texts])
     heldout = _salted(groups[rows], f"heldout {spec.seed}") < np.uint64(spec.heldout * 2**64)
-    return TaggedTexts(folder, tuple(about["names"]), about["source"], tuple(about["notes"]), rows, heldout)
+    alike = int(np.unique(groups[rows], return_counts=True)[1].max())
+    notes = [*about["notes"]]
+    if alike > _MANY_ALIKE * len(rows):
+        notes.append(f"{alike:,} of the {len(rows):,} texts are near duplicates of one another and lie on one side of "
+                     f"the split: {heldout.mean():.0%} of the texts are held out.")  # fmt: skip
+    return TaggedTexts(folder, tuple(about["names"]), about["source"], tuple(notes), rows, heldout, alike)
 
 
 def content_of(source: str) -> str:
@@ -147,6 +156,9 @@ def content_of(source: str) -> str:
         from unweave.tasks.tagged.debian import fetched
 
         return tree_of(fetched())
+    path = Path(source).expanduser()
+    if not (path.is_file() or (path.is_dir() and kind != "rows")):
+        raise UnweaveError("there is no such file", where=str(path.absolute()), remedy="check the path")
     return tree_of(source)
 
 
