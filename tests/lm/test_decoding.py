@@ -107,6 +107,8 @@ def test_a_row_draws_the_same_in_any_batch(tiny: Callable[..., Any]) -> None:
     twice = Tokens(*(column[[0, 0]] for column in (batch.ids, batch.mask, batch.roles)))
     rows = lm.generate_ids(twice, max_new_tokens=NEW, temperature=1.0, seed=[5, 6])
     assert rows[0].tolist() == same[0].tolist() != rows[1].tolist()
+    with pytest.raises(UnweaveError, match="1 seeds are given for 2 rows"):
+        lm.generate_ids(twice, max_new_tokens=NEW, temperature=1.0, seed=[5])
 
 
 def test_draws_have_the_models_distribution(tiny: Callable[..., Any]) -> None:
@@ -120,6 +122,31 @@ def test_draws_have_the_models_distribution(tiny: Callable[..., Any]) -> None:
     counts = torch.bincount(drawn, minlength=len(p)).double()
     assert bool(((counts - n * p).abs() <= 5 * (n * p).sqrt() + 3).all())  # five standard deviations
     assert int((counts > 0).sum()) > 5
+
+
+def test_a_tiny_temperature_is_greedy(tiny: Callable[..., Any]) -> None:
+    lm = _lm(tiny, "gemma2")
+    batch = Tokens.pad([(row, [4] * len(row)) for row in ROWS], 2, "left")
+    greedy = lm.generate_ids(batch, max_new_tokens=NEW)
+    for temperature in (1e-40, 5e-324):
+        assert torch.equal(greedy, lm.generate_ids(batch, max_new_tokens=NEW, temperature=temperature))
+
+
+@pytest.mark.parametrize("persist", [True, False])
+def test_what_leaves_the_range_of_numbers_is_refused(tiny: Callable[..., Any], persist: bool) -> None:
+    lm = _lm(tiny, "llama")
+    low, _ = _saes(lm)
+    batch = Tokens.pad([(row, [4] * len(row)) for row in ROWS], 2, "left")
+    by_row = torch.tensor([float("nan"), 3e38, 1.0])
+    edits = low.add(dict.fromkeys(range(20), by_row), where="all")  # the sum is infinite
+    lm.model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(UnweaveError, match=r"new token 0 are not finite in rows \[0, 1, 2\]"):
+        lm.generate_ids(batch, max_new_tokens=NEW)
+    lm = _lm(tiny, "llama")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UnweaveError, match=r"new token 0 are not finite in rows \[1\]"):
+            lm.generate_ids(batch, edits, max_new_tokens=NEW, temperature=temperature, persist=persist)
+    assert not lm.sessions and lm.current is None
 
 
 def test_a_stream_that_is_left_early_gives_the_model_back(tiny: Callable[..., Any]) -> None:

@@ -110,6 +110,19 @@ def test_rows_of_different_latents_saes_sites_and_modes_are_one_batch(tiny_lm: C
     assert together([[], []]) == []
 
 
+def test_the_order_of_a_rows_changes_is_its_own(tiny_lm: Callable[..., LM]) -> None:
+    """Clamp and add at one latent do not commute; a row alone and beside rows of another order is the same."""
+    lm, sae = tiny_lm(), draw_sae()
+    push, hold, more = Change(sae, 3, 4.0, "add"), Change(sae, 3, 1.0), Change(sae, 5, 2.0, "add")
+    rows = [[push, hold], [hold, push], [push, hold, more], [hold], [more, hold, push]]
+    ids = IDS[:1].expand(len(rows), -1)
+    got = values_at(lm, ids, together(rows))
+    for b, row in enumerate(rows):
+        torch.testing.assert_close(got[b : b + 1], values_at(lm, ids[:1], together([row])), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(got[0], got[1], atol=1e-2)
+    assert len(together([*rows, *rows])) == 3
+
+
 def test_directions_that_a_row_projects_out_are_one_span(tiny_lm: Callable[..., LM]) -> None:
     lm, sae = tiny_lm(), draw_sae()
     rows = [[Change(sae, 3, 1.0, "project"), Change(sae, 4, 1.0, "project")], [Change(sae, 3, 1.0, "project")], []]
@@ -132,11 +145,21 @@ def test_directions_that_a_row_projects_out_are_one_span(tiny_lm: Callable[..., 
         (lambda sae: sae.fires(1, NAN), "cannot be above"),
         (lambda sae: together([[Change(sae, 1, 1.0), Change(sae, 1, 2.0)]]), "set twice"),
         (lambda sae: together([[Change(sae, 1, NAN)]]), "latent 1 of row 0"),
+        (lambda sae: together([[Change(sae, 1, 1e39)]]), r"the value for latent 1 is \[1e\+39\]"),
+        (lambda sae: sae.clamp({1: torch.ones(0)}), r"the value for latent 1 is \[\]"),
     ],
 )
 def test_edits_that_make_no_sense_are_refused(wrong: Callable[[SAE], Any], message: str) -> None:
     with pytest.raises(UnweaveError, match=message):
         wrong(draw_sae())
+
+
+def test_a_batch_of_one_row_has_strengths_by_row_too(tiny_lm: Callable[..., LM]) -> None:
+    lm, sae = tiny_lm(), draw_sae()
+    x = values_at(lm, IDS[:1])
+    assert torch.equal(values_at(lm, IDS[:1], sae.add({1: torch.tensor([NAN])})), x)
+    one = values_at(lm, IDS, sae.add({1: torch.tensor([2.0])}))
+    torch.testing.assert_close(one, values_at(lm, IDS, sae.add({1: 2.0})))
 
 
 def test_strengths_for_another_number_of_rows_are_refused(tiny_lm: Callable[..., LM]) -> None:

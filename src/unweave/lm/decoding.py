@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unweave.core.errors import UnweaveError
+
 if TYPE_CHECKING:
     from unweave.lm.model import LM, Tokens
     from unweave.lm.taps import Edits
@@ -37,7 +39,7 @@ def decode(
     Arguments as in ``LM.generate_ids``. The model is taken until the last token is read, or the iterator is closed.
     """
     tokens = lm.admitted(tokens.columns(slice(int(tokens.mask.any(0).int().argmax()), None)), max_new_tokens)
-    draws = _draws(seed, len(tokens), max_new_tokens) if temperature > 0 else None
+    draws = _generators(seed, len(tokens))
     ends = torch.tensor(lm.end_ids, dtype=torch.int64, device=lm.device)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=lm.device)
     with lm.running(tokens), torch.no_grad():
@@ -45,10 +47,15 @@ def decode(
         with lm.taps(edit=edit, newest=not persist):
             for step in range(max_new_tokens):
                 logits = row.logits()
-                if draws is None:
-                    new = logits.argmax(-1)
-                else:
-                    new = _drawn(logits / temperature, draws[:, step])
+                most, new = logits.max(-1)
+                lost = ~(most.isfinite() | ended)  # NaN is the largest
+                if bool(lost.any()):
+                    raise UnweaveError(
+                        f"the logits of new token {step} are not finite in rows {lost.nonzero().flatten().tolist()}",
+                        remedy="edit with smaller strengths, or load the model in float32",
+                    )
+                if temperature > 0:
+                    new = _drawn((logits.double() - most.unsqueeze(1)) / temperature, [one.random() for one in draws])
                 new = torch.where(ended, lm.pad_id, new)
                 ended = ended | torch.isin(new, ends)
                 yield new
@@ -104,14 +111,17 @@ def row_seed(seed: int, row: int) -> int:
     return (seed << 32) + row
 
 
-def _draws(seed: int | Sequence[int], rows: int, steps: int) -> Tensor:
-    """Numbers in [0, 1) by row and step, float64 [rows, steps]; of one seed, each row has draws of its own."""
+def _generators(seed: int | Sequence[int], rows: int) -> list[np.random.Generator]:
+    """Where each row's draws come from; of one seed, each row has its own."""
     seeds = [row_seed(seed, row) for row in range(rows)] if isinstance(seed, int) else seed
-    return torch.from_numpy(np.stack([np.random.default_rng(one % (1 << 128)).random(steps) for one in seeds]))
+    if len(seeds) != rows:
+        raise UnweaveError(f"{len(seeds)} seeds are given for {rows} rows", remedy="give one, or one for each row")
+    return [np.random.default_rng(one % (1 << 128)) for one in seeds]
 
 
-def _drawn(logits: Tensor, draws: Tensor) -> Tensor:
-    """Tokens [B] of the distributions that logits [B, V] stand for: the first whose cumulated probability is larger."""
-    cumulated = torch.softmax(logits.double(), -1).cumsum(-1)
-    places = draws.to(logits.device).unsqueeze(1) * cumulated[:, -1:]
+def _drawn(logits: Tensor, draws: Sequence[float]) -> Tensor:
+    """Tokens [B] of the distributions that logits [B, V], float64, stand for, by one draw in [0, 1) a row: the first
+    whose cumulated probability is larger."""
+    cumulated = torch.softmax(logits, -1).cumsum(-1)
+    places = torch.tensor(draws, dtype=torch.float64, device=logits.device).unsqueeze(1) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, places, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)

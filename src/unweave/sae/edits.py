@@ -111,25 +111,33 @@ class Change:
 
 
 def together(rows: Sequence[Sequence[Change]]) -> list[Edit]:
-    """The edits of a batch whose row b has the changes ``rows[b]``, in order of their first appearance.
+    """The edits of a batch whose row b has the changes ``rows[b]``. A row's own order holds, whatever the other rows'.
 
-    Changes that differ only in latent and value are one edit; directions that a row projects out are one span.
+    Changes of a row that differ only in latent and value are one edit, in the place of their first; directions that a
+    row projects out are one span. Rows share edits where their orders allow it.
     """
-    strengths: dict[tuple[object, ...], tuple[Change, dict[int, Tensor]]] = {}
+    edits: list[tuple[object, Change, dict[int, Tensor]]] = []
     for b, changes in enumerate(rows):
+        kinds: dict[tuple[object, ...], list[Change]] = {}
         for change in changes:
-            like = _kind(change)
-            spans = [one.latent for one in changes if _kind(one) == like] if change.mode == "project" else []
-            key = (*like, *spans)
-            _, values = strengths.setdefault(key, (change, {}))
-            value = values.setdefault(change.latent, torch.full((len(rows),), torch.nan, dtype=torch.float64))
-            if not value[b].isnan() or finite(change.value) is None:
-                raise UnweaveError(
-                    f"latent {change.latent} of row {b} is set twice, or to {change.value!r}",
-                    remedy="give one finite value",
-                )
-            value[b] = change.value
-    return [edit(one.sae, one.mode, values, one.where, one.when) for one, values in strengths.values()]
+            kinds.setdefault(_kind(change), []).append(change)
+        behind = 0
+        for kind, alike in kinds.items():
+            key = (kind, {one.latent for one in alike} if alike[0].mode == "project" else None)
+            place = next((i for i in range(behind, len(edits)) if edits[i][0] == key), len(edits))
+            if place == len(edits):
+                edits.append((key, alike[0], {}))
+            behind = place + 1
+            for change in alike:
+                nowhere = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+                value = edits[place][2].setdefault(change.latent, nowhere)
+                if not value[b].isnan() or finite(change.value) is None:
+                    raise UnweaveError(
+                        f"latent {change.latent} of row {b} is set twice, or to {change.value!r}",
+                        remedy="give one finite value",
+                    )
+                value[b] = change.value
+    return [edit(one.sae, one.mode, values, one.where, one.when) for _, one, values in edits]
 
 
 def _kind(change: Change) -> tuple[object, ...]:
@@ -148,15 +156,15 @@ def _strengths(sae: SAE, values: Mapping[int, Strength]) -> Tensor:
     dtype, device = sae.W_dec.dtype, sae.W_dec.device
     columns: list[Tensor] = []
     for latent, value in values.items():
-        if isinstance(value, Tensor) and value.ndim == 1 and len(value) > 1 and value.dtype != torch.bool:
+        if isinstance(value, Tensor) and value.ndim == 1 and len(value) and value.dtype != torch.bool:
             column = value.detach().double()
-            good = not bool((column.abs() > torch.finfo(dtype).max).any())
         else:
-            column = torch.tensor(number := finite(value) or 0.0, dtype=torch.float64)
-            good = finite(value) is not None and abs(number) <= torch.finfo(dtype).max
-        if not good:
+            number = finite(value)
+            column = torch.tensor(torch.inf if number is None else number, dtype=torch.float64)
+        if bool((column.abs() > torch.finfo(dtype).max).any()):
+            shown = value.tolist() if isinstance(value, Tensor) else value
             raise UnweaveError(
-                f"the value for latent {latent!r} is {value!r}",
+                f"the value for latent {latent!r} is {shown!r}",
                 remedy=f"give a finite number within the range of {dtype}, or a tensor with one for each row",
             )
         columns.append(column.to(device, dtype))
@@ -213,7 +221,7 @@ def _projection(mode: str, subset: Subset, strengths: Tensor) -> Callable[[Tenso
 
 
 def _check_rows(strengths: Tensor, x: Tensor) -> None:
-    if strengths.ndim == 3 and len(strengths) != len(x):
+    if strengths.ndim == 3 and len(strengths) not in (1, len(x)):
         raise UnweaveError(
             f"strengths are given for {len(strengths)} rows, and the batch has {len(x)}",
             remedy="give one per row of the batch, or one for all",

@@ -221,15 +221,9 @@ class Measures(NamedTuple):
     kl: float | None
 
 
-def perplexity(lm: LM, prompt: Tokens, ids: Tensor, written: Tensor) -> list[float | None]:
-    """exp of the mean cross-entropy, in nats, of each row's first ``written`` [B] new tokens ``ids`` [B, N] after its
-    left-padded prompt; None where there are none. Taps that are open are in force."""
-    return [one.perplexity for one in measures(lm, prompt, Generated(ids, written), None)]
-
-
 def measures(lm: LM, prompts: Tokens, written: Generated, changes: Sequence[Sequence[Change]] | None) -> list[Measures]:
     """Each text under the unedited model and, with ``changes`` by row, under the model that is changed so: one forward
-    pass each of prompt and text, whose new tokens are the answer for ``where`` as they were when it was written."""
+    pass each of left-padded prompt and text, whose new tokens are the answer for ``where`` as when it was written."""
     found: list[Measures] = []
     step = max(1, _LOGITS // (lm.vocab_size * (written.ids.shape[1] + 1)))
     for start in range(0, len(written.ids), step):

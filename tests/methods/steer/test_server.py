@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -102,7 +103,15 @@ def test_strengths_persistence_seeds_and_stops_are_honoured(client: TestClient, 
 
 def test_models_and_neutral_fields(client: TestClient) -> None:
     assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["tiny"]
-    neutral = {"n": 1, "top_p": 1.0, "presence_penalty": 0, "logprobs": False, "user": "me", "tools": None}
+    neutral = {
+        "response_format": {"type": "text"},
+        "n": 1,
+        "top_p": 1.0,
+        "presence_penalty": 0,
+        "logprobs": False,
+        "user": "me",
+        "tools": None,
+    }
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
     assert ask(client, messages=parts, **neutral).json()["choices"] == ask(client).json()["choices"]
 
@@ -120,21 +129,31 @@ def test_models_and_neutral_fields(client: TestClient) -> None:
         ({"unweave": {"edit": []}}, 400, "unweave", "no field 'edit'"),
         ({"unweave": {"persist": "no"}}, 400, "unweave", "persist"),
         ({"unweave": 3}, 400, "unweave", "unweave"),
+        ({"unweave": {"edits": [{"latent": "resid_post.1/3"}] * 257}}, 400, "unweave", "more than 256"),
+        ({"unweave": {"edits": [{"latent": "resid_post.1/3", "value": 1e39}]}}, 400, "unweave.edits", "[1e+39]: give"),
         ({"top_k": 5}, 400, "top_k", "unknown field 'top_k'"),
         ({"top_p": 0.5}, 400, "top_p", "not supported"),
         ({"n": True}, 400, "n", "not supported"),
         ({"max_tokens": 100}, 400, "messages", "64 positions"),
+        ({"max_completion_tokens": 9}, 400, "max_tokens", "differ"),
         ({"max_tokens": 0}, 400, "max_tokens", "max_tokens"),
         ({"temperature": -1}, 400, "temperature", "temperature"),
+        ({"temperature": -1e-10}, 400, "temperature", "temperature"),
         ({"temperature": "hot"}, 400, "temperature", "temperature"),
         ({"seed": 1.5}, 400, "seed", "seed"),
         ({"stop": ["a", ""]}, 400, "stop", "stop"),
         ({"stream": "yes"}, 400, "stream", "stream"),
+        ({"stream": True, "stream_options": {"chunks": 3}}, 400, "stream_options", "include_usage"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options", "of a stream"),
+        ({"messages": [{"role": "user"}]}, 400, "messages", "a role and a content"),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, "messages", "content is 3"),
+        ({"messages": [{"role": "user", "content": "Hi", "name": "me"}]}, 400, "messages", "'name'"),
         ({"messages": []}, 400, "messages", "must be given"),
         ({"messages": "Hi"}, 400, "messages", "messages"),
         ({"messages": [{"role": "robot", "content": "Hi"}]}, 400, "messages", "robot"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "type text"),
         ({"messages": [{"role": "user", "content": "x" * 90}]}, 400, "messages", "64 positions"),
+        ({"model": 4}, 400, "model", "not text"),
         ({"model": "gpt-4"}, 404, "model", "'gpt-4' is not here"),
     ],
 )
@@ -164,6 +183,10 @@ def test_bodies_paths_hosts_and_origins(client: TestClient, monkeypatch: Any) ->
         (client.post(path, content=asked, headers=origin), 403, "evil.example"),
         (client.get("/v1/models", headers={"host": "127.0.0.1.evil.example"}), 403, "evil.example"),
         (client.get("/v1/models", headers={"host": ""}), 403, "host"),
+        (client.get("/v1/models", headers={"host": "evil.example@localhost"}), 403, "evil.example"),
+        (client.get("/v1/models", headers={"origin": "http://127.0.0.1:3000"}), 403, "origin"),
+        (client.get("/v1/models", headers={"origin": "null"}), 403, "origin"),
+        (client.get("/v1/models/", follow_redirects=False), 404, "/v1/models/"),
         (client.get("/v2"), 404, "/v2"),
         (client.get(path), 405, path),
     ):
@@ -206,6 +229,33 @@ def test_a_stream_that_is_left_frees_the_model(steered: Steered) -> None:
     job = server._Job(question, tokens, together([]), 8, True, "x", 0, cancelled, True)
     assert server._write(steered.lm, job, puts.append) == ("stop", 0)
     assert puts == [] and not steered.lm.sessions
+
+
+def test_an_answer_that_nobody_waits_for_ends(client: TestClient, steered: Steered, monkeypatch: Any) -> None:
+    written: list[int] = []
+
+    def slow(*args: Any, **options: Any) -> Iterator[torch.Tensor]:
+        for step in range(10_000):
+            written.append(step)
+            time.sleep(0.001)
+            yield torch.tensor([40 + step % 9])
+
+    async def gone(request: Any) -> bool:
+        return len(written) > 5
+
+    monkeypatch.setattr(server, "decode", slow)
+    monkeypatch.setattr("starlette.requests.Request.is_disconnected", gone)
+    assert ask(client).status_code == 499
+    steered.worker.submit(int).result()  # the worker is free
+    assert len(written) < 10_000
+
+
+def test_edits_that_break_the_model_are_refused_by_name(client: TestClient) -> None:
+    many = [EDIT | {"latent": f"resid_post.1/{j}", "value": 3e38, "where": "all"} for j in range(20)]  # their sum
+    broken = {"unweave": {"edits": many}}
+    answer = ask(client, **broken)
+    assert answer.status_code == 400 and "not finite" in answer.json()["error"]["message"]
+    assert "not finite" in ask(client, stream=True, **broken).text
 
 
 @pytest.mark.parametrize(

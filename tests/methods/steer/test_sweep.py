@@ -20,7 +20,7 @@ from unweave.methods.steer.themes import Theme, themes
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
 from unweave.sae.output_score import NEUTRAL, output_scores
-from unweave.sae.steered import distinct, lens_tokens, perplexity, sweep, until_end
+from unweave.sae.steered import Generated, distinct, lens_tokens, measures, sweep, until_end
 
 F = 24
 PROMPTS_HERE = ["Tell me about the sea.", "Hi"]
@@ -97,6 +97,10 @@ def test_texts_numbers_against_counts_by_hand(lm: LM) -> None:
     assert plain.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
 
 
+def perplexities(lm: LM, prompt: Tokens, ids: Tensor, lengths: Tensor) -> list[float | None]:
+    return [one.perplexity for one in measures(lm, prompt, Generated(ids, lengths), None)]
+
+
 def test_repetition_and_ends_by_hand(lm: LM) -> None:
     assert distinct(torch.tensor([5, 6, 7, 8])) == 1.0
     assert distinct(torch.tensor([5, 6, 5, 6, 5, 6])) == 0.5
@@ -109,10 +113,10 @@ def test_repetition_and_ends_by_hand(lm: LM) -> None:
 def test_perplexity_ignores_padding_and_what_follows_the_end(lm: LM) -> None:
     prompt = lm.tokenize(["Hello there", "Hi"], side="left")
     ids = torch.tensor([[40, 41, 42, 43], [50, 51, 1, 2]])
-    found = perplexity(lm, prompt, ids, torch.tensor([4, 2]))
-    alone = perplexity(lm, lm.tokenize(["Hi"], side="left"), torch.tensor([[50, 51]]), torch.tensor([2]))
+    found = perplexities(lm, prompt, ids, torch.tensor([4, 2]))
+    alone = perplexities(lm, lm.tokenize(["Hi"], side="left"), torch.tensor([[50, 51]]), torch.tensor([2]))
     assert found[1] == pytest.approx(alone[0], rel=1e-4)
-    assert perplexity(lm, prompt, ids, torch.tensor([4, 0]))[1] is None
+    assert perplexities(lm, prompt, ids, torch.tensor([4, 0]))[1] is None
 
 
 @pytest.mark.parametrize(
@@ -269,7 +273,7 @@ def test_trials_against_texts_written_one_at_a_time(lm: LM) -> None:
     def written(edit: Any) -> tuple[Tensor, float]:
         ids = lm.generate_ids(talk, edit, max_new_tokens=10)
         n = until_end(lm, ids)
-        (value,) = perplexity(lm, talk, ids, n)
+        (value,) = perplexities(lm, talk, ids, n)
         assert value is not None
         return ids[0, : int(n)], value
 

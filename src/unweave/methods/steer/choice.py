@@ -17,17 +17,16 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.latents.records import Records
 from unweave.lm.model import LM
-from unweave.lm.taps import At
 from unweave.methods.steer.result import Candidate
 from unweave.methods.steer.themes import Theme, themes
+from unweave.sae.edits import Change
 from unweave.sae.module import SAE
 from unweave.sae.output_score import output_scores, raised, written_site
-from unweave.sae.steered import distinct, perplexity, prompt_tokens, until_end
+from unweave.sae.steered import distinct, generate_sweep, measures, prompt_tokens
 
 PROMPTS = ("I would like to tell you about the", "My favourite thing is the", "It was all about")
 """beginnings that a word of almost any theme may follow"""
@@ -83,23 +82,14 @@ def trials(
     theme: 1 with two or more of the theme's tokens, 0.5 with one. variety: distinct 3-grams over all. sense: 1 while
     the perplexity under the unedited model is at most twice that of unedited text, else 1 over the number of doublings.
     """
-    write = written_site(lm, sae)
     cells = [(i, strength) for i in range(len(selected)) for strength in strengths]
-    scale = torch.tensor([0.0, *(strength * maxima[i] for i, strength in cells)], dtype=sae.W_dec.dtype)
-    latents = torch.tensor([0, *(selected[i].latent for i, _ in cells)])
-    shift = scale.unsqueeze(1).to(lm.device) * sae.W_dec[latents.to(lm.device)]
-
-    def turned_up(x: Tensor, at: At) -> Tensor:
-        keep = sae.policy.keep(x, at.ids, at.mask) if sae.read == write else at.mask
-        return x + (shift.unsqueeze(1) * keep.unsqueeze(-1)).to(x.dtype)
-
-    rows = prompt_tokens(lm, [prompt] * len(scale), None)
-    ids = lm.generate_ids(rows, {write: turned_up}, max_new_tokens=max_new_tokens)
-    written = until_end(lm, ids)
-    perplexities = perplexity(lm, rows, ids, written)
+    changes = [[], *([Change(sae, selected[i].latent, strength * maxima[i], "add")] for i, strength in cells)]
+    rows = prompt_tokens(lm, [prompt] * len(changes), None)
+    written = generate_sweep(lm, rows, changes, max_new_tokens=max_new_tokens)
+    perplexities = [one.perplexity for one in measures(lm, rows, written, None)]
     usual = perplexities[0] or 1.0
     values = [0.0] * len(selected)
-    for (i, _), row, n, p in zip(cells, ids[1:], written.tolist()[1:], perplexities[1:], strict=True):
+    for (i, _), row, n, p in zip(cells, written.ids[1:], written.lengths.tolist()[1:], perplexities[1:], strict=True):
         if p is not None:
             new = row[:n]
             theme = min(1.0, sum(int(token) in selected[i].token_ids for token in new) / 2)

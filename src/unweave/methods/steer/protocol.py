@@ -17,9 +17,11 @@ _KNOWN = {True: (*_COMMON, "messages", "max_completion_tokens"), False: (*_COMMO
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "top_p": (1,), "presence_penalty": (0,), "frequency_penalty": (0,),
     "logprobs": (False,), "echo": (False,), "store": (False,), "logit_bias": ({},), "tools": ([],),
+    "response_format": ({"type": "text"},),
 }  # fmt: skip
 """fields of OpenAI's that change nothing at these values, which clients like to send"""
 _MOST_STOPS = 4
+_MOST_EDITS = 256
 
 
 class Refused(Exception):
@@ -61,7 +63,10 @@ def read_question(body: bytes, *, chat: bool) -> Question:
         own = fields.mapping("unweave")
         if unknown := [name for name in own if name not in ("edits", "persist")]:
             raise Refused(f"unweave has no field {unknown[0]!r}; it has edits and persist", param="unweave")
-        edits = tuple(_edit(one, f"unweave.edits[{i}]") for i, one in enumerate(own.values.get("edits") or ()))
+        asked = own.values.get("edits") or ()
+        if len(asked) > _MOST_EDITS:
+            raise Refused(f"{len(asked)} edits are more than {_MOST_EDITS}", param="unweave")
+        edits = tuple(_edit(one, f"unweave.edits[{i}]") for i, one in enumerate(asked))
         persist = own.boolean("persist")
         param = "messages" if chat else "prompt"
         messages = [_message(one) for one in fields.sequence("messages")] if chat else None
@@ -69,24 +74,34 @@ def read_question(body: bytes, *, chat: bool) -> Question:
         if not messages and not prompt:
             raise Refused(f"{param} must be given, and not be empty", param=param)
         param = "max_tokens"
-        limits = (fields.integer("max_tokens", least=1), fields.integer("max_completion_tokens", least=1))
+        limits = {fields.integer(name, least=1) for name in ("max_tokens", "max_completion_tokens")} - {None}
+        if len(limits) > 1:
+            raise Refused("max_tokens and max_completion_tokens differ", param=param)
         param = "temperature"
-        temperature = fields.number("temperature", above=-1e-9, most=2)
+        temperature = fields.number("temperature", most=2)
+        if temperature is not None and temperature < 0:
+            raise Refused("temperature must be 0 to 2", param=param)
         param = "seed"
         seed = fields.integer("seed", least=-(1 << 63), most=1 << 63)
         param = "stop"
         stop = _stops(fields)
+        param = "model"
+        model = fields.text("model") or ""
         param = "stream"
-        options = fields.mapping("stream_options")
+        stream = fields.flag("stream")
+        param = "stream_options"
+        options = fields.mapping(param)
+        if set(options) - {"include_usage"} or (options and not stream):
+            raise Refused("stream_options hold include_usage alone, of a stream", param=param)
         return Question(
-            model=fields.text("model") or "",
+            model=model,
             messages=messages,
             prompt=prompt or "",
-            max_tokens=next((limit for limit in limits if limit is not None), None),
+            max_tokens=next(iter(limits), None),
             temperature=1.0 if temperature is None else temperature,
             seed=secrets.randbits(31) if seed is None else seed,
             stop=stop,
-            stream=fields.flag("stream"),
+            stream=stream,
             with_usage=options.flag("include_usage"),
             edits=edits,
             persist=persist,
@@ -114,14 +129,19 @@ def _edit(value: Any, where: str) -> EditSpec:
 
 def _message(message: Fields) -> dict[str, str]:
     """A message whose content is text, or parts of text."""
-    if unknown := [name for name in message if name not in ("role", "content", "name") and name in message]:
+    if unknown := [name for name in message if name not in ("role", "content") and name in message]:
         raise Refused(f"a message's {unknown[0]!r} is not supported", param="messages")
-    if not message.holds("content", list):
-        return {"role": message.text("role") or "", "content": message.text("content") or ""}
-    parts = message.sequence("content")
-    if any(part.text("type") != "text" for part in parts):
-        raise Refused("only parts of type text are supported", param="messages")
-    return {"role": message.text("role") or "", "content": "".join(part.text("text") or "" for part in parts)}
+    if "role" not in message or "content" not in message:
+        raise Refused("a message has a role and a content", param="messages")
+    content = message.values["content"]
+    if isinstance(content, list):
+        parts = message.sequence("content")
+        if any(part.text("type") != "text" for part in parts):
+            raise Refused("only parts of type text are supported", param="messages")
+        content = "".join(part.text("text") or "" for part in parts)
+    elif not isinstance(content, str):
+        raise message.wrong("content", "text")
+    return {"role": message.text("role") or "", "content": content}
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """A server of the steered model in OpenAI's form, for this machine alone: /v1/models, /v1/chat/completions and
 /v1/completions, whole or as a stream.
 
-1. One worker thread owns the model and answers one request after the other; a stream that nobody reads ends.
+1. One worker thread owns the model and answers one request after the other; an answer that nobody waits for ends.
 2. A request may bring edits of its own (``"unweave": {"edits": [...]}``), which join the server's.
-3. Only requests that name this machine as their host are answered, and none that a page of another origin sends: a name
+3. Only requests that name this machine as their host are answered, and none that a page sends from elsewhere: a name
    that was made to point here, or a form, reaches nothing.
 """
 
@@ -12,14 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -38,7 +38,7 @@ from unweave.methods.steer.spec import EditSpec
 from unweave.sae.edits import Edit, together
 from unweave.sae.module import SAE
 
-HOSTS = ("127.0.0.1", "localhost", "::1")
+_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", re.IGNORECASE)
 MOST_BYTES = 1 << 20
 MOST_WAITING = 16
 USUAL_TOKENS = 256
@@ -66,10 +66,6 @@ class Steered:
         for sae in self.saes.values():
             sae.verify(self.lm)  # here, for later the model is the worker's
         self.opened(())
-
-    def finished(self) -> None:
-        """A request has been answered."""
-        self.waiting -= 1
 
     def opened(self, edits: tuple[EditSpec, ...]) -> list[OpenedEdit]:
         """The server's edits and these. Raises UnweaveError for those that are none."""
@@ -114,38 +110,45 @@ def app(steered: Steered) -> Starlette:
         events = _events(steered, job)
         if job.question.stream:
             return StreamingResponse(_stream(steered, job, events), media_type="text/event-stream")
-        pieces = [event async for event in events]
+        pieces: list[Any] = []
+        async for event in events:
+            if await request.is_disconnected():
+                await events.aclose()
+                return Response(status_code=499)  # nobody reads it
+            pieces.append(event)
         reason, n = pieces.pop()
         return JSONResponse(_whole(steered, job, "".join(pieces), reason, n))
 
     async def refused(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             error = Refused(f"{error.detail}: {request.method} {request.url.path}", status=error.status_code)
-        if not isinstance(error, Refused):
-            error = Refused("this is our fault, not yours", status=500)
-        return JSONResponse(error.body, status_code=error.status)
+        refusal = _refusal(error)
+        return JSONResponse(refusal.body, status_code=refusal.status)
 
     paths = {"/v1/chat/completions": answer, "/v1/completions": answer}
-    return Starlette(
+    server = Starlette(
         routes=[
             Route("/v1/models", models, methods=["GET"]),
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in paths.items()),
         ],
-        exception_handlers={Refused: refused, HTTPException: refused, Exception: refused},
+        exception_handlers=dict.fromkeys((Refused, UnweaveError, HTTPException, Exception), refused),
     )
+    server.router.redirect_slashes = False
+    return server
+
+
+def _refusal(error: Exception, param: str | None = None, code: str | None = None) -> Refused:
+    """What clients are told of an error; of one that is ours, nothing."""
+    if isinstance(error, UnweaveError):
+        return Refused(": ".join(filter(None, [error.what, error.remedy])), param=param, code=code)
+    return error if isinstance(error, Refused) else Refused("this is our fault, not yours", status=500)
 
 
 def _check_origin(request: Request) -> None:
     """Refuses requests by another name than this machine's, and those that a browser sends for another origin."""
-    for header, required in (("host", True), ("origin", False)):
-        value = request.headers.get(header)
-        if value is None and not required:
-            continue
-        try:
-            host = urlsplit(value if value and "//" in value else f"//{value}").hostname
-        except ValueError:
-            host = None
-        if host not in HOSTS:
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    for header, value, good in (("host", host, _HOST.fullmatch(host)), ("origin", origin, origin == f"http://{host}")):
+        if value is not None and not good:
             raise Refused(f"requests for the {header} {value!r} are not answered", status=403, code="forbidden_host")
 
 
@@ -173,8 +176,7 @@ def _job(steered: Steered, question: Question, chat: bool) -> _Job:
     try:
         edits = together([[edit.change() for edit in steered.opened(question.edits)]])
     except UnweaveError as error:
-        message = f"{error.what}: {error.remedy}" if error.remedy else error.what
-        raise Refused(message, param="unweave.edits", code="invalid_edit") from None
+        raise _refusal(error, "unweave.edits", "invalid_edit") from None
     param = "messages" if chat else "prompt"
     if chat and not has_template(lm.tokenizer):
         raise Refused("this model has no chat template: use /v1/completions", param=param)
@@ -184,7 +186,7 @@ def _job(steered: Steered, question: Question, chat: bool) -> _Job:
         else:
             tokens = lm.tokenize([question.prompt], side="left")
     except UnweaveError as error:
-        raise Refused(error.what, param=param) from None
+        raise _refusal(error, param) from None
     n, limit = tokens.ids.shape[1], int(getattr(lm.model.config, "max_position_embeddings", 0) or 1 << 40)
     new = question.max_tokens or min(USUAL_TOKENS, max(1, limit - n))
     if n + new > limit:
@@ -199,27 +201,23 @@ def _job(steered: Steered, question: Question, chat: bool) -> _Job:
     return _Job(question, tokens, edits, new, chat, name, int(time.time()), threading.Event(), persist)
 
 
-async def _events(steered: Steered, job: _Job) -> AsyncIterator[Any]:
+async def _events(steered: Steered, job: _Job) -> AsyncGenerator[Any]:
     """The pieces of the answer as they are written, and last (why it ended, how many tokens it has)."""
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
-    def put(event: Any) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, event)
+    def put(piece: str) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, piece)
 
-    def work() -> None:
-        try:
-            last: Any = _write(steered.lm, job, put)
-        except Exception as error:
-            last = error
-        loop.call_soon_threadsafe(steered.finished)
-        put(last)
+    def written(work: asyncio.Future[tuple[str, int]]) -> None:
+        steered.waiting -= 1
+        queue.put_nowait(work.exception() or work.result())
 
     steered.waiting += 1
-    steered.worker.submit(work)
+    loop.run_in_executor(steered.worker, _write, steered.lm, job, put).add_done_callback(written)
     try:
         while True:
             event = await queue.get()
-            if isinstance(event, Exception):
+            if isinstance(event, BaseException):
                 raise event
             yield event
             if isinstance(event, tuple):
@@ -275,8 +273,8 @@ async def _stream(steered: Steered, job: _Job, events: AsyncIterator[Any]) -> As
             yield event(_object(steered, job, {"delta": {}} if job.chat else {"text": ""}, one[0]))
             if job.question.with_usage:
                 yield event(_object(steered, job, None, None) | {"usage": _usage(job, one[1])})
-    except Exception:
-        yield event(Refused("this is our fault, not yours", status=500).body)
+    except Exception as error:
+        yield event(_refusal(error).body)
     yield "data: [DONE]\n\n"
 
 
