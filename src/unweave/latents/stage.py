@@ -89,7 +89,7 @@ def records_of(
     """
     if latents is not None and not any(len(some) for some in latents.values()):
         return {}
-    _refuse_absent(latents or {}, opened)
+    refuse_absent(latents or {}, opened)
     asked = opened.asked
     named = () if latents is None else tuple(name_of(s, j) for s in sorted(latents) for j in sorted({*latents[s]}))
     spec = LatentsSpec(
@@ -115,11 +115,12 @@ def _chosen(spec: LatentsSpec, opened: Opened) -> dict[Site, list[int] | None]:
     chosen: dict[Site, list[int]] = {}
     for site, latent in sorted(set(parse_latents(spec.latents, opened.saes))):
         chosen.setdefault(site, []).append(latent)
-    _refuse_absent(chosen, opened)
+    refuse_absent(chosen, opened)
     return dict(chosen)
 
 
-def _refuse_absent(latents: Mapping[Site, Sequence[int]], opened: Opened) -> None:
+def refuse_absent(latents: Mapping[Site, Sequence[int]], opened: Opened) -> None:
+    """Raises UnweaveError for a latent that its SAE does not have, and for a site without one."""
     for site, some in latents.items():
         if site not in opened.saes:
             raise UnweaveError(f"no SAE is at {site}", where="latents", remedy="name the one of that site too")

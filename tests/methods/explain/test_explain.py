@@ -7,7 +7,6 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from helpers.models import build_tiny, build_tiny_tokenizer
 from unweave.core.errors import UnweaveError
 from unweave.core.result import as_read, as_written
 from unweave.core.run import Run
-from unweave.data.corpus import Source
-from unweave.data.pack import PackSpec
-from unweave.data.spec import DataSpec, StreamSpec
 from unweave.judge.base import Budget, CachedJudge, Conversation, Reply
 from unweave.judge.check import auroc, check, fluency_texts, known_texts
 from unweave.judge.form import rate, rating_form
@@ -34,15 +29,12 @@ from unweave.latents.latent_record import Context, LatentRecord
 from unweave.lm.chat import Role
 from unweave.methods.explain import neuronpedia, stage, view
 from unweave.methods.explain.examples import choose_examples, elsewhere, fires, marked, tokens_of
-from unweave.methods.explain.explain import check_reading, input_scores
+from unweave.methods.explain.explain import check_reading, explain_and_score, input_scores, rate_relevance
 from unweave.methods.explain.forms import EXPLAIN, RELEVANCE, Claim
 from unweave.methods.explain.result import ExplainResult
 from unweave.methods.explain.scores import above, claims, score, simulations, strangers
 from unweave.methods.explain.simulate import Simulated, activations, correlation, simulate
 from unweave.methods.explain.spec import ExamplesSpec, ExplainSpec, PricesSpec, QuerySpec
-from unweave.methods.train import stage as train
-from unweave.methods.train.kinds import TopKSpec
-from unweave.methods.train.spec import TrainSpec
 
 
 def context(document: int, values: list[float], band: int | None = None, words: str = "") -> Context:
@@ -146,7 +138,7 @@ def test_scores_are_one_for_the_truth_and_chance_for_another_latents_words() -> 
         own, other = (score(judge, name, examples, some) for some in (labels, strangers(labels)))
         assert own.values == dict.fromkeys(range(6), 1.0)
         assert other.values == dict.fromkeys(range(6), 0.5)
-        assert len({len(column) for column in own.columns.values()}) == 1 and own.failures == {}
+        assert {len(column) for column in own.columns.values()} == {len(own.latents)} and own.ratings.failures == {}
         assert sum(own.columns["truth"]) == len(own.columns["truth"]) / 2
         gap = above(own.values, other.values)
         assert gap is not None and gap.value == 0.5 and gap.p is not None
@@ -282,19 +274,22 @@ def test_a_judge_that_reads_is_told_from_one_that_does_not() -> None:
 
 
 def test_neuronpedias_files_are_read_and_written(tmp_path: Path) -> None:
-    rows = [neuronpedia.NeuronpediaExplanation("m", "9-res", str(j), f"words {j}", "type", "gpt") for j in (3, 12)]
-    neuronpedia.write(tmp_path / "a.jsonl", rows)
-    assert neuronpedia.read(tmp_path / "a.jsonl") == rows
-    more = [
-        json.loads(line) | {"embedding": [0.1], "id": "x"}
-        for line in (tmp_path / "a.jsonl").read_text().split("\n")[:2]
-    ]
-    (tmp_path / "b.json").write_text(json.dumps(more))
+    labels = {j: f"words {j}" for j in (3, 12)}
+    neuronpedia.write(tmp_path / "a.jsonl", "m", "9-res", "gpt", labels)
+    assert neuronpedia.read(tmp_path / "a.jsonl") == labels
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    assert json.loads(lines[1]) == {
+        "modelId": "m", "layer": "9-res", "index": "12", "description": "words 12",
+        "typeName": "unweave", "explanationModelName": "gpt",
+    }  # fmt: skip
+    rows = [json.loads(line) | {"embedding": [0.1], "id": "x"} for line in lines]
+    (tmp_path / "b.json").write_text(json.dumps(rows))
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     for name in ("b.json", "c.jsonl.gz"):
-        assert neuronpedia.labels(neuronpedia.read(tmp_path / name)) == {3: "words 3", 12: "words 12"}
+        assert neuronpedia.read(tmp_path / name) == labels
+    (tmp_path / "two.json").write_text(json.dumps([*rows, rows[0] | {"layer": "10-res"}]))
     with pytest.raises(UnweaveError, match="2 sources"):
-        neuronpedia.labels([*rows, replace(rows[0], layer="10-res")])
+        neuronpedia.read(tmp_path / "two.json")
     for content in (b'{"modelId": "m"}', b'[{"modelId": "m", "layer": "9", "index": "x", "description": "y"}]', b"[3]",
                     b"{", b"\xff", b"\x1f\x8bxx"):  # fmt: skip
         (tmp_path / "bad.json").write_bytes(content)
@@ -303,36 +298,6 @@ def test_neuronpedias_files_are_read_and_written(tmp_path: Path) -> None:
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
-
-WORDS = ["sea", "old", "the", "key", "cat", "runs", "3", "to", "was", "rain", "moon", "over", "them", "again"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    folder = tmp_path_factory.mktemp("home")
-    build_tiny("llama").save_pretrained(folder / "model")
-    build_tiny_tokenizer().save_pretrained(folder / "model")
-    rng = random.Random(0)
-    lines = [json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(4, 9)))}) for _ in range(200)]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    data = DataSpec(
-        sources=(Source(path=str(folder / "text.jsonl")),),
-        pack=PackSpec(context=48),
-        tokens=3000,
-        heldout=0.2,
-        heldout_tokens=500,
-    )
-    yield train.run(
-        TrainSpec(
-            model=str(folder / "model"),
-            sites=("resid_post.1",),
-            data=data,
-            stream=StreamSpec(chunk_tokens=1000, buffer_tokens=2000, batch_tokens=512),
-            sae=TopKSpec(expansion=2, k=4, tokens=4000, batch=64, k_aux=16, dead_after=3000),
-            device="cpu",
-        ),
-        folder / "runs",
-    )
 
 
 def says(talk: Conversation) -> str:
@@ -377,7 +342,7 @@ def test_the_command_explains_scores_selects_and_writes(trained: Run, tmp_path: 
     result: ExplainResult = done.result
     assert len(result.latents) == 6 and [one.score for one in result.scores] == list(spec_of(trained).scores)
     rows = pq.read_table(done.path / "answers.parquet").to_pylist()
-    assert {row["labels"] for row in rows} == {"explained", "own", "shuffled"}
+    assert {row["labels"] for row in rows} == {"explained", "own", "shuffled", "query"}
     for one in result.latents:
         for name in ("detection", "fuzzing"):
             for labels, values in (("own", one.scores), ("shuffled", one.shuffled)):
@@ -431,6 +396,31 @@ def test_named_latents_have_random_ones_beside_them(trained: Run, tmp_path: Path
     assert set(dead.result.too_few) <= {63}
 
 
+def test_latents_are_drawn_among_those_with_a_given_explanation(
+    trained: Run, tmp_path: Path, scripts: list[Scripted]
+) -> None:
+    neuronpedia.write(tmp_path / "even.jsonl", "m", "1", "gpt", {j: f"words {j}" for j in range(0, 64, 2)})
+    spec = spec_of(trained, explanations=tmp_path / "even.jsonl", random=3, scores=("detection",), check_judge=False)
+    drawn = [one.latent for one in stage.run(spec, tmp_path).result.latents]
+    assert len(drawn) == 3 and not any(j % 2 for j in drawn)
+    with pytest.raises(UnweaveError, match="latent 64 does not exist"):
+        stage.run(replace(spec, latents=(64,)), tmp_path)
+    with pytest.raises(UnweaveError, match="no model 'nowhere'"):
+        stage.run(replace(spec, query=QuerySpec(text="sea", embedder="nowhere")), tmp_path)
+    assert len(scripts) == 1  # nothing was asked
+
+
+def test_a_latent_without_a_given_explanation_has_a_reason() -> None:
+    examples = [choose_examples(record(j), 6, 4) for j in (3, 4)]
+    assert examples[0] is not None and examples[1] is not None
+    chosen: Any = examples
+    explained = explain_and_score(Scripted(lambda _: "Rating: [[1]]"), None, chosen, ["detection"], given={3: "w"})  # type: ignore[arg-type]
+    assert explained.failures == {4: "none was given"} and explained.own["detection"] == {3: 0.5}
+    assert explained.shuffled["detection"] == {} and explained.summaries[0].shuffled is None
+    ratings = rate_relevance(Scripted(["well"]), "sea", explained)
+    assert ratings == {} and explained.answers[-1]["labels"] == "query" and explained.answers[-1]["failure"]
+
+
 def test_what_it_takes_is_said_first_and_a_price_too_high_is_refused(
     trained: Run, tmp_path: Path, scripts: list[Scripted]
 ) -> None:
@@ -453,11 +443,15 @@ def test_what_it_takes_is_said_first_and_a_price_too_high_is_refused(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"latents": (3, 3)}, "named twice"),
+        ({"latents": (3, 3)}, "all different"),
         ({"random": 0}, "no latents to explain"),
         ({"scores": ("detection", "detection")}, "all different"),
         ({"prices": {"most": 3.0}}, "both"),
-        ({"query": {"by": "judge", "embedder": "x"}}, "no effect"),
+        ({"latents": (3, -1)}, "from 0 on"),
+        ({"query": {"text": "sea", "by": "judge", "embedder": "x"}}, "no effect"),
+        ({"query": {"at_least": 0.7}}, "no effect"),
+        ({"query": {"text": "sea", "at_least": 70}}, "from -1 to 1"),
+        ({"query": {"text": " "}}, "words"),
         ({"examples": {"tests": 1}}, "at least 3"),
     ],
 )

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import math
-import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations
@@ -19,17 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.models import build_tiny, build_tiny_tokenizer
 from helpers.raw_server import KEY, Raw, completion, http, leaks
 from unweave.cli.app import main
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError
 from unweave.core.result import as_read, as_written
 from unweave.core.run import Run
-from unweave.data.corpus import Source
-from unweave.data.pack import PackSpec
-from unweave.data.spec import DataSpec, StreamSpec
 from unweave.judge.base import Budget, CachedJudge, Conversation, Reply
+from unweave.judge.form import Answer, Rating, rate
 from unweave.judge.scripted import Scripted
 from unweave.judge.spec import JudgeSpec
 from unweave.latents import stage as latents
@@ -41,11 +36,8 @@ from unweave.methods.explain.rubric import rubric as rules
 from unweave.methods.explain.rubric import stage as rubric
 from unweave.methods.explain.rubric import view
 from unweave.methods.explain.rubric.result import Difference, Interval, RatedLatent, RubricResult
-from unweave.methods.explain.rubric.rubric import Item, Rating, difference, eligible, parse, question, rate, summarise
+from unweave.methods.explain.rubric.rubric import FORM, Item, difference, eligible, parse, question, summarise
 from unweave.methods.explain.rubric.spec import COMMAND, RubricSpec
-from unweave.methods.train import stage as train
-from unweave.methods.train.kinds import TopKSpec
-from unweave.methods.train.spec import TrainSpec
 from unweave.sae.module import SAE
 
 # -- records of known latents --------------------------------------------------------------------------------------
@@ -164,7 +156,7 @@ def test_the_task_gives_the_scale_and_examples_that_parse(records: Records) -> N
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 3 + ["user"]
     for score, meaning in rules.SCALE.items():
         assert f"{score}: {meaning}" in turns[0]["content"]
-    assert sorted(parse(turn["content"])[0] for turn in turns[1::2]) == [1, 3, 5]
+    assert sorted(parse(turn["content"]).values[0] for turn in turns[1::2]) == [1, 3, 5]
     assert all(turn["content"].count("Text ") == 5 for turn in turns[::2])
 
 
@@ -190,7 +182,8 @@ def test_unmeasured_tokens_and_line_breaks_are_shown_as_such(records: Records) -
     ],
 )
 def test_answers_of_the_form_asked_for_are_read(text: str, wanted: tuple[int, str]) -> None:
-    assert parse(text) == wanted
+    answer = parse(text)
+    assert (*answer.values, answer.words) == wanted and text[answer.places[0]] == str(wanted[0])
 
 
 @pytest.mark.parametrize(
@@ -227,9 +220,9 @@ def test_scored_and_failed_are_all_that_was_asked(records: Records) -> None:
     items = rules.real_items(records, 6)
     good = "They fit. score: [[4]], name: [[numbers]]"
     answers = [good, "no idea", None, "score: [[9]], name: [[x]]", "score: [[2]], name: [[words]]", "score"]
-    ratings = rate(Scripted(answers), items)
-    assert [r.score for r in ratings] == [4, None, None, None, 2, None]
-    assert [r.item for r in ratings] == items and ratings[0].name == "numbers"
+    ratings = rate(Scripted(answers), FORM, items).rows
+    assert [r.answer and r.value for r in ratings] == [4, None, None, None, 2, None]
+    assert [r.case for r in ratings] == items and ratings[0].words == "numbers"
     scores = summarise(ratings)
     assert (scores.asked, scores.scored, scores.failed) == (6, 2, 4)
     assert scores.failures == {
@@ -246,16 +239,16 @@ def test_a_reply_that_was_cut_says_so(records: Records) -> None:
         def ask(self, conversations: Any, until: str = "") -> list[Reply]:
             return [replace(reply, cut=True) for reply in super().ask(conversations)]
 
-    (rating,) = rate(Cut(["They all"]), rules.real_items(records, 1))
+    (rating,) = rate(Cut(["They all"]), FORM, rules.real_items(records, 1)).rows
     assert rating.failure == "no answer of the form asked for, cut at the length allowed"
 
 
 # -- the numbers ---------------------------------------------------------------------------------------------------
 
 
-def rated(*scores: int | None) -> list[Rating]:
+def rated(*scores: int | None) -> list[Rating[Item]]:
     item = Item("real", (), (), ())
-    return [Rating(item, [], Reply("x"), s, "n" if s else "", "" if s else "failed") for s in scores]
+    return [Rating(item, [], Reply("x"), Answer((s,)) if s else None, "" if s else "failed", ()) for s in scores]
 
 
 def test_measures_are_those_computed_by_hand() -> None:
@@ -330,40 +323,6 @@ def test_the_p_value_is_that_of_every_relabelling(a: list[int], b: list[int]) ->
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
-
-WORDS = ["sea", "old", "the", "key", "cat", "runs", "3", "to", "was", "rain", "moon", "over", "them", "again"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    build_tiny("llama").save_pretrained(folder / "model")
-    build_tiny_tokenizer().save_pretrained(folder / "model")
-    rng = random.Random(0)
-    lines = [json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(4, 9)))}) for _ in range(200)]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(home: Path) -> Iterator[Run]:
-    yield train.run(
-        TrainSpec(
-            model=str(home / "model"),
-            sites=("resid_post.1",),
-            data=DataSpec(
-                sources=(Source(path=str(home / "text.jsonl")),),
-                pack=PackSpec(context=48),
-                tokens=3000,
-                heldout=0.2,
-                heldout_tokens=500,
-            ),
-            stream=StreamSpec(chunk_tokens=1000, buffer_tokens=2000, batch_tokens=512),
-            sae=TopKSpec(expansion=2, k=4, tokens=4000, batch=64, k_aux=16, dead_after=3000),
-            device="cpu",
-        ),
-        home / "runs",
-    )
 
 
 class Panel:

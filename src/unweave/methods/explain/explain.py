@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,21 +25,10 @@ from unweave.lm.model import LM
 from unweave.methods.explain.examples import Examples
 from unweave.methods.explain.forms import DETECTION, EXPLAIN, RELEVANCE, Claim
 from unweave.methods.explain.result import ScoreSummary
-from unweave.methods.explain.rubric.result import Interval, Scores
-from unweave.methods.explain.rubric.rubric import (
-    CONTEXTS,
-    FORM,
-    difference,
-    interval,
-    item_of,
-    shuffled_items,
-    summarise,
-)  # fmt: skip
-from unweave.methods.explain.rubric.rubric import eligible as clear
-from unweave.methods.explain.rubric.rubric import rate as rate_clearness
+from unweave.methods.explain.rubric import rubric
+from unweave.methods.explain.rubric.result import Interval
 from unweave.methods.explain.scores import Labels, Scored, above, score, strangers
 from unweave.sae.module import SAE
-from unweave.sae.output_score import output_scores
 from unweave.sae.steered import lens_tokens
 
 Values = Mapping[int, float | None]
@@ -52,23 +40,14 @@ def explain(judge: Judge, examples: Sequence[Examples]) -> Ratings[Examples]:
     return rate(judge, EXPLAIN, examples)
 
 
+def known_cases() -> list[tuple[Claim, bool, str]]:
+    """Texts that mention a concept, near misses and others, as ``judge.check`` takes them."""
+    return [(Claim(one.concept, one.text), one.right, one.kind) for one in known_texts()]
+
+
 def check_reading(judge: Judge) -> Check:
     """Whether the judge tells texts that mention a concept from near misses and others, as detection asks."""
-    return check(judge, DETECTION, [(Claim(one.concept, one.text), one.right, one.kind) for one in known_texts()])
-
-
-def relevances(judge: Judge | None, query: str, labels: Labels, embedder: str, device: str | None) -> dict[int, float]:
-    """How much each explanation is about the query: cosines of embeddings, or a judge's ratings over 100 where one is
-    given (NaN for failures)."""
-    if not labels:
-        return {}
-    if judge is not None:
-        ratings = rate(judge, RELEVANCE, [Claim(label, query) for label in labels.values()])
-        return dict(zip(labels, (ratings.best / 100).tolist(), strict=True))
-    from unweave.lm.embed import embed
-
-    vectors = embed([query, *labels.values()], embedder, device)
-    return dict(zip(labels, (vectors[1:] @ vectors[0]).tolist(), strict=True))
+    return check(judge, DETECTION, known_cases())
 
 
 # -- scores and their controls ----------------------------------------------------------------------------------------
@@ -76,7 +55,7 @@ def relevances(judge: Judge | None, query: str, labels: Labels, embedder: str, d
 
 @dataclass
 class Explained:
-    """Explanations with their scores, by score and latent, and every answer as columns."""
+    """Explanations with their scores, by score and latent, and every answer."""
 
     labels: Labels
     failures: dict[int, str]
@@ -87,10 +66,11 @@ class Explained:
     answers: list[dict[str, Any]] = field(default_factory=list)
     """a row each, with the form, the judge, the prompt, the reply and what was read in it"""
 
-    def add(self, which: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Keeps answers; ``which``: explained, own or shuffled."""
-        rows = zip(*columns.values(), strict=True)
-        self.answers += [{"labels": which} | dict(zip(columns, row, strict=True)) for row in rows]
+    def add(self, which: str, latents: Sequence[int | None], ratings: Ratings[Any], **columns: Sequence[Any]) -> None:
+        """Keeps answers about ``latents``; ``which``: explained, own, shuffled or query."""
+        all_columns = {"latent": latents, **columns, **ratings.columns()}
+        rows = (dict(zip(all_columns, row, strict=True)) for row in zip(*all_columns.values(), strict=True))
+        self.answers += [{"labels": which, "truth": None, "correlation": None} | row for row in rows]
 
 
 def explain_and_score(
@@ -102,83 +82,84 @@ def explain_and_score(
     ``random`` are the latents that were drawn as a control. Raises UnweaveError when there is no explanation at all,
     and errors as in ``judge.ask``.
     """
+    latents = [one.latent for one in examples]
     if given is None:
-        said = explain(judge, examples)
-        labels = {row.case.latent: row.words for row in said.rows if row.answer}
-        explained = Explained(labels, {row.case.latent: row.failure for row in said.rows if row.failure})
-        explained.add("explained", {"latent": [row.case.latent for row in said.rows]} | said.columns())
+        ratings = explain(judge, examples)
+        labels = {row.case.latent: row.words for row in ratings.rows if row.answer}
+        explained = Explained(labels, {row.case.latent: row.failure for row in ratings.rows if row.failure})
+        explained.add("explained", latents, ratings)
     else:
-        explained = Explained({one.latent: given[one.latent] for one in examples if one.latent in given}, {})
-    if not explained.labels:
-        why = next(iter(explained.failures.values()), "the file has none of them")
-        what = f"none of {len(examples)} latents has an explanation: {why}"
+        labels = {j: given[j] for j in latents if j in given}
+        explained = Explained(labels, {j: "none was given" for j in latents if j not in given})
+    if not labels:
+        what = f"none of {len(examples)} latents has an explanation: {next(iter(explained.failures.values()))}"
         raise UnweaveError(what, where=judge.name, remedy="use another judge, or explanations of these latents")
     for name in scores:
         if name == "rubric":
-            latents = [one.latent for one in examples]
-            summary, explained.own[name] = _score_clearness(judge, records, latents, random, explained, seed)
-        else:
-            own = score(judge, name, examples, explained.labels, seed)
-            other = score(judge, name, examples, strangers(explained.labels, seed), seed)
-            explained.own[name], explained.shuffled[name] = own.values, other.values
-            explained.add("own", own.columns)
-            explained.add("shuffled", other.columns)
-            summary = _summary(name, own, other, random, seed)
-        explained.summaries.append(summary)
+            explained.summaries.append(_clearness(judge, records, latents, random, explained, seed))
+            continue
+        own = score(judge, name, examples, labels, seed)
+        other = score(judge, name, examples, strangers(labels, seed), seed)
+        explained.own[name], explained.shuffled[name] = own.values, other.values
+        for which, one in (("own", own), ("shuffled", other)):
+            explained.add(which, one.latents, one.ratings, **one.columns)
+        explained.summaries.append(_summary(name, own, other, random, seed))
     return explained
 
 
 def _summary(name: str, own: Scored, other: Scored, random: Collection[int], seed: int) -> ScoreSummary:
     """Means with intervals; latents that were drawn as a control stand apart from the others."""
-    chosen, others = ({j: v for j, v in one.values.items() if j not in random} for one in (own, other))
-    drawn = [value for j, value in own.values.items() if j in random]
-    failures = dict((Counter(own.failures) + Counter(other.failures)).most_common())
+    chosen, control = ({j: v for j, v in one.values.items() if j not in random} for one in (own, other))
+    drawn = [v for j, v in own.values.items() if j in random]
+    failures = Counter(own.ratings.failures) + Counter(other.ratings.failures)
     return ScoreSummary(
-        name, _mean(chosen.values(), seed), _mean(others.values(), seed), above(chosen, others, seed),
-        _mean(drawn, seed), len(own.columns["latent"]) + len(other.columns["latent"]), sum(failures.values()), failures,
+        name, _mean(chosen.values(), seed), _mean(control.values(), seed), above(chosen, control, seed),
+        _mean(drawn, seed), len(own.latents) + len(other.latents), failures.total(), dict(failures.most_common()),
     )  # fmt: skip
 
 
-def _score_clearness(
+def _clearness(
     judge: Judge, records: Records, latents: Sequence[int], random: Collection[int], explained: Explained, seed: int
-) -> tuple[ScoreSummary, Values]:
+) -> ScoreSummary:
     """The rubric of each latent, beside contexts of five different ones of them (as many, where there are five)."""
-    enough = set(clear(records).tolist())
+    enough = {*rubric.eligible(records).tolist()}
     rated = [j for j in latents if j in enough]
-    items = [item_of(records, "real", [j] * CONTEXTS) for j in rated]
-    controls = shuffled_items(records, len(items), seed) if len(rated) >= CONTEXTS else []
-    ratings = rate_clearness(judge, items + controls)
-    real, shuffled = ratings[: len(items)], ratings[len(items) :]
-    chosen = [one for one in real if one.item.latent not in random]
-    parts: list[Scores] = [summarise(some, seed) for some in (chosen, shuffled, [r for r in real if r not in chosen])]
-    failures = dict(sum((Counter(part.failures) for part in parts), Counter()).most_common())
-    values = {one.item.latents[0]: None if one.score is None else float(one.score) for one in real}
-    explained.add(
-        "own",
-        {
-            "latent": [one.item.latent for one in ratings],
-            "form": [FORM.id] * len(ratings),
-            "judge": [judge.name] * len(ratings),
-            "prompt": [json.dumps(one.prompt, ensure_ascii=False) for one in ratings],
-            "reply": [one.reply.text for one in ratings],
-            "values": [[] if one.score is None else [one.score] for one in ratings],
-            "words": [one.name for one in ratings],
-            "failure": [one.failure for one in ratings],
-            "prompt_tokens": [one.reply.prompt_tokens for one in ratings],
-            "new_tokens": [one.reply.new_tokens for one in ratings],
-        },
-    )
-    return ScoreSummary(
-        "rubric", parts[0].mean, parts[1].mean, difference(chosen, shuffled, seed), parts[2].mean,
-        len(ratings), sum(failures.values()), failures,
-    ), values  # fmt: skip
+    items, n = [rubric.item_of(records, "real", [j] * rubric.CONTEXTS) for j in rated], len(rated)
+    items += rubric.shuffled_items(records, n, seed, rated) if n >= rubric.CONTEXTS else []
+    ratings = rate(judge, rubric.FORM, items)
+    explained.add("own", [one.latent for one in items], ratings)
+    real, shuffled = ratings.rows[:n], ratings.rows[n:]
+    explained.own["rubric"] = {one.case.latents[0]: one.value if one.answer else None for one in real}
+    chosen, drawn = ([one for one in real if (one.case.latent in random) == is_drawn] for is_drawn in (False, True))
+    means = [rubric.summarise(some, seed).mean for some in (chosen, shuffled, drawn)]
+    failures, gap = ratings.failures, rubric.difference(chosen, shuffled, seed)
+    return ScoreSummary("rubric", means[0], means[1], gap, means[2], len(items), sum(failures.values()), failures)
 
 
 def _mean(values: Iterable[float | None], seed: int) -> Interval | None:
-    return interval(np.array([value for value in values if value is not None], dtype=np.float64), seed)
+    return rubric.interval(np.array([value for value in values if value is not None], dtype=np.float64), seed)
 
 
-# -- what latents read and say ----------------------------------------------------------------------------------------
+# -- relevance to a query ---------------------------------------------------------------------------------------------
+
+
+def rate_relevance(judge: Judge, query: str, explained: Explained) -> dict[int, float]:
+    """How much each explanation is about the query: the judge's rating over 100; failures are left out."""
+    ratings = rate(judge, RELEVANCE, [Claim(label, query) for label in explained.labels.values()])
+    explained.add("query", list(explained.labels), ratings)
+    values = zip(explained.labels, ratings.rows, strict=True)
+    return {j: row.best / 100 for j, row in values if row.answer}
+
+
+def cosines(query: str, labels: Labels, embedder: str, device: str | None) -> dict[int, float]:
+    """The cosine of each explanation's embedding and the query's."""
+    from unweave.lm.embed import embed
+
+    vectors = embed([query, *labels.values()], embedder, device)
+    return dict(zip(labels, (vectors[1:] @ vectors[0]).tolist(), strict=True))
+
+
+# -- what latents read ------------------------------------------------------------------------------------------------
 
 
 def input_scores(lm: LM, sae: SAE, examples: Sequence[Examples]) -> list[float]:
@@ -191,8 +172,3 @@ def input_scores(lm: LM, sae: SAE, examples: Sequence[Examples]) -> list[float]:
         strongest = [context.ids[int(np.argmax(context.values))] for context in contexts]
         shares.append(sum(token in promoted for token in strongest) / len(contexts))
     return shares
-
-
-def outputs(lm: LM, sae: SAE, examples: Sequence[Examples]) -> list[float]:
-    """The output score of each latent; see ``sae/output_score.py``."""
-    return [one.score for one in output_scores(lm, sae, [one.latent for one in examples])]

@@ -11,8 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,16 @@ from unweave.core.writing import write_file
 _KEYS = ("modelId", "layer", "index", "description")
 
 
-@dataclass(frozen=True)
-class NeuronpediaExplanation:
-    """One explanation, under Neuronpedia's names for its fields."""
-
-    modelId: str
-    layer: str
-    """of the source: layer, and which SAEs"""
-    index: str
-    description: str
-    typeName: str = ""
-    explanationModelName: str = ""
+def write(path: Path, model: str, source: str, judge: str, labels: Mapping[int, str]) -> None:
+    """Writes JSON lines: the explanations {latent: text} by ``judge`` of the SAE called ``source`` in ``model``."""
+    rows = [dict(zip(_KEYS, (model, source, str(j), text), strict=True)) for j, text in labels.items()]
+    more = {"typeName": "unweave", "explanationModelName": judge}
+    write_file(path, "".join(json.dumps(row | more, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write(path: Path, explanations: Iterable[NeuronpediaExplanation]) -> None:
-    """Writes JSON lines."""
-    write_file(path, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in explanations))
-
-
-def read(path: Path) -> list[NeuronpediaExplanation]:
-    """Reads JSON lines or a list, gzipped or not. UnweaveError names what is wrong and where."""
+def read(path: Path) -> dict[int, str]:
+    """The explanations {latent: text} in JSON lines or a list, gzipped or not; of several of a latent the last.
+    UnweaveError names what is wrong and where; a file about more than one SAE is."""
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
@@ -53,27 +42,18 @@ def read(path: Path) -> list[NeuronpediaExplanation]:
     else:
         lines = ((f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1))
         rows = [(where, parse_json(line, where, finite=False)) for where, line in lines if line.strip()]
-    return [_explanation(row, where) for where, row in rows]
+    for where, row in rows:
+        _refuse_invalid(row, where)
+    sources = sorted({f"{row['modelId']}/{row['layer']}" for _, row in rows})
+    if len(sources) > 1:
+        what = f"explanations of {len(sources)} sources: {', '.join(sources[:5])}"
+        raise UnweaveError(what, where=str(path), remedy="give a file about one SAE")
+    return {int(row["index"]): row["description"] for _, row in rows if row["description"].strip()}
 
 
-def _explanation(row: Any, where: str) -> NeuronpediaExplanation:
+def _refuse_invalid(row: Any, where: str) -> None:
     if not isinstance(row, dict) or any(key not in row for key in _KEYS):
         raise UnweaveError("this is no explanation of Neuronpedia's", where=where, remedy=f"it has {', '.join(_KEYS)}")
-    index, words = str(row["index"]), row["description"]
-    if not (index.isascii() and index.isdecimal()) or not isinstance(words, str):
+    index = str(row["index"])
+    if not (index.isascii() and index.isdecimal()) or not isinstance(row["description"], str):
         raise UnweaveError("index is no number, or description no text", where=where, remedy="fix or delete it")
-    rest = (str(row.get(key) or "") for key in ("typeName", "explanationModelName"))
-    return NeuronpediaExplanation(str(row["modelId"]), str(row["layer"]), index, words, *rest)
-
-
-def labels(explanations: Iterable[NeuronpediaExplanation]) -> dict[int, str]:
-    """{latent: description}; of several the last. UnweaveError where they are of more than one source."""
-    rows = list(explanations)
-    sources = sorted({(one.modelId, one.layer) for one in rows})
-    if len(sources) > 1:
-        raise UnweaveError(
-            f"explanations of {len(sources)} sources: {', '.join('/'.join(one) for one in sources[:5])}",
-            where="explanations",
-            remedy="give a file about one SAE",
-        )
-    return {int(one.index): one.description for one in rows if one.description.strip()}

@@ -10,14 +10,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from unweave.judge.base import Judge
 from unweave.judge.check import auroc
-from unweave.judge.form import Form, rate
+from unweave.judge.form import Form, Ratings, rate
 from unweave.methods.explain.examples import Examples, elsewhere, fires, marked, tokens_of
 from unweave.methods.explain.forms import DETECTION, FUZZING, THRESHOLD, Claim
 from unweave.methods.explain.rubric.result import Difference
@@ -31,11 +31,13 @@ CLAIMS: Mapping[str, Form[Claim]] = {"detection": DETECTION, "fuzzing": FUZZING}
 
 @dataclass(frozen=True)
 class Scored:
-    """A score of every latent under some labels, with the answers that it is made of, a column each."""
+    """A score of every latent under some labels, with the answers that it is made of: of which latent each is, and
+    columns beside those of ``ratings``."""
 
     values: dict[int, float | None]
-    columns: dict[str, list[Any]]
-    failures: dict[str, int] = field(default_factory=dict)
+    latents: list[int]
+    ratings: Ratings[Any]
+    columns: dict[str, list[float | None]]
 
 
 def strangers(labels: Labels, seed: int = 0) -> dict[int, str]:
@@ -51,14 +53,12 @@ def score(judge: Judge, name: str, examples: Sequence[Examples], labels: Labels,
         return _simulation(judge, labelled, labels)
     cases = [(one.latent, *case) for one in labelled for case in claims(name, one, labels[one.latent], seed)]
     ratings = rate(judge, CLAIMS[name], [claim for _, claim, _ in cases])
-    latents = np.array([latent for latent, _, _ in cases], dtype=np.int64)
-    truth, best = np.array([true for _, _, true in cases], dtype=bool), ratings.best
+    latents, truth = [j for j, *_ in cases], [true for *_, true in cases]
+    at, right, best = np.array(latents, dtype=np.int64), np.array(truth, dtype=bool), ratings.best
     values = {
-        one.latent: auroc(best[(latents == one.latent) & truth], best[(latents == one.latent) & ~truth])
-        for one in labelled
+        one.latent: auroc(best[(at == one.latent) & right], best[(at == one.latent) & ~right]) for one in labelled
     }
-    more = {"latent": latents.tolist(), "truth": [float(true) for true in truth]}
-    return Scored(values, more | ratings.columns(), ratings.failures)
+    return Scored(values, latents, ratings, {"truth": list(map(float, truth))})
 
 
 def claims(name: str, examples: Examples, label: str, seed: int = 0) -> Iterator[tuple[Claim, bool]]:
@@ -88,15 +88,14 @@ def _simulation(judge: Judge, examples: Sequence[Examples], labels: Labels) -> S
     cases = [(one.latent, *case) for one in examples for case in simulations(one, labels[one.latent])]
     ratings = simulate(judge, [case for _, case, _ in cases])
     expected = [activations(row) for row in ratings.rows]
-    values: dict[int, float | None] = {}
-    for one in examples:
-        pairs = [
-            (e, true) for (j, _, true), e in zip(cases, expected, strict=True) if j == one.latent and e is not None
-        ]
-        values[one.latent] = correlation(*map(np.concatenate, zip(*pairs, strict=True))) if pairs else None
+    usable: dict[int, list[tuple[Any, Any]]] = {one.latent: [] for one in examples}
+    for (j, _, true), e in zip(cases, expected, strict=True):
+        usable[j] += [(e, true)] if e is not None else []
+    values = {
+        j: correlation(*map(np.concatenate, zip(*some, strict=True))) if some else None for j, some in usable.items()
+    }
     each = [None if e is None else correlation(e, true) for (*_, true), e in zip(cases, expected, strict=True)]
-    more = {"latent": [j for j, *_ in cases], "truth": [None] * len(cases), "correlation": each}
-    return Scored(values, more | ratings.columns(), ratings.failures)
+    return Scored(values, [j for j, *_ in cases], ratings, {"correlation": each})
 
 
 def above(own: Mapping[int, float | None], other: Mapping[int, float | None], seed: int = 0) -> Difference | None:

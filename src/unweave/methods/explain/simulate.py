@@ -20,19 +20,10 @@ import numpy as np
 
 from unweave.judge.base import Conversation, Judge, Reply
 from unweave.judge.form import Answer, Form, Rating, Ratings, expectation, rate
-from unweave.methods.explain.forms import turns
+from unweave.methods.explain.forms import PROMPTS, turns
 
 DIGITS = range(10)
 _LINE = re.compile(r".*\t *([0-9]) *")
-_TASK = (
-    "A unit inside a language model reacts to tokens that fit a description. You are given the description and the "
-    "tokens of a text, one a line. Repeat each token and add, after a tab, how strongly the unit reacts to it, from 0 "
-    "(not at all, as for most tokens) to 9. Where the strength is unknown, write unknown."
-)
-_EXAMPLES = (
-    ("names of months in dates", ["we", " met", " in", " April", " last", " year"], "uuu900"),
-    ("hot drinks", ["a", " pot", " of", " tea", " and", " cold", " milk", "."], "uu390010"),
-)
 
 
 @dataclass(frozen=True)
@@ -43,19 +34,8 @@ class Simulated:
     tokens: tuple[str, ...]
 
 
-def _question(case: Simulated) -> str:
-    return "\n".join([f"Description: {case.explanation}", "Tokens:", *case.tokens])
-
-
-def _lines(tokens: Sequence[str], values: str) -> str:
-    return "\n".join(f"{t}\t{'unknown' if v == 'u' else v}" for t, v in zip(tokens, values, strict=True))
-
-
 def _messages(case: Simulated) -> Conversation:
-    shots = [
-        (_question(Simulated(words, tuple(tokens))), _lines(tokens, values)) for words, tokens, values in _EXAMPLES
-    ]
-    return turns(_TASK, shots, _question(case))
+    return turns("simulation", "\n".join([f"Description: {case.explanation}", "Tokens:", *case.tokens]))
 
 
 def _digits(text: str, case: Simulated) -> Answer:
@@ -73,7 +53,7 @@ def _digits(text: str, case: Simulated) -> Answer:
     return Answer(tuple(values), tuple(places))
 
 
-SIMULATION: Form[Simulated] = Form("simulation", 1, _messages, _digits, tuple(DIGITS))
+SIMULATION: Form[Simulated] = Form("simulation", PROMPTS["simulation"]["version"], _messages, _digits, tuple(DIGITS))
 
 
 def simulate(judge: Judge, cases: Sequence[Simulated]) -> Ratings[Simulated]:

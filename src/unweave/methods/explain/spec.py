@@ -16,6 +16,7 @@ from unweave.judge.spec import JudgeSpec
 from unweave.methods.explain.result import ExplainResult
 
 Score = Literal["detection", "fuzzing", "simulation", "rubric"]
+_WITH_TEXT = only_where("text is given", lambda spec: spec.text != "", "give the query's text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +37,13 @@ class ExamplesSpec(Spec):
 class QuerySpec(Spec):
     """Selecting latents whose explanation is about something."""
 
-    text: str = ""
+    text: Annotated[str, rule("words", lambda text: text == "" or text.strip() != "")] = ""
     """What it should be about; without it nothing is selected."""
-    by: Literal["embedding", "judge"] = "embedding"
+    by: Annotated[Literal["embedding", "judge"], _WITH_TEXT] = "embedding"
     """Cosine of sentence embeddings, or the judge's rating from 0 to 100, over 100."""
-    at_least: float = 0.5
+    at_least: Annotated[float, rule("from -1 to 1", lambda value: -1 <= value <= 1), _WITH_TEXT] = 0.5
     """The relevance from which a latent is selected."""
-    embedder: Annotated[str, only_for("by", "embedding")] = "all-minilm-l6-v2"
+    embedder: Annotated[str, only_for("by", "embedding"), _WITH_TEXT] = "all-minilm-l6-v2"
     """A catalogue name, hub id or folder of an encoder; what sentence-transformers wrote can be read."""
 
 
@@ -67,7 +68,10 @@ class ExplainSpec(UseSpec):
 
     judge: JudgeSpec = JudgeSpec()
     """The chat model that explains and judges."""
-    latents: tuple[int, ...] = ()
+    latents: Annotated[
+        tuple[int, ...], rule("numbers from 0 on", lambda some: all(j >= 0 for j in some)),
+        rule("all different", lambda some: len(set(some)) == len(some)),
+    ] = ()  # fmt: skip
     """Which latents; by default some that are drawn at random."""
     random: Annotated[int | None, at_least(0)] = None
     """How many latents to draw at random: 8, or as many as are named, at most 16, as a control beside these."""
@@ -96,8 +100,6 @@ class ExplainSpec(UseSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(set(self.latents)) < len(self.latents):
-            raise UnweaveError("a latent is named twice", where="latents", remedy="name each once")
         if not self.latents and self.random == 0:
             raise UnweaveError("there are no latents to explain", where="random", remedy="name some, or draw some")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,17 +27,18 @@ from unweave.methods.explain.examples import Examples, choose_examples, choose_l
 from unweave.methods.explain.explain import (
     Explained,
     check_reading,
+    cosines,
     explain,
     explain_and_score,
     input_scores,
-    outputs,
-    relevances,
+    rate_relevance,
 )  # fmt: skip
 from unweave.methods.explain.result import Estimate, ExplainedLatent, ExplainResult
 from unweave.methods.explain.rubric.result import JudgeInfo
 from unweave.methods.explain.rubric.rubric import CONTEXTS, eligible
 from unweave.methods.explain.scores import Labels
 from unweave.methods.explain.spec import ExplainSpec
+from unweave.sae.output_score import output_scores
 
 _BANDS = 5
 
@@ -53,14 +53,17 @@ class _Chosen(NamedTuple):
 
 @stage("explain", version=1)
 def run(spec: ExplainSpec, ctx: Context) -> ExplainResult:
-    """Explains latents and scores what was said. ``answers.parquet`` holds every prompt and reply,
+    """Explains latents and scores what was said. ``answers.parquet`` holds every prompt and reply about latents,
     ``annotations.jsonl`` and ``neuronpedia.jsonl`` the explanations. Raises UnweaveError where no latent has contexts
     enough, and where the estimate is above the price allowed."""
     check_judge(spec.judge)
     opened = open_one(spec)
+    if spec.query.text and spec.query.by == "embedding":
+        cosines(spec.query.text, {}, spec.query.embedder, spec.device)  # what cannot be loaded shows before the work
+    latents.refuse_absent(dict.fromkeys(opened.saes, spec.latents), opened)
     given = None if spec.explanations is None else _given(spec.explanations, opened)
-    chosen = _chosen(spec, opened, ctx.runs)
-    plan = _estimate(spec, chosen.examples, given)
+    chosen = _chosen(spec, opened, ctx.runs, given)
+    plan = _estimate(spec, chosen, given)
     reads, says = _reads_and_says(opened, chosen.examples)
     subject = opened.subject
     del opened
@@ -82,11 +85,11 @@ def run(spec: ExplainSpec, ctx: Context) -> ExplainResult:
             {name: values.get(j) for name, values in explained.own.items()},
             {name: values.get(j) for name, values in explained.shuffled.items()},
             reads.get(j), says.get(j), about.get(j),
-            about.get(j, -1.0) >= spec.query.at_least if spec.query.text else None,
+            j in about and about[j] >= spec.query.at_least if spec.query.text else None,
         )
         for j in (one.latent for one in chosen.examples)
     )  # fmt: skip
-    tokens = [sum(row.get(name) or 0 for row in explained.answers) for name in ("prompt_tokens", "new_tokens")]
+    tokens = [sum(row[name] for row in explained.answers) for name in ("prompt_tokens", "new_tokens")]
     result = ExplainResult(
         subject, info, chosen.run, chosen.too_few, plan, None, check, tuple(explained.summaries), rows, *tokens
     )
@@ -94,8 +97,9 @@ def run(spec: ExplainSpec, ctx: Context) -> ExplainResult:
     return result
 
 
-def _chosen(spec: ExplainSpec, opened: Opened, runs: Path) -> _Chosen:
-    """The latents that are named, and some drawn at random, with their contexts."""
+def _chosen(spec: ExplainSpec, opened: Opened, runs: Path, given: Labels | None) -> _Chosen:
+    """The latents that are named, and some drawn at random (of those with an explanation, where these are given), with
+    their contexts."""
     options = spec.examples
     base = LatentsSpec(
         sae=spec.sae, model=spec.model, device=spec.device, accept_mismatch=spec.accept_mismatch,
@@ -105,12 +109,15 @@ def _chosen(spec: ExplainSpec, opened: Opened, runs: Path) -> _Chosen:
     if spec.drawn:  # from the records that other commands use too
         alive = eligible(latents.load(latents.run(base, runs, opened)))
         order = np.random.default_rng([options.seed, 0]).permutation(alive).tolist()
-        drawn = [j for j in order if j not in spec.latents][: spec.drawn + spec.drawn // 2 + 4]
+        drawn = [j for j in order if j not in spec.latents and (given is None or j in given)]
+        drawn = drawn[: spec.drawn + spec.drawn // 2 + 4]
     per_band = -(-(options.shown + options.tests) // _BANDS)
     contexts = RecordsSpec(top=max(CONTEXTS, options.shown), bands=_BANDS, per_band=per_band, random=3 * options.tests)
     names = tuple(str(j) for j in sorted({*spec.latents, *drawn}))
     if not names:
-        raise UnweaveError("no latent fires in enough documents", where="records", remedy="give more text")
+        of = "" if given is None else f" of the {len(given)} that explanations are given for"
+        what = f"no latent{of} fires in {CONTEXTS} documents"
+        raise UnweaveError(what, where="records", remedy="name others, or give more text")
     done = latents.run(
         LatentsSpec(**{**vars(base), "latents": names, "contexts": contexts, "seed": options.seed}), runs, opened
     )
@@ -125,10 +132,10 @@ def _chosen(spec: ExplainSpec, opened: Opened, runs: Path) -> _Chosen:
     return _Chosen(records, done.path.name, named + more, random, too_few)
 
 
-def _estimate(spec: ExplainSpec, examples: list[Examples], given: Labels | None) -> Estimate:
-    prices, about = spec.prices, spec.query
+def _estimate(spec: ExplainSpec, chosen: _Chosen, given: Labels | None) -> Estimate:
+    prices, query = spec.prices, spec.query
     plan = estimate(
-        examples, spec.scores, explained=given is not None, relevance=bool(about.text) and about.by == "judge",
+        chosen.records, chosen.examples, spec.scores, given=given, query=query.text if query.by == "judge" else "",
         checked=spec.check_judge, reads=spec.judge.base_url is None, prices=(prices.prompt, prices.reply),
     )  # fmt: skip
     if spec.ask and prices.most is not None and plan.price is not None and plan.price > prices.most:
@@ -144,28 +151,26 @@ def _seconds(judge: CachedJudge, examples: list[Examples], plan: Estimate) -> fl
     """What all would take at the pace of the first prompt; None where its reply was kept or failed."""
     started = time.monotonic()
     (row,) = explain(judge, examples[:1]).rows
-    seconds = time.monotonic() - started
     if row.reply.kept or not row.reply.tokens:
         return None
-    return seconds * (plan.prompt_tokens + plan.new_tokens) / row.reply.tokens
+    return (time.monotonic() - started) * (plan.prompt_tokens + plan.new_tokens) / row.reply.tokens
 
 
-def _reads_and_says(opened: Opened, examples: list[Examples]) -> tuple[Mapping[int, float], Mapping[int, float]]:
-    lm, sae = opened.lm, opened.sae
+def _reads_and_says(opened: Opened, examples: list[Examples]) -> tuple[dict[int, float], dict[int, float]]:
+    lm, sae, names = opened.lm, opened.sae, [one.latent for one in examples]
     if not writes_into_stream(lm, sae.write, sae.d_out):
         return {}, {}
-    names = [one.latent for one in examples]
-    read, said = input_scores(lm, sae, examples), outputs(lm, sae, examples)
-    return dict(zip(names, read, strict=True)), dict(zip(names, said, strict=True))
+    says = [one.score for one in output_scores(lm, sae, names)]
+    return dict(zip(names, input_scores(lm, sae, examples), strict=True)), dict(zip(names, says, strict=True))
 
 
 def _relevances(spec: ExplainSpec, judge: CachedJudge, explained: Explained) -> dict[int, float]:
-    about = spec.query
-    if not about.text:
+    query = spec.query
+    if not query.text:
         return {}
-    rater = judge if about.by == "judge" else None
-    values = relevances(rater, about.text, explained.labels, about.embedder, spec.device)
-    return {j: value for j, value in values.items() if not np.isnan(value)}
+    if query.by == "judge":
+        return rate_relevance(judge, query.text, explained)
+    return cosines(query.text, explained.labels, query.embedder, spec.device)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -173,9 +178,9 @@ def _relevances(spec: ExplainSpec, judge: CachedJudge, explained: Explained) -> 
 
 def _given(path: Path, opened: Opened) -> Labels:
     """The explanations in a file of annotations, or of Neuronpedia's."""
-    site, sae = next(iter(opened.saes.items()))
+    ((site, sae),) = opened.saes.items()
     if b'"modelId"' in path.read_bytes()[:4096] or path.suffix == ".gz":
-        return neuronpedia.labels(neuronpedia.read(path))
+        return neuronpedia.read(path)
     known = annotations.load(path, [site])
     annotations.refuse_strangers(known, {site: sae.digest()}, str(path))
     return {one.latent: one.annotation for one in known.values()
@@ -186,28 +191,12 @@ def _write(folder: Path, result: ExplainResult, explained: Explained) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    (sae,) = result.subject.saes
-    names = dict.fromkeys(name for row in explained.answers for name in row)
+    (sae,), judge = result.subject.saes, result.judge.model
     with atomic_write(folder / "answers.parquet") as temporary:
-        table = pa.table({name: [row.get(name) for row in explained.answers] for name in names})
-        pq.write_table(table, temporary)
-    worded = [one for one in result.latents if one.explanation]
+        pq.write_table(pa.Table.from_pylist(explained.answers), temporary)
+    labels = {one.latent: one.explanation for one in result.latents if one.explanation}
+    neuronpedia.write(folder / "neuronpedia.jsonl", result.subject.model, str(sae.site), judge, labels)
     if sae.site is not None:
-        annotations.write(
-            folder / "annotations.jsonl",
-            [
-                Annotation(
-                    name_of(sae.site, one.latent), one.explanation, f"explained by {result.judge.model}", sae=sae.digest
-                )
-                for one in worded
-            ],
-        )
-    neuronpedia.write(
-        folder / "neuronpedia.jsonl",
-        [
-            neuronpedia.NeuronpediaExplanation(
-                result.subject.model, str(sae.site), str(one.latent), one.explanation, "unweave", result.judge.model
-            )
-            for one in worded
-        ],
-    )
+        site, by = sae.site, f"explained by {judge}"
+        lines = (Annotation(name_of(site, j), words, by, sae=sae.digest) for j, words in labels.items())
+        annotations.write(folder / "annotations.jsonl", lines)

@@ -22,11 +22,11 @@ from typing import Literal
 import numpy as np
 
 from unweave.core.errors import UnweaveError
-from unweave.judge import form
-from unweave.judge.base import Conversation, Judge, Reply
-from unweave.judge.form import Answer, Form
+from unweave.judge.base import Conversation
+from unweave.judge.form import Answer, Form, Rating
 from unweave.latents.contexts import KINDS, Array
 from unweave.latents.records import Context, Records
+from unweave.methods.explain.forms import PROMPTS, says, turns
 from unweave.methods.explain.rubric.result import SCALE, Difference, Interval, Scores
 
 CONTEXTS = 5
@@ -35,33 +35,6 @@ RESAMPLES = 10_000
 _FEWEST = 5
 """Scores needed on each side before two groups are compared: a bootstrap of fewer knows nothing of their spread."""
 _ANSWER = re.compile(r"score:\s*\[\[([^\[\]]*)\]\]\s*,\s*name:\s*\[\[([^\[\]]*)\]\]", re.IGNORECASE)
-
-_TASK = (
-    "A detector inside a language model looks at every token of a text and reacts to some of them. You see the five "
-    "texts on which it reacts most. Where it reacts to a token, the strength follows in braces, up to {10}; a token "
-    "with nothing behind it has strength 0, and {?} means not measured. What do the tokens with high strengths, in "
-    "their surroundings, have in common? Score how clear that is:\n"
-    + "\n".join(f"{score}: {meaning}" for score, meaning in SCALE.items())
-    + "\nAnswer with one short sentence that says how many of the five texts fit, and then one line of this form: "
-    "score: [[number]], name: [[a few words]]"
-)
-_EXAMPLES = (
-    (
-        "Text 1: We met in April{10} last year\nText 2: until March{9.7} 3rd,{1.2} the\nText 3: by early "
-        "October{9.1} it had\nText 4:  born on June{8.8} 12 in\nText 5: the July{8.6} sale ends",
-        "Five of five react to the name of a month.\nscore: [[5]], name: [[names of months]]",
-    ),
-    (
-        "Text 1: a glass of milk{10} and\nText 2: we drank coffee{9.2}.\nText 3: the red car{9} was\nText 4: some "
-        "hot tea{8.4} with\nText 5: in the evening{8.1} they",
-        "Three of five react to drinks, the others to a car and a time of day.\nscore: [[3]], name: [[drinks]]",
-    ),
-    (
-        "Text 1: the old table{10} was\nText 2: she ran quickly{9.5} to\nText 3: of 1,400{9.4} people\nText 4: oh "
-        "no{9.2}! he said\nText 5: because the{8.9} bank of",
-        "No two of the five react to the same kind of thing.\nscore: [[1]], name: [[nothing in common]]",
-    ),
-)
 
 Kind = Literal["real", "shuffled"]
 
@@ -80,19 +53,6 @@ class Item:
     def latent(self) -> int | None:
         """The latent of a real item."""
         return self.latents[0] if self.kind == "real" else None
-
-
-@dataclass(frozen=True)
-class Rating:
-    """What the judge made of an item: a score and a name, or the reason why there is none."""
-
-    item: Item
-    prompt: Conversation
-    reply: Reply
-    score: int | None
-    name: str
-    failure: str
-    """Empty where there is a score."""
 
 
 def eligible(records: Records) -> Array:
@@ -116,25 +76,26 @@ def real_items(records: Records, n: int, seed: int = 0) -> list[Item]:
     return [item_of(records, "real", [int(j)] * CONTEXTS) for j in chosen]
 
 
-def shuffled_items(records: Records, n: int, seed: int = 0) -> list[Item]:
-    """``n`` items of five different random eligible latents each: the strongest context of the first, the second
-    strongest of the second, and so on, so that only the common pattern is missing.
+def shuffled_items(records: Records, n: int, seed: int = 0, latents: Sequence[int] | None = None) -> list[Item]:
+    """``n`` items of five different random eligible latents each (of ``latents``, which are eligible, where given): the
+    strongest context of the first, the second strongest of the second, and so on, so that only the common pattern is
+    missing.
 
     Raises UnweaveError where fewer than five latents are eligible.
     """
     if n == 0:
         return []
-    among = _eligible(records, CONTEXTS)
+    among = _eligible(records, CONTEXTS) if latents is None else sorted(latents)
     generator = np.random.default_rng([seed, 1])
     drawn = [generator.choice(among, CONTEXTS, replace=False) for _ in range(n)]
-    return [item_of(records, "shuffled", [int(j) for j in latents]) for latents in drawn]
+    return [item_of(records, "shuffled", [int(j) for j in five]) for five in drawn]
 
 
-def _eligible(records: Records, wanted: int) -> Array:
+def _eligible(records: Records, needed: int) -> Array:
     among = eligible(records)
-    if len(among) < wanted:
+    if len(among) < needed:
         raise UnweaveError(
-            f"{len(among)} of {len(records):,} latents fire in {CONTEXTS} documents or more, at least {wanted} needed",
+            f"{len(among)} of {len(records):,} latents fire in {CONTEXTS} documents or more, at least {needed} needed",
             where="records",
             remedy="collect the records from more documents, with at least five top contexts",
         )
@@ -151,93 +112,67 @@ def item_of(records: Records, kind: Kind, latents: Sequence[int]) -> Item:
 # -- the question and its answer ----------------------------------------------------------------------------------
 
 
-def question(item: Item) -> list[dict[str, str]]:
-    """The conversation that asks for a score: the task, three short examples answered as it should be, the item.
-
-    No system turn, since not every template has one. The examples bring small judges to the form asked for, and show
-    a high, a low and a middling score.
-    """
-    turns = [text for example in _EXAMPLES for text in example] + [_texts(item)]
-    turns[0] = f"{_TASK}\n\n{turns[0]}"
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+def question(item: Item) -> Conversation:
+    """The conversation that asks for a score: the task, three short examples answered as it should be, the item. The
+    examples bring small judges to the form asked for, and show a high, a low and a middling score."""
+    task, *rest = turns("rubric", _texts(item))
+    scale = "\n".join(f"{score}: {meaning}" for score, meaning in SCALE.items())
+    return [{"role": "user", "content": task["content"].replace("SCALE", scale)}, *rest]
 
 
 def _texts(item: Item) -> str:
-    shown = zip(item.contexts, item.largest, strict=True)
-    return "\n".join(f"Text {i + 1}: {_shown(context, largest)}" for i, (context, largest) in enumerate(shown))
+    pairs = zip(item.contexts, item.largest, strict=True)
+    return "\n".join(f"Text {i}: {_shown(context, largest)}" for i, (context, largest) in enumerate(pairs, 1))
 
 
 def _shown(context: Context, largest: float) -> str:
     """Tokens, each with its value behind it unless that is 0; 10 is the latent's largest. Line breaks as in code."""
-    parts = []
+    words = []
     for text, value, counted, _ in context.shown():
-        number = _number(_TOP * value / largest) if counted else "?"
+        number = f"{_TOP * value / largest:.1f}".removesuffix(".0") if counted else "?"
         plain = text.replace("\r", "\\r").replace("\n", "\\n")
-        parts.append(plain if counted and value == 0 else f"{plain}{{{number}}}")
-    return "".join(parts)
+        words.append(plain if counted and value == 0 else f"{plain}{{{number}}}")
+    return "".join(words)
 
 
-def _number(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
-
-
-def parse(text: str) -> tuple[int, str]:
-    """(score, name) of a reply. Raises ValueError with a short reason when it is not exactly as asked for.
+def parse(text: str, item: Item | None = None) -> Answer:
+    """The score and the name in a reply. Raises ValueError with a short reason when it is not exactly as asked for.
 
     There must be one ``score: [[n]], name: [[words]]`` with a whole number from 1 to 5 and a name of letters or
     digits. Anything around it is the judge's description.
     """
-    answers = _ANSWER.findall(text)
+    answers = list(_ANSWER.finditer(text))
     if not answers:
         raise ValueError("no answer of the form asked for")
     if len(answers) > 1:
         raise ValueError("more than one answer")
-    score, name = (part.strip() for part in answers[0])
+    score, name = (part.strip() for part in answers[0].groups())
     if score not in ("1", "2", "3", "4", "5"):
         raise ValueError("the score is no whole number from 1 to 5")
-    if not any(character.isalnum() for character in name) or name.lower() == "a few words":
+    if not says(name):
         raise ValueError("no name")
-    return int(score), name
+    return Answer((int(score),), (text.index(score, answers[0].start(1)),), name)
 
 
-def _answer(text: str, item: Item) -> Answer:
-    score, name = parse(text)
-    return Answer((score,), (_ANSWER.search(text).start(1),), name)  # type: ignore[union-attr]
-
-
-FORM: Form[Item] = Form("rubric", 4, question, _answer, tuple(sorted(SCALE)))
+FORM: Form[Item] = Form("rubric", PROMPTS["rubric"]["version"], question, parse, tuple(sorted(SCALE)))
 """The question as a form; the whole reply is read, since two answers in it are none."""
-
-
-def rate(judge: Judge, items: Sequence[Item]) -> list[Rating]:
-    """Every item's rating, in order. Errors as in ``judge.ask``."""
-    rows = form.rate(judge, FORM, items).rows
-    return [
-        Rating(row.case, row.prompt, row.reply, int(row.value) if row.answer else None, row.words, row.failure)
-        for row in rows
-    ]
 
 
 # -- the numbers --------------------------------------------------------------------------------------------------
 
 
-def summarise(ratings: Sequence[Rating], seed: int = 0) -> Scores:
+def summarise(ratings: Sequence[Rating[Item]], seed: int = 0) -> Scores:
     """Distribution, mean and shares with bootstrap intervals over the items that were scored."""
     scores = _scores(ratings)
-    failures = Counter(rating.failure for rating in ratings if rating.score is None)
+    failures = Counter(rating.failure for rating in ratings if rating.failure)
+    distribution = tuple(int((scores == score).sum()) for score in sorted(SCALE))
     return Scores(
-        asked=len(ratings),
-        scored=len(scores),
-        failed=len(ratings) - len(scores),
-        failures=dict(failures.most_common()),
-        distribution=tuple(int((scores == score).sum()) for score in sorted(SCALE)),
-        mean=interval(scores, seed),
-        high=interval(scores >= 4, seed),
-        low=interval(scores <= 2, seed),
-    )
+        len(ratings), len(scores), len(ratings) - len(scores), dict(failures.most_common()), distribution,
+        interval(scores, seed), interval(scores >= 4, seed), interval(scores <= 2, seed),
+    )  # fmt: skip
 
 
-def difference(real: Sequence[Rating], shuffled: Sequence[Rating], seed: int = 0) -> Difference | None:
+def difference(real: Sequence[Rating[Item]], shuffled: Sequence[Rating[Item]], seed: int = 0) -> Difference | None:
     """How much higher the mean score of real items is than that of shuffled ones; None where one has no score.
 
     The interval is a bootstrap's over items. It has no width where either side always scores the same, however few
@@ -265,8 +200,8 @@ def _relabelled(a: Array, b: Array, seed: list[int]) -> float:
     return float((apart >= apart[-1]).mean())
 
 
-def _scores(ratings: Sequence[Rating]) -> Array:
-    return np.array([rating.score for rating in ratings if rating.score is not None], dtype=np.int64)
+def _scores(ratings: Sequence[Rating[Item]]) -> Array:
+    return np.array([rating.answer.values[0] for rating in ratings if rating.answer], dtype=np.int64)
 
 
 def _resampled(values: Array, seed: int | list[int]) -> Array:

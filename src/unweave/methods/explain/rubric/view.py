@@ -41,6 +41,16 @@ def notes(judge: JudgeInfo) -> tuple[str, ...]:
     return (*((judge.note,) if judge.note else ()), *warning)
 
 
+def caveats(judge: JudgeInfo) -> tuple[str, ...]:
+    """``notes`` as whole sentences, for a page."""
+    return tuple(f"The judge, {judge.model}: {note}." for note in notes(judge))
+
+
+def measures(lines: list[Row]) -> str:
+    """Rows as a table of a page."""
+    return table(("Measure", "Value", "What it says"), [tuple(map(esc, row)) for row in lines], (), "Scores")
+
+
 def shown(interval: Interval | None) -> str:
     """ "3.20 [2.90, 3.50]" """
     if interval is None:
@@ -81,12 +91,11 @@ def section(result: RubricResult, around: Around = ALONE) -> Section:
         )
     body += [
         figure(scores_bars(result, around.name), "Share of items with each score."),
-        table(("Measure", "Value", "What it says"), [tuple(map(esc, row)) for row in rows(result)], (), "Scores"),
+        measures(rows(result)),
         table(("Latent", "Score", "The judge's name for it"), lines, (0, 1), "Rated latents"),
     ]
     tiles = ()
     if result.real.mean is not None:
         tiles = (Tile(f"{result.real.mean.value:.1f}", "mean score of latents", verdict(result.above_shuffled)),)
-    caveats = tuple(f"The judge, {result.judge.model}: {note}." for note in notes(result.judge))
     heading = "How clear latents are to a judge"
-    return Section("Rubric", heading, "".join(body), tiles=tiles, notes=(*result.subject.notes, *caveats))
+    return Section("Rubric", heading, "".join(body), tiles=tiles, notes=(*result.subject.notes, *caveats(result.judge)))
