@@ -61,15 +61,10 @@ class Reply:
 class Judge(Protocol):
     """Anything that answers conversations."""
 
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        ...
-
-    @property
-    def note(self) -> str:
-        """What readers of its judgements must know of it, such as the precision of its weights; may be empty."""
-        ...
+    name: str
+    """The model's name."""
+    note: str
+    """What readers of its judgements must know of it, such as the precision of its weights; may be empty."""
 
     def ask(self, conversations: Sequence[Conversation], until: str = "") -> list[Reply]:
         """One reply per conversation, in order. UnweaveError when it cannot be asked at all or its budget is spent.
@@ -105,16 +100,10 @@ class Budget:
 class Backend(Protocol):
     """Who really answers; ``CachedJudge`` makes a ``Judge`` of it."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def note(self) -> str: ...
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """Plain values, besides the messages, that decide what the reply is. They are written to files."""
-        ...
+    name: str
+    note: str
+    settings: Mapping[str, Any]
+    """Plain values, besides the messages, that decide what the reply is. They are written to files."""
 
     def answer(
         self, conversations: Sequence[Conversation], budget: Budget, until: str = ""
@@ -128,22 +117,11 @@ class CachedJudge:
     """A ``Judge`` that keeps every reply in ``folder`` (None: only for the call) and holds to a budget."""
 
     def __init__(self, backend: Backend, folder: Path | None = None, budget: Budget | None = None) -> None:
-        self._backend = backend
-        self._folder = folder
-        self.budget = budget or Budget()
-
-    @property
-    def name(self) -> str:
-        return self._backend.name
-
-    @property
-    def note(self) -> str:
-        return self._backend.note
-
-    @property
-    def reads(self) -> bool:
+        self.name, self.note = backend.name, backend.note
+        self.reads = hasattr(backend, "read")
         """Whether it can ``read``: models that run here can."""
-        return hasattr(self._backend, "read")
+        self.budget = budget or Budget()
+        self._backend, self._folder = backend, folder
 
     def ask(self, conversations: Sequence[Conversation], until: str = "") -> list[Reply]:
         """One reply per conversation, in order; the same conversation is asked once.

@@ -11,10 +11,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from unweave.core.files import read_toml
 from unweave.judge.base import Judge
 from unweave.judge.form import Case, Form, rate
 
@@ -88,73 +90,25 @@ def auroc(positive: Any, negative: Any) -> float | None:
     return float((below + not_above).mean() / (2 * len(b)))
 
 
-_CONCEPTS = (
-    (
-        "baking bread",
-        "She kneaded the dough, let it rise by the stove and slid two loaves into the oven.",
-        "A good crust needs steam in the first minutes; the bakery sold out of rye by nine.",
-        "He earns his bread as a night watchman and kneads his sore shoulders after work.",
-    ),
-    (
-        "earthquakes",
-        "At dawn the ground shook for forty seconds and chimneys fell all over the town.",
-        "Seismologists measured a magnitude of 6.1 with its focus eight kilometres deep.",
-        "Her resignation was an earthquake for the party, and aftershocks are felt in every office.",
-    ),
-    (
-        "the planet Mercury",
-        "Closest to the Sun, Mercury circles it in 88 days and has hardly any atmosphere.",
-        "The probe photographed the craters of the innermost planet during its third flyby.",
-        "Old thermometers contain mercury, a metal that is liquid at room temperature.",
-    ),
-    (
-        "beekeeping",
-        "He smoked the hive, lifted out the frames and checked for the queen.",
-        "In late summer we harvest the honey and feed the colonies for winter.",
-        "The village was a hive of activity, and everybody was busy as a bee before the fair.",
-    ),
-    (
-        "playing chess",
-        "White gave up a bishop to open the file and mated with the rook four moves later.",
-        "She prepared the Sicilian defence for the final round of the tournament.",
-        "The bishop moved to a new diocese, and the knight was buried beside his castle.",
-    ),
-    (
-        "tax law",
-        "Deductions for a home office may be claimed only if the room is used for work alone.",
-        "The court held that the levy on imported cars had been assessed unlawfully.",
-        "Climbing the last hill was taxing, and the children laid down the law about breaks.",
-    ),
-    (
-        "rivers flooding",
-        "After three days of rain the river burst its banks and water stood in the cellars.",
-        "Sandbags were piled along the quay as the gauge upstream passed its highest mark.",
-        "Letters flooded the editor's desk in a river of complaints about the new layout.",
-    ),
-    (
-        "learning to drive",
-        "In her third lesson she stalled at the crossing and forgot the indicator.",
-        "The examiner asked him to park in reverse between two vans, and he passed.",
-        "The team lacks drive this season and has to learn how to finish an attack.",
-    ),
-)
-_FLUENT = tuple(text for concept in _CONCEPTS for text in concept[1:3])
+_CONCEPTS = read_toml(Path(__file__).with_name("known.toml"))["concepts"]
 
 
 def known_texts() -> list[Known]:
     """32 texts: of each of eight concepts two that mention it, a near miss, and one about another concept."""
     known = []
-    for (concept, *mentions, near), (_, other, *_) in zip(_CONCEPTS, _CONCEPTS[1:] + _CONCEPTS[:1], strict=True):
-        known += [Known(concept, text, "mention") for text in mentions]
-        known += [Known(concept, near, "near miss"), Known(concept, other, "unrelated")]
+    for concept, other in zip(_CONCEPTS, _CONCEPTS[1:] + _CONCEPTS[:1], strict=True):
+        name = concept["name"]
+        known += [Known(name, text, "mention") for text in concept["mentions"]]
+        known += [Known(name, concept["near_miss"], "near miss"), Known(name, other["mentions"][0], "unrelated")]
     return known
 
 
 def fluency_texts() -> list[tuple[str, bool, str]]:
     """32 texts (text, whether it is fluent, kind): sixteen fluent ones, and each of them broken: its words in another
     order, or its first words over and over."""
-    cases = [(text, True, "fluent") for text in _FLUENT]
-    for number, text in enumerate(_FLUENT):
+    fluent = [text for concept in _CONCEPTS for text in concept["mentions"]]
+    cases = [(text, True, "fluent") for text in fluent]
+    for number, text in enumerate(fluent):
         words = text.split()
         if number % 2:
             cases.append((" ".join(words[:3] * (len(words) // 3)), False, "loop"))

@@ -46,10 +46,10 @@ def context(document: int, values: list[float], band: int | None = None, words: 
 
 
 def record(latent: int = 3, top: int = 6, quantile: int = 12, silent: int = 9) -> LatentRecord:
-    """Contexts in documents of their own, one of the quantiles' in a top context's document."""
+    """Contexts in documents of their own, those of the weakest quantiles in the top contexts' documents."""
     tops = tuple(context(d, [0.0, 10.0 - d / 10, 0.0, 0.0]) for d in range(top))
     bands = tuple(context(top + d, [0.0, 0.0, 5.0 - d / 10, 0.0], band=d % 3) for d in range(quantile))
-    bands += (context(0, [3.0, 0.0, 0.0, 0.0], band=0),)
+    bands += tuple(context(d, [3.0, 0.0, 0.0, 0.0], band=d % 3) for d in range(top))
     others = (*(context(50 + d, [0.0] * 4) for d in range(silent)), context(90, [0.0, 1.0, 0.0, 0.0]))
     return LatentRecord(latent, 9, 0.1, 10.0, 1.0, 0.0, (), (), tops, bands, others)
 

@@ -66,9 +66,15 @@ class Explained:
     answers: list[dict[str, Any]] = field(default_factory=list)
     """a row each, with the form, the judge, the prompt, the reply and what was read in it"""
 
-    def add(self, which: str, latents: Sequence[int | None], ratings: Ratings[Any], **columns: Sequence[Any]) -> None:
-        """Keeps answers about ``latents``; ``which``: explained, own, shuffled or query."""
-        all_columns = {"latent": latents, **columns, **ratings.columns()}
+    def add(
+        self,
+        which: str,
+        latents: Sequence[int | None],
+        ratings: Ratings[Any],
+        more: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        """Keeps answers about ``latents`` with ``more`` columns; ``which``: explained, own, shuffled or query."""
+        all_columns = {"latent": latents, **(more or {}), **ratings.columns()}
         rows = (dict(zip(all_columns, row, strict=True)) for row in zip(*all_columns.values(), strict=True))
         self.answers += [{"labels": which, "truth": None, "correlation": None} | row for row in rows]
 
@@ -102,7 +108,7 @@ def explain_and_score(
         other = score(judge, name, examples, strangers(labels, seed), seed)
         explained.own[name], explained.shuffled[name] = own.values, other.values
         for which, one in (("own", own), ("shuffled", other)):
-            explained.add(which, one.latents, one.ratings, **one.columns)
+            explained.add(which, one.latents, one.ratings, one.columns)
         explained.summaries.append(_summary(name, own, other, random, seed))
     return explained
 
