@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from helpers.explained import train_small
 from unweave.core.errors import UnweaveError
 from unweave.core.result import as_read, as_written
 from unweave.core.run import Run
@@ -73,6 +74,23 @@ def test_no_document_is_shown_and_tested(shown: int, tests: int) -> None:
             assert {one.band for one in examples.active} == {None, 0, 1, 2}  # of all strengths
     assert choose_examples(record(), 6, 4, 1) == choose_examples(record(), 6, 4, 1)
     assert choose_examples(record(), 6, 4, 1) != choose_examples(record(), 6, 4, 2)
+
+
+def test_silent_texts_are_of_no_shown_document() -> None:
+    tops = record()
+    random_too = replace(tops, random=(*(context(d, [0.0] * 4) for d in range(6)), *tops.random))
+    for seed in range(5):
+        examples = choose_examples(random_too, 6, 12, seed)
+        assert examples is not None
+        assert {one.document for one in examples.shown}.isdisjoint(one.document for one in examples.silent)
+
+
+def test_a_text_that_has_no_other_tokens_to_mark_is_left_out() -> None:
+    examples = choose_examples(record(), 6, 4)
+    assert examples is not None
+    full = replace(examples, active=(context(1, [2.0, 2.0, 0.0]), *examples.active[1:]))
+    asked = list(claims("fuzzing", full, "w"))
+    assert [true for _, true in asked] == [True, False] * (len(examples.active) - 1)
 
 
 def test_latents_with_too_few_contexts_are_left_out() -> None:
@@ -298,6 +316,16 @@ def test_neuronpedias_files_are_read_and_written(tmp_path: Path) -> None:
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path) -> Run:
+    return train_small(home)
 
 
 def says(talk: Conversation) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.explained import train_small
 from helpers.raw_server import KEY, Raw, completion, http, leaks
 from unweave.cli.app import main
 from unweave.core.codes import Codes
@@ -323,6 +324,16 @@ def test_the_p_value_is_that_of_every_relabelling(a: list[int], b: list[int]) ->
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path) -> Run:
+    return train_small(home)
 
 
 class Panel:
