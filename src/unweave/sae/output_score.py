@@ -90,13 +90,17 @@ def raised(
     lm: LM, site: Site, row: Tokens, shifts: Tensor, where: Tensor, max_tokens: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Next-token probabilities [R, V] after one prompt of P tokens, with ``shifts`` [N, 1, D] added at a site, times
-    ``where`` [..., P, 1]; so many rows at a time that they hold ``max_tokens``."""
+    ``where`` [..., P, 1]; so many rows at a time that they hold ``max_tokens``. Blocks below the site run once."""
+    below = site if site.layer is None else Site("resid_pre", site.layer)
+    with lm.taps(read=[below], stop=below) as seen:
+        lm(row)
     step = max(1, max_tokens // row.ids.shape[1])
     for start in range(0, len(shifts), step):
         part = slice(start, min(start + step, len(shifts)))
         here = shifts[part] * where
         rows = Tokens(*(column.expand(len(here), -1) for column in (row.ids, row.mask, row.roles)))
-        with lm.taps(edit={site: lambda x, _at, here=here: x + here.to(x.dtype)}):
+        edit = {site: lambda x, _at, here=here: x + here.to(x.dtype)}
+        with lm.taps(edit=edit, start=(below, seen[below].expand(len(here), -1, -1))):
             logits = lm(rows, keep_logits=1)
         assert logits is not None
         yield part, torch.softmax(logits[:, -1].float(), -1)

@@ -25,6 +25,7 @@ def aurocs(site: SiteLabels) -> str:
         hollow = {"markerfacecolor": "none", "color": COLOURS["soft"], "markersize": 3, "label": "shuffled"}
         axes.plot(places, [chance or 0.5 for _, chance in there], "o", **hollow)
         axes.axhline(0.5, color=COLOURS["line"], linewidth=1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("Pairs of latent and label, by AUROC")
         axes.set_ylabel("AUROC on held-out texts")
         axes.legend(loc="upper right")
