@@ -29,12 +29,15 @@ def show_progress(silent: bool) -> Iterator[None]:
     console = Console(stderr=True, highlight=False)
     try:
         if not console.is_terminal:
-            progress.set_display(lambda name, total, unit, done: PlainTask(name, total, unit, done))
+            progress.set_display(PlainTask, lambda text: print(plain(text), file=sys.stderr, flush=True))
             yield
             return
         name, note = (TextColumn(f"{{task.{what}}}", markup=False) for what in ("description", "fields[note]"))
         with Progress(name, BarColumn(bar_width=10), _Amount(), _Times(), note, console=console) as bars:
-            progress.set_display(lambda name, total, unit, done: _BarTask(bars, name, total, unit, done))
+            progress.set_display(
+                lambda name, total, unit, done: _BarTask(bars, name, total, unit, done),
+                lambda text: console.print(plain(text), markup=False),
+            )
             yield
     finally:
         progress.set_display(None)

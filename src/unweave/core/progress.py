@@ -35,18 +35,28 @@ Display = Callable[[str, float, str, float], Task]
 """(name, total, unit, done at the start) -> a Task"""
 
 
+Speak = Callable[[str], None]
+
+
 def _silent(name: str, total: float, unit: str, done: float) -> Task:
     del name, total, unit, done
     return _Silent()
 
 
 _display: Display = _silent
+_speak: Speak | None = None
 
 
-def set_display(display: Display | None) -> None:
-    """Installs who shows progress; None silences it."""
-    global _display
-    _display = display or _silent
+def set_display(display: Display | None, speak: Speak | None = None) -> None:
+    """Installs who shows progress, and what is said beside it; None silences it."""
+    global _display, _speak
+    _display, _speak = display or _silent, speak
+
+
+def say(text: str) -> None:
+    """Says a sentence before long work, e.g. what it will cost."""
+    if _speak is not None:
+        _speak(text)
 
 
 @contextmanager

@@ -70,13 +70,22 @@ class Check:
 def check(judge: Judge, form: Form[Case], cases: Sequence[tuple[Case, bool, str]]) -> Check:
     """Rates cases (case, whether it is right, what kind it is) and compares; errors as in ``judge.ask``."""
     ratings = rate(judge, form, [case for case, _, _ in cases])
-    right = np.array([is_right for _, is_right, _ in cases])
-    kinds = np.array([kind for _, _, kind in cases])
-    best = ratings.best
+    return compared(form.id, judge.name, ratings.best, cases, ratings.failures)
+
+
+def compared(
+    form: str, judge: str, values: Any, cases: Sequence[tuple[Any, bool, str]], failures: dict[str, int]
+) -> Check:
+    """The same of cases that have been rated: values [N], NaN for failures."""
+    values, right, kinds = (
+        np.asarray(values),
+        np.array([c[1] for c in cases], dtype=bool),
+        np.array([c[2] for c in cases]),
+    )
     by_kind = {
-        kind: auroc(best[right], best[~right & (kinds == kind)]) for kind in dict.fromkeys(kinds[~right].tolist())
+        kind: auroc(values[right], values[~right & (kinds == kind)]) for kind in dict.fromkeys(kinds[~right].tolist())
     }
-    return Check(form.id, judge.name, auroc(best[right], best[~right]), by_kind, len(cases), ratings.failures)
+    return Check(form, judge, auroc(values[right], values[~right]), by_kind, len(cases), failures)
 
 
 def auroc(positive: Any, negative: Any) -> float | None:
@@ -103,15 +112,15 @@ def known_texts() -> list[Known]:
     return known
 
 
-def fluency_texts() -> list[tuple[str, bool, str]]:
-    """32 texts (text, whether it is fluent, kind): sixteen fluent ones, and each of them broken: its words in another
-    order, or its first words over and over."""
-    fluent = [text for concept in _CONCEPTS for text in concept["mentions"]]
+def fluency_texts(fluent: Sequence[str] | None = None) -> list[tuple[str, bool, str]]:
+    """(text, whether it is fluent, kind): those given, or sixteen of our own; and each of them broken: its words in
+    another order, or its first words over and over."""
+    fluent = [text for concept in _CONCEPTS for text in concept["mentions"]] if fluent is None else fluent
     cases = [(text, True, "fluent") for text in fluent]
     for number, text in enumerate(fluent):
         words = text.split()
         if number % 2:
-            cases.append((" ".join(words[:3] * (len(words) // 3)), False, "loop"))
+            cases.append((" ".join(words[:3] * max(1, len(words) // 3)), False, "loop"))
         else:
             random.Random(number).shuffle(words)
             cases.append((" ".join(words), False, "shuffled words"))

@@ -184,7 +184,34 @@ def test_what_cannot_be_compared_is_refused_before_the_model_is_loaded(
         ({"methods": ("sae", "sae")}, "without repetition"),
         ({"judge": {"model": "x"}}, "only where a chat model rates"),
         ({"steering": {"factors": [2.0, 1.0]}}, "rising"),
+        ({"steering": {"factors": [0.0, 1.0]}}, "above 0"),
+        ({"steering": {"factors": [1.0, float("inf")]}}, "inf is not a number"),
+        ({"steering": {"factors": []}}, "factors"),
+        ({"steering": {"facters": [1.0]}}, "factors"),
         ({"steering": {"factors": [1.0], "preset": "clamp"}}, "preset has no effect"),
     ):
         with pytest.raises(UnweaveError, match=words):
             AxbenchSpec.from_dict(spec.to_dict() | changed)
+
+
+def test_pairs_of_another_sae_and_unknown_latents_are_refused(spec: AxbenchSpec, tmp_path: Path) -> None:
+    label = ScoredLabel(label="sea", threshold=0, score=1, support=9, maximum=1)
+    for name, digest, words in (
+        (f"{SITE}/4", "0123456789ab", "was annotated in SAE 0123456789ab"),
+        (f"{SITE}/40", None, "there is no latent .*/40; there are 40 latents"),
+        ("resid_post.0/4", None, f"there are SAEs at {SITE}"),
+    ):
+        write(tmp_path / "wrong.jsonl", [Annotation(name, sae=digest, labels=(label,))])
+        with pytest.raises(UnweaveError, match=words):
+            stage.run(replace(spec, pairs=tmp_path / "wrong.jsonl"), tmp_path / "runs")
+
+
+def test_the_cost_is_said_before_the_texts_are_read(
+    spec: AxbenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(stage, "say", said.append)
+    monkeypatch.setattr(stage, "open_tagged", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stage.run(replace(spec, methods=("sae",)), tmp_path / "runs")
+    assert said == ["at most 60 texts for 3 pairs (360 new tokens), and 0 prompts to a judge"]

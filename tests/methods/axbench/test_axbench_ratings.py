@@ -13,7 +13,7 @@ from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.judge.scripted import Scripted
 from unweave.latents.annotations import Pair, ScoredLabel
-from unweave.methods.axbench.checks import check, confidence_change, detect, known_cases
+from unweave.methods.axbench.checks import check, detect, known_cases
 from unweave.methods.axbench.compare import Experiment, Ratings, judge
 from unweave.methods.axbench.directions import Direction, sae_of, token_activations
 from unweave.methods.axbench.forms import FORMS, Case, ChatRater, spoken, template_prompt, written_prompts
@@ -21,7 +21,7 @@ from unweave.methods.axbench.generate import Handle, Setting, draw_instructions
 from unweave.methods.axbench.result import RATINGS
 from unweave.methods.axbench.scores import repeated_folds
 from unweave.methods.axbench.texts import ConceptTexts, Texts, WordClassifier
-from unweave.methods.axbench.truth import TruthRater, broken, likelihoods
+from unweave.methods.axbench.truth import TruthRater, likelihoods
 from unweave.sae.steered import prompt_tokens
 from unweave.tasks.tagged.spec import TaggedSpec
 from unweave.tasks.tagged.texts import open_tagged
@@ -63,19 +63,12 @@ def test_a_texts_likelihood_is_that_of_its_tokens_after_the_prompt(tiny_lm: Any,
     lm = tiny_lm(name)
     prompts, answers = ["say it", "a", "say it", "b"], ["abcab", "x", "", "long answer"]
     found = likelihoods(lm, prompts, answers, most=6)
-    for prompt, answer, one in zip(prompts, answers, found, strict=True):
+    for prompt, answer, mean in zip(prompts, answers, found, strict=True):
         frame = prompt_tokens(lm, [prompt], None).ids[0].tolist()
         ids = lm.tokenizer(answer, add_special_tokens=False)["input_ids"][:6]
         logits = torch.log_softmax(lm(torch.tensor([frame + ids]))[0].float(), -1)
         each = [float(logits[len(frame) + i - 1, token]) for i, token in enumerate(ids)]
-        assert one.mean == pytest.approx(np.mean(each), abs=1e-4) if each else np.isnan(one.mean)
-    assert found[0].distinct == 1.0
-
-
-def test_broken_texts_have_the_same_words_or_only_the_first() -> None:
-    text = "the cat sat on the mat and slept"
-    assert sorted(broken(text, 3, loop=False).split()) == sorted(text.split()) and broken(text, 3, loop=False) != text
-    assert broken(text, 0, loop=True) == "the cat sat on the cat sat on"
+        assert mean == pytest.approx(np.mean(each), abs=1e-4) if each else np.isnan(mean)
 
 
 def test_scripted_truth_reads_the_concept_and_repetition(texts: Texts, tiny_lm: Any) -> None:
@@ -85,7 +78,7 @@ def test_scripted_truth_reads_the_concept_and_repetition(texts: Texts, tiny_lm: 
     cases = [Case("fish", "ask a", text) for text in ("perch and trout", "stone road", "", "aaaaaaaaaaaaaaaaaaaa")]
     values, _ = rater.rate(cases)
     assert values[0, 0] == 2 and values[1, 0] == 0 and list(values[2]) == [0, 0, 0] and values[3, 2] == 0
-    own = [one.mean for one in likelihoods(lm, ["ask a", "ask b", "ask c"], ["perch and trout"] * 3, 20)]
+    own = likelihoods(lm, ["ask a", "ask b", "ask c"], ["perch and trout"] * 3, 20).tolist()
     assert values[0, 1] == (own[0] > own[1]) + (own[0] > own[2])
     (concept, *_) = check(
         rater, known_cases({"fish": fish}, fluent, [("ask a", "x y"), ("ask b", "z")], any_concept=False)
@@ -112,20 +105,6 @@ def test_a_chat_models_last_rating_counts_and_anything_else_is_a_failure() -> No
     assert concept.asked == 32 and set(concept.aurocs) == {"near miss", "unrelated"}
     assert template_prompt("works-with::the_sea").count("works with the sea") == 2 and spoken("c++") == "c++"
     assert written_prompts(Scripted([" talk of it "]), ["sea"]) == ["talk of it"]
-
-
-def test_confidence_is_of_the_likeliest_tokens(tiny_lm: Any) -> None:
-    lm = tiny_lm("llama")
-    sae = sae_of([Direction(torch.nn.functional.normalize(torch.randn(32), dim=0))], SITE, TokenPolicy())
-    handle = Handle(sae, 0, 40.0, "add", "all")
-    before, after = [], []
-    for prompt in ("From my experience,", "The most important thing is", "Yesterday I", "It is well known that"):
-        for store, edit in ((before, None), (after, sae.add({0: 40.0}, where="all"))):
-            with lm.taps(edit=edit):
-                top = torch.log_softmax(lm(lm.tokenize([prompt]))[0, -1], -1).sort(descending=True).values[:20]
-            store.append(-float(top.mean()))
-    got = confidence_change(lm, [handle, handle])
-    assert got == pytest.approx([np.mean(after) - np.mean(before)] * 2, abs=1e-4)
 
 
 def test_a_direction_that_tells_the_concept_detects_it(tiny_lm: Any) -> None:
@@ -184,3 +163,23 @@ def test_labelled_latents_are_compared_with_random_ones_pair_by_pair() -> None:
     assert selection.rating.value == pytest.approx(2) and selection.others.value == pytest.approx(1.5)
     assert [one.parts[0].value for one in judged.suppression] == [2, 1, 0] and judged.suppression[2].less.value == 2
     assert judged.suppression[0].less is None and len(RATINGS) == 3
+
+
+def test_differences_to_random_latents_are_taken_pair_by_pair() -> None:
+    """Concept ratings differ from pair to pair, their differences to random latents' do not: no width is left."""
+    pairs, pool = [pair(j, "abcd"[j]) for j in range(4)], list("stuv")
+    experiment = Experiment(
+        pairs=pairs, methods=("sae", "random"), factors=(1.0,), pool=pool, prompts=[""] * 4, suppression=False,
+        instructions=draw_instructions(pool, 4, 4, seed=0),
+    )  # fmt: skip
+    saes = sae_of([Direction(torch.eye(8)[j]) for j in range(8)], SITE, TokenPolicy())
+    handles = {
+        name: [Handle(saes, j + 4 * i, 2.0, "add", "all") for j in range(4)] for i, name in enumerate(("sae", "random"))
+    }
+    jobs = experiment.jobs(handles)
+    values = np.array([[(job.block == "sae") + job.row[0] % 2, 2, 2] for job in jobs], dtype=float)
+    values[[i for i, job in enumerate(jobs) if job.block == "random" and job.row[0] == 3]] = np.nan  # a failed pair
+    judged = judge(experiment, jobs, Ratings(Scripted([]), values, []), repeated_folds(4), [{}] * 4, ())
+    above = judged.scores[0].concept_above_random
+    assert above is not None and (above.value, above.low, above.high, above.concepts) == (1, 1, 1, 3)
+    assert [one.failed for one in judged.rated] == [0] * 7 + [4]

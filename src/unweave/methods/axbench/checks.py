@@ -1,5 +1,4 @@
-"""Beside the ratings: whether a rater tells known cases apart, how well values detect a concept, and how much a latent
-changes the next token's distribution.
+"""Beside the ratings: whether a rater tells known cases apart, and how well values detect a concept.
 
 Known cases: held-out texts with the concept and without it; the same texts whole and broken; answers of the unedited
 model under their own instruction and under another.
@@ -10,23 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 
 from unweave.core.progress import task
-from unweave.judge.check import Check, auroc, known_texts
-from unweave.lm.model import LM
+from unweave.judge.check import Check, auroc, compared, fluency_texts, known_texts
 from unweave.methods.axbench.compare import Rater
 from unweave.methods.axbench.directions import passage_values
 from unweave.methods.axbench.forms import Case
 from unweave.methods.axbench.generate import Handle, Setting
 from unweave.methods.axbench.scores import Array
 from unweave.methods.axbench.texts import ConceptTexts
-from unweave.methods.axbench.truth import broken
-from unweave.sae.edits import together
-from unweave.sae.steered import prompt_tokens
 
-_PROMPTS = ("From my experience,", "The most important thing is", "Yesterday I", "It is well known that")
-_TOP = 20
 _EACH = 12
 """known cases of either kind, per concept"""
 
@@ -47,9 +39,7 @@ def known_cases(
     ]
     if any_concept:
         concept += [(Case(one.concept, "", one.text), one.right, one.kind) for one in known_texts()]
-    fluency = [(Case("", "", text), True, "whole") for text in whole]
-    for i, text in enumerate(whole):
-        fluency.append((Case("", "", broken(text, i, loop=i % 2 == 1)), False, "loop" if i % 2 else "shuffled words"))
+    fluency = [(Case("", "", text), right, kind) for text, right, kind in fluency_texts(whole)]
     answered = [(instruction, text) for instruction, text in dict.fromkeys(answers) if text.strip()]
     others = [*answered[1:], *answered[:1]]
     own = [(Case("", instruction, text), True, "own") for instruction, text in answered]
@@ -64,11 +54,7 @@ def check(rater: Rater, known: Known) -> tuple[Check, ...]:
     checks = []
     for name, cases in known.items():
         values = rater.rate([case for case, _, _ in cases], (name,))[0][:, 0]
-        right = np.array([is_right for _, is_right, _ in cases], dtype=bool)
-        kinds = np.array([kind for _, _, kind in cases])
-        by_kind = {kind: auroc(values[right], values[~right & (kinds == kind)]) for kind in sorted({*kinds[~right]})}
-        failures = {"no rating": int(np.isnan(values).sum())}
-        checks.append(Check(name, rater.name, auroc(values[right], values[~right]), by_kind, len(cases), failures))
+        checks.append(compared(name, rater.name, values, cases, {"no rating": int(np.isnan(values).sum())}))
     return tuple(checks)
 
 
@@ -92,24 +78,3 @@ def detect(setting: Setting, handles: Mapping[str, Sequence[Handle]], most: int)
                 found[method][p] = [np.nan if one is None else one for one in scores]
             shown.advance()
     return found
-
-
-def confidence_change(lm: LM, handles: Sequence[Handle], factor: float = 1.0) -> Array:
-    """By how much steering a latent makes the next token's distribution more confident, in nats [handles].
-
-    Confidence is minus the mean log-probability of the 20 likeliest tokens: the more of the mass the first have, the
-    less is left for the others (Wang et al. 2025 select latents by its change). The mean over a few neutral prompts.
-    """
-    rows = [None, *handles]
-    values = np.zeros((len(rows), len(_PROMPTS)))
-    for column, prompt in enumerate(_PROMPTS):
-        for start in range(0, len(rows), 32):
-            part = rows[start : start + 32]
-            tokens = prompt_tokens(lm, [prompt] * len(part), chat=False)
-            edits = together([() if one is None else one.steered(factor) for one in part])
-            with lm.taps(edit=edits):
-                logits = lm(tokens, keep_logits=1)
-            assert logits is not None
-            top = torch.log_softmax(logits[:, -1].float(), -1).topk(min(_TOP, logits.shape[-1]), -1).values
-            values[start : start + len(part), column] = -top.mean(-1).cpu().numpy()
-    return (values[1:] - values[:1]).mean(1)

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +21,8 @@ from unweave.core.pieces import Pieces
 from unweave.core.progress import task
 from unweave.judge.check import Check
 from unweave.latents.annotations import Pair, name_of
-from unweave.methods.axbench import generate
 from unweave.methods.axbench.forms import Case
-from unweave.methods.axbench.generate import Handle, Job, Setting, sweep
+from unweave.methods.axbench.generate import Handle, Job, Setting, by_chunks, sweep, write
 from unweave.methods.axbench.lora import adapted
 from unweave.methods.axbench.options import GenerationSpec, LearningSpec
 from unweave.methods.axbench.result import (
@@ -38,11 +36,11 @@ from unweave.methods.axbench.result import (
     Score,
     Selection,
     Suppression,
-)
-from unweave.methods.axbench.scores import Array, Chosen, Split, choose, harmonic, interval
+)  # fmt: skip
+from unweave.methods.axbench.scores import Array, Chosen, Split, choose, interval, nanmean, plain, scored
 
-_CHUNK = 256
-"""cases that are rated before they are kept"""
+_Rated = tuple[tuple[float | None, ...], tuple[str, ...]]
+"""ratings (None where they failed), and what was said"""
 
 
 class Rater(Protocol):
@@ -72,11 +70,8 @@ class Experiment:
 
     def strengths(self, method: str) -> tuple[float | None, ...]:
         """The factors of a method; one None for those without a strength."""
-        return (
-            (None,)
-            if method in ("unedited", "prompt", "lora") or method.startswith("suppress")
-            else tuple(self.factors)
-        )
+        has_none = method in ("unedited", "prompt", "lora") or method.startswith("suppress")
+        return (None,) if has_none else tuple(self.factors)
 
     @property
     def n_texts(self) -> int:
@@ -95,11 +90,9 @@ class Experiment:
                     jobs += sweep(method, p, wished if method == "prompt" else plain, [()])
                 elif method != "lora":
                     jobs += sweep(method, p, plain, [handles[method][p].steered(factor) for factor in self.factors])
-            if self.suppression:
-                latent = handles["sae"][p]
-                changes = {"prompt": (), "latent": latent.suppressed(span=False), "span": latent.suppressed(span=True)}
-                for name, change in changes.items():
-                    jobs += sweep(f"suppress-{name}", p, wished, [change])
+            for edit in SUPPRESSIONS if self.suppression else ():
+                changes = () if edit == "prompt" else handles["sae"][p].suppressed(span=edit == "span")
+                jobs += sweep(f"suppress-{edit}", p, wished, [changes])
         return jobs
 
     def asked(self, pair: int) -> list[str]:
@@ -126,48 +119,36 @@ def written(
 ) -> tuple[list[Job], list[str]]:  # fmt: skip
     """Every job with its text."""
     jobs = experiment.jobs(handles)
-    texts = generate.write(setting.lm, jobs, experiment.generation, setting.seed, pieces)
-    if "lora" not in experiment.methods:
-        return jobs, texts
-    with task("LoRA", total=len(experiment.pairs), unit="pairs") as shown:
-        for p in range(len(experiment.pairs)):
-            own = sweep("lora", p, experiment.asked(p), [()])
-            make = partial(_adapted_texts, setting, own, experiment, learning)
-            texts += pieces.value(f"lora-{p:04}", tuple[str, ...], make)
-            jobs += own
-            shown.advance()
+    texts = write(setting.lm, jobs, experiment.generation, setting.seed, pieces)
+    if "lora" in experiment.methods:
+        with task("LoRA", total=len(experiment.pairs), unit="pairs") as shown:
+            for p in range(len(experiment.pairs)):
+                own = sweep("lora", p, experiment.asked(p), [()])
+                make = partial(_adapted_texts, setting, own, experiment, learning)
+                texts += pieces.value(f"lora-{p:04}", tuple[str, ...], make)
+                jobs += own
+                shown.advance()
     return jobs, texts
 
 
 def _adapted_texts(
     setting: Setting, jobs: Sequence[Job], experiment: Experiment, learning: LearningSpec
 ) -> tuple[str, ...]:
-    examples = setting.concepts[concept(experiment.pairs[jobs[0].row[0]])].train_with
+    examples = setting.concepts[experiment.pairs[jobs[0].row[0]].label.label].train_with
     with adapted(setting.lm, examples, most=learning.tokens, options=learning.lora, seed=setting.seed):
-        return tuple(
-            generate.write(setting.lm, jobs, experiment.generation, setting.seed, Pieces(None), "LoRA's texts")
-        )
+        return tuple(write(setting.lm, jobs, experiment.generation, setting.seed, Pieces(None), "LoRA's texts"))
 
 
 def rate_all(rater: Rater, cases: Sequence[Case], pieces: Pieces, name: str) -> Ratings:
     """Ratings of all cases; equal ones are rated once, finished chunks are kept in ``pieces``."""
-    alike: dict[Case, int] = {}
-    which = [alike.setdefault(case, len(alike)) for case in cases]
-    distinct = list(alike)
-    values, replies = [], []
-    for start in range(0, len(distinct), _CHUNK):
-        make = partial(_plain_ratings, rater, distinct[start : start + _CHUNK])
-        kind = tuple[tuple[tuple[float | None, ...], tuple[str, ...]], ...]
-        for row, said in pieces.value(f"{name}-{start:07}", kind, make):
-            values.append([math.nan if one is None else one for one in row])
-            replies.append(list(said))
-    return Ratings(rater, np.array(values)[which], [replies[i] for i in which])
 
+    def rate(part: Sequence[Case], _start: int) -> tuple[_Rated, ...]:
+        values, replies = rater.rate(part)
+        return tuple((tuple(map(plain, row)), tuple(said)) for row, said in zip(values, replies, strict=True))
 
-def _plain_ratings(rater: Rater, cases: Sequence[Case]) -> tuple[tuple[tuple[float | None, ...], tuple[str, ...]], ...]:
-    values, replies = rater.rate(cases)
-    plain = [tuple(None if math.isnan(one) else float(one) for one in row) for row in values]
-    return tuple((row, tuple(said)) for row, said in zip(plain, replies, strict=True))
+    rated = by_chunks(cases, rate, pieces, name, _Rated)
+    values = np.array([rated[case][0] for case in cases], dtype=float)  # None becomes NaN
+    return Ratings(rater, values, [list(rated[case][1]) for case in cases])
 
 
 def blocks(jobs: Sequence[Job], values: Array) -> dict[str, Array]:
@@ -189,36 +170,23 @@ def judge(
 ) -> Judged:  # fmt: skip
     """The scores of all methods from one rater's ratings."""
     by_block = blocks(jobs, ratings.values)
-    names = [concept(pair) for pair in experiment.pairs]
     methods = [method for method in METHODS if method in by_block]
     chosen = {method: [_chosen(block, splits) for block in by_block[method]] for method in methods}
-    mean = partial(interval, concepts=names, seed=seed)
-    random = chosen.get("random")
+    values = {method: np.array([[one.rating, *one.parts] for one in chosen[method]]) for method in methods}
+    mean = partial(interval, concepts=[pair.label.label for pair in experiment.pairs], seed=seed)
     scores = []
-    for method in methods:
-        own = chosen[method]
-        against = None if random is None or method == "random" else list(zip(own, random, strict=True))
-        scores.append(
-            Score(
-                method,
-                mean([one.rating for one in own]),
-                tuple(mean([one.parts[r] for one in own]) for r in range(len(RATINGS))),
-                None if against is None else mean([a.rating - b.rating for a, b in against]),
-                None if against is None else mean([a.parts[0] - b.parts[0] for a, b in against]),
-            )
-        )
+    for method, own in values.items():
+        rating, *parts = map(mean, own.T)
+        paired = "random" in values and method != "random"
+        above = [mean((own - values["random"])[:, column]) if paired else None for column in (0, 1)]
+        scores.append(Score(method, rating, tuple(parts), *above))
     return Judged(
         ratings.rater.name, ratings.rater.note, tuple(checks), tuple(scores),
         tuple(_points(experiment, {method: by_block[method] for method in methods})),
         tuple(_rated(experiment, by_block, chosen)),
-        tuple(_selections(pair_scores, chosen["sae"], mean)) if "sae" in chosen else (),
+        tuple(_selections(pair_scores, values["sae"], mean)) if "sae" in values else (),
         tuple(_suppressions(by_block, mean)) if experiment.suppression else (),
     )  # fmt: skip
-
-
-def concept(pair: Pair) -> str:
-    """What a pair's label names; the unit of the bootstrap."""
-    return pair.label.label
 
 
 def _chosen(ratings: Array, splits: Sequence[Split]) -> Chosen:
@@ -227,65 +195,51 @@ def _chosen(ratings: Array, splits: Sequence[Split]) -> Chosen:
     return choose(ratings, splits if len(ratings) > 1 else [(everything, everything)])
 
 
-def _plain(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
 def _rated(
     experiment: Experiment, by_block: Mapping[str, Array], chosen: Mapping[str, Sequence[Chosen]]
 ) -> Iterator[Rated]:
     for method, scores in chosen.items():
-        for p, (pair, score) in enumerate(zip(experiment.pairs, scores, strict=True)):
+        for pair, score, ratings in zip(experiment.pairs, scores, by_block[method], strict=True):
+            strength = experiment.strengths(method)[score.strength]
             yield Rated(
-                name_of(pair.site, pair.latent), concept(pair), method, experiment.strengths(method)[score.strength],
-                _plain(score.rating), tuple(map(_plain, score.parts)),
-                int(np.isnan(by_block[method][p]).any(-1).sum()),
+                name_of(pair.site, pair.latent), pair.label.label, method, strength, plain(score.rating),
+                tuple(map(plain, score.parts)), int(np.isnan(ratings).any(-1).sum()),
             )  # fmt: skip
 
 
 def _points(experiment: Experiment, by_block: Mapping[str, Array]) -> Iterator[Point]:
     for method, ratings in by_block.items():
-        for s, factor in enumerate(experiment.strengths(method)):
-            rows = ratings[:, s].reshape(-1, ratings.shape[-1])
-            together = _mean(harmonic(rows))
-            yield Point(method, factor, together, tuple(_mean(rows[:, r]) for r in range(rows.shape[1])))
-
-
-def _mean(values: Array) -> float | None:
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else None
+        means = nanmean(scored(ratings), (0, 2))
+        for factor, (rating, *parts) in zip(experiment.strengths(method), means, strict=True):
+            yield Point(method, factor, plain(rating), tuple(map(plain, parts)))
 
 
 def _selections(
-    pair_scores: Sequence[Mapping[str, float | None]], chosen: Sequence[Chosen], mean: partial[Interval | None]
+    pair_scores: Sequence[Mapping[str, float | None]], values: Array, mean: partial[Interval | None]
 ) -> Iterator[Selection]:
-    """The better half of the pairs by each score that at least four of them have."""
+    """The better half of the pairs by each score that at least four of them have; values [pairs, 1 + ratings]."""
+    ratings = values[:, 0]
+    for name in dict.fromkeys(key for scores in pair_scores for key in scores):
+        score = np.array([scores.get(name) for scores in pair_scores], dtype=float)
+        known = ~np.isnan(score) & ~np.isnan(ratings)
+        if (n := int(known.sum())) < 4:
+            continue
+        order = np.argsort(np.where(known, -score, np.inf), kind="stable")
+        best = np.isin(np.arange(len(score)), order[: n // 2])
+        rating, in_concept = (mean(np.where(best, values[:, column], np.nan)) for column in (0, 1))
+        others = mean(np.where(known & ~best, ratings, np.nan))
+        yield Selection(name, n // 2, rating, in_concept, others, _spearman(score[known], ratings[known]))
+
+
+def _spearman(a: Array, b: Array) -> float | None:
     from scipy.stats import rankdata
 
-    for name in dict.fromkeys(key for scores in pair_scores for key in scores):
-        values = np.array([np.nan if scores.get(name) is None else scores[name] for scores in pair_scores], dtype=float)
-        ratings = np.array([one.rating for one in chosen])
-        known = ~np.isnan(values) & ~np.isnan(ratings)
-        if known.sum() < 4:
-            continue
-        order = np.argsort(np.where(known, -values, np.inf), kind="stable")
-        best = np.isin(np.arange(len(values)), order[: int(known.sum()) // 2])
-        varied = len(set(values[known])) > 1 and len(set(ratings[known])) > 1
-        yield Selection(
-            name, int(best.sum()), mean(np.where(best, ratings, np.nan)),
-            mean(np.where(best, [one.parts[0] for one in chosen], np.nan)),
-            mean(np.where(known & ~best, ratings, np.nan)),
-            float(np.corrcoef(rankdata(values[known]), rankdata(ratings[known]))[0, 1]) if varied else None,
-        )  # fmt: skip
+    varied = len(set(a)) > 1 and len(set(b)) > 1
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1]) if varied else None
 
 
 def _suppressions(by_block: Mapping[str, Array], mean: partial[Interval | None]) -> Iterator[Suppression]:
-    means = {name: np.array([[_nan(_mean(rows)) for rows in pair[0].T] for pair in by_block[f"suppress-{name}"]])
-             for name in SUPPRESSIONS}  # fmt: skip
-    for name, of_pairs in means.items():
-        less = None if name == "prompt" else mean(means["prompt"][:, 0] - of_pairs[:, 0])
-        yield Suppression(name, tuple(mean(of_pairs[:, r]) for r in range(len(RATINGS))), less)
-
-
-def _nan(value: float | None) -> float:
-    return math.nan if value is None else value
+    means = {edit: nanmean(by_block[f"suppress-{edit}"][:, 0], 1) for edit in SUPPRESSIONS}
+    for edit, ratings in means.items():
+        less = None if edit == "prompt" else mean((means["prompt"] - ratings)[:, 0])
+        yield Suppression(edit, tuple(map(mean, ratings.T)), less)

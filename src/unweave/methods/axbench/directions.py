@@ -13,7 +13,7 @@ texts with the concept, plus the sum of the other f there and of every f on text
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from unweave.data.policy import TokenPolicy
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At
-from unweave.methods.axbench.options import ReftSpec
+from unweave.methods.axbench.options import ReftSpec, TrainingSpec
 from unweave.sae.activations import Activation, Identity, ReLU
 from unweave.sae.module import SAE
 
@@ -127,28 +127,40 @@ def _both(with_concept: Tensor) -> None:
         raise UnweaveError("a direction needs texts with the concept and without it", remedy="give some of each")
 
 
+def trained(
+    lm: LM, weights: Sequence[Tensor], texts: Sequence[str], most: int, options: TrainingSpec, seed: int,
+    loss: Callable[[Tokens, Tensor], Tensor],
+) -> Iterator[float]:  # fmt: skip
+    """Takes AdamW's steps on ``loss(tokens, their places among the texts)``; yields it after each."""
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(weights, lr=options.lr, weight_decay=0.0)
+    for _ in range(options.epochs):
+        for rows in torch.randperm(len(texts), generator=generator).split(options.batch):
+            tokens = text_tokens(lm, [texts[int(i)] for i in rows], most).to(lm.device)
+            optimiser.zero_grad()
+            with lm.taps(grad=True), torch.enable_grad():
+                value = loss(tokens, rows)
+                value.backward()
+            optimiser.step()
+            yield float(value.detach())
+
+
 def reft_r1(
     lm: LM, site: Site, policy: TokenPolicy, texts: Sequence[str], with_concept: Sequence[bool], *, most: int,
     options: ReftSpec | None = None, seed: int = 0,
 ) -> Direction:  # fmt: skip
     """Trains a rank-1 edit on texts, each with the concept or without; the model's weights stay as they are."""
-    options = options or ReftSpec()
-    label = torch.tensor(list(with_concept))
+    options, label = options or ReftSpec(), torch.tensor(list(with_concept))
     _both(label)
-    generator = torch.Generator().manual_seed(seed)
-    width = lm.width(site)
-    w = torch.nn.Parameter(F.normalize(torch.randn(width, generator=generator), dim=0).to(lm.device))
+    start = torch.randn(lm.width(site), generator=torch.Generator().manual_seed(seed))
+    w = torch.nn.Parameter(F.normalize(start, dim=0).to(lm.device))
     b = torch.nn.Parameter(torch.zeros((), device=lm.device))
-    optimiser = torch.optim.AdamW([w, b], lr=options.lr, weight_decay=0.0)
-    for _ in range(options.epochs):
-        for rows in torch.randperm(len(texts), generator=generator).split(options.batch):
-            tokens = text_tokens(lm, [texts[int(i)] for i in rows], most).to(lm.device)
-            optimiser.zero_grad()
-            with torch.enable_grad():
-                reft_loss(lm, site, policy, tokens, label[rows].to(lm.device), (w, b), options).backward()
-            optimiser.step()
-            with torch.no_grad():
-                w.copy_(F.normalize(w, dim=0))
+
+    def loss(tokens: Tokens, rows: Tensor) -> Tensor:
+        return reft_loss(lm, site, policy, tokens, label[rows].to(lm.device), (w, b), options)
+
+    for _ in trained(lm, [w, b], texts, most, options, seed, loss):
+        w.data = F.normalize(w.data, dim=0)
     return Direction(w.detach().to(lm.dtype), float(b.detach()), relu=True)
 
 

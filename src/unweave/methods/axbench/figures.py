@@ -19,6 +19,10 @@ _STYLES = {
 _SHORT = {"sae": "labelled latents", "random": "random latents", "prompt": "prompt", "unedited": "unedited"}
 
 
+def _label(method: str) -> str:
+    return _SHORT.get(method, METHODS[method])
+
+
 def bars(judged: Judged, name: str) -> str:
     """Each method's mean rating (bar) and concept rating (dot), with 95 % intervals over concepts."""
     import matplotlib
@@ -29,18 +33,17 @@ def bars(judged: Judged, name: str) -> str:
         axes = figure.add_subplot()
         axes.grid(axis="y", visible=False)
         for row, score in enumerate(shown):
-            for interval, shift, kind in ((score.rating, 0.0, "bar"), (score.parts[0], 0.28, "dot")):
+            for interval, shift, colour in ((score.rating, 0.0, "ink"), (score.parts[0], 0.28, "warm")):
                 if interval is None:
                     continue
-                if kind == "bar":
+                if shift:
+                    axes.scatter([interval.value], [row + shift], s=18, color=COLOURS[colour], zorder=3)
+                else:
                     alpha = 0.85 if score.method == "sae" else 0.4
                     axes.barh(row, interval.value, height=0.5, color=COLOURS["accent"], alpha=alpha)
-                else:
-                    axes.scatter([interval.value], [row + shift], s=18, color=COLOURS["warm"], zorder=3)
                 if interval.low is not None and interval.high is not None:
-                    colour = COLOURS["ink" if kind == "bar" else "warm"]
-                    axes.plot([interval.low, interval.high], [row + shift] * 2, color=colour, linewidth=1.2)
-        axes.set_yticks(range(len(shown)), [_SHORT.get(score.method, METHODS[score.method]) for score in shown])
+                    axes.plot([interval.low, interval.high], [row + shift] * 2, color=COLOURS[colour], linewidth=1.2)
+        axes.set_yticks(range(len(shown)), [_label(score.method) for score in shown])
         axes.invert_yaxis()
         axes.set_xlim(0, 2)
         axes.set_xlabel("Rating, 0 to 2 (bar: harmonic mean; dot: concept)")
@@ -58,12 +61,7 @@ def curves(judged: Judged, name: str) -> str:
         for method in dict.fromkeys(point.method for point in judged.points):
             points = [(p.factor, p.rating) for p in judged.points if p.method == method and p.rating is not None]
             colour, line, marker = _STYLES[method]
-            style = {
-                "color": COLOURS[colour],
-                "linestyle": line,
-                "linewidth": 1.5,
-                "label": _SHORT.get(method, METHODS[method]),
-            }
+            style = {"color": COLOURS[colour], "linestyle": line, "linewidth": 1.5, "label": _label(method)}
             if points and points[0][0] is None:
                 axes.axhline(points[0][1], **style)
             elif points:

@@ -6,9 +6,10 @@ share batches (``generate_sweep``); jobs that are alike, as those of the unedite
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,8 +26,11 @@ from unweave.sae.edits import Change, Mode, Where
 from unweave.sae.module import SAE
 from unweave.sae.steered import generate_sweep, prompt_tokens
 
+T = TypeVar("T")
+V = TypeVar("V")
+_Row = tuple[str, tuple[Change, ...]]
 _CHUNK = 256
-"""texts that are generated before they are kept"""
+"""texts that are generated, or rated, before they are kept"""
 
 
 @dataclass(frozen=True)
@@ -90,37 +94,36 @@ def sweep(block: str, pair: int, prompts: Sequence[str], changes: Sequence[tuple
     ]
 
 
+def by_chunks(
+    items: Sequence[T], work: Callable[[Sequence[T], int], tuple[V, ...]], pieces: Pieces, name: str, kind: Any
+) -> dict[T, V]:
+    """Each item's value, of type ``kind``: ``work(some, place of the first)``. Equal items are worked out once; chunks
+    that are finished are kept in ``pieces``."""
+    distinct, values = list(dict.fromkeys(items)), {}
+    with task(f"{name} of all pairs", total=len(distinct), unit="texts") as shown:
+        for start in range(0, len(distinct), _CHUNK):
+            part = distinct[start : start + _CHUNK]
+            of_part = pieces.value(f"{name}-{start:07}", tuple[kind, ...], partial(work, part, start))
+            values.update(zip(part, of_part, strict=True))
+            shown.advance(len(part))
+    return values
+
+
 def write(
     lm: LM, jobs: Sequence[Job], options: GenerationSpec, seed: int, pieces: Pieces, name: str = "texts"
 ) -> list[str]:
     """The text of every job, in order. What is finished of them is kept in ``pieces`` under ``name``."""
-    alike: dict[tuple[str, tuple[Change, ...]], int] = {}
-    which = [alike.setdefault((job.prompt, job.changes), len(alike)) for job in jobs]
-    distinct = list(alike)
-    length = {
-        prompt: prompt_tokens(lm, [prompt], None).ids.shape[1] for prompt in dict.fromkeys(p for p, _ in distinct)
-    }
-    order = sorted(range(len(distinct)), key=lambda i: -length[distinct[i][0]])  # little padding
-    texts = [""] * len(distinct)
-    with task(f"{name} of all pairs", total=len(order), unit="texts") as shown:
-        for start in range(0, len(order), _CHUNK):
-            part = order[start : start + _CHUNK]
-            make = partial(_texts, lm, [distinct[i] for i in part], options, seed * 1_000_003 + start)
-            for i, text in zip(part, pieces.value(f"{name}-{start:07}", tuple[str, ...], make), strict=True):
-                texts[i] = text
-            shown.advance(len(part))
-    return [texts[i] for i in which]
+    prompts = list(dict.fromkeys(job.prompt for job in jobs))
+    length = dict(zip(prompts, prompt_tokens(lm, prompts, None).mask.sum(1).tolist(), strict=True))
 
+    def generate(rows: Sequence[_Row], start: int) -> tuple[str, ...]:
+        tokens = prompt_tokens(lm, [prompt for prompt, _ in rows], None)
+        written = generate_sweep(
+            lm, tokens, [changes for _, changes in rows], max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature, seed=seed * 1_000_003 + start,
+        )  # fmt: skip
+        return tuple(written.texts(lm))
 
-def _texts(
-    lm: LM, rows: Sequence[tuple[str, tuple[Change, ...]]], options: GenerationSpec, seed: int
-) -> tuple[str, ...]:
-    generated = generate_sweep(
-        lm,
-        prompt_tokens(lm, [prompt for prompt, _ in rows], None),
-        [changes for _, changes in rows],
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=seed,
-    )
-    return tuple(generated.texts(lm))
+    rows = [(job.prompt, job.changes) for job in jobs]
+    texts = by_chunks(sorted(rows, key=lambda row: -length[row[0]]), generate, pieces, name, str)  # little padding
+    return [texts[row] for row in rows]

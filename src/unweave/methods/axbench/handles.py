@@ -44,24 +44,20 @@ def find_handles(
 
     Raises UnweaveError for a latent that never fires there, and where no random latent does.
     """
-    pairs = setting.pairs
-    candidates = {"sae": [[(setting.saes[pair.site], pair.latent)] for pair in pairs]}
+    candidates = {"sae": [[(setting.saes[pair.site], pair.latent)] for pair in setting.pairs]}
     if "random" in methods:
         candidates["random"] = _random(setting)
-    for method in LEARNT:
-        if method in methods:
-            found = _learnt(setting, method, learning, pieces)
-            candidates[method] = [[one] for one in found]
-    flat = [one for of_pairs in candidates.values() for several in of_pairs for one in several]
+    for method in [method for method in LEARNT if method in methods]:
+        candidates[method] = [[latent] for latent in _learnt(setting, method, learning, pieces)]
+    flat = [latent for of_pairs in candidates.values() for several in of_pairs for latent in several]
     texts = [*sample, *(text for one in setting.concepts.values() for text in one.train_with)]
-    largest = pieces.tensors("maxima", lambda: _largest(setting.lm, flat, texts, learning.tokens))["maxima"].tolist()
-    handles: dict[str, list[Handle]] = {}
+    largest = pieces.tensors("maxima", lambda: _largest(setting.lm, flat, texts, learning.tokens))["maxima"]
+    maxima = iter(largest.tolist())
+    handles: dict[str, list[Handle]] = {method: [] for method in candidates}
     for method, of_pairs in candidates.items():
         mode: Mode = "add" if method in LEARNT else steering.mode
-        handles[method] = []
-        for pair, several in zip(pairs, of_pairs, strict=True):
-            maxima, largest = largest[: len(several)], largest[len(several) :]
-            alive = [(one, maximum) for one, maximum in zip(several, maxima, strict=True) if maximum > 0]
+        for pair, several in zip(setting.pairs, of_pairs, strict=True):
+            alive = [(latent, most) for latent, most in zip(several, maxima) if most > 0]  # noqa: B905 (one iterator)
             if not alive:
                 raise UnweaveError(
                     f"{method}: nothing for {name_of(pair.site, pair.latent)} ({pair.label.label}) is ever active",
@@ -97,29 +93,24 @@ def _random(setting: Setting) -> list[list[tuple[SAE, int]]]:
 def _learnt(setting: Setting, method: str, learning: LearningSpec, pieces: Pieces) -> list[tuple[SAE, int]]:
     """A direction for each concept and site that occur together, as latents of one SAE per site."""
     saes, wanted = setting.saes, list(dict.fromkeys((pair.site, pair.label.label) for pair in setting.pairs))
-    learnt: dict[Site, list[Direction]] = {}
-    place: dict[tuple[Site, str], int] = {}
+    learnt: dict[Site, dict[str, Direction]] = {site: {} for site, _ in wanted}
     with task(f"learn {method}", total=len(wanted), unit="concepts") as shown:
         for number, (site, concept) in enumerate(wanted):
             make = partial(_learn, setting, saes[site], setting.concepts[concept], method, learning)
             held = pieces.tensors(f"{method}-{number:04}", make)
-            of_site = learnt.setdefault(site, [])
-            place[site, concept] = len(of_site)
-            of_site.append(Direction(held["w"].to(setting.lm.device), float(held["b"]), method == "reft"))
+            learnt[site][concept] = Direction(held["w"].to(setting.lm.device), float(held["b"]), method == "reft")
             shown.advance()
-    by_site = {site: sae_of(several, site, saes[site].policy) for site, several in learnt.items()}
-    return [(by_site[pair.site], place[pair.site, pair.label.label]) for pair in setting.pairs]
+    by_site = {site: sae_of(list(several.values()), site, saes[site].policy) for site, several in learnt.items()}
+    return [(by_site[pair.site], list(learnt[pair.site]).index(pair.label.label)) for pair in setting.pairs]
 
 
 def _learn(setting: Setting, sae: SAE, texts: ConceptTexts, method: str, learning: LearningSpec) -> dict[str, Tensor]:
-    lm, site, (documents, label) = setting.lm, sae.write, texts.train
+    lm, site, (documents, label), most = setting.lm, sae.write, texts.train, learning.tokens
     assert site is not None
     if method == "reft":
-        one = reft_r1(
-            lm, site, sae.policy, documents, label, most=learning.tokens, options=learning.reft, seed=setting.seed
-        )
+        one = reft_r1(lm, site, sae.policy, documents, label, most=most, options=learning.reft, seed=setting.seed)
     else:
-        x, owner = token_activations(lm, site, sae.policy, documents, learning.tokens)
+        x, owner = token_activations(lm, site, sae.policy, documents, most)
         learn = difference_of_means if method == "diffmean" else linear_probe
         one = learn(x, torch.tensor(label, device=owner.device)[owner])
     return {"w": one.w, "b": torch.tensor(one.b, dtype=torch.float64)}

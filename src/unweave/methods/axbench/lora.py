@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unweave.core.errors import UnweaveError
-from unweave.lm.model import LM
-from unweave.methods.axbench.directions import text_loss, text_tokens
+from unweave.lm.model import LM, Tokens
+from unweave.methods.axbench.directions import text_loss, trained
 from unweave.methods.axbench.options import LoraSpec
 
 
@@ -41,27 +42,14 @@ def adapted(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         wrapped = peft.LoraModel(lm.model, config, "default")
+    weights = [weight for weight in lm.model.parameters() if weight.requires_grad]
+
+    def loss(tokens: Tokens, _rows: Tensor) -> Tensor:
+        logits = lm(tokens)
+        assert logits is not None
+        return text_loss(logits, tokens)
+
     try:
-        yield _trained(lm, texts, most, options, seed)
+        yield list(trained(lm, weights, texts, most, options, seed, loss))
     finally:
         wrapped.unload()
-
-
-def _trained(lm: LM, texts: Sequence[str], most: int, options: LoraSpec, seed: int) -> list[float]:
-    """Trains whatever of the model has gradients; returns the losses."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = [weight for weight in lm.model.parameters() if weight.requires_grad]
-    optimiser = torch.optim.AdamW(weights, lr=options.lr, weight_decay=0.0)
-    losses = []
-    for _ in range(options.epochs):
-        for rows in torch.randperm(len(texts), generator=generator).split(options.batch):
-            tokens = text_tokens(lm, [texts[int(i)] for i in rows], most).to(lm.device)
-            optimiser.zero_grad()
-            with lm.taps(grad=True), torch.enable_grad():
-                logits = lm(tokens)
-                assert logits is not None
-                loss = text_loss(logits, tokens)
-                loss.backward()
-            optimiser.step()
-            losses.append(float(loss.detach()))
-    return losses

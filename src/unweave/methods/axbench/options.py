@@ -55,13 +55,9 @@ class GenerationSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReftSpec(Spec):
-    """How ReFT-r1 is trained."""
+class TrainingSpec(Spec):
+    """How something is trained on texts."""
 
-    k: Annotated[int, at_least(1)] = 10
-    """How many of a text's largest values are averaged and not penalised."""
-    l1: Annotated[float, at_least(0)] = 0.005
-    """Penalty on the other values."""
     lr: Annotated[float, above(0)] = 0.01
     """Learning rate."""
     epochs: Annotated[int, at_least(1)] = 4
@@ -71,7 +67,17 @@ class ReftSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSpec(Spec):
+class ReftSpec(TrainingSpec):
+    """How ReFT-r1 is trained."""
+
+    k: Annotated[int, at_least(1)] = 10
+    """How many of a text's largest values are averaged and not penalised."""
+    l1: Annotated[float, at_least(0)] = 0.005
+    """Penalty on the other values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec(TrainingSpec):
     """How LoRA is trained."""
 
     rank: Annotated[int, at_least(1)] = 4
@@ -80,10 +86,6 @@ class LoraSpec(Spec):
     """Scale of what they add, over the rank."""
     lr: Annotated[float, above(0)] = 1e-3
     """Learning rate."""
-    epochs: Annotated[int, at_least(1)] = 4
-    """Times that it sees the texts."""
-    batch: Annotated[int, at_least(1)] = 8
-    """Texts per step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.files import lines, parse_json
 from unweave.inputs.saes import Opened
 from unweave.judge.base import Judge, check_judge
-from unweave.latents.annotations import Pair, load, name_of, pairs
+from unweave.latents.annotations import Annotation, Pair, load, name_of, pairs, refuse_strangers
 from unweave.methods.axbench.compare import Experiment
 from unweave.methods.axbench.forms import template_prompt, written_prompts
 from unweave.methods.axbench.generate import draw_instructions
@@ -25,7 +25,11 @@ def planned(spec: AxbenchSpec, chat: Judge | None = None) -> Experiment:
     Raises UnweaveError for files without labelled latents or instructions, for too few instructions, for more texts
     than ``most_texts``, and for what LoRA or a judge needs and is not there.
     """
-    chosen = _pairs(spec)
+    chosen = pairs(load(spec.pairs))[: spec.most_pairs]
+    if not chosen:
+        raise UnweaveError(
+            "no latent has a scored label", where=str(spec.pairs), remedy="give the file that `unweave labels` wrote"
+        )
     concepts = list(dict.fromkeys(pair.label.label for pair in chosen))
     wishes = [template_prompt(name) for name in concepts] if chat is None else written_prompts(chat, concepts)
     wish = dict(zip(concepts, wishes, strict=True))
@@ -63,24 +67,18 @@ def cost_of(spec: AxbenchSpec, experiment: Experiment) -> Cost:
     return Cost(len(experiment.pairs), texts, texts * spec.generation.max_new_tokens, prompts)
 
 
-def _pairs(spec: AxbenchSpec) -> list[Pair]:
-    listed = pairs(load(spec.pairs))
-    if not listed:
-        raise UnweaveError(
-            "no latent has a scored label", where=str(spec.pairs), remedy="give the file that `unweave labels` wrote"
-        )
-    return listed[: spec.most_pairs]
-
-
 def refuse_pairs(chosen: Sequence[Pair], opened: Opened) -> None:
     """Raises UnweaveError for pairs of another SAE than those that are open (trap 41), and of unknown latents."""
-    for pair in chosen:
-        name, sae = name_of(pair.site, pair.latent), opened.saes.get(pair.site)
-        if sae is None or pair.latent >= sae.d_sae or (pair.sae is not None and not sae.digest().startswith(pair.sae)):
-            is_there = "there is none" if sae is None else f"this one is {sae.digest()[:12]}"
+    names = {name_of(pair.site, pair.latent): pair for pair in chosen}
+    digests = {site: sae.digest() for site, sae in opened.saes.items()}
+    refuse_strangers({name: Annotation(name, sae=pair.sae) for name, pair in names.items()}, digests, "pairs")
+    for name, pair in names.items():
+        sae = opened.saes.get(pair.site)
+        if sae is None or pair.latent >= sae.d_sae:
+            there = f"SAEs at {', '.join(map(str, opened.saes))}" if sae is None else f"{sae.d_sae} latents"
             raise UnweaveError(
-                f"{name} was labelled in SAE {pair.sae or '(unknown)'} at {pair.site}; {is_there}",
-                where=pair.label.label,
+                f"there is no latent {name}; there are {there}",
+                where=f"pairs, {pair.label.label}",
                 remedy="give the SAEs that the pairs are of (saes), or label these",
             )
 
@@ -90,7 +88,7 @@ def instructions(path: Path | None) -> list[str]:
     if path is None:
         text = resources.files("unweave.methods.axbench").joinpath("instructions.txt").read_text(encoding="utf-8")
         return text.splitlines()
-    found: dict[str, None] = {}
+    texts: dict[str, None] = {}
     for number, line in lines(path):
         where = f"{path}, line {number}"
         if line.lstrip().startswith("{"):
@@ -99,7 +97,7 @@ def instructions(path: Path | None) -> list[str]:
             if not isinstance(line, str):
                 raise UnweaveError("there is no text instruction", where=where, remedy='write {"instruction": "..."}')
         if line.strip():
-            found.setdefault(line.strip())
-    if not found:
+            texts.setdefault(line.strip())
+    if not texts:
         raise UnweaveError("there are no instructions", where=str(path), remedy="write one a line")
-    return list(found)
+    return list(texts)

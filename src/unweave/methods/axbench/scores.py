@@ -33,6 +33,16 @@ def harmonic(ratings: Array) -> Array:
         return ratings.shape[-1] / (1.0 / ratings).sum(-1)  # 1 / inf is the 0 that one 0 makes of it
 
 
+def scored(ratings: Array) -> Array:
+    """Ratings [..., R] behind their harmonic mean, [..., 1 + R]."""
+    return np.concatenate([harmonic(ratings)[..., None], ratings], -1)
+
+
+def plain(value: float) -> float | None:
+    """None for NaN, as results hold it."""
+    return None if np.isnan(value) else float(value)
+
+
 def repeated_folds(n: int, repeats: int = 10, folds: int = 4, seed: int = 0) -> list[Split]:
     """``repeats`` times a random division of n instructions into ``folds``: each reports once, the others choose."""
     if not 2 <= folds <= n:
@@ -71,14 +81,14 @@ def choose(ratings: Array, splits: Sequence[Split]) -> Chosen:
     Of equally good strengths the first is chosen. A split whose ratings failed on one side is left out; NaN where all
     did.
     """
-    together = np.concatenate([harmonic(ratings)[..., None], ratings], -1)
+    together = scored(ratings)
     chosen, reported = [], []
     for choosing, reporting in splits:
-        means = _nanmean(together[:, choosing, 0], 1)
+        means = nanmean(together[:, choosing, 0], 1)
         if np.isnan(means).all():
             continue
         best = int(np.nanargmax(means))
-        scores = _nanmean(together[best, reporting], 0)
+        scores = nanmean(together[best, reporting], 0)
         if not np.isnan(scores[0]):
             chosen.append(best)
             reported.append(scores)
@@ -108,7 +118,8 @@ def interval(values: Sequence[float] | Array, concepts: Sequence[str], seed: int
     return Interval(mean, float(low), float(high), n)
 
 
-def _nanmean(values: Array, axis: int) -> Array:
+def nanmean(values: Array, axis: int | tuple[int, ...]) -> Array:
+    """The mean of what is not NaN; NaN where everything is."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
         return np.nanmean(values, axis)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from unweave.core.progress import say
 from unweave.core.stage import Context, stage
 from unweave.inputs.saes import open_saes
 from unweave.judge.base import REPLIES, open_judge
-from unweave.methods.axbench.checks import check, confidence_change, detect, known_cases
+from unweave.methods.axbench.checks import check, detect, known_cases
 from unweave.methods.axbench.compare import Rater, judge, rate_all, written
 from unweave.methods.axbench.forms import ChatRater
 from unweave.methods.axbench.generate import Setting
@@ -19,12 +20,15 @@ from unweave.methods.axbench.scores import halves, repeated_folds
 from unweave.methods.axbench.spec import AxbenchSpec
 from unweave.methods.axbench.texts import Texts
 from unweave.methods.axbench.truth import TruthRater
+from unweave.sae.steered import confidence_changes
 from unweave.tasks.tagged.texts import open_tagged
 
 _SAMPLE = 200
 """texts of any kind over which largest activations are taken, beside the concepts' own"""
 _FLUENT = 60
 """held-out texts that stand for fluent writing; as many others check it"""
+_NEUTRAL = ("From my experience,", "The most important thing is", "Yesterday I", "It is well known that")
+"""prompts on which a latent's effect on the next token is measured"""
 _TABLE = Path("generations.parquet")
 
 
@@ -32,7 +36,12 @@ _TABLE = Path("generations.parquet")
 def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
     """Generates, rates and compares; ``generations.parquet`` holds every text with every rating and who gave it."""
     experiment, learning = planned(spec), spec.learning
-    ctx.log("cost", vars(cost_of(spec, experiment)))
+    cost = cost_of(spec, experiment)
+    ctx.log("cost", vars(cost))
+    say(
+        f"at most {cost.texts:,} texts for {cost.pairs} pairs ({cost.tokens:,} new tokens), and {cost.prompts:,} "
+        "prompts to a judge"
+    )
     tagged, pairs = open_tagged(spec.texts), experiment.pairs
     texts = Texts(tagged, learning.examples, learning.heldout, 5 * learning.tokens, spec.seed)
     concepts = {name: texts.of(name) for name in dict.fromkeys(pair.label.label for pair in pairs)}
@@ -58,9 +67,10 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
         rater.name: known_cases(concepts, fluent[1::2], answers[:_FLUENT], any_concept=isinstance(rater, ChatRater))
         for rater in raters
     }
+    changes = confidence_changes(lm, [handle.steered(1.0) for handle in handles["sae"]], _NEUTRAL)
     scores = [
-        {"calibrated F1": pair.label.score, "output score": pair.label.output_score, "token confidence": float(change)}
-        for pair, change in zip(pairs, confidence_change(lm, handles["sae"]), strict=True)
+        {"calibrated F1": pair.label.score, "output score": pair.label.output_score, "token confidence": change}
+        for pair, change in zip(pairs, changes, strict=True)
     ]
     splits = (
         halves(spec.protocol.per_pair)
@@ -77,12 +87,12 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
         texts=tagged.source,
         mode=spec.steering.mode,
         split=spec.protocol.split,
-        cost=cost_of(spec, experiment),
+        cost=cost,
         judged=tuple(
             judge(experiment, jobs, one, splits, scores, check(one.rater, known[one.rater.name]), spec.seed)
             for one in ratings
         ),
         detection=detections(experiment, found, spec.seed),
-        hard_negatives=learning.heldout,
+        hard_negatives=min(len(texts.hard) for texts in concepts.values()),
         generations=_TABLE,
     )

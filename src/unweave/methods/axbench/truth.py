@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from unweave.core.progress import task
-from unweave.lm.chat import Role
-from unweave.lm.model import LM, Tokens
+from unweave.lm.likelihood import mean_log_probs
+from unweave.lm.model import LM
 from unweave.methods.axbench.directions import WRITE
 from unweave.methods.axbench.forms import Case
 from unweave.methods.axbench.result import RATINGS
@@ -34,54 +32,22 @@ _NOTE = (
     "No chat model: the concept's rating is a word classifier's, trained on the tagged texts; the others are the "
     "unedited model's likelihoods. See methods/axbench/truth.py."
 )
-_BATCH = 16
 
 
-@dataclass(frozen=True)
-class Likelihood:
-    """Of one text after one prompt: mean log-probability of its tokens (nats), and its share of distinct 3-grams."""
-
-    mean: float
-    distinct: float
-
-
-def likelihoods(lm: LM, prompts: Sequence[str], texts: Sequence[str], most: int) -> list[Likelihood]:
-    """Of every text after its prompt, as the model's answer; ``most`` tokens of it. Mean is NaN for empty texts."""
-    answers = [lm.tokenizer(text, add_special_tokens=False)["input_ids"][:most] for text in texts]
-    frames = {prompt: prompt_tokens(lm, [prompt], None) for prompt in dict.fromkeys(prompts)}
-    rows = [
-        (
-            [*frames[prompt].ids[0].tolist(), *ids],
-            [*frames[prompt].roles[0].tolist(), *[int(Role.ASSISTANT)] * len(ids)],
-        )
-        for prompt, ids in zip(prompts, answers, strict=True)
-    ]
-    means = np.full(len(rows), np.nan)
-    order = [i for i in np.argsort([len(ids) for ids, _ in rows], kind="stable").tolist() if answers[i]]
-    with task("likelihoods", total=len(order), unit="texts") as shown:
-        for start in range(0, len(order), _BATCH):
-            part = order[start : start + _BATCH]
-            width = max(len(answers[i]) for i in part)
-            batch = Tokens.pad([rows[i] for i in part], lm.pad_id, "left").to(lm.device)
-            logits = lm(batch, keep_logits=width + 1)
-            assert logits is not None
-            targets = batch.ids[:, -width:]
-            logprobs = torch.log_softmax(logits[:, :-1].float(), -1).gather(2, targets.unsqueeze(2))[..., 0].double()
-            for row, i in enumerate(part):
-                means[i] = float(logprobs[row, width - len(answers[i]) :].mean())
-            shown.advance(len(part))
-    return [
-        Likelihood(float(mean), distinct(torch.tensor(ids, dtype=torch.int64)))
-        for mean, ids in zip(means, answers, strict=True)
-    ]
+def likelihoods(lm: LM, prompts: Sequence[str], texts: Sequence[str], most: int) -> Array:
+    """The mean log-probability, in nats, of each text's first ``most`` tokens as the answer to its prompt [N]; NaN for
+    empty texts. Equal cases are computed once, and so is each prompt."""
+    means: dict[str, dict[str, float]] = {prompt: {} for prompt in prompts}
+    for prompt, text in zip(prompts, texts, strict=True):
+        means[prompt][text] = np.nan
+    for prompt, own in means.items():
+        frame = prompt_tokens(lm, [prompt], None).ids[0].tolist()
+        own.update(zip(own, mean_log_probs(lm, frame, [_ids(lm, text, most) for text in own]), strict=True))
+    return np.array([means[prompt][text] for prompt, text in zip(prompts, texts, strict=True)])
 
 
-def broken(text: str, seed: int, *, loop: bool) -> str:
-    """The text with its words in random order, or its first few words over and over."""
-    words = text.split()
-    if loop:
-        return " ".join((words[:4] * len(words))[: len(words)])
-    return " ".join(random.Random(seed).sample(words, len(words)))
+def _ids(lm: LM, text: str, most: int) -> list[int]:
+    return lm.tokenizer(text, add_special_tokens=False)["input_ids"][:most]
 
 
 class TruthRater:
@@ -97,55 +63,43 @@ class TruthRater:
         instructions: Sequence[str],
         most: int,
     ) -> None:
-        self._lm, self._instructions, self._most = lm, list(instructions), most
-        self._concepts = {name: texts.words for name, texts in concepts.items()}
-        self._levels = {name: np.array(texts.levels) for name, texts in concepts.items()}
-        shuffled = [broken(text, i, loop=False) for i, text in enumerate(fluent)]
-        whole = likelihoods(lm, [WRITE] * len(fluent), fluent, most)
-        self._likely = (
-            float(np.nanpercentile([one.mean for one in whole], 5)),
-            float(np.nanmedian([one.mean for one in likelihoods(lm, [WRITE] * len(fluent), shuffled, most)])),
-        )
-        self._distinct = float(np.percentile([one.distinct for one in whole], 5))
+        self._lm, self._concepts, self._instructions, self._most = lm, concepts, list(instructions), most
+        words = [text.split() for text in fluent]
+        shuffled = [" ".join(random.Random(i).sample(several, len(several))) for i, several in enumerate(words)]
+        self._likely = float(np.nanpercentile(self._likelihoods(WRITE, fluent), 5))
+        self._shuffled = min(float(np.nanmedian(self._likelihoods(WRITE, shuffled))), self._likely)
+        self._distinct = float(np.percentile(self._varied(fluent), 5))
 
     def rate(self, cases: Sequence[Case], ratings: Sequence[str] = RATINGS) -> tuple[Array, list[list[str]]]:
         """Ratings [cases, ratings], and nothing that was said."""
         by = {"concept": self._concept, "instruction": self._instruction, "fluency": self._fluency}
         empty = np.array([not case.text.strip() for case in cases])
-        columns = [np.where(empty, 0.0, by[name](cases)) for name in ratings]
-        return np.stack(columns, -1), [[] for _ in cases]
+        return np.stack([np.where(empty, 0.0, by[name](cases)) for name in ratings], -1), [[] for _ in cases]
 
     def _concept(self, cases: Sequence[Case]) -> Array:
         rated = np.zeros(len(cases))
-        for concept in dict.fromkeys(case.concept for case in cases):
-            rows = [i for i, case in enumerate(cases) if case.concept == concept]
-            values = self._concepts[concept]([cases[i].text for i in rows])
-            rated[rows] = (values[:, None] > self._levels[concept]).sum(1)
+        for name in dict.fromkeys(case.concept for case in cases):
+            rows = [i for i, case in enumerate(cases) if case.concept == name]
+            values = self._concepts[name].words([cases[i].text for i in rows])
+            rated[rows] = (values[:, None] > np.array(self._concepts[name].levels)).sum(1)
         return rated
 
     def _instruction(self, cases: Sequence[Case]) -> Array:
         pool = self._instructions
         place = {instruction: i for i, instruction in enumerate(pool)}
-        asked: list[tuple[str, str]] = []
-        for case in cases:
-            i = place[case.instruction]
-            others = (pool[(i + 1) % len(pool)], pool[(i + len(pool) // 2) % len(pool)])
-            asked += [(prompt, case.text) for prompt in (case.instruction, *others)]
-        distinct_asked = list(dict.fromkeys(asked))
-        means = dict(zip(distinct_asked, self._of(distinct_asked), strict=True))
-        values = np.array([means[one].mean for one in asked]).reshape(-1, 3)
-        return (values[:, :1] > values[:, 1:]).sum(1).astype(float)
+        own = np.array([place[case.instruction] for case in cases], dtype=int)
+        prompts = [pool[i % len(pool)] for step in (0, 1, len(pool) // 2) for i in own + step]
+        values = likelihoods(self._lm, prompts, [case.text for case in cases] * 3, self._most).reshape(3, -1)
+        return (values[0] > values[1:]).sum(0).astype(float)
 
     def _fluency(self, cases: Sequence[Case]) -> Array:
-        asked = [(WRITE, case.text) for case in cases]
-        distinct_asked = list(dict.fromkeys(asked))
-        known = dict(zip(distinct_asked, self._of(distinct_asked), strict=True))
-        mean = np.array([known[one].mean for one in asked])
-        unlike = np.array([known[one].distinct for one in asked])
-        fluent, shuffled = self._likely
-        likely = (mean >= fluent).astype(float) + (mean > min(shuffled, fluent))
-        varied = (unlike >= self._distinct).astype(float) + (unlike >= self._distinct / 2)
-        return np.minimum(likely, varied)
+        texts = [case.text for case in cases]
+        mean, varied = self._likelihoods(WRITE, texts), self._varied(texts)
+        likely = (mean >= self._likely).astype(float) + (mean > self._shuffled)
+        return np.minimum(likely, (varied >= self._distinct).astype(float) + (varied >= self._distinct / 2))
 
-    def _of(self, asked: Sequence[tuple[str, str]]) -> list[Likelihood]:
-        return likelihoods(self._lm, [prompt for prompt, _ in asked], [text for _, text in asked], self._most)
+    def _likelihoods(self, prompt: str, texts: Sequence[str]) -> Array:
+        return likelihoods(self._lm, [prompt] * len(texts), texts, self._most)
+
+    def _varied(self, texts: Sequence[str]) -> Array:
+        return np.array([distinct(torch.tensor(_ids(self._lm, text, self._most))) for text in texts])

@@ -67,9 +67,9 @@ def section(result: Comparison, around: Around = ALONE) -> Section:
         if not tiles and own is not None and own.above_random is not None:
             sentence = "labelled latents' rating above random latents', 95 % interval over concepts"
             tiles = (Tile(_shown(own.above_random), f"by {judged.judge}", sentence),)
-    found = [(METHODS[one.method], *map(_shown, (one.mean, one.max, one.max_hard))) for one in result.detection]
+    detection = [(METHODS[one.method], *map(_shown, (one.mean, one.max, one.max_hard))) for one in result.detection]
     head = ("Method", "Mean of a text", "Largest value", "Against hard negatives")
-    body.append(table(head, [tuple(map(esc, row)) for row in found], (1, 2, 3), "Detection on held-out texts, AUROC"))
+    body.append(_table(head, detection, "Detection on held-out texts, AUROC"))
     unread = [
         f"The ratings of {judged.judge} for {one.form}: {one.verdict}."
         for judged in result.judged
@@ -87,32 +87,26 @@ def _judged(judged: Judged, name: str) -> Iterator[str]:
         figure(bars(judged, name), "Each method's rating at the strength chosen for each pair."),
         figure(curves(judged, name), "Mean over all pairs at each strength."),
     )
-    head = ("Method", "Rating", *map(str.capitalize, RATINGS), "Above random", "Concept above random")
+    ratings = tuple(map(str.capitalize, RATINGS))
     scores = [
         (METHODS[one.method], *map(_shown, (one.rating, *one.parts, one.above_random, one.concept_above_random)))
         for one in judged.scores
     ]
-    yield _table(head, scores, "Ratings")
-    if judged.suppression:
-        kept = [(SUPPRESSIONS[one.edit], *map(_shown, (*one.parts, one.less))) for one in judged.suppression]
-        head = ("Taken away while the prompt asks for it", *map(str.capitalize, RATINGS), "Concept lower by")
-        yield _table(head, kept, "Suppression")
-    if judged.selection:
-        chosen = [
-            (one.score, str(one.pairs), *map(_shown, (one.rating, one.others, one.concept)), number(one.correlation))
-            for one in judged.selection
-        ]
-        head = ("Better half by", "Pairs", "Rating", "Others", "Concept", "Rank correlation")
-        yield _table(head, chosen, "Selection of pairs")
+    yield _table(("Method", "Rating", *ratings, "Above random", "Concept above random"), scores, "Ratings")
+    left = [(SUPPRESSIONS[one.edit], *map(_shown, (*one.parts, one.less))) for one in judged.suppression]
+    yield _table(("Taken away while the prompt asks for it", *ratings, "Concept lower by"), left, "Suppression")
+    chosen = [
+        (one.score, str(one.pairs), *map(_shown, (one.rating, one.others, one.concept)), number(one.correlation))
+        for one in judged.selection
+    ]
+    head = ("Better half by", "Pairs", "Rating", "Others", "Concept", "Rank correlation")
+    yield _table(head, chosen, "Selection of pairs")
     best = sorted((one for one in judged.rated if one.method == "sae"), key=lambda one: -(one.rating or 0.0))[:_BEST]
     pairs = [
-        (one.concept, one.pair, number(one.strength), number(one.rating), *map(number, one.parts), str(one.failed))
-        for one in best
+        (one.concept, one.pair, *map(number, (one.strength, one.rating, *one.parts)), str(one.failed)) for one in best
     ]
-    yield _table(
-        ("Label", "Latent", "Strength", "Rating", *map(str.capitalize, RATINGS), "Failed"), pairs, "Best pairs"
-    )
+    yield _table(("Label", "Latent", "Strength", "Rating", *ratings, "Failed"), pairs, "Best pairs")
 
 
 def _table(head: tuple[str, ...], lines: list[tuple[str, ...]], name: str) -> str:
-    return table(head, [tuple(map(esc, line)) for line in lines], range(1, len(head)), name)
+    return table(head, [tuple(map(esc, line)) for line in lines], range(1, len(head)), name) if lines else ""
