@@ -170,6 +170,7 @@ def tiny_plan(home: Path) -> Plan:
         variants={LOW: "k4-seed0", HIGH: "k8-seed0", SEED: "k4-seed1"},
         saes={},
         corpora={},
+        drawn=150,
         labels={"match": {"top": 3, "per_label": 1, "support": 5, "output_score": 0.0}, "context": 32},
         compare={
             "protocol": {"per_pair": 4, "suppression": False, "instructions": str(home / "asked.txt")},
@@ -195,6 +196,8 @@ def test_the_recipe_end_to_end_and_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert not done.reused and {one.part for one in result.runs} == {"texts", "train", "labels", "axbench"}
     assert [(one.saes, one.f1) for one in result.labelled] == [*small.comparisons, (SEED, "calibrated")]
     assert [str(one.site) for one in result.survival] == ["resid_post.0", "resid_post.1"]
+    sides = result.labelled[0].labels
+    assert sides.chosen_on.texts + sides.heldout.texts == 150
     labels = [pair.label.label for site in result.labelled[0].labels.sites for pair in site.pairs]
     assert max(labels.count(label) for label in labels) <= 2  # one a site
     assert {sample.method for sample in result.samples} == {"unedited", "sae", "random"}

@@ -43,6 +43,8 @@ class Plan:
     saes: Mapping[str, tuple[str, ...]]
     """published SAEs, by set"""
     corpora: Mapping[str, TaggedSpec]
+    drawn: int | None
+    """how many of a corpus's texts labels are chosen and tested on; comparisons learn on all, divided alike"""
     labels: Mapping[str, Any]
     """what labels are asked with beside that; likewise below"""
     compare: Mapping[str, Any]
@@ -79,18 +81,25 @@ def _smoke(spec: LabelledSteeringSpec) -> Plan:
     )
     return Plan(
         shared={"model": DEFAULT_MODEL, "device": spec.device},
-        mix=MixSpec(sources=tuple(TaggedSpec(source=name) for name in ("debtags", *SETS)), facets=_FACETS),
+        # Scripted truth needs some 150 texts to learn a concept's words on: from 30 it did not see it in prompted answers.
+        mix=MixSpec(
+            sources=tuple(TaggedSpec(source=name) for name in ("debtags", *SETS)),
+            facets=_FACETS,
+            per_label=240,
+            support=160,
+        ),
         training=training,
         variants={name: f"k{k}-seed{seed}" for name, (k, seed) in _K.items()},
         saes={},
         corpora={},
+        drawn=3600,
         # At the paper's prior of 0.001 one false positive outweighs all true ones of a label on 60 of 2,200 texts.
         labels={"match": {"prior": 0.01, "top": 24, "per_label": 1}, "context": 48},
         compare={
             "most_pairs": 24,
             "protocol": _protocol(spec, 5),
             "steering": {"factors": [0.7, 1.0, 1.4, 1.8]},
-            "generation": {"max_new_tokens": 24},
+            "generation": {"max_new_tokens": 32},
             "learning": {"examples": 48, "heldout": 24, "tokens": 48},
             **_raters(spec),
         },
@@ -123,6 +132,7 @@ def _paper(spec: LabelledSteeringSpec) -> Plan:
             name: tuple(f"hub:{_GEMMA_SCOPE}/{of[layer]}" for layer in _GEMMA_LAYERS) for name, of in folders.items()
         },
         corpora=corpora,
+        drawn=None,
         labels={"match": {"prior": 1e-3, "top": 100}, "context": 256},
         compare={
             "most_pairs": None,

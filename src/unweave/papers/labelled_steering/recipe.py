@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from unweave.core.run import Run
@@ -86,7 +86,8 @@ def parts_of(plan: Plan, runs: Path) -> Parts:
         gc.collect()  # trainers and activations take gigabytes
     for corpus, tagged in corpora.items():
         for name, f1 in (*plan.comparisons, *plan.labelled):
-            parts.labelled[corpus, name, f1] = _labelled(plan, saes[name], tagged, f1, runs)
+            drawn = replace(tagged, texts=plan.drawn)
+            parts.labelled[corpus, name, f1] = _labelled(plan, saes[name], drawn, f1, runs)
         for (name, f1), methods in plan.comparisons.items():
             pairs = parts.labelled[corpus, name, f1]
             asked = {
