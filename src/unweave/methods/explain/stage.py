@@ -51,7 +51,7 @@ class _Chosen(NamedTuple):
     too_few: tuple[int, ...]
 
 
-@stage("explain", version=1)
+@stage("explain", version=2)
 def run(spec: ExplainSpec, ctx: Context) -> ExplainResult:
     """Explains latents and scores what was said. ``answers.parquet`` holds every prompt and reply about latents,
     ``annotations.jsonl`` and ``neuronpedia.jsonl`` the explanations. Raises UnweaveError where no latent has contexts
