@@ -81,7 +81,7 @@ def _smoke(spec: LabelledSteeringSpec) -> Plan:
     )
     return Plan(
         shared={"model": DEFAULT_MODEL, "device": spec.device},
-        # Scripted truth needs some 150 texts to learn a concept's words on: from 30 it did not see it in prompted answers.
+        # Scripted truth needs some 150 texts to learn a concept's words: from 30 it missed it in prompted answers.
         mix=MixSpec(
             sources=tuple(TaggedSpec(source=name) for name in ("debtags", *SETS)),
             facets=_FACETS,
