@@ -72,18 +72,15 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
         {"calibrated F1": pair.label.score, "output score": pair.label.output_score, "token confidence": change}
         for pair, change in zip(pairs, changes, strict=True)
     ]
-    splits = (
-        halves(spec.protocol.per_pair)
-        if spec.protocol.split == "halves"
-        else repeated_folds(spec.protocol.per_pair, seed=spec.seed)
-    )
+    n = spec.protocol.per_pair
+    splits = halves(n) if spec.protocol.split == "halves" else repeated_folds(n, seed=spec.seed)
     ratings = [rate_all(rater, cases, ctx.pieces, f"ratings-{i}") for i, rater in enumerate(raters)]
     found = detect(setting, handles, learning.tokens)
     write_table(ctx.path / _TABLE, experiment, jobs, generated, ratings)
     return Comparison(
         subject=opened.subject,
         pairs=pair_results(experiment, handles["sae"], scores, found["sae"]),
-        instructions=spec.protocol.per_pair,
+        instructions=n,
         texts=tagged.source,
         mode=spec.steering.mode,
         split=spec.protocol.split,
