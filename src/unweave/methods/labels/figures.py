@@ -11,6 +11,7 @@ from unweave.show.figures import COLOURS, as_svg, new_figure, settings
 def aurocs(site: SiteLabels) -> str:
     """Each pair's held-out AUROC with its interval, by falling AUROC, and with shuffled labels."""
     import matplotlib
+    from matplotlib.ticker import MaxNLocator
 
     there = [(pair.label, pair.shuffled_auroc) for pair in site.pairs if pair.label.auroc is not None]
     there.sort(key=lambda one: -(one[0].auroc or 0.0))
@@ -25,7 +26,7 @@ def aurocs(site: SiteLabels) -> str:
         hollow = {"markerfacecolor": "none", "color": COLOURS["soft"], "markersize": 3, "label": "shuffled"}
         axes.plot(places, [chance or 0.5 for _, chance in there], "o", **hollow)
         axes.axhline(0.5, color=COLOURS["line"], linewidth=1)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("Pairs of latent and label, by AUROC")
         axes.set_ylabel("AUROC on held-out texts")
         axes.legend(loc="upper right")
