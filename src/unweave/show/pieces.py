@@ -54,6 +54,13 @@ def number(value: Number, digits: int = 3) -> str:
     return f"{value:,.{max(digits - 1 - size, 0)}f}".replace("-", "\u2212")
 
 
+def with_interval(value: float, low: float | None, high: float | None, digits: int = 2) -> str:
+    """Return e.g. "0.83 [0.80, 0.86]" with ``digits`` decimals; the value alone where it has no interval."""
+    if low is None or high is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def percent(fraction: Number, digits: int = 2) -> str:
     """Return a fraction as a percentage to ``digits`` significant digits, e.g. 0.0042 as "0.42 %"."""
     if fraction is None or not math.isfinite(fraction):

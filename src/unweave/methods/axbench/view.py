@@ -8,7 +8,7 @@ from unweave.core.result import Row
 from unweave.methods.axbench.figures import bars, curves
 from unweave.methods.axbench.result import METHODS, RATINGS, SUPPRESSIONS, Comparison, Interval, Judged
 from unweave.show.page import ALONE, Around, Section, Tile, beside, figure
-from unweave.show.pieces import esc, number, table
+from unweave.show.pieces import esc, number, table, with_interval
 
 _BEST = 30
 
@@ -44,11 +44,7 @@ def rows(result: Comparison) -> list[Row]:
 
 def _shown(interval: Interval | None) -> str:
     """ "1.20 [0.90, 1.50]" """
-    if interval is None:
-        return "-"
-    if interval.low is None or interval.high is None:
-        return f"{interval.value:.2f}"
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    return "-" if interval is None else with_interval(interval.value, interval.low, interval.high)
 
 
 def section(result: Comparison, around: Around = ALONE) -> Section:

@@ -7,7 +7,7 @@ from unweave.methods.labels.figures import aurocs
 from unweave.methods.labels.result import Interval, LabelledLatent, LabelsResult, Passage, SiteLabels
 from unweave.show.model import ContextEntry
 from unweave.show.page import ALONE, Around, Section, Tile, figure
-from unweave.show.pieces import chips, context_html, esc, latent_link, number, table
+from unweave.show.pieces import chips, context_html, esc, latent_link, number, table, with_interval
 
 _LISTED = 100
 
@@ -39,7 +39,7 @@ def rows(result: LabelsResult) -> list[Row]:
 
 def shown(interval: Interval | None) -> str:
     """ "0.83 [0.80, 0.86]" """
-    return "n/a" if interval is None else f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    return "n/a" if interval is None else with_interval(interval.value, interval.low, interval.high, 3)
 
 
 def _beyond(one: SiteLabels) -> int:
@@ -54,9 +54,8 @@ def _auroc(pair: LabelledLatent) -> str:
     label = pair.label
     if label.auroc is None:
         return "n/a"
-    if label.auroc_low is None or label.auroc_high is None:
-        return f"{label.auroc:.2f}, no interval"
-    return f"{label.auroc:.2f} [{label.auroc_low:.2f}, {label.auroc_high:.2f}]"
+    text = with_interval(label.auroc, label.auroc_low, label.auroc_high)
+    return text if label.auroc_low is not None else f"{text}, no interval"
 
 
 def _words(pair: LabelledLatent) -> str:

@@ -7,7 +7,7 @@ from unweave.judge.spec import DEFAULT_JUDGE
 from unweave.methods.explain.rubric.figures import scores_bars
 from unweave.methods.explain.rubric.result import SCALE, Difference, Interval, JudgeInfo, RubricResult, Scores
 from unweave.show.page import ALONE, Around, Section, Tile, figure
-from unweave.show.pieces import esc, latent_link, table
+from unweave.show.pieces import esc, latent_link, table, with_interval
 
 
 def rows(result: RubricResult) -> list[Row]:
@@ -53,11 +53,7 @@ def measures(lines: list[Row]) -> str:
 
 def shown(interval: Interval | None) -> str:
     """ "3.20 [2.90, 3.50]" """
-    if interval is None:
-        return "-"
-    if interval.low is None or interval.high is None:
-        return f"{interval.value:.2f}"
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    return "-" if interval is None else with_interval(interval.value, interval.low, interval.high)
 
 
 def verdict(above: Difference | None) -> str:
