@@ -14,12 +14,17 @@ By default an edit leaves alone the tokens that the SAE was not trained on: padd
 
 A strength c_j is a number, or a tensor [B] with one per row of the batch, in which NaN leaves that latent alone in that
 row. So one batch holds many strengths of many latents, and unedited rows; ``together`` builds its edits.
+
+Gradients flow through an edit as through the formula: under ablation a latent's own encoder row is taken off too, where
+it fires: g - sum_j (g . d_j) w_j. Only [B, P, S] numbers of S latents are kept for the backward pass. ``flow`` cuts the
+edit to its value (``forward``: gradients pass as if unedited) or to its gradient (``gradient``: the value is x itself).
+Everything is computed in the SAE's dtype, also under autocast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -39,8 +44,21 @@ Mode = Literal["clamp", "add", "multiply", "project", "cap", "min-clamp"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Strength = float | Tensor
 """a number, or one per row of the batch [B], where NaN leaves the row alone"""
+Flow = Literal["both", "forward", "gradient"]
 
-__all__ = ["MODES", "Change", "Edit", "Fires", "Mode", "Strength", "Subset", "Where", "finite", "orthonormal_basis"]
+__all__ = [
+    "MODES",
+    "Change",
+    "Edit",
+    "Fires",
+    "Flow",
+    "Mode",
+    "Strength",
+    "Subset",
+    "Where",
+    "finite",
+    "orthonormal_basis",
+]
 
 _DIFFERENCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "clamp": lambda f, c: c - f,
@@ -58,10 +76,13 @@ class Edit:
 
     name: str
     sae: SAE
-    change: Callable[[Tensor, Tensor], Tensor]
-    """(what the SAE reads, what it writes to) -> the new value of the latter"""
+    added: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(what the SAE reads, what it writes to, the tokens to edit bool [B, P]) -> what is added to the second"""
     where: Where
     when: Fires | None = None
+    share: float = 1.0
+    """how much of it is added"""
+    flow: Flow = "both"
 
     def __post_init__(self) -> None:
         roles_of(self.where)
@@ -87,11 +108,18 @@ class Edit:
         def value(site: Site | None) -> Tensor:
             return at.read[site] if site in self.needs else x
 
-        source = value(self.sae.read)
-        tokens = tokens_where(self.where, self.sae.policy, source, at)
-        if self.when is not None:
-            tokens = tokens & self.when.holds(value(self.when.site), at)
-        return torch.where(tokens.unsqueeze(-1), self.change(source, x), x)
+        source, recorded = value(self.sae.read), torch.is_grad_enabled() and self.flow != "forward"
+        with torch.autocast(x.device.type, enabled=False):
+            with torch.no_grad():
+                tokens = tokens_where(self.where, self.sae.policy, source, at)
+                if self.when is not None:
+                    tokens = tokens & self.when.holds(value(self.when.site), at)
+            with torch.set_grad_enabled(recorded):
+                added = self.added(source, x, tokens)
+                added = added if self.share == 1 else added * self.share
+            if self.flow == "gradient":
+                added = added - added.detach()
+            return (x + added).to(x.dtype)
 
     def __repr__(self) -> str:
         return f"{self.name} at {self.sae.write}"
@@ -184,26 +212,26 @@ def edit(
         raise UnweaveError(f"unknown way to steer {mode!r}", remedy=f"use one of {', '.join(MODES)}")
     sae.require_decoder()
     strengths, subset = _strengths(sae, values), Subset(sae, list(values))
-    change = (_projection if mode == "project" else _difference)(mode, subset, strengths)
+    added = (_projection if mode == "project" else _difference)(mode, subset, strengths)
     named = {
         latent: "by row" if isinstance(value, Tensor) and value.ndim else value for latent, value in values.items()
     }
-    return Edit(f"{mode} {named}", sae, change, where, when)
+    return Edit(f"{mode} {named}", sae, added, where, when)
 
 
-def _difference(mode: str, subset: Subset, strengths: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _difference(mode: str, subset: Subset, strengths: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     edited, c = ~strengths.isnan(), strengths.nan_to_num()
 
-    def change(source: Tensor, x: Tensor) -> Tensor:
+    def added(source: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
         _check_rows(strengths, x)
         f = c if mode == "add" else subset.encode(source)
-        difference = torch.where(edited, _DIFFERENCE[mode](f, c), 0.0)
-        return x + subset.writes(difference, source).to(x.dtype)
+        difference = torch.where(edited & tokens.unsqueeze(-1), _DIFFERENCE[mode](f, c), 0.0)
+        return subset.writes(difference, source)
 
-    return change
+    return added
 
 
-def _projection(mode: str, subset: Subset, strengths: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _projection(mode: str, subset: Subset, strengths: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     basis, share = subset.span(), strengths[..., :1].nan_to_num()
     if not torch.equal(strengths.nan_to_num(), share.expand_as(strengths)):
         raise UnweaveError(
@@ -211,13 +239,12 @@ def _projection(mode: str, subset: Subset, strengths: Tensor) -> Callable[[Tenso
             remedy="give all the same: 1 takes their span away, 0.5 halves it",
         )
 
-    def change(source: Tensor, x: Tensor) -> Tensor:
+    def added(source: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
         del source
         _check_rows(strengths, x)
-        rows = basis.to(x.dtype)
-        return x - share.to(x.dtype) * ((x @ rows.T) @ rows)
+        return torch.where(tokens.unsqueeze(-1), -share * (x.to(basis.dtype) @ basis.T), 0.0) @ basis
 
-    return change
+    return added
 
 
 def _check_rows(strengths: Tensor, x: Tensor) -> None:
@@ -244,14 +271,14 @@ def ablate(
     Subset(sae, chosen)  # refuses a latent that is named twice
     how: tuple[Mode, float] = ("multiply", 0.0) if mode == "zero" else ("project", 1.0)
     one = edit(sae, how[0], dict.fromkeys(chosen, how[1]), where, when)
-    return Edit(f"ablate ({mode}) {chosen}", sae, one.change, where, when)
+    return replace(one, name=f"ablate ({mode}) {chosen}")
 
 
 def reconstruct(sae: SAE, where: Where = "policy") -> Edit:
     """See ``SAE.reconstruct``."""
     sae.require_decoder()
 
-    def change(source: Tensor, x: Tensor) -> Tensor:
-        return sae.reconstruct_sparsely(source).to(x.dtype)
+    def added(source: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
+        return torch.where(tokens.unsqueeze(-1), sae.reconstruct_sparsely(source) - x, 0.0)
 
-    return Edit("reconstruct", sae, change, where)
+    return Edit("reconstruct", sae, added, where)

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.sae.activations import Identity, JumpReLU, TopK
+from unweave.sae.sparse.kernels import topk_rows
 
 if TYPE_CHECKING:
     from unweave.sae.module import SAE
 
+_DENSE_BYTES = 32 << 20
+"""how many bytes of dense pre-activations a TopK SAE holds at once"""
 _COUNT_UP_TO = 4
 """with so few latents, counting the winners above each is cheaper than finding a row's k-th largest"""
 
@@ -71,23 +74,51 @@ class Subset:
         return written if normal is None else written * normal.scale
 
     def encode(self, x: Tensor) -> Tensor:
-        """These latents' values [..., S]: equal to ``sae.encode(x)[..., latents]``."""
+        """These latents' values [..., S]: equal to ``sae.encode(x)[..., latents]``, and so are their gradients.
+
+        A TopK SAE encodes every token fully to find its winners, without gradients and in chunks.
+        """
         activation = self.sae.activation
-        if not isinstance(activation, TopK):
-            normal = self.sae.normalised(x)
-            x = x.to(self.W_enc.dtype) if normal is None else normal.x
-            pre = x @ self.W_enc + self.b_enc
-            if isinstance(activation, Identity):
-                return pre
-            if isinstance(activation, JumpReLU):
-                return torch.relu(pre) * (pre > activation.threshold[self.latents])
-            return torch.relu(pre)
-        everything = self.sae.pre(x)
-        pre = everything[..., self.latents]
-        if 0 < len(self.latents) <= _COUNT_UP_TO:
-            counts = [_before(everything, j) for j in self.latents.tolist()]
-            return torch.where(torch.stack(counts, -1) < activation.k, torch.relu(pre), 0.0)
-        return activation(everything)[..., self.latents]
+        if isinstance(activation, TopK):
+            return self._topk(x, activation.k)
+        pre = self._pre(x)
+        if isinstance(activation, Identity):
+            return pre
+        if isinstance(activation, JumpReLU):
+            return torch.relu(pre) * (pre > activation.threshold[self.latents])
+        return torch.relu(pre)
+
+    def _pre(self, x: Tensor) -> Tensor:
+        normal = self.sae.normalised(x)
+        x = x.to(self.W_enc.dtype) if normal is None else normal.x
+        return x @ self.W_enc + self.b_enc
+
+    def _topk(self, x: Tensor, k: int) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            pre, wins = self._winners(x, k)
+            return torch.where(wins, torch.relu(pre), 0.0)
+        pre = self._pre(x)
+        may_fire = (pre > 0).any(-1)  # no other token needs its winners
+        wins = torch.zeros_like(pre, dtype=torch.bool)
+        wins[may_fire] = self._winners(x.detach()[may_fire], k)[1]
+        return torch.where(wins, torch.relu(pre), 0.0)
+
+    def _winners(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Pre-activations [..., S], and which of them are among their token's k largest, by ``kernels.topk_rows``."""
+        rows = max(1, _DENSE_BYTES // (4 * self.sae.d_sae))
+        shape, pre, wins = (*x.shape[:-1], len(self.latents)), [], []
+        for chunk in x.reshape(-1, x.shape[-1]).split(rows):
+            with torch.no_grad():
+                everything = self.sae.pre(chunk)
+                pre.append(everything[:, self.latents])
+                if 0 < len(self.latents) <= _COUNT_UP_TO:
+                    counts = [_before(everything, j) for j in self.latents.tolist()]
+                    wins.append(torch.stack(counts, -1) < k)
+                else:
+                    winners = topk_rows(everything, k)[1].long()
+                    fires = torch.zeros_like(everything, dtype=torch.bool).scatter_(1, winners, True)
+                    wins.append(fires[:, self.latents])
+        return torch.cat(pre).view(shape), torch.cat(wins).view(shape)
 
 
 def _before(pre: Tensor, latent: int) -> Tensor:
