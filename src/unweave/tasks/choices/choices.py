@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from unweave.core.errors import UnweaveError
+from collections import Counter
+
+from unweave.tasks.choices.double import double_splits
 from unweave.tasks.choices.gender import gender_splits
 from unweave.tasks.choices.items import Choices
+from unweave.tasks.choices.questions import own_questions
+from unweave.tasks.choices.rows import file_choices, hub_questions, hub_sentences
 from unweave.tasks.choices.sentences import own_sentences
 from unweave.tasks.choices.spec import ChoiceSpec
 
@@ -14,7 +18,19 @@ def open_choices(spec: ChoiceSpec) -> Choices:
 
     Raises UnweaveError for a file or dataset that is missing, unreadable or no list of choices.
     """
+    if spec.task not in ("gender", "double"):
+        return file_choices(spec)
+    hub = spec.source == "hub"
+    shown = f"{spec.answers}{', the hub' if hub else ''}"
     if spec.task == "gender":
-        people = f"{' '.join(spec.male)} / {' '.join(spec.female)}"
-        return Choices(f"gender: {people}, {spec.answers}", gender_splits(spec, own_sentences(spec.seed)))
-    raise UnweaveError(f"no task {spec.task!r} yet", remedy="use gender")
+        pool, left_out = hub_sentences(spec.seed) if hub else (own_sentences(spec.seed), {})
+        name = f"gender: {', '.join(spec.male)} / {', '.join(spec.female)}, {shown}"
+        return Choices(name, gender_splits(spec, pool), left_out)
+    most = max(spec.n_train, spec.n_evaluation)
+    pools, left = [], Counter[str]()
+    for kind in (spec.first, spec.second):
+        pool, left_out = hub_questions(kind, spec.seed, most) if hub else (own_questions(kind, spec.seed, most), {})
+        pools.append(pool)
+        left.update({f"{kind}: {reason}": count for reason, count in left_out.items()})
+    name = f"double: {spec.first} | {spec.second}, intended {spec.intended}, {shown}"
+    return Choices(name, double_splits(spec, *pools), dict(left))

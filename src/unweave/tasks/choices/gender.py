@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from random import Random
 
-from unweave.tasks.choices.items import Item, Part
+from unweave.tasks.choices.items import Item, Part, balanced
 from unweave.tasks.choices.sentences import CASES, FEMALE, MALE, Case, Sentence, pronouns
 from unweave.tasks.choices.spec import ChoiceSpec
 
@@ -34,19 +34,24 @@ def gender_splits(spec: ChoiceSpec, pool: Pool) -> dict[str, tuple[Item, ...]]:
 
 
 def _items(spec: ChoiceSpec, pool: Pool, part: Part, form: str, words: bool, *, agrees: bool) -> tuple[Item, ...]:
-    """Equally many of each case, gender and place of the right option, up to one of each."""
+    """Equally many of each case, gender and place of the right option.
+
+    The draws depend on the part alone, so that two splits of one part differ in nothing but what is asked of them.
+    """
+    rng = Random(f"{spec.seed}/gender/{part}")
     professions = {MALE: spec.male, FEMALE: spec.female}
-    by_case = pool[part]
-    most = min(spec.train if part == "train" else spec.evaluation, 2 * min(map(len, by_case.values())))
+    most = min((spec.n_train if part == "train" else spec.n_evaluation) // 2, *map(len, pool[part].values()))
     items = []
-    for i in range(most):
-        gender, other = ((MALE, FEMALE), (FEMALE, MALE))[i // 2 % 2]
-        people = professions[gender]
-        sentence = by_case[CASES[i % 2]][i // 2].about(people[i // 8 % len(people)])
-        right, wrong = pronouns(sentence, gender if agrees else other)
-        a, b = (right, wrong) if i // 4 % 2 == 0 else (wrong, right)
-        prompt = form.format(sentence=sentence.with_blank(), before=sentence.before, a=a, b=b)
-        answers = (right, wrong) if words else ("A", "B") if a == right else ("B", "A")
-        items.append(Item(prompt, *answers, cue=answers[0 if agrees else 1]))
-    Random(f"{spec.seed}/gender/{part}").shuffle(items)
+    for case in CASES:
+        # Drawn apart from the sentences' order, in which templates take turns: a template must not tell the gender.
+        drawn = balanced([(gender, place) for gender in (MALE, FEMALE) for place in (0, 1)], most, rng)
+        people = {gender: iter(balanced(names, most // 2 + 2, rng)) for gender, names in professions.items()}
+        for sentence, (gender, place) in zip(pool[part][case], drawn, strict=False):
+            about = sentence.about(next(people[gender]))
+            options = pronouns(sentence, gender if agrees else FEMALE if gender == MALE else MALE)
+            a, b = options[::-1] if place else options
+            prompt = form.format(sentence=about.with_blank(), before=about.before, a=a, b=b)
+            right, wrong = options if words else "BA" if place else "AB"
+            items.append(Item(prompt, right, wrong, cue=right if agrees else wrong))
+    rng.shuffle(items)
     return tuple(items)

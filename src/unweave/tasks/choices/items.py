@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import cycle
 from random import Random
 from typing import Literal, TypeVar
 
@@ -75,3 +76,10 @@ def divided(values: Sequence[_T], rng: Random) -> dict[Part, list[_T]]:
     first = round(_SHARES[0] * len(shuffled))
     second = first + round(_SHARES[1] * len(shuffled))
     return {"train": shuffled[:first], "validation": shuffled[first:second], "test": shuffled[second:]}
+
+
+def balanced(values: Sequence[_T], n: int, rng: Random) -> list[_T]:
+    """``n`` values in a random order, each as often as any other, or once more."""
+    drawn = [value for _, value in zip(range(n), cycle(rng.sample(values, len(values))), strict=False)]
+    rng.shuffle(drawn)
+    return drawn

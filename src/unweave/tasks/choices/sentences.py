@@ -8,19 +8,17 @@ validation and testing: no sentence of one part has the form of another part's.
 
 from __future__ import annotations
 
-import re
 from functools import cache
-from importlib.resources import files
-from itertools import chain, product, zip_longest
+from itertools import chain, zip_longest
 from random import Random
 from typing import Literal, NamedTuple
 
 from unweave.tasks.choices.items import PARTS, Part, divided
+from unweave.tasks.choices.templates import filled, lines
 
 Case = Literal["subject", "object"]
 CASES: tuple[Case, ...] = ("subject", "object")
 BLANK = "_____"
-_SLOT = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 MALE, FEMALE = "male", "female"
 PRONOUNS = {
     (MALE, "subject"): "he",
@@ -67,19 +65,16 @@ def own_sentences(seed: int) -> dict[Part, dict[Case, list[Sentence]]]:
 
 @cache
 def _templates() -> list[tuple[Case, str, str]]:
-    text = files("unweave.tasks.choices").joinpath("sentences.tsv").read_text(encoding="utf-8")
-    rows = [line.split("\t") for line in text.splitlines()]
+    rows = [line.split("\t") for line in lines("sentences.tsv")]
     return [("subject" if case == "subject" else "object", before, after) for case, before, after in rows]
 
 
 def _filled(template: tuple[Case, str, str], rng: Random) -> list[Sentence]:
     """Every text before the blank, each with one of the texts behind it, shuffled."""
     case, before, after = template
-    fixed, slots = _SLOT.split(before)[::2], [slot.split("|") for slot in _SLOT.findall(before)]
-    filled = []
-    for words in product(*slots):
-        start = "".join(part + word for part, word in zip(fixed, (*words, ""), strict=True))
-        end = _SLOT.sub(lambda match: rng.choice(match[1].split("|")), after)
-        filled.append(Sentence(start, end if end[:1] in ".,;" else f" {end}", case))
-    rng.shuffle(filled)
-    return filled
+    sentences = []
+    for start in filled(before):
+        end = rng.choice(filled(after))
+        sentences.append(Sentence(start, end if end[:1] in ".,;" else f" {end}", case))
+    rng.shuffle(sentences)
+    return sentences

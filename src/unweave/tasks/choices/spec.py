@@ -52,9 +52,19 @@ class ChoiceSpec(Spec):
     """Professions that go with he and him in training."""
     female: Annotated[tuple[str, ...], only_for("task", "gender"), not_empty(), _WORDS, _APART] = FEMALE[:1]
     """Professions that go with she and her in training."""
-    train: Annotated[int, at_least(1)] = 1400
-    """At most so many items to train on."""
-    evaluation: Annotated[int, at_least(1)] = 300
-    """At most so many items of each other split."""
+    train: Annotated[int | None, at_least(1)] = None
+    """At most so many items to train on; by default 1,400, and of a file all."""
+    evaluation: Annotated[int | None, at_least(1)] = None
+    """At most so many items of each other split; by default 300, and of a file all."""
     seed: int = 0
     """Which texts are for training, their order, and the order of the options."""
+
+    @property
+    def n_train(self) -> int:
+        """How many items to train on, at most."""
+        return self.train or 1400
+
+    @property
+    def n_evaluation(self) -> int:
+        """How many items of each other split, at most."""
+        return self.evaluation or 300

@@ -30,13 +30,11 @@ from unweave.core.errors import UnweaveError
 from unweave.core.files import read_json
 from unweave.core.progress import task
 from unweave.core.spec import digest
-from unweave.data.words import gram_hashes, word_hashes
+from unweave.data.alike import first_alike, min_hashes, salted
 from unweave.lm.fetch import building, cache_dir
 from unweave.tasks.tagged.spec import DEBTAGS, SETS, TaggedSpec, kind_of
 
 _FORMAT = 1
-_GRAM = 8
-_KEYS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], dtype=np.uint64)
 _AT_ONCE = 1_000
 _MANY_ALIKE = 0.1
 """share of the texts above which a group of near duplicates is worth a note"""
@@ -130,8 +128,8 @@ def open_tagged(spec: TaggedSpec) -> TaggedTexts:
     hashes, groups = (np.load(folder / f"{name}.npy") for name in ("hashes", "groups"))
     rows = np.arange(len(hashes))
     if spec.texts is not None and spec.texts < len(rows):
-        rows = np.sort(np.argsort(_salted(hashes, f"draw {spec.seed}"), kind="stable")[: spec.texts])
-    heldout = _salted(groups[rows], f"heldout {spec.seed}") < np.uint64(spec.heldout * 2**64)
+        rows = np.sort(np.argsort(salted(hashes, f"draw {spec.seed}"), kind="stable")[: spec.texts])
+    heldout = salted(groups[rows], f"heldout {spec.seed}") < np.uint64(spec.heldout * 2**64)
     alike = int(np.unique(groups[rows], return_counts=True)[1].max())
     notes = [*about["notes"]]
     if alike > _MANY_ALIKE * len(rows):
@@ -203,7 +201,7 @@ def _store(folder: Path, about: dict[str, Any], texts: Iterable[Tagged]) -> None
                     continue
                 offsets.append(offsets[-1] + out.write(text.encode()))
                 new.append(text)
-            keys.append(_min_hashes(new))
+            keys.append(min_hashes(new))
             shown.advance(len(batch))
     if len(seen) < 2 or not names:
         what = f"{len(seen)} texts" if len(seen) < 2 else "no text with a tag"
@@ -220,7 +218,7 @@ def _store(folder: Path, about: dict[str, Any], texts: Iterable[Tagged]) -> None
         "indptr": np.concatenate([np.zeros(1, np.int64), np.cumsum(per_text)]),
         "labels": (pairs % len(names)).astype(np.int32),
         "hashes": hashes,
-        "groups": hashes[_first_alike(np.concatenate(keys))],
+        "groups": hashes[first_alike(np.concatenate(keys))],
     }
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values)
@@ -236,43 +234,3 @@ def _batches(texts: Iterable[Tagged]) -> Iterator[list[Tagged]]:
             yield held
             held = []
     yield held
-
-
-def _min_hashes(texts: list[str]) -> Array:
-    """The smallest hash of eight words in a row of each text under each permutation, uint64 [n, 4]; texts that are
-    shorter have keys of their own."""
-    words, lengths = word_hashes([text.lower() for text in texts]) if texts else (np.zeros(0, np.uint64), np.zeros(0))
-    grams = gram_hashes(words, _GRAM)
-    ends = np.cumsum(lengths).astype(np.int64)
-    keys = np.empty((len(texts), len(_KEYS)), dtype=np.uint64)
-    for i, (end, length) in enumerate(zip(ends.tolist(), lengths.tolist(), strict=True)):
-        short = length < _GRAM
-        own = word_hashes(["_".join(texts[i].split())])[0] if short else grams[end - length : end - _GRAM + 1]
-        keys[i] = ((own[:, None] ^ _KEYS) * _KEYS[::-1]).min(0)
-    return keys
-
-
-def _first_alike(keys: Array) -> Array:
-    """The first text of each text's group, int64 [N]: texts that share a column's key are alike, and so on."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    left, right = [], []
-    for column in keys.T:
-        order = np.argsort(column, kind="stable")
-        same = column[order][1:] == column[order][:-1]
-        left.append(order[:-1][same])
-        right.append(order[1:][same])
-    rows, columns = np.concatenate(left), np.concatenate(right)
-    graph = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(len(keys), len(keys)))
-    _, group = connected_components(graph, directed=False)
-    _, first = np.unique(group, return_index=True)
-    return first[group]
-
-
-def _salted(hashes: Array, salt: str) -> Array:
-    """Hashes uint64 that depend on the given ones and a text alone."""
-    x = hashes.astype(np.uint64) ^ np.uint64(int.from_bytes(blake2b(salt.encode(), digest_size=8).digest(), "little"))
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
