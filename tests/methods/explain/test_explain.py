@@ -216,6 +216,38 @@ def test_simulation_is_the_expectation_over_digits_at_every_token() -> None:
     assert correlation([1, 1], [0, 9]) == 0.0
 
 
+def test_true_activations_are_whole_ninths_rounded_down() -> None:
+    tops = tuple(context(d, [8.0, 1.9, 0.5, 4.6]) for d in range(8))
+    silent = tuple(context(50 + d, [0.0] * 4) for d in range(8))
+    examples = choose_examples(LatentRecord(2, 9, 0.1, 8.0, 1.0, 0.0, (), (), tops, (), silent), 4, 4)
+    assert examples is not None
+    assert [true.tolist() for _, true in simulations(examples, "words")][0] == [9, 2, 0, 5]  # of 9, 2.14, 0.56, 5.18
+
+
+def test_a_simulation_that_failed_counts_nowhere() -> None:
+    tops = tuple(context(d, [0.0, 9.0, 3.0, 0.0]) for d in range(8))
+    silent = tuple(context(50 + d, [0.0] * 4) for d in range(8))
+    examples = choose_examples(LatentRecord(2, 9, 0.1, 9.0, 1.0, 0.0, (), (), tops, (), silent), 4, 4)
+    assert examples is not None
+
+    def answer(talk: Conversation) -> str:
+        tokens = talk[-1]["content"].split("Tokens:\n")[1].split("\n")
+        if "d50" in tokens[0] or tokens[0] == broken:
+            return "I cannot say."
+        return "\n".join(f"{token}\t{strength}" for token, strength in zip(tokens, (1, 8, 2, 0), strict=True))
+
+    broken = tokens_of(examples.active[0])[0]
+    scored = score(Scripted(answer), "simulation", [examples], {2: "words"})
+    usable = [true for _, true in simulations(examples, "words")][1:]
+    usable = [true for true, (one, _) in zip(usable, examples.tests[1:], strict=True) if one.document != 50]
+    expected = np.corrcoef(np.tile([1.0, 8.0, 2.0, 0.0], len(usable)), np.concatenate(usable))[0, 1]
+    assert 0 < len(usable) < len(examples.tests) and sum(scored.ratings.failures.values()) == 8 - len(usable)
+    assert scored.values[2] == pytest.approx(expected)
+    assert scored.columns["correlation"][0] is None and scored.columns["correlation"][1] is not None
+    nothing = score(Scripted(["no"] * 8), "simulation", [examples], {2: "words"})
+    assert nothing.values == {2: None}
+
+
 def test_a_judge_that_writes_the_strengths_must_write_all() -> None:
     case = Simulated("words", (" a", " b", "2"))
     replies = [" a\t0\n b\t9\n2\t3", "a\t0\nb\t9", " a\t0\n b\t?\n2\t3", " a\t0\n b\t10\n2\t3", "no", None]

@@ -5,8 +5,9 @@
    no digit is likely at all.
 2. Another judge writes the lines itself. Every line must be there, with a digit; the expected digit is used where it
    gives log-probabilities.
-3. True activations are whole tenths of the latent's largest, int(9 a / max). The score is Pearson's correlation over
-   all tokens of all contexts, and per context where the truth varies; a constant expectation has correlation 0.
+3. True activations are whole ninths of the latent's largest, rounded down: int(9 a / max). The score is Pearson's
+   correlation over all tokens of all contexts, and per context where the truth varies; a constant expectation has
+   correlation 0, and a text whose simulation failed counts nowhere.
 """
 
 from __future__ import annotations
