@@ -14,9 +14,9 @@ import pytest
 from helpers.jobs import spec_of
 from helpers.models import build_tiny, build_tiny_tokenizer
 from unweave.core.errors import UnweaveError
+from unweave.core.intervals import Interval
 from unweave.core.result import as_read, as_written
 from unweave.lm.model import LM
-from unweave.methods.axbench.result import Interval
 from unweave.methods.axbench.spec import AxbenchSpec
 from unweave.methods.labels.spec import LabelsSpec
 from unweave.papers.labelled_steering import claims, plan, recipe, simulation, texts, view
@@ -223,9 +223,9 @@ def test_the_recipe_end_to_end_and_again(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("gain", "above", "same"),
     [
-        (Interval(0.3, 0.1, 0.5, 9), "as claimed", "not as claimed"),
-        (Interval(0.3, -0.1, 0.7, 9), "partly", "partly"),
-        (Interval(-0.05, -0.2, 0.1, 9), "not as claimed", "as claimed"),
+        (Interval(0.3, 0.1, 0.5), "as claimed", "not as claimed"),
+        (Interval(0.3, -0.1, 0.7), "partly", "partly"),
+        (Interval(-0.05, -0.2, 0.1), "not as claimed", "as claimed"),
     ],
 )
 def test_verdicts_follow_the_interval(gain: Interval, above: str, same: str) -> None:

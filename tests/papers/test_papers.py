@@ -11,10 +11,11 @@ import pytest
 
 from helpers.jobs import spec_of
 from unweave.core.errors import UnweaveError
+from unweave.core.intervals import Interval
 from unweave.core.result import as_read, as_written
 from unweave.inputs.subject import SAEInfo, Subject
 from unweave.lm.model import LM
-from unweave.methods.explain.rubric.result import Difference, Interval, JudgeInfo, RubricResult, Scores
+from unweave.methods.explain.rubric.result import Difference, JudgeInfo, RubricResult, Scores
 from unweave.methods.special_tokens.result import (
     GROUPS,
     AlphaSweep,

@@ -66,14 +66,18 @@ class Pieces:
                 save_file(new, temporary)
         return new
 
+    def has(self, name: str) -> bool:
+        """Whether a piece of values is finished."""
+        return name in self._values if self.folder is None else (self.folder / f"{name}.json").exists()
+
     def value(self, name: str, kind: Any, make: Callable[[], T]) -> T:
         """A piece of type ``kind``, from its file where it is finished, else as ``make`` makes it now."""
         if self.folder is None:
-            if name not in self._values:
+            if not self.has(name):
                 self._values[name] = make()
             return self._values[name]
         path = self.folder / f"{name}.json"
-        if path.exists():
+        if self.has(name):
             return from_plain(kind, read_json(path), str(path))
         new = make()
         write_json(path, to_plain(new))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
-from unweave.core.progress import task
+from unweave.core.progress import Task, task
 from unweave.lm.chat import Role
 from unweave.lm.decoding import row_seed
 from unweave.lm.model import LM, Tokens
@@ -80,12 +81,14 @@ def generate_sweep(
     seed: int = 0,
     persist: bool = True,
     max_tokens: int = 8192,
+    shown: Task | None = None,
 ) -> Generated:
     """Continues every prompt, padded on the left (``prompt_tokens``), under the changes of its row; none: unedited.
 
     Rows go into batches from the longest prompt to the shortest, each of as many as have at most ``max_tokens`` tokens
     with their answers, whatever SAEs, sites, latents and strengths they have. What a row draws depends on ``seed`` and
-    its place in ``prompts`` alone. ``persist`` False: see ``lm/decoding.py``. Raises UnweaveError before anything is
+    its place in ``prompts`` alone. ``persist`` False: see ``lm/decoding.py``. ``shown``: progress that goes on here, in
+    place of its own. Raises UnweaveError before anything is
     generated for changes that do not fit the prompts, the SAEs or the model.
     """
     if len(changes) != len(prompts):
@@ -95,7 +98,7 @@ def generate_sweep(
     order = prompts.mask.sum(1).argsort(descending=True, stable=True).tolist()
     ids = torch.full((len(order), max_new_tokens), lm.pad_id, dtype=torch.int64)
     first = 0
-    with task("generate", total=len(order), unit="texts") as shown:
+    with task("generate", total=len(order), unit="texts") if shown is None else nullcontext(shown) as bar:
         while first < len(order):
             width = int(prompts.mask[order[first]].sum())
             rows = order[first : first + max(1, max_tokens // (width + max_new_tokens))]
@@ -111,7 +114,7 @@ def generate_sweep(
             )
             ids[rows, : new.shape[1]] = new.cpu()
             first += len(rows)
-            shown.advance(len(rows))
+            bar.advance(len(rows))
     return Generated(ids, until_end(lm, ids))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from html import escape
 
+from unweave.core.intervals import Interval
 from unweave.show.model import ContextEntry, LatentEntry, Number
 from unweave.show.theme import HEAT_LEVELS, asset, palette_css
 
@@ -54,11 +55,12 @@ def number(value: Number, digits: int = 3) -> str:
     return f"{value:,.{max(digits - 1 - size, 0)}f}".replace("-", "\u2212")
 
 
-def with_interval(value: float, low: float | None, high: float | None, digits: int = 2) -> str:
-    """Return e.g. "0.83 [0.80, 0.86]" with ``digits`` decimals; the value alone where it has no interval."""
-    if low is None or high is None:
-        return f"{value:.{digits}f}"
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def bounded(mean: Interval | None, digits: int = 2) -> str:
+    """Return e.g. "0.83 [0.80, 0.86]" with ``digits`` decimals; the mean alone if it has no bounds, "n/a" for None."""
+    if mean is None:
+        return "n/a"
+    bounds = "" if mean.low is None or mean.high is None else f" [{mean.low:.{digits}f}, {mean.high:.{digits}f}]"
+    return f"{mean.value:.{digits}f}{bounds}"
 
 
 def percent(fraction: Number, digits: int = 2) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from unweave.core.errors import UnweaveError
+from unweave.core.progress import task
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.chat import Role
@@ -105,7 +106,8 @@ def test_only_the_texts_own_tokens_count(tiny_lm: Any) -> None:
     torch.testing.assert_close(x[owner == 2], seen[SITE][0][-6:], atol=1e-4, rtol=1e-4)
     sae = sae_of([Direction(torch.eye(32)[3]), Direction(torch.eye(32)[5])], SITE, TokenPolicy())
     early = sae_of([Direction(torch.eye(32)[4])], Site("resid_post", 0), TokenPolicy())
-    mean, largest = passage_values(lm, [(sae, 0), (early, 0), (sae, 1), (sae, 0)], TEXTS, most=6)
+    with task("texts", total=4) as shown:
+        mean, largest = passage_values(lm, [(sae, 0), (early, 0), (sae, 1), (sae, 0)], TEXTS, 6, shown)
     at_early, _ = token_activations(lm, Site("resid_post", 0), TokenPolicy(), TEXTS, most=6)
     for text in range(4):
         mine = [x[owner == text][:, 3], at_early[owner == text][:, 4], x[owner == text][:, 5], x[owner == text][:, 3]]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from helpers.models import build_tiny, build_tiny_tokenizer
+from helpers.progress import ShownTask
 from unweave.core.errors import UnweaveError
 from unweave.core.result import as_read, as_written
 from unweave.core.site import Site
@@ -115,7 +116,7 @@ def test_everything_is_generated_rated_and_shown(
     assert unedited == [lm.generate(row["prompt"], max_new_tokens=6) for row in table if row["method"] == "unedited"]
     for judged in result.judged:
         assert [score.method for score in judged.scores] == list(spec.methods)
-        assert all(score.rating is not None and score.rating.concepts == 2 for score in judged.scores)
+        assert all(score.rating is not None and score.rating.low is not None for score in judged.scores)
         assert [one.edit for one in judged.suppression] == ["prompt", "latent", "span"]
         assert len(judged.rated) == 3 * len(spec.methods)
     truth = result.judged[0]
@@ -192,6 +193,38 @@ def test_what_cannot_be_compared_is_refused_before_the_model_is_loaded(
     ):
         with pytest.raises(UnweaveError, match=words):
             AxbenchSpec.from_dict(spec.to_dict() | changed)
+
+
+def test_a_pair_with_too_few_texts_is_left_out_and_named(spec: AxbenchSpec, tmp_path: Path) -> None:
+    with open(tmp_path / "texts.jsonl", "a") as out:
+        out.write(json.dumps({"text": "a comet of ice", "tags": ["comet"]}) + "\n")
+    digest = SAE.load(tmp_path / "sae").digest()
+    comet, sea = (ScoredLabel(label=n, threshold=0.1, score=1, support=50, maximum=1.0) for n in ("comet", "sea"))
+    lines = [Annotation(f"{SITE}/{j}", sae=digest, labels=(one,)) for j, one in ((7, comet), (4, sea))]
+    write(tmp_path / "pairs.jsonl", lines)
+    spec = replace(spec, methods=("sae", "random"), protocol=replace(spec.protocol, suppression=False))
+    result = stage.run(spec, tmp_path / "runs").result
+    assert [pair.concept for pair in result.pairs] == ["sea"] and result.cost.pairs == 1
+    (left,) = result.left_out
+    assert (left.pair, left.concept) == (f"{SITE}/7", "comet") and "fewer than 2" in left.reason
+    assert ("left out", 1, f"comet ({SITE}/7): {left.reason}") in view.rows(result)
+    assert any(f"comet ({SITE}/7)" in note for note in view.section(result).notes)
+    write(tmp_path / "pairs.jsonl", lines[:1])
+    with pytest.raises(UnweaveError, match=r"of its texts (to learn on|held out)") as caught:
+        stage.run(spec, tmp_path / "runs")
+    assert "'comet'" in caught.value.where
+
+
+def test_all_texts_are_generated_under_one_bar(
+    spec: AxbenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown_tasks: list[ShownTask]
+) -> None:
+    monkeypatch.setattr("unweave.methods.axbench.generate._CHUNK", 10)
+    stage.run(replace(spec, methods=("sae", "probe", "lora")), tmp_path / "runs")
+    assert len({shown.name for shown in shown_tasks}) == len(shown_tasks)
+    by = {shown.name: shown for shown in shown_tasks}
+    assert by["LoRA"].done == by["LoRA"].total == 12
+    assert all(shown.done == shown.total for shown in shown_tasks if shown.unit == "texts")
+    assert "generate" not in by and by["texts of all pairs"].total > 10
 
 
 def test_pairs_of_another_sae_and_unknown_latents_are_refused(spec: AxbenchSpec, tmp_path: Path) -> None:

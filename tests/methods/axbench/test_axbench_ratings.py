@@ -9,19 +9,25 @@ import numpy as np
 import pytest
 import torch
 
+from unweave.core.intervals import Interval
+from unweave.core.pieces import Pieces
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.judge.scripted import Scripted
 from unweave.latents.annotations import Pair, ScoredLabel
 from unweave.methods.axbench.checks import check, detect, known_cases
 from unweave.methods.axbench.compare import Experiment, Ratings, judge
-from unweave.methods.axbench.directions import Direction, sae_of, token_activations
+from unweave.methods.axbench.directions import Direction, difference_of_means, sae_of, token_activations
 from unweave.methods.axbench.forms import FORMS, Case, ChatRater, spoken, template_prompt, written_prompts
 from unweave.methods.axbench.generate import Handle, Setting, draw_instructions
+from unweave.methods.axbench.handles import LEARNT, find_handles
+from unweave.methods.axbench.options import LearningSpec, ReftSpec, SteeringSpec
 from unweave.methods.axbench.result import RATINGS
 from unweave.methods.axbench.scores import repeated_folds
 from unweave.methods.axbench.texts import ConceptTexts, Texts, WordClassifier
 from unweave.methods.axbench.truth import TruthRater, likelihoods
+from unweave.sae.activations import ReLU
+from unweave.sae.module import SAE
 from unweave.sae.steered import prompt_tokens
 from unweave.tasks.tagged.spec import TaggedSpec
 from unweave.tasks.tagged.texts import open_tagged
@@ -107,6 +113,30 @@ def test_a_chat_models_last_rating_counts_and_anything_else_is_a_failure() -> No
     assert written_prompts(Scripted([" talk of it "]), ["sea"]) == ["talk of it"]
 
 
+def test_learnt_directions_are_read_and_added_where_they_were_learnt(tiny_lm: Any) -> None:
+    """The latent is a transcoder's: it reads the MLP's input and writes to what the MLP adds."""
+    lm, reads, writes = tiny_lm("llama"), Site("mlp_in", 1), Site("mlp_add", 1)
+    g = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(shape, generator=g) for shape in ((32, 6), (6,), (6, 32), (32,))]
+    transcoder = SAE(*tensors, ReLU(), read=reads, write=writes, policy=TokenPolicy((), 100.0))
+    sets = [tuple(some) for some in (["xyx yx", "yxyx x"], ["abc ab", "b c abc"])]
+    concept = ConceptTexts("xy", *sets, *sets, (), WordClassifier(["x"], ["a"]), (0.0, 1.0))
+    one = Pair(reads, 2, pair(0, "xy").label, None)
+    setting = Setting(lm, {reads: transcoder}, [one], {"xy": concept})
+    learning = LearningSpec(tokens=9, reft=ReftSpec(epochs=1))
+    handles = find_handles(setting, ["abab"], ("sae", *LEARNT), SteeringSpec(), learning, Pieces(None))
+    x, owner = token_activations(lm, writes, TokenPolicy(), concept.train[0], 9)
+    expected = difference_of_means(x, owner < 2)
+    torch.testing.assert_close(handles["diffmean"][0].sae.W_dec[0], expected.w)
+    both = torch.cat([x, token_activations(lm, writes, TokenPolicy(), ["abab"], 9)[0]])
+    largest = float((both[torch.cat([owner < 2, torch.ones(len(both) - len(x), dtype=bool)])] @ expected.w).max())
+    assert handles["diffmean"][0].maximum == pytest.approx(largest + expected.b, rel=1e-4)
+    for method in LEARNT:
+        sae = handles[method][0].sae
+        assert sae.read == sae.write == writes and sae.policy == TokenPolicy()
+    assert handles["sae"][0].sae is transcoder
+
+
 def test_a_direction_that_tells_the_concept_detects_it(tiny_lm: Any) -> None:
     lm = tiny_lm("llama")
     sets = {"positive": ["xyx yx", "yxyx x"], "negative": ["abc ab", "b c abc"], "hard": ["aaa bb", "cc cb"]}
@@ -181,5 +211,5 @@ def test_differences_to_random_latents_are_taken_pair_by_pair() -> None:
     values[[i for i, job in enumerate(jobs) if job.block == "random" and job.row[0] == 3]] = np.nan  # a failed pair
     judged = judge(experiment, jobs, Ratings(Scripted([]), values, []), repeated_folds(4), [{}] * 4, ())
     above = judged.scores[0].concept_above_random
-    assert above is not None and (above.value, above.low, above.high, above.concepts) == (1, 1, 1, 3)
+    assert above == Interval(1, 1, 1)
     assert [one.failed for one in judged.rated] == [0] * 7 + [4]

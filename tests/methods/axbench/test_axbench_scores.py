@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 
 from unweave.core.errors import UnweaveError
-from unweave.methods.axbench.scores import choose, halves, harmonic, interval, repeated_folds
+from unweave.methods.axbench.scores import choose, halves, harmonic, repeated_folds
 
 
 def test_the_harmonic_mean_is_zero_where_one_rating_is_and_unknown_where_one_failed() -> None:
@@ -63,21 +61,3 @@ def test_failed_ratings_are_left_out() -> None:
     chosen = choose(ratings, [(np.array([0, 1]), np.array([2, 3])), (np.array([2, 3]), np.array([0, 1]))])
     assert chosen.rating == 2 and chosen.strength == 1
     assert np.isnan(choose(np.full((2, 4, 3), np.nan), halves(4)).rating)
-
-
-def test_the_bootstrap_resamples_concepts_with_all_their_pairs() -> None:
-    """Four concepts have 256 resamples: their percentiles are the exact interval."""
-    groups = {"a": [0.0, 1.0, 4.0], "b": [2.0], "c": [9.0, 8.0], "d": [5.0]}
-    values, concepts = zip(*[(value, name) for name, several in groups.items() for value in several], strict=True)
-    means = [np.mean([v for name in drawn for v in groups[name]]) for drawn in itertools.product(groups, repeat=4)]
-    low, high = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
-    got = interval(np.array(values), concepts)
-    assert got is not None and got.low is not None and got.high is not None
-    assert got.value == pytest.approx(29 / 7) and got.concepts == 4
-    assert got.low == pytest.approx(low) and got.high == pytest.approx(high)
-
-
-def test_there_is_no_interval_of_one_concept_and_none_of_nothing() -> None:
-    got = interval([1.0, 2.0, np.nan], ["a", "a", "b"])
-    assert got is not None and (got.value, got.low, got.high, got.concepts) == (1.5, None, None, 1)
-    assert interval([np.nan], ["a"]) is None

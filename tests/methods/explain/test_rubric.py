@@ -22,6 +22,7 @@ from helpers.raw_server import KEY, Raw, completion, http, leaks
 from unweave.cli.app import main
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError
+from unweave.core.intervals import Interval
 from unweave.core.result import as_read, as_written
 from unweave.core.run import Run
 from unweave.judge.base import Budget, CachedJudge, Conversation, Reply
@@ -36,10 +37,11 @@ from unweave.lm.model import LM
 from unweave.methods.explain.rubric import rubric as rules
 from unweave.methods.explain.rubric import stage as rubric
 from unweave.methods.explain.rubric import view
-from unweave.methods.explain.rubric.result import Difference, Interval, RatedLatent, RubricResult
+from unweave.methods.explain.rubric.result import Difference, RatedLatent, RubricResult
 from unweave.methods.explain.rubric.rubric import FORM, Item, difference, eligible, parse, question, summarise
 from unweave.methods.explain.rubric.spec import COMMAND, RubricSpec
 from unweave.sae.module import SAE
+from unweave.show.pieces import bounded
 
 # -- records of known latents --------------------------------------------------------------------------------------
 
@@ -515,7 +517,7 @@ def test_the_page_shows_scores_names_and_what_to_make_of_them(trained: Run, tmp_
     assert type(result) is COMMAND.result and "uw-embed" in result._repr_html_()
     for one in result.latents:
         assert f">{one.latent}</td>" in section.body and one.name in section.body
-    for part in ("<svg", "latents: mean score", view.verdict(result.above_shuffled), view.shown(result.real.mean)):
+    for part in ("<svg", "latents: mean score", view.verdict(result.above_shuffled), bounded(result.real.mean)):
         assert part.lower() in section.body.lower(), part
     assert any("scripted answers" in note for note in section.notes)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from helpers.models import build_tiny, build_tiny_tokenizer
 from unweave.core.errors import UnweaveError
+from unweave.core.intervals import Interval
 from unweave.core.result import as_read, as_written, to_plain
 from unweave.core.run import Run
 from unweave.core.site import Site
@@ -30,7 +31,7 @@ from unweave.lm.chat import Role, render
 from unweave.lm.model import LM, Tokens
 from unweave.methods.special_tokens import errors as evaluated
 from unweave.methods.special_tokens import view
-from unweave.methods.special_tokens.degradation import interval, levels_of, sweet_spot, words_changed
+from unweave.methods.special_tokens.degradation import levels_of, sweet_spot, words_changed
 from unweave.methods.special_tokens.errors import special_token_errors
 from unweave.methods.special_tokens.maxima import alpha_sweep, average_maxima, random_latents
 from unweave.methods.special_tokens.result import (
@@ -38,7 +39,6 @@ from unweave.methods.special_tokens.result import (
     Answer,
     ByGroup,
     GroupErrors,
-    Interval,
     Level,
     SpecialTokenResult,
 )
@@ -452,12 +452,12 @@ def test_controls_move_as_far_and_levels_say_what_the_answers_say(lm: LM) -> Non
     for level in found.control_levels:
         here = [a for a in found.control_answers if a.alpha == level.alpha]
         first = {a.question: a for a in found.answers if a.alpha == 0}
-        assert level.distinct.mean == pytest.approx(sum(a.distinct for a in here) / 6)
+        assert level.distinct.value == pytest.approx(sum(a.distinct for a in here) / 6)
         rise = sum(math.log((a.perplexity or 0) / (first[a.question].perplexity or 0)) for a in here) / 6
         assert level.perplexity_ratio is not None
-        assert level.perplexity_ratio.mean == pytest.approx(math.exp(rise), rel=1e-4)
-        assert level.answers_changed.mean == pytest.approx(sum(a.text != first[a.question].text for a in here) / 6)
-        assert level.distinct.low <= level.distinct.mean <= level.distinct.high
+        assert level.perplexity_ratio.value == pytest.approx(math.exp(rise), rel=1e-4)
+        assert level.answers_changed.value == pytest.approx(sum(a.text != first[a.question].text for a in here) / 6)
+        assert level.distinct.low <= level.distinct.value <= level.distinct.high
     again = alpha_sweep(lm, sae, 5, [4.0, 2.0], questions=questions, controls=[1, 7], max_new_tokens=10)
     assert again == found
 
@@ -527,16 +527,14 @@ def test_levels_and_intervals_by_hand() -> None:
         said("p", 0, "a b c d", 1.0, 4.0), said("p", 2, "a b x d", 0.5, 16.0),
         said("q", 0, "a b c d", 0.8, 2.0), said("q", 2, "", 1.0, None),
     ]  # fmt: skip
-    draws = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
-    first, second = levels_of([answers], ["p", "q"], [0.0, 2.0], 1.5, draws)
-    assert (first.distinct.mean, first.words_changed.mean, first.empty) == (0.9, 0.0, 0.0)
+    first, second = levels_of([answers], ["p", "q"], [0.0, 2.0], 1.5)
+    assert (first.distinct.value, first.words_changed.value, first.empty) == (0.9, 0.0, 0.0)
     assert (second.length, second.empty) == (3.0, 0.5)
-    assert second.distinct_loss.mean == pytest.approx((0.5 - 0.2) / 2)
-    assert second.words_changed.mean == pytest.approx((0.25 + 1.0) / 2)
+    assert second.distinct_loss.value == pytest.approx((0.5 - 0.2) / 2)
+    assert second.words_changed.value == pytest.approx((0.25 + 1.0) / 2)
     assert second.answers_changed == Interval(1.0, 1.0, 1.0)
-    assert second.perplexity_ratio == Interval(4.0, pytest.approx(4.0), pytest.approx(4.0))  # the empty one has none
-    assert second.distinct_loss.low == pytest.approx(np.quantile([0.5, 0.15, 0.15, -0.2], 0.025))
-    assert interval(np.array([np.nan, np.nan]), draws) is None
+    assert second.perplexity_ratio == Interval(4.0, None, None)  # the empty one has none, and one is too few for bounds
+    assert (second.distinct_loss.low, second.distinct_loss.high) == pytest.approx((-0.2, 0.5))
     assert words_changed("a b", "a b") == words_changed("", "") == 0.0
     assert words_changed("a b", "c d") == words_changed("a", "") == 1.0
 

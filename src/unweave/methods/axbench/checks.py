@@ -62,19 +62,19 @@ def detect(setting: Setting, handles: Mapping[str, Sequence[Handle]], most: int)
     """By method, how well each pair's values tell held-out texts with its concept from others, AUROC [pairs, 3]: by a
     text's mean, by its largest value (hard negatives among the others), and by that against hard negatives alone."""
     found = {method: np.full((len(setting.pairs), 3), np.nan) for method in handles}
-    with task("detection", total=len(setting.concepts), unit="concepts") as shown:
+    total = sum(len(one.heldout) for one in setting.concepts.values())
+    with task("detection", total=total, unit="texts") as shown:
         for name, texts in setting.concepts.items():
             mine = [
                 (method, p) for method in handles for p, pair in enumerate(setting.pairs) if pair.label.label == name
             ]
             latents = [(handles[method][p].sae, handles[method][p].latent) for method, p in mine]
-            everything = [*texts.positive, *texts.negative, *texts.hard]
-            mean, largest = passage_values(setting.lm, latents, everything, most)
+            everything = texts.heldout
+            mean, largest = passage_values(setting.lm, latents, everything, most, shown)
             wanted = np.arange(len(everything)) < len(texts.positive)
             hard = wanted | (np.arange(len(everything)) >= len(everything) - len(texts.hard))
             for column, (method, p) in enumerate(mine):
                 values = (mean[:, column], largest[:, column], np.where(hard, largest[:, column], np.nan))
                 scores = [auroc(one[wanted], one[~wanted]) for one in values]
                 found[method][p] = [np.nan if one is None else one for one in scores]
-            shown.advance()
     return found

@@ -17,8 +17,9 @@ from typing import Protocol
 
 import numpy as np
 
+from unweave.core.intervals import Interval, interval
 from unweave.core.pieces import Pieces
-from unweave.core.progress import task
+from unweave.core.progress import Task, task
 from unweave.judge.check import Check
 from unweave.latents.annotations import Pair, name_of
 from unweave.methods.axbench.forms import Case
@@ -29,7 +30,6 @@ from unweave.methods.axbench.result import (
     METHODS,
     RATINGS,
     SUPPRESSIONS,
-    Interval,
     Judged,
     Point,
     Rated,
@@ -37,7 +37,7 @@ from unweave.methods.axbench.result import (
     Selection,
     Suppression,
 )  # fmt: skip
-from unweave.methods.axbench.scores import Array, Chosen, Split, choose, interval, nanmean, plain, scored
+from unweave.methods.axbench.scores import Array, Chosen, Split, choose, nanmean, plain, scored
 
 _Rated = tuple[tuple[float | None, ...], tuple[str, ...]]
 """ratings (None where they failed), and what was said"""
@@ -121,29 +121,31 @@ def written(
     jobs = experiment.jobs(handles)
     texts = write(setting.lm, jobs, experiment.generation, setting.seed, pieces)
     if "lora" in experiment.methods:
-        with task("LoRA", total=len(experiment.pairs), unit="pairs") as shown:
+        with task("LoRA", total=experiment.instructions.size, unit="texts") as shown:
             for p in range(len(experiment.pairs)):
-                own = sweep("lora", p, experiment.asked(p), [()])
-                make = partial(_adapted_texts, setting, own, experiment, learning)
-                texts += pieces.value(f"lora-{p:04}", tuple[str, ...], make)
+                own, piece = sweep("lora", p, experiment.asked(p), [()]), f"lora-{p:04}"
+                if pieces.has(piece):
+                    shown.advance(len(own))
+                make = partial(_adapted_texts, setting, own, experiment, learning, shown)
+                texts += pieces.value(piece, tuple[str, ...], make)
                 jobs += own
-                shown.advance()
     return jobs, texts
 
 
 def _adapted_texts(
-    setting: Setting, jobs: Sequence[Job], experiment: Experiment, learning: LearningSpec
+    setting: Setting, jobs: Sequence[Job], experiment: Experiment, learning: LearningSpec, shown: Task
 ) -> tuple[str, ...]:
     examples = setting.concepts[experiment.pairs[jobs[0].row[0]].label.label].train_with
     with adapted(setting.lm, examples, most=learning.tokens, options=learning.lora, seed=setting.seed):
-        return tuple(write(setting.lm, jobs, experiment.generation, setting.seed, Pieces(None), "LoRA's texts"))
+        return tuple(write(setting.lm, jobs, experiment.generation, setting.seed, Pieces(None), shown))
 
 
 def rate_all(rater: Rater, cases: Sequence[Case], pieces: Pieces, name: str) -> Ratings:
     """Ratings of all cases; equal ones are rated once, finished chunks are kept in ``pieces``."""
 
-    def rate(part: Sequence[Case], _start: int) -> tuple[_Rated, ...]:
+    def rate(part: Sequence[Case], _start: int, shown: Task) -> tuple[_Rated, ...]:
         values, replies = rater.rate(part)
+        shown.advance(len(part))
         return tuple((tuple(map(plain, row)), tuple(said)) for row, said in zip(values, replies, strict=True))
 
     rated = by_chunks(cases, rate, pieces, name, _Rated)
@@ -173,7 +175,7 @@ def judge(
     methods = [method for method in METHODS if method in by_block]
     chosen = {method: [_chosen(block, splits) for block in by_block[method]] for method in methods}
     values = {method: np.array([[one.rating, *one.parts] for one in chosen[method]]) for method in methods}
-    mean = partial(interval, concepts=[pair.label.label for pair in experiment.pairs], seed=seed)
+    mean = partial(interval, groups=[pair.label.label for pair in experiment.pairs], seed=seed)
     scores = []
     for method, own in values.items():
         rating, *parts = map(mean, own.T)

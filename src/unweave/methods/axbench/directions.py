@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unweave.core.errors import UnweaveError
-from unweave.core.progress import task
+from unweave.core.progress import Task
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.chat import Role
@@ -196,10 +196,10 @@ def text_loss(logits: Tensor, tokens: Tokens, rows: Tensor | None = None) -> Ten
 
 
 def passage_values(
-    lm: LM, latents: Sequence[tuple[SAE, int]], texts: Sequence[str], most: int
+    lm: LM, latents: Sequence[tuple[SAE, int]], texts: Sequence[str], most: int, shown: Task
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Each text's mean and largest value of each latent over the tokens that count, [texts, latents] twice; one pass of
-    the model for all. NaN where no token counts."""
+    the model for all. NaN where no token counts. ``shown`` counts texts."""
     by_sae: dict[SAE, list[int]] = {}
     for place, (sae, _) in enumerate(latents):
         by_sae.setdefault(sae, []).append(place)
@@ -207,17 +207,16 @@ def passage_values(
     sites = sorted({sae.read for sae in by_sae if sae.read is not None}, key=order.index)
     subsets = {sae: sae.subset(dict.fromkeys(latents[i][1] for i in places)) for sae, places in by_sae.items()}
     mean, largest = (np.full((len(texts), len(latents)), np.nan) for _ in range(2))
-    with task("texts' latents", total=len(texts), unit="texts") as shown:
-        for part, tokens in batches(lm, texts, most, 16):
-            with lm.taps(read=sites, stop=sites[-1]) as seen:
-                lm(tokens)
-            for sae, places in by_sae.items():
-                assert sae.read is not None
-                x, column = seen[sae.read], subsets[sae].latents.tolist()
-                keep = (sae.policy.keep(x, tokens.ids, tokens.mask) & counted(tokens)).unsqueeze(-1)
-                f = subsets[sae].encode(x).float()[..., [column.index(latents[i][1]) for i in places]]
-                mean[part, places] = (torch.where(keep, f, 0.0).sum(1) / keep.sum(1)).cpu().numpy()
-                top = torch.where(keep, f, -torch.inf).amax(1)
-                largest[part, places] = torch.where(keep.any(1), top, torch.nan).cpu().numpy()
-            shown.advance(len(tokens))
+    for part, tokens in batches(lm, texts, most, 16):
+        with lm.taps(read=sites, stop=sites[-1]) as seen:
+            lm(tokens)
+        for sae, places in by_sae.items():
+            assert sae.read is not None
+            x, column = seen[sae.read], subsets[sae].latents.tolist()
+            keep = (sae.policy.keep(x, tokens.ids, tokens.mask) & counted(tokens)).unsqueeze(-1)
+            f = subsets[sae].encode(x).float()[..., [column.index(latents[i][1]) for i in places]]
+            mean[part, places] = (torch.where(keep, f, 0.0).sum(1) / keep.sum(1)).cpu().numpy()
+            top = torch.where(keep, f, -torch.inf).amax(1)
+            largest[part, places] = torch.where(keep.any(1), top, torch.nan).cpu().numpy()
+        shown.advance(len(tokens))
     return mean, largest

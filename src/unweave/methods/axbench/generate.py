@@ -7,6 +7,7 @@ share batches (``generate_sweep``); jobs that are alike, as those of the unedite
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import numpy as np
 
 from unweave.core.errors import UnweaveError
 from unweave.core.pieces import Pieces
-from unweave.core.progress import task
+from unweave.core.progress import Task, task
 from unweave.core.site import Site
 from unweave.latents.annotations import Pair
 from unweave.lm.model import LM
@@ -95,35 +96,40 @@ def sweep(block: str, pair: int, prompts: Sequence[str], changes: Sequence[tuple
 
 
 def by_chunks(
-    items: Sequence[T], work: Callable[[Sequence[T], int], tuple[V, ...]], pieces: Pieces, name: str, kind: Any
-) -> dict[T, V]:
-    """Each item's value, of type ``kind``: ``work(some, place of the first)``. Equal items are worked out once; chunks
-    that are finished are kept in ``pieces``."""
+    items: Sequence[T], work: Callable[[Sequence[T], int, Task], tuple[V, ...]], pieces: Pieces, name: str, kind: Any,
+    shown: Task | None = None,
+) -> dict[T, V]:  # fmt: skip
+    """Each item's value, of type ``kind``: ``work(some, place of the first, progress of all items)``. Equal items are
+    worked out once; chunks that are finished are kept in ``pieces``. ``shown``: progress that goes on here."""
     distinct, values = list(dict.fromkeys(items)), {}
-    with task(f"{name} of all pairs", total=len(distinct), unit="texts") as shown:
+    own = task(f"{name} of all pairs", total=len(distinct), unit="texts")
+    with own if shown is None else nullcontext(shown) as bar:
         for start in range(0, len(distinct), _CHUNK):
-            part = distinct[start : start + _CHUNK]
-            of_part = pieces.value(f"{name}-{start:07}", tuple[kind, ...], partial(work, part, start))
+            part, piece = distinct[start : start + _CHUNK], f"{name}-{start:07}"
+            if pieces.has(piece):
+                bar.advance(len(part))
+            of_part = pieces.value(piece, tuple[kind, ...], partial(work, part, start, bar))
             values.update(zip(part, of_part, strict=True))
-            shown.advance(len(part))
     return values
 
 
 def write(
-    lm: LM, jobs: Sequence[Job], options: GenerationSpec, seed: int, pieces: Pieces, name: str = "texts"
-) -> list[str]:
-    """The text of every job, in order. What is finished of them is kept in ``pieces`` under ``name``."""
+    lm: LM, jobs: Sequence[Job], options: GenerationSpec, seed: int, pieces: Pieces,
+    shown: Task | None = None,
+) -> list[str]:  # fmt: skip
+    """The text of every job, in order. What is finished of them is kept in ``pieces``."""
     prompts = list(dict.fromkeys(job.prompt for job in jobs))
     length = dict(zip(prompts, prompt_tokens(lm, prompts, None).mask.sum(1).tolist(), strict=True))
 
-    def generate(rows: Sequence[_Row], start: int) -> tuple[str, ...]:
+    def generate(rows: Sequence[_Row], start: int, shown: Task) -> tuple[str, ...]:
         tokens = prompt_tokens(lm, [prompt for prompt, _ in rows], None)
         written = generate_sweep(
             lm, tokens, [changes for _, changes in rows], max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature, seed=seed * 1_000_003 + start,
+            temperature=options.temperature, seed=seed * 1_000_003 + start, shown=shown,
         )  # fmt: skip
         return tuple(written.texts(lm))
 
     rows = [(job.prompt, job.changes) for job in jobs]
-    texts = by_chunks(sorted(rows, key=lambda row: -length[row[0]]), generate, pieces, name, str)  # little padding
+    ordered = sorted(rows, key=lambda row: -length[row[0]])  # little padding
+    texts = by_chunks(ordered, generate, pieces, "texts", str, shown)
     return [texts[row] for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,7 @@ from unweave.core.errors import UnweaveError
 from unweave.core.pieces import Pieces
 from unweave.core.progress import task
 from unweave.core.site import Site
+from unweave.data.policy import TokenPolicy
 from unweave.latents.annotations import name_of
 from unweave.lm.model import LM
 from unweave.methods.axbench.directions import (
@@ -70,7 +72,8 @@ def find_handles(
 
 
 def _largest(lm: LM, latents: Sequence[tuple[SAE, int]], texts: Sequence[str], most: int) -> dict[str, Tensor]:
-    _, largest = passage_values(lm, latents, texts, most)
+    with task("largest activations", total=len(texts), unit="texts") as shown:
+        _, largest = passage_values(lm, latents, texts, most, shown)
     return {"maxima": torch.from_numpy(np.nan_to_num(np.nanmax(largest, 0)))}
 
 
@@ -91,7 +94,7 @@ def _random(setting: Setting) -> list[list[tuple[SAE, int]]]:
 
 
 def _learnt(setting: Setting, method: str, learning: LearningSpec, pieces: Pieces) -> list[tuple[SAE, int]]:
-    """A direction for each concept and site that occur together, as latents of one SAE per site."""
+    """A direction for each concept and SAE that occur together, learnt, read and added where that SAE writes."""
     saes, wanted = setting.saes, list(dict.fromkeys((pair.site, pair.label.label) for pair in setting.pairs))
     learnt: dict[Site, dict[str, Direction]] = {site: {} for site, _ in wanted}
     with task(f"learn {method}", total=len(wanted), unit="concepts") as shown:
@@ -100,17 +103,22 @@ def _learnt(setting: Setting, method: str, learning: LearningSpec, pieces: Piece
             held = pieces.tensors(f"{method}-{number:04}", make)
             learnt[site][concept] = Direction(held["w"].to(setting.lm.device), float(held["b"]), method == "reft")
             shown.advance()
-    by_site = {site: sae_of(list(several.values()), site, saes[site].policy) for site, several in learnt.items()}
+    by_site = {site: sae_of(list(several.values()), *_place(saes[site])) for site, several in learnt.items()}
     return [(by_site[pair.site], list(learnt[pair.site]).index(pair.label.label)) for pair in setting.pairs]
 
 
 def _learn(setting: Setting, sae: SAE, texts: ConceptTexts, method: str, learning: LearningSpec) -> dict[str, Tensor]:
-    lm, site, (documents, label), most = setting.lm, sae.write, texts.train, learning.tokens
-    assert site is not None
+    lm, (site, policy), (documents, label), most = setting.lm, _place(sae), texts.train, learning.tokens
     if method == "reft":
-        one = reft_r1(lm, site, sae.policy, documents, label, most=most, options=learning.reft, seed=setting.seed)
+        one = reft_r1(lm, site, policy, documents, label, most=most, options=learning.reft, seed=setting.seed)
     else:
-        x, owner = token_activations(lm, site, sae.policy, documents, most)
+        x, owner = token_activations(lm, site, policy, documents, most)
         learn = difference_of_means if method == "diffmean" else linear_probe
         one = learn(x, torch.tensor(label, device=owner.device)[owner])
     return {"w": one.w, "b": torch.tensor(one.b, dtype=torch.float64)}
+
+
+def _place(sae: SAE) -> tuple[Site, TokenPolicy]:
+    """Where an SAE writes, and which tokens count there: a largest norm is of what it reads."""
+    assert sae.write is not None
+    return sae.write, sae.policy if sae.read == sae.write else replace(sae.policy, max_norm=None)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from unweave.core.intervals import interval
 from unweave.core.writing import atomic_write
 from unweave.latents.annotations import name_of
 from unweave.methods.axbench.compare import Experiment, Ratings
 from unweave.methods.axbench.generate import Handle, Job
 from unweave.methods.axbench.result import RATINGS, Detection, Pair
-from unweave.methods.axbench.scores import Array, interval, plain, scored
+from unweave.methods.axbench.scores import Array, plain, scored
 
 _TEXT = ("latent", "concept", "method", "instruction", "prompt", "text", "judge")
 _NUMBER = ("factor", "value", "rating", *(f"{name}_rating" for name in RATINGS))

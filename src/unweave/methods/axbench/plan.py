@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from unweave.methods.axbench.result import RATINGS, Cost
 from unweave.methods.axbench.spec import AxbenchSpec
 
 
-def planned(spec: AxbenchSpec, chat: Judge | None = None) -> Experiment:
-    """The experiment; prompts are the template's where no chat model is given to write them.
+def planned(spec: AxbenchSpec, chat: Judge | None = None, without: Collection[str] = ()) -> Experiment:
+    """The experiment, but for pairs of the concepts ``without``; prompts are the template's where no chat model is
+    given to write them.
 
     Raises UnweaveError for files without labelled latents or instructions, for too few instructions, for more texts
     than ``most_texts``, and for what LoRA or a judge needs and is not there.
@@ -30,6 +31,7 @@ def planned(spec: AxbenchSpec, chat: Judge | None = None) -> Experiment:
         raise UnweaveError(
             "no latent has a scored label", where=str(spec.pairs), remedy="give the file that `unweave labels` wrote"
         )
+    chosen = [pair for pair in chosen if pair.label.label not in without]
     concepts = list(dict.fromkeys(pair.label.label for pair in chosen))
     wishes = [template_prompt(name) for name in concepts] if chat is None else written_prompts(chat, concepts)
     wish = dict(zip(concepts, wishes, strict=True))

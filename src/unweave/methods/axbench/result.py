@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from unweave.core.intervals import Interval
 from unweave.core.result import Result
 from unweave.inputs.subject import Subject
 from unweave.judge.check import Check
@@ -26,16 +28,6 @@ SUPPRESSIONS = {
 }
 RATINGS = ("concept", "instruction", "fluency")
 """each 0, 1 or 2"""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over pairs with its 95 % bootstrap interval over concepts; no bounds where there are fewer than two."""
-
-    value: float
-    low: float | None
-    high: float | None
-    concepts: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +59,15 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A pair whose concept has too few texts."""
+
+    pair: str
+    concept: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Rated:
     """One pair steered by one method, at its own strength, on instructions that did not choose it."""
 
@@ -84,7 +85,7 @@ class Rated:
 
 @dataclass(frozen=True)
 class Score:
-    """A method over all pairs."""
+    """A method over all pairs; intervals, here and below, are over concepts with all their pairs."""
 
     method: str
     rating: Interval | None
@@ -159,8 +160,11 @@ class Detection:
 class Comparison(Result):
     """Steering methods, compared on the same concepts and instructions."""
 
+    schema: ClassVar[int] = 2
+
     subject: Subject
     pairs: tuple[Pair, ...]
+    left_out: tuple[LeftOut, ...]
     instructions: int
     """per pair"""
     texts: str

@@ -18,13 +18,10 @@ from typing import Any
 import numpy as np
 
 from unweave.core.errors import UnweaveError
-from unweave.methods.axbench.result import Interval
 
 Array = np.ndarray[Any, Any]
 Split = tuple[Array, Array]
 """(the instructions that choose, those that report)"""
-
-_RESAMPLES = 10_000
 
 
 def harmonic(ratings: Array) -> Array:
@@ -96,26 +93,6 @@ def choose(ratings: Array, splits: Sequence[Split]) -> Chosen:
         return Chosen(float("nan"), np.full(ratings.shape[-1], np.nan), 0)
     mean = np.mean(reported, 0)
     return Chosen(float(mean[0]), mean[1:], int(np.bincount(chosen).argmax()))
-
-
-def interval(values: Sequence[float] | Array, concepts: Sequence[str], seed: int = 0) -> Interval | None:
-    """The mean of values [pairs] with its 95 % bootstrap interval over concepts; NaN are left out.
-
-    Paired comparisons give the differences. None without values; no bounds where there are fewer than two concepts.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    valid = ~np.isnan(values)
-    if not valid.any():
-        return None
-    _, concept = np.unique(np.asarray(concepts)[valid], return_inverse=True)
-    counts = np.bincount(concept)
-    sums = np.bincount(concept, weights=values[valid])
-    mean, n = float(sums.sum() / counts.sum()), len(counts)
-    if n < 2:
-        return Interval(mean, None, None, n)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
-    low, high = np.percentile((drawn @ sums) / (drawn @ counts), [2.5, 97.5])
-    return Interval(mean, float(low), float(high), n)
 
 
 def nanmean(values: Array, axis: int | tuple[int, ...]) -> Array:

@@ -8,6 +8,7 @@ from unweave.core.progress import say
 from unweave.core.stage import Context, stage
 from unweave.inputs.saes import open_saes
 from unweave.judge.base import REPLIES, open_judge
+from unweave.latents.annotations import name_of
 from unweave.methods.axbench.checks import check, detect, known_cases
 from unweave.methods.axbench.compare import Rater, judge, rate_all, written
 from unweave.methods.axbench.forms import ChatRater
@@ -15,7 +16,7 @@ from unweave.methods.axbench.generate import Setting
 from unweave.methods.axbench.handles import find_handles
 from unweave.methods.axbench.outcome import detections, pair_results, write_table
 from unweave.methods.axbench.plan import cost_of, planned, refuse_pairs
-from unweave.methods.axbench.result import Comparison
+from unweave.methods.axbench.result import Comparison, LeftOut
 from unweave.methods.axbench.scores import halves, repeated_folds
 from unweave.methods.axbench.spec import AxbenchSpec
 from unweave.methods.axbench.texts import Texts
@@ -32,7 +33,7 @@ _NEUTRAL = ("From my experience,", "The most important thing is", "Yesterday I",
 _TABLE = Path("generations.parquet")
 
 
-@stage("axbench", version=1)
+@stage("axbench", version=2)
 def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
     """Generates, rates and compares; ``generations.parquet`` holds every text with every rating and who gave it."""
     experiment, learning = planned(spec), spec.learning
@@ -42,15 +43,20 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
         f"at most {cost.texts:,} texts for {cost.pairs} pairs ({cost.tokens:,} new tokens), and {cost.prompts:,} "
         "prompts to a judge"
     )
-    tagged, pairs = open_tagged(spec.texts), experiment.pairs
+    tagged = open_tagged(spec.texts)
     texts = Texts(tagged, learning.examples, learning.heldout, 5 * learning.tokens, spec.seed)
-    concepts = {name: texts.of(name) for name in dict.fromkeys(pair.label.label for pair in pairs)}
+    concepts, too_few = texts.of_all(dict.fromkeys(pair.label.label for pair in experiment.pairs))
+    left_out = tuple(
+        LeftOut(name_of(pair.site, pair.latent), pair.label.label, too_few[pair.label.label])
+        for pair in experiment.pairs
+        if pair.label.label in too_few
+    )
     opened = open_saes(spec)
     lm = opened.lm
-    refuse_pairs(pairs, opened)
+    refuse_pairs(experiment.pairs, opened)
     chat = open_judge(spec.judge, ctx.runs / REPLIES, spec.device) if "chat" in (*spec.raters, spec.writer) else None
-    if spec.writer == "chat":
-        experiment = planned(spec, chat)
+    experiment = planned(spec, chat if spec.writer == "chat" else None, too_few)
+    pairs = experiment.pairs
     setting = Setting(lm, opened.saes, pairs, concepts, spec.seed)
     handles = find_handles(setting, texts.sample(_SAMPLE), spec.methods, spec.steering, learning, ctx.pieces)
     jobs, generated = written(setting, experiment, handles, learning, ctx.pieces)
@@ -80,11 +86,12 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
     return Comparison(
         subject=opened.subject,
         pairs=pair_results(experiment, handles["sae"], scores, found["sae"]),
+        left_out=left_out,
         instructions=n,
         texts=tagged.source,
         mode=spec.steering.mode,
         split=spec.protocol.split,
-        cost=cost,
+        cost=cost_of(spec, experiment),
         judged=tuple(
             judge(experiment, jobs, one, splits, scores, check(one.rater, known[one.rater.name]), spec.seed)
             for one in ratings

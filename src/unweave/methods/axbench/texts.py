@@ -6,7 +6,7 @@ word classifier ranks highest. AxBench's released code drops such rows from its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,10 +37,19 @@ class ConceptTexts:
     """what the classifier gives 5 and 1 of 100 held-out texts without the concept at least"""
 
     @property
+    def heldout(self) -> list[str]:
+        """Held-out texts: those with the concept, others, hard ones among these."""
+        return [*self.positive, *self.negative, *self.hard]
+
+    @property
     def train(self) -> tuple[list[str], list[bool]]:
         """Texts to learn on, and whether each has the concept."""
         texts = [*self.train_with, *self.train_without]
         return texts, [True] * len(self.train_with) + [False] * len(self.train_without)
+
+
+class TooFewTexts(UnweaveError):
+    """There are not enough texts with a concept, or without it."""
 
 
 class WordClassifier:
@@ -81,7 +90,7 @@ class Texts:
         return self._read(self._drawn(np.flatnonzero(np.asarray(self.tagged.heldout) == heldout), n, "sample"))
 
     def of(self, concept: str) -> ConceptTexts:
-        """Raises UnweaveError for a concept that is no tag, or whose texts are too few."""
+        """Raises UnweaveError for a concept that is no tag, and TooFewTexts."""
         if concept not in self.tagged.names:
             raise UnweaveError(
                 f"no text has the tag {concept!r}", where=self.tagged.source, remedy="give the texts that labelled it"
@@ -99,9 +108,11 @@ class Texts:
         }
         for kind, least in (("train_with", 2), ("train_without", 2), ("with", 2), ("without", 4)):
             if len(rows[kind]) < least:
-                raise UnweaveError(
-                    f"{concept!r} has {len(rows[kind])} texts {kind.replace('_', ' ').replace('train', 'to learn')}",
-                    where=self.tagged.source,
+                side, _, which = kind.rpartition("_")
+                where = "to learn on" if side else "held out"
+                raise TooFewTexts(
+                    f"{len(rows[kind])} of its texts {where} are {which} it, fewer than {least}",
+                    where=f"{concept!r} in {self.tagged.source}",
                     remedy="leave the concept out, or give more texts",
                 )
         train_with, train_without = self._read(rows["train_with"]), self._read(rows["train_without"])
@@ -119,6 +130,19 @@ class Texts:
             words,
             tuple(np.percentile(words([*negative, *pool]), [95, 99]).tolist()),
         )
+
+    def of_all(self, concepts: Iterable[str]) -> tuple[dict[str, ConceptTexts], dict[str, str]]:
+        """The texts of each concept, and why others have too few. Raises UnweaveError where none has enough."""
+        texts: dict[str, ConceptTexts] = {}
+        errors: dict[str, TooFewTexts] = {}
+        for concept in concepts:
+            try:
+                texts[concept] = self.of(concept)
+            except TooFewTexts as error:
+                errors[concept] = error
+        if not texts:
+            raise next(iter(errors.values()))
+        return texts, {concept: error.what for concept, error in errors.items()}
 
     def _drawn(self, rows: Array, n: int, salt: str) -> Array:
         seed = [self.seed, *salt.encode()]

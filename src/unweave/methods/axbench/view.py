@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from unweave.core.result import Row
 from unweave.methods.axbench.figures import bars, curves
-from unweave.methods.axbench.result import METHODS, RATINGS, SUPPRESSIONS, Comparison, Interval, Judged
+from unweave.methods.axbench.result import METHODS, RATINGS, SUPPRESSIONS, Comparison, Judged
 from unweave.show.page import ALONE, Around, Section, Tile, beside, figure
-from unweave.show.pieces import esc, number, table, with_interval
+from unweave.show.pieces import bounded, esc, number, table
 
 _BEST = 30
 
@@ -19,32 +19,37 @@ def rows(result: Comparison) -> list[Row]:
         ("pairs", len(result.pairs), f"{result.instructions} instructions each; concepts are tags of {result.texts}"),
         ("texts", result.cost.texts, f"up to {result.cost.tokens:,} new tokens; {result.cost.prompts:,} judge prompts"),
     ]
+    for reason, names in _left_out(result).items():
+        lines.append(("left out", len(names), f"{', '.join(names)}: {reason}"))
     for judged in result.judged:
         lines.append(("judge", judged.judge, judged.note))
         for one in judged.checks:
             lines.append((f"  check: {one.form}", number(one.auroc), one.verdict))
         for score in judged.scores:
-            parts = ", ".join(f"{name} {_shown(part)}" for name, part in zip(RATINGS, score.parts, strict=True))
-            lines.append((f"  {score.method}", _shown(score.rating), parts))
+            parts = ", ".join(f"{name} {bounded(part)}" for name, part in zip(RATINGS, score.parts, strict=True))
+            lines.append((f"  {score.method}", bounded(score.rating), parts))
             if score.above_random is not None:
-                concept = f"rating; its concept's {_shown(score.concept_above_random)}"
-                lines.append(("    above random latents", _shown(score.above_random), concept))
+                concept = f"rating; its concept's {bounded(score.concept_above_random)}"
+                lines.append(("    above random latents", bounded(score.above_random), concept))
         for one in judged.suppression:
-            less = "" if one.less is None else f"; lower by {_shown(one.less)}"
+            less = "" if one.less is None else f"; lower by {bounded(one.less)}"
             lines.append(
-                (f"  suppressed: {one.edit}", _shown(one.parts[0]), f"concept; {SUPPRESSIONS[one.edit]}{less}")
+                (f"  suppressed: {one.edit}", bounded(one.parts[0]), f"concept; {SUPPRESSIONS[one.edit]}{less}")
             )
         for one in judged.selection:
-            lines.append((f"  better half by {one.score}", _shown(one.rating), f"others {_shown(one.others)}"))
+            lines.append((f"  better half by {one.score}", bounded(one.rating), f"others {bounded(one.others)}"))
     for found in result.detection:
-        text = f"AUROC by largest value; by mean {_shown(found.mean)}; hard negatives alone {_shown(found.max_hard)}"
-        lines.append((f"detection: {found.method}", _shown(found.max), text))
+        text = f"AUROC by largest value; by mean {bounded(found.mean)}; hard negatives alone {bounded(found.max_hard)}"
+        lines.append((f"detection: {found.method}", bounded(found.max), text))
     return lines
 
 
-def _shown(interval: Interval | None) -> str:
-    """ "1.20 [0.90, 1.50]" """
-    return "-" if interval is None else with_interval(interval.value, interval.low, interval.high)
+def _left_out(result: Comparison) -> dict[str, list[str]]:
+    """The pairs that were left out, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for one in result.left_out:
+        by_reason.setdefault(one.reason, []).append(f"{one.concept} ({one.pair})")
+    return by_reason
 
 
 def section(result: Comparison, around: Around = ALONE) -> Section:
@@ -62,8 +67,8 @@ def section(result: Comparison, around: Around = ALONE) -> Section:
         own = next((score for score in judged.scores if score.method == "sae"), None)
         if not tiles and own is not None and own.above_random is not None:
             sentence = "labelled latents' rating above random latents', 95 % interval over concepts"
-            tiles = (Tile(_shown(own.above_random), f"by {judged.judge}", sentence),)
-    detection = [(METHODS[one.method], *map(_shown, (one.mean, one.max, one.max_hard))) for one in result.detection]
+            tiles = (Tile(bounded(own.above_random), f"by {judged.judge}", sentence),)
+    detection = [(METHODS[one.method], *map(bounded, (one.mean, one.max, one.max_hard))) for one in result.detection]
     head = ("Method", "Mean of a text", "Largest value", "Against hard negatives")
     body.append(_table(head, detection, "Detection on held-out texts, AUROC"))
     unread = [
@@ -72,7 +77,8 @@ def section(result: Comparison, around: Around = ALONE) -> Section:
         for one in judged.checks
         if not one.reads
     ]
-    notes = (*result.subject.notes, *unread)
+    missing = [f"Left out: {', '.join(names)}: {reason}." for reason, names in _left_out(result).items()]
+    notes = (*result.subject.notes, *missing, *unread)
     return Section("AxBench", "Steering, judged as AxBench does", "".join(body), tiles=tiles, notes=notes)
 
 
@@ -85,14 +91,14 @@ def _judged(judged: Judged, name: str) -> Iterator[str]:
     )
     ratings = tuple(map(str.capitalize, RATINGS))
     scores = [
-        (METHODS[one.method], *map(_shown, (one.rating, *one.parts, one.above_random, one.concept_above_random)))
+        (METHODS[one.method], *map(bounded, (one.rating, *one.parts, one.above_random, one.concept_above_random)))
         for one in judged.scores
     ]
     yield _table(("Method", "Rating", *ratings, "Above random", "Concept above random"), scores, "Ratings")
-    left = [(SUPPRESSIONS[one.edit], *map(_shown, (*one.parts, one.less))) for one in judged.suppression]
+    left = [(SUPPRESSIONS[one.edit], *map(bounded, (*one.parts, one.less))) for one in judged.suppression]
     yield _table(("Taken away while the prompt asks for it", *ratings, "Concept lower by"), left, "Suppression")
     chosen = [
-        (one.score, str(one.pairs), *map(_shown, (one.rating, one.others, one.concept)), number(one.correlation))
+        (one.score, str(one.pairs), *map(bounded, (one.rating, one.others, one.concept)), number(one.correlation))
         for one in judged.selection
     ]
     head = ("Better half by", "Pairs", "Rating", "Others", "Concept", "Rank correlation")

@@ -10,13 +10,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from unweave.core.errors import UnweaveError
+from unweave.core.intervals import interval
 from unweave.judge.base import Judge
 from unweave.judge.check import Check, check, known_texts
 from unweave.judge.form import Ratings, rate
@@ -26,7 +27,6 @@ from unweave.methods.explain.examples import Examples
 from unweave.methods.explain.forms import DETECTION, EXPLAIN, RELEVANCE, Claim
 from unweave.methods.explain.result import ScoreSummary
 from unweave.methods.explain.rubric import rubric
-from unweave.methods.explain.rubric.result import Interval
 from unweave.methods.explain.scores import Labels, Scored, above, score, strangers
 from unweave.sae.module import SAE
 from unweave.sae.steered import lens_tokens
@@ -119,8 +119,9 @@ def _summary(name: str, own: Scored, other: Scored, random: Collection[int], see
     drawn = [v for j, v in own.values.items() if j in random]
     failures = Counter(own.ratings.failures) + Counter(other.ratings.failures)
     return ScoreSummary(
-        name, _mean(chosen.values(), seed), _mean(control.values(), seed), above(chosen, control, seed),
-        _mean(drawn, seed), len(own.latents) + len(other.latents), failures.total(), dict(failures.most_common()),
+        name, *(interval([*some.values()], seed=seed) for some in (chosen, control)), above(chosen, control, seed),
+        interval(drawn, seed=seed), len(own.latents) + len(other.latents), failures.total(),
+        dict(failures.most_common()),
     )  # fmt: skip
 
 
@@ -140,10 +141,6 @@ def _clearness(
     means = [rubric.summarise(some, seed).mean for some in (chosen, shuffled, drawn)]
     failures, gap = ratings.failures, rubric.difference(chosen, shuffled, seed)
     return ScoreSummary("rubric", means[0], means[1], gap, means[2], len(items), sum(failures.values()), failures)
-
-
-def _mean(values: Iterable[float | None], seed: int) -> Interval | None:
-    return rubric.interval(np.array([value for value in values if value is not None], dtype=np.float64), seed)
 
 
 # -- relevance to a query ---------------------------------------------------------------------------------------------

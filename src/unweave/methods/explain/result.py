@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from unweave.core.intervals import Interval
 from unweave.core.result import Result
 from unweave.inputs.subject import Subject
 from unweave.judge.check import Check
-from unweave.methods.explain.rubric.result import Difference, Interval, JudgeInfo
+from unweave.methods.explain.rubric.result import Difference, JudgeInfo
 
 OUTPUT = 0.01
 """The output score from which a latent counts as one of output, as Arad et al. recommend."""

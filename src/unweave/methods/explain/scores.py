@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from unweave.core.intervals import RESAMPLES, interval
 from unweave.judge.base import Judge
 from unweave.judge.check import auroc
 from unweave.judge.form import Form, Ratings, rate
 from unweave.methods.explain.examples import Examples, elsewhere, fires, marked, tokens_of
 from unweave.methods.explain.forms import DETECTION, FUZZING, THRESHOLD, Claim
 from unweave.methods.explain.rubric.result import Difference
-from unweave.methods.explain.rubric.rubric import RESAMPLES, interval
 from unweave.methods.explain.simulate import Simulated, activations, correlation, simulate
 
 Labels = Mapping[int, str]
@@ -103,7 +103,7 @@ def above(own: Mapping[int, float | None], other: Mapping[int, float | None], se
     interval over latents, and a p value by changing signs (two-sided; None below five pairs)."""
     pairs = [(own[j], other.get(j)) for j in own]
     d = np.array([a - b for a, b in pairs if a is not None and b is not None])
-    mean = interval(d, seed)
+    mean = interval(d, seed=seed)
     if mean is None:
         return None
     if len(d) < 5:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from unweave.core.result import Row
 from unweave.methods.explain.result import ExplainedLatent, ExplainResult, ScoreSummary
-from unweave.methods.explain.rubric.view import caveats, measures, notes, shown
+from unweave.methods.explain.rubric.view import caveats, measures, notes
 from unweave.show.page import ALONE, Around, Section, Tile
-from unweave.show.pieces import esc, latent_link, table
+from unweave.show.pieces import bounded, esc, latent_link, table
 
 _CHANCE = {"simulation": "correlation, 0 is chance", "rubric": "1 no pattern, 5 a clear one"}
 
@@ -34,15 +34,15 @@ def rows(result: ExplainResult) -> list[Row]:
     for one in result.scores:
         failed = f"; {one.failed} of {one.asked} answers could not be used" if one.failed else ""
         about = f"{_CHANCE.get(one.score, 'AUROC, 0.5 is chance')}; 95 % interval{failed}{unread}"
-        lines.append((one.score, shown(one.chosen), about))
+        lines.append((one.score, bounded(one.chosen), about))
         if one.shuffled is not None:
             control = (
                 "contexts of five different latents" if one.score == "rubric" else "the explanations of other latents"
             )
-            lines.append((f"{one.score}: control", shown(one.shuffled), control))
-            lines.append((f"{one.score}: above control", shown(one.above), verdict(one)))
+            lines.append((f"{one.score}: control", bounded(one.shuffled), control))
+            lines.append((f"{one.score}: above control", bounded(one.above), verdict(one)))
         if one.random is not None:
-            lines.append((f"{one.score}: random latents", shown(one.random), "drawn beside those named"))
+            lines.append((f"{one.score}: random latents", bounded(one.random), "drawn beside those named"))
     if any(one.selected is not None for one in result.latents):
         lines.append(("selected", sum(bool(one.selected) for one in result.latents), "latents, by the query"))
     return lines

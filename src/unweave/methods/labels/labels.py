@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from unweave.core.errors import UnweaveError
+from unweave.core.intervals import interval
 from unweave.core.pieces import Pieces
 from unweave.core.progress import task
 from unweave.core.site import Site
@@ -27,7 +28,7 @@ from unweave.methods.labels.frequencies import Frequencies, Reading, read
 from unweave.methods.labels.heldout import HeldOut, Told, look, told
 from unweave.methods.labels.levels import Array, threshold_of
 from unweave.methods.labels.matching import Scores, TextLabels, best_scores
-from unweave.methods.labels.result import Interval, LabelledLatent, Passage, Side, SiteLabels
+from unweave.methods.labels.result import LabelledLatent, Passage, Side, SiteLabels
 from unweave.methods.labels.spec import MatchSpec
 from unweave.sae.module import SAE
 from unweave.sae.output_score import output_scores
@@ -258,8 +259,8 @@ def _site(
         tried=matched.tried,
         shuffled_best=max(matched.shuffled_best, 0.0),
         pairs=pairs,
-        auroc=_mean([one.auroc for one in tests], seed),
-        shuffled_auroc=_mean([one.shuffled for one in tests], seed),
+        auroc=interval([one.auroc for one in tests], seed=seed),
+        shuffled_auroc=interval([one.shuffled for one in tests], seed=seed),
     )
 
 
@@ -289,13 +290,3 @@ def _labelled(
     )
     promoted = tuple(text for text, _ in record.promoted)
     return LabelledLatent(pair.latent, scored, test.positive, test.score, test.shuffled, promoted, tuple(passages))
-
-
-def _mean(values: Sequence[float | None], seed: int) -> Interval | None:
-    """The mean of those that are there, resampled; None of fewer than two."""
-    there = np.array([value for value in values if value is not None])
-    if len(there) < 2:
-        return None
-    drawn = np.random.default_rng(seed).choice(there, (1000, len(there))).mean(1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Interval(float(there.mean()), float(low), float(high))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from unweave.core.intervals import Interval
 from unweave.core.result import Result
 from unweave.core.site import Site
 from unweave.inputs.subject import Subject
@@ -38,15 +39,6 @@ class LabelledLatent:
     """tokens that the latent's direction promotes most"""
     passages: tuple[Passage, ...]
     """of the best pairs"""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over pairs with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

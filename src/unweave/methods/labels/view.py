@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from unweave.core.intervals import Interval
 from unweave.core.result import Row
 from unweave.methods.labels.figures import aurocs
-from unweave.methods.labels.result import Interval, LabelledLatent, LabelsResult, Passage, SiteLabels
+from unweave.methods.labels.result import LabelledLatent, LabelsResult, Passage, SiteLabels
 from unweave.show.model import ContextEntry
 from unweave.show.page import ALONE, Around, Section, Tile, figure
-from unweave.show.pieces import chips, context_html, esc, latent_link, number, table, with_interval
+from unweave.show.pieces import bounded, chips, context_html, esc, latent_link, number, percent, table
 
 _LISTED = 100
 
@@ -24,8 +25,8 @@ def rows(result: LabelsResult) -> list[Row]:
         about = "" if len(result.sites) == 1 else f"{one.site}: "
         lines += [
             (f"{about}pairs", len(one.pairs), f"of {one.candidates:,}, from {one.firing:,} latents that fire"),
-            (f"{about}held-out AUROC", shown(one.auroc), "mean over pairs, 95 % interval over pairs"),
-            (f"{about}... shuffled labels", shown(one.shuffled_auroc), "0.5 is chance"),
+            (f"{about}held-out AUROC", bounded(one.auroc, 3), "mean over pairs, 95 % interval over pairs"),
+            (f"{about}... shuffled labels", bounded(one.shuffled_auroc, 3), "0.5 is chance"),
             (f"{about}told on unseen texts", one.above_half, "pairs whose own interval lies above 0.5"),
             (
                 f"{about}best score by chance",
@@ -35,11 +36,6 @@ def rows(result: LabelsResult) -> list[Row]:
         ]
         lines += [(f"  {pair.label.label}", f"latent {pair.latent}", _words(pair)) for pair in one.pairs[:5]]
     return lines
-
-
-def shown(interval: Interval | None) -> str:
-    """ "0.83 [0.80, 0.86]" """
-    return "n/a" if interval is None else with_interval(interval.value, interval.low, interval.high, 3)
 
 
 def _beyond(one: SiteLabels) -> int:
@@ -54,7 +50,7 @@ def _auroc(pair: LabelledLatent) -> str:
     label = pair.label
     if label.auroc is None:
         return "n/a"
-    text = with_interval(label.auroc, label.auroc_low, label.auroc_high)
+    text = bounded(Interval(label.auroc, label.auroc_low, label.auroc_high))
     return text if label.auroc_low is not None else f"{text}, no interval"
 
 
@@ -72,7 +68,7 @@ def section(result: LabelsResult, around: Around = ALONE) -> Section:
         "Shuffled labels should reach an AUROC of 0.5.</p>"
     ]
     for one in result.sites:
-        body += _site(one, around, len(result.sites) > 1)
+        body += _site(one, around, len(result.sites) > 1, result.heldout.texts)
     tiles = tuple(
         Tile(number(one.auroc.value), "held-out AUROC of labels", f"{one.above_half} of {len(one.pairs)} labels of "
              f"latents at {one.site} are told on texts that they were not chosen on.")
@@ -82,7 +78,7 @@ def section(result: LabelsResult, around: Around = ALONE) -> Section:
                    notes=(*result.subject.notes, *result.notes))  # fmt: skip
 
 
-def _site(one: SiteLabels, around: Around, several: bool) -> list[str]:
+def _site(one: SiteLabels, around: Around, several: bool, texts: int) -> list[str]:
     lines = [
         (esc(pair.label.label), latent_link(pair.latent) if pair.latent in around.entries else str(pair.latent),
          number(pair.label.score), number(pair.heldout_score), _auroc(pair), number(pair.shuffled_auroc, 2),
@@ -92,7 +88,7 @@ def _site(one: SiteLabels, around: Around, several: bool) -> list[str]:
     head = ("Label", "Latent", "Score", "Held-out score", "Held-out AUROC", "Shuffled", "Threshold", "Texts", "Output")
     text = (
         f"{one.above_half} of {len(one.pairs)} pairs have an AUROC whose interval lies above 0.5. Mean AUROC "
-        f"{shown(one.auroc)}; with shuffled labels {shown(one.shuffled_auroc)}. The best of all pairs scores "
+        f"{bounded(one.auroc, 3)}; with shuffled labels {bounded(one.shuffled_auroc, 3)}. The best of all pairs scores "
         f"{number(one.shuffled_best)} when labels are shuffled before matching; {_beyond(one)} pairs score "
         f"higher{_advice(one)}."
     )
@@ -105,16 +101,22 @@ def _site(one: SiteLabels, around: Around, several: bool) -> list[str]:
     best = [pair for pair in one.pairs if pair.passages]
     if best:
         parts.append("<h3>What the best fire on, in texts held out</h3>")
-        parts += [_contexts(pair) for pair in best]
+        parts += [_contexts(pair, texts) for pair in best]
     return parts
 
 
-def _contexts(pair: LabelledLatent) -> str:
+def _contexts(pair: LabelledLatent, texts: int) -> str:
+    """The held-out texts in which a latent fires most, of ``texts``, beside what chance would give."""
     lines = "".join(_passage(passage, pair) for passage in pair.passages)
     raised = chips((token, 0.0) for token in pair.promoted)
+    have = sum(passage.labelled for passage in pair.passages)
+    facts = (
+        f"latent {pair.latent}; {_words(pair)}, with shuffled labels {number(pair.shuffled_auroc, 2)}. Of the texts "
+        f"below {have} of {len(pair.passages)} have the label, of all held-out texts {percent(pair.positive / texts)}"
+    )
     return (
-        f'<article class="uw-card"><header><h3>{esc(pair.label.label)}</h3><p class="uw-facts">latent {pair.latent}; '
-        f'{esc(_words(pair))}</p></header><dl class="uw-logits"><dt>Raises</dt><dd>{raised}</dd></dl>{lines}</article>'
+        f'<article class="uw-card"><header><h3>{esc(pair.label.label)}</h3><p class="uw-facts">{esc(facts)}</p>'
+        f'</header><dl class="uw-logits"><dt>Raises</dt><dd>{raised}</dd></dl>{lines}</article>'
     )
 
 

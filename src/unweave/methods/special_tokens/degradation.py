@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from unweave.methods.special_tokens.result import Answer, Interval, Level, SweetSpot
+from unweave.core.intervals import Interval, interval
+from unweave.methods.special_tokens.result import Answer, Level, SweetSpot
 from unweave.methods.special_tokens.spec import Tolerance
 
 _DEFAULT = Tolerance()
@@ -31,15 +32,16 @@ def sweet_spot(levels: Sequence[Level], tolerance: Tolerance = _DEFAULT) -> Swee
     This is no statement about quality: a text can change for the worse in many ways that neither number sees.
     """
 
-    def within(loss: float, ratio: float) -> bool:
-        return loss <= tolerance.max_distinct_loss and ratio <= tolerance.max_perplexity_ratio
+    def within(loss: float | None, ratio: float | None) -> bool:
+        losses = (loss, tolerance.max_distinct_loss), (ratio, tolerance.max_perplexity_ratio)
+        return all(one is not None and one <= most for one, most in losses)
 
     runs: list[list[Level]] = [[]]
     certain: dict[float, bool] = {}
     for level in levels[1:]:
         loss, ratio = level.distinct_loss, level.perplexity_ratio
-        changed = level.answers_changed.mean >= tolerance.min_answers_changed and level.empty <= levels[0].empty
-        if changed and ratio is not None and within(loss.mean, ratio.mean):
+        changed = level.answers_changed.value >= tolerance.min_answers_changed and level.empty <= levels[0].empty
+        if changed and ratio is not None and within(loss.value, ratio.value):
             runs[-1].append(level)
             certain[level.alpha] = within(loss.high, ratio.high)
         else:
@@ -60,9 +62,8 @@ def levels_of(
     questions: Sequence[str],
     alphas: Sequence[float],
     unit: float,
-    draws: np.ndarray,
 ) -> tuple[Level, ...]:
-    """One level per alpha; ``draws`` [resamples, Q] are the questions of each resample."""
+    """One level per alpha."""
 
     answered = [{(answer.question, answer.alpha): answer for answer in answers} for answers in by_latent]
 
@@ -72,7 +73,7 @@ def levels_of(
             return np.array([_mean([value(a[q, alpha], a[q, 0.0]) for a in answered]) for q in questions])
 
         def sure(value: Callable[[Answer, Answer], float]) -> Interval:
-            known = interval(at(value), draws)
+            known = interval(at(value))
             assert known is not None  # these values are never missing
             return known
 
@@ -81,8 +82,8 @@ def levels_of(
             length=alpha * unit,
             distinct=sure(lambda a, _: a.distinct),
             distinct_loss=sure(lambda a, z: z.distinct - a.distinct),
-            perplexity=_exp(interval(at(lambda a, _: _nats(a)), draws)),
-            perplexity_ratio=_exp(interval(at(lambda a, z: _nats(a) - _nats(z)), draws)),
+            perplexity=_exp(interval(at(lambda a, _: _nats(a)))),
+            perplexity_ratio=_exp(interval(at(lambda a, z: _nats(a) - _nats(z)))),
             answers_changed=sure(lambda a, z: float(a.text != z.text)),
             words_changed=sure(lambda a, _: a.words_changed),
             empty=float(at(lambda a, _: float(a.n_tokens == 0)).mean()),
@@ -101,15 +102,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def interval(values: np.ndarray, draws: np.ndarray) -> Interval | None:
-    """The mean of values [Q] (NaN: no value) and the 2.5 % and 97.5 % quantiles of its resamples ``draws`` [n, Q]."""
-    known = ~np.isnan(values)
-    if not known.any():
-        return None
-    sums, counts = np.where(known, values, 0.0)[draws].sum(1), known[draws].sum(1)
-    low, high = np.quantile(sums[counts > 0] / counts[counts > 0], [0.025, 0.975]).tolist()
-    return Interval(float(values[known].mean()), low, high)
-
-
 def _exp(nats: Interval | None) -> Interval | None:
-    return None if nats is None else Interval(math.exp(nats.mean), math.exp(nats.low), math.exp(nats.high))
+    if nats is None:
+        return None
+    low, high = (None if bound is None else math.exp(bound) for bound in (nats.low, nats.high))
+    return Interval(math.exp(nats.value), low, high)

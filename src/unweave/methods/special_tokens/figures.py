@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from unweave.methods.special_tokens.result import GROUPS, Group, Interval, Level, Steering, TokenErrors
+from unweave.core.intervals import Interval
+from unweave.methods.special_tokens.result import GROUPS, Group, Level, Steering, TokenErrors
 from unweave.show.figures import COLOURS, as_svg, settings
 from unweave.show.plots import png
 from unweave.show.theme import LIGHT
@@ -112,8 +113,9 @@ def _line(
     if not points:
         return
     alphas, intervals = [alpha for alpha, _ in points], [interval for _, interval in points]
-    axes.fill_between(
-        alphas, [i.low for i in intervals], [i.high for i in intervals], color=colour, alpha=0.2, linewidth=0
-    )
-    means = [i.mean for i in intervals]
+    if all(i.low is not None for i in intervals):
+        axes.fill_between(
+            alphas, [i.low for i in intervals], [i.high for i in intervals], color=colour, alpha=0.2, linewidth=0
+        )
+    means = [i.value for i in intervals]
     axes.plot(alphas, means, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)

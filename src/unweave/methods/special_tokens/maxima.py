@@ -25,7 +25,6 @@ from unweave.sae.module import SAE
 from unweave.sae.steered import sweep
 from unweave.tasks.special_tokens import QUESTIONS, SpecialTokens
 
-_RESAMPLES = 2000
 """of the questions, behind every interval"""
 _DENSE_ELEMENTS = 1 << 23
 
@@ -187,7 +186,6 @@ def alpha_sweep(
         for chosen in (latent, *controls):
             by_latent[chosen] = _answers(lm, sae, chosen, rising, unit, questions, max_new_tokens)
             shown.advance()
-    draws = np.random.default_rng(0).integers(0, len(questions), (_RESAMPLES, len(questions)))
     every = (0.0, *rising)
     return AlphaSweep(
         latent=latent,
@@ -195,8 +193,8 @@ def alpha_sweep(
         unit=unit,
         answers=tuple(by_latent[latent]),
         control_answers=tuple(answer for control in controls for answer in by_latent[control]),
-        levels=levels_of([by_latent[latent]], questions, every, unit, draws),
-        control_levels=levels_of([by_latent[c] for c in controls], questions, every, unit, draws) if controls else (),
+        levels=levels_of([by_latent[latent]], questions, every, unit),
+        control_levels=levels_of([by_latent[c] for c in controls], questions, every, unit) if controls else (),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+from unweave.core.intervals import Interval
 from unweave.core.result import Result
 from unweave.inputs.subject import Subject
 
@@ -147,17 +148,9 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean over questions, and the middle 95 % of means over questions drawn again with replacement."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Level:
-    """All answers at one alpha. Losses and ratios are taken question by question against alpha 0."""
+    """All answers at one alpha. Losses and ratios are taken question by question against alpha 0; intervals are over
+    questions."""
 
     alpha: float
     length: float
@@ -221,6 +214,8 @@ class Steering:
 @dataclass(frozen=True)
 class SpecialTokenResult(Result):
     """How well an SAE describes special tokens, which latents answer to them, and what adding one does."""
+
+    schema: ClassVar[int] = 2
 
     subject: Subject
     errors: TokenErrors

@@ -23,7 +23,7 @@ from unweave.methods.special_tokens.spec import SpecialTokensSpec
 from unweave.tasks.special_tokens import QUESTIONS, SpecialTokens
 
 
-@stage("special-tokens", version=3)
+@stage("special-tokens", version=4)
 def run(spec: SpecialTokensSpec, ctx: Context) -> SpecialTokenResult:
     """Errors by role, the special tokens' latents, and answers along alpha; tables and figures in the run's folder."""
     opened = open_one(spec)

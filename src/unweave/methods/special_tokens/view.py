@@ -47,8 +47,8 @@ def rows(result: SpecialTokenResult) -> list[Row]:
     shown.append(("steered latent", swept.latent, chosen(result)))
     for level in swept.levels:
         ratio = level.perplexity_ratio
-        words = f"distinct 3-grams {level.distinct.mean:.2f}, perplexity x {ratio.mean:.2f}" if ratio else "no text"
-        shown.append((f"alpha {level.alpha:g}: words changed", level.words_changed.mean, words))
+        words = f"distinct 3-grams {level.distinct.value:.2f}, perplexity x {ratio.value:.2f}" if ratio else "no text"
+        shown.append((f"alpha {level.alpha:g}: words changed", level.words_changed.value, words))
     random = result.steering.control_sweet_spot
     beside = "" if random is None else f"random latents: {_span(random)}; "
     unharmed = f"{beside}where answers change and do not fall apart. Whether any is better was not measured"
@@ -155,9 +155,9 @@ def _maxima_table(maxima: Sequence[TokenMaxima], around: Around) -> str:
 def _levels_table(levels: Sequence[Level]) -> str:
     lines = [
         (
-            f"{level.alpha:g}", number(level.length), percent(level.answers_changed.mean),
-            percent(level.words_changed.mean), number(level.distinct.mean),
-            number(level.perplexity_ratio.mean if level.perplexity_ratio else None), percent(level.empty),
+            f"{level.alpha:g}", number(level.length), percent(level.answers_changed.value),
+            percent(level.words_changed.value), number(level.distinct.value),
+            number(level.perplexity_ratio.value if level.perplexity_ratio else None), percent(level.empty),
         )
         for level in levels
     ]  # fmt: skip

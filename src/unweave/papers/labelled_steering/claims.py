@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from unweave.methods.axbench.result import Interval, Rated
-from unweave.methods.axbench.scores import interval
-from unweave.methods.labels.view import shown
+from unweave.core.intervals import Interval, interval
+from unweave.methods.axbench.result import Rated
 from unweave.papers.claims import Claim, Verdict
 from unweave.papers.labelled_steering.plan import HIGH, LOW
 from unweave.papers.labelled_steering.result import F1, LabelledSteering, Steered
+from unweave.show.pieces import bounded
 
 _CLOSE = 0.1
 """a difference in rating, of 2, below which two are about as good"""
@@ -27,13 +27,6 @@ _UNMEASURED = (
     ("with Llama-3.1-8B-Instruct and Llama Scope the pipeline did not steer well (appendix E)",
      "`unweave labels` and `unweave axbench` take these SAEs; they were not run"),
 )  # fmt: skip
-
-
-def words(one: Interval | None) -> str:
-    """ "1.20 [0.90, 1.50]" """
-    if one is None:
-        return "n/a"
-    return f"{one.value:.2f}" + ("" if one.low is None or one.high is None else f" [{one.low:.2f}, {one.high:.2f}]")
 
 
 def mean(rated: Sequence[Rated], part: int | None = None) -> Interval | None:
@@ -76,21 +69,21 @@ def _steering(result: LabelledSteering) -> list[Claim]:
             "SAE latents that the pipeline selects and labels steer far better than random ones (Gemma-2-9B: about 0.5 "
             "against 0.14 to 0.19; Figure 2)",
             f"{runs[0].judged.judge}: {_ratings(runs)}. Labelled less random latents, the same labels: "
-            f"{words(random)}; their concept's rating: {words(gain(runs, 'sae', 'random', 0))}",
+            f"{bounded(random)}; their concept's rating: {bounded(gain(runs, 'sae', 'random', 0))}",
             _above(random, 1),
         ),
-        Claim("they steer about as well as LoRA (0.58 to 0.60; Figure 2)", f"labelled latents less LoRA: {words(lora)}",
-              _same(lora)),
-        Claim("prompting stays ahead (1.07; Figure 2)", f"labelled latents less the prompt: {words(prompt)}",
+        Claim("they steer about as well as LoRA (0.58 to 0.60; Figure 2)",
+              f"labelled latents less LoRA: {bounded(lora)}", _same(lora)),
+        Claim("prompting stays ahead (1.07; Figure 2)", f"labelled latents less the prompt: {bounded(prompt)}",
               _above(prompt, -1)),
         Claim(
             "in the concept's rating alone the gap to prompting is mostly closed (Figure 6)",
-            f"labelled latents less the prompt: {words(concept)}",
+            f"labelled latents less the prompt: {bounded(concept)}",
             "not measured" if concept is None else "as claimed" if concept.value > -2 * _CLOSE else "not as claimed",
         ),
         Claim(
             "the pipeline steers at layer 17, which it was not tuned on, as at layer 32",
-            "labelled less random latents: " + "; ".join(f"{site} {words(one)}" for site, one in sites.items()),
+            "labelled less random latents: " + "; ".join(f"{site} {bounded(one)}" for site, one in sites.items()),
             "as claimed" if all(above) else "partly" if any(above) else "not as claimed",
         ),
     ]  # fmt: skip
@@ -99,7 +92,7 @@ def _steering(result: LabelledSteering) -> list[Claim]:
 def _ratings(runs: Sequence[Steered]) -> str:
     """Every method's rating."""
     methods = dict.fromkeys(score.method for run in runs for score in run.judged.scores)
-    return ", ".join(f"{method} {words(mean([one for run in runs for one in run.of(method)]))}" for method in methods)
+    return ", ".join(f"{method} {bounded(mean([one for run in runs for one in run.of(method)]))}" for method in methods)
 
 
 def rated(result: LabelledSteering, saes: str, f1: F1 = "calibrated") -> list[Rated]:
@@ -113,20 +106,23 @@ def _ablations(result: LabelledSteering) -> list[Claim]:
     selected = [one for run in result.pairs(LOW) for one in run.judged.selection if one.score == "output score"]
     gains = [one.rating.value - one.others.value for one in selected if one.rating and one.others]
     modest = bool(gains) and 0 < float(np.mean(gains)) < _MODEST
-    halves = "; ".join(f"the better half by it {words(one.rating)}, the others {words(one.others)}" for one in selected)
-    random = {name: words(gain(result.pairs(name), "sae", "random")) for name in (LOW, HIGH)}
+    halves = "; ".join(
+        f"the better half by it {bounded(one.rating)}, the others {bounded(one.others)}" for one in selected
+    )
+    random = {name: bounded(gain(result.pairs(name), "sae", "random")) for name in (LOW, HIGH)}
     return [
         Claim(
             "SAEs of low and of high L0 steer about as well (Figures 7 and 8)",
-            f"{LOW} {words(mean(low))}, {HIGH} {words(mean(high))}; labels that both have, low less high: "
-            f"{words(sparsity)}; above random latents: {random[LOW]} and {random[HIGH]}",
+            f"{LOW} {bounded(mean(low))}, {HIGH} {bounded(mean(high))}; labels that both have, low less high: "
+            f"{bounded(sparsity)}; above random latents: {random[LOW]} and {random[HIGH]}",
             _same(sparsity),
         ),
         Claim("selection by output score helps modestly (Figures 7 and 8)", halves,
               "not measured" if not gains else "as claimed" if modest else "not as claimed"),
         Claim(
             "pairs by ordinary F1 steer well too where labels have support 50 (appendix E)",
-            f"calibrated {words(mean(low))}, ordinary {words(mean(ordinary))}; labels that both have: {words(plain)}",
+            f"calibrated {bounded(mean(low))}, ordinary {bounded(mean(ordinary))}; labels that both have: "
+            f"{bounded(plain)}",
             _same(plain),
         ),
     ]  # fmt: skip
@@ -162,8 +158,8 @@ def _labels(result: LabelledSteering) -> list[Claim]:
         for one in result.survival
     )
     heldout = "; ".join(
-        f"{site.site}: AUROC {shown(site.auroc)}, labels shuffled {shown(site.shuffled_auroc)}, {site.above_half} of "
-        f"{len(site.pairs)} above 0.5 by their own interval"
+        f"{site.site}: AUROC {bounded(site.auroc, 3)}, labels shuffled {bounded(site.shuffled_auroc, 3)}, "
+        f"{site.above_half} of {len(site.pairs)} above 0.5 by their own interval"
         for one in main
         for site in one.sites
     )

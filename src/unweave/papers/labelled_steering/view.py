@@ -10,13 +10,13 @@ from unweave.methods.axbench import view as axbench_view
 from unweave.methods.axbench.result import METHODS
 from unweave.methods.labels import view as labels_view
 from unweave.papers.claims import markdown
-from unweave.papers.labelled_steering.claims import claims, gain, mean, sources, words
+from unweave.papers.labelled_steering.claims import claims, gain, mean, sources
 from unweave.papers.labelled_steering.figures import simulated
 from unweave.papers.labelled_steering.plan import LOW
 from unweave.papers.labelled_steering.result import F1, LabelledSteering
 from unweave.papers.page import claims_html
 from unweave.show.page import ALONE, Around, Section, Tile, beside, figure, page
-from unweave.show.pieces import esc, number, table
+from unweave.show.pieces import bounded, esc, number, table
 
 _HEAD = ("SAEs", "Pairs by", "Method", "Pairs", "Rating", "Concept", "Above random")
 
@@ -27,7 +27,7 @@ def rows(result: LabelledSteering) -> list[Row]:
     for one in result.labelled:
         for site in one.labels.sites:
             name = f"{one.corpus}: {one.saes}, {one.f1}: {site.site}"
-            lines.append((f"held-out AUROC, {name}", labels_view.shown(site.auroc), f"{len(site.pairs)} pairs"))
+            lines.append((f"held-out AUROC, {name}", bounded(site.auroc, 3), f"{len(site.pairs)} pairs"))
     for saes, f1, method, pairs, rating, concept, above in _table(result):
         lines.append((f"{saes}, {f1} F1: {method}", rating, f"concept {concept}; above random {above}; {pairs} pairs"))
     return lines
@@ -41,8 +41,8 @@ def _table(result: LabelledSteering) -> list[tuple[str, ...]]:
         runs = result.pairs(saes, f1)
         for method in dict.fromkeys(score.method for run in runs for score in run.judged.scores):
             some = [one for run in runs for one in run.of(method)]
-            above = "" if method == "random" else words(gain(runs, method, "random"))
-            cells = (METHODS[method], str(len(some)), words(mean(some)), words(mean(some, 0)), above)
+            above = "" if method == "random" else bounded(gain(runs, method, "random"))
+            cells = (METHODS[method], str(len(some)), bounded(mean(some)), bounded(mean(some, 0)), above)
             lines.append((saes, f1, *cells))
     return lines
 
@@ -67,7 +67,7 @@ def section(result: LabelledSteering, around: Around = ALONE) -> Section:
     body += [labels_view.section(one.labels).body for one in labels]
     tiles = (
         Tile(
-            words(gain(main, "sae", "random")),
+            bounded(gain(main, "sae", "random")),
             "labelled above random latents",
             "rating of 2, pair by pair, 95 % interval over concepts",
         ),
@@ -78,7 +78,7 @@ def section(result: LabelledSteering, around: Around = ALONE) -> Section:
 
 def _sources(result: LabelledSteering) -> str:
     lines = [
-        tuple(map(esc, (source, METHODS[method], len(some), words(mean(some)), words(mean(some, 0)))))
+        tuple(map(esc, (source, METHODS[method], len(some), bounded(mean(some)), bounded(mean(some, 0)))))
         for source, by_method in sources(result).items()
         for method, some in by_method.items()
     ]

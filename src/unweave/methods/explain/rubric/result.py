@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from unweave.core.intervals import Interval
 from unweave.core.result import Result
 from unweave.inputs.subject import Subject
 
@@ -16,15 +17,6 @@ SCALE = {
 }
 LEVEL = 0.05
 """the p value below which latents count as told from shuffled contexts"""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % bootstrap interval over items; without one where there are fewer than two."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ from typing import Literal
 import numpy as np
 
 from unweave.core.errors import UnweaveError
+from unweave.core.intervals import RESAMPLES, interval, resampled
 from unweave.judge.base import Conversation
 from unweave.judge.form import Answer, Form, Rating
 from unweave.latents.contexts import KINDS, Array
 from unweave.latents.records import Context, Records
 from unweave.methods.explain.forms import PROMPTS, says, turns
-from unweave.methods.explain.rubric.result import SCALE, Difference, Interval, Scores
+from unweave.methods.explain.rubric.result import SCALE, Difference, Scores
 
 CONTEXTS = 5
 _TOP = 10.0
-RESAMPLES = 10_000
 _FEWEST = 5
 """Scores needed on each side before two groups are compared: a bootstrap of fewer knows nothing of their spread."""
 _ANSWER = re.compile(r"score:\s*\[\[([^\[\]]*)\]\]\s*,\s*name:\s*\[\[([^\[\]]*)\]\]", re.IGNORECASE)
@@ -168,7 +168,7 @@ def summarise(ratings: Sequence[Rating[Item]], seed: int = 0) -> Scores:
     distribution = tuple(int((scores == score).sum()) for score in sorted(SCALE))
     return Scores(
         len(ratings), len(scores), len(ratings) - len(scores), dict(failures.most_common()), distribution,
-        interval(scores, seed), interval(scores >= 4, seed), interval(scores <= 2, seed),
+        *(interval(some, seed=seed) for some in (scores, scores >= 4, scores <= 2)),
     )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def difference(real: Sequence[Rating[Item]], shuffled: Sequence[Rating[Item]], s
     value = float(a.mean() - b.mean())
     if min(len(a), len(b)) < 2:
         return Difference(value, None, None, None)
-    low, high = np.percentile(_resampled(a, [seed, 0]) - _resampled(b, [seed, 1]), [2.5, 97.5])
+    low, high = np.percentile(resampled(a, seed=[seed, 0]) - resampled(b, seed=[seed, 1]), [2.5, 97.5])
     p = _relabelled(a, b, [seed, 2]) if min(len(a), len(b)) >= _FEWEST else None
     return Difference(value, float(low), float(high), p)
 
@@ -202,23 +202,3 @@ def _relabelled(a: Array, b: Array, seed: list[int]) -> float:
 
 def _scores(ratings: Sequence[Rating[Item]]) -> Array:
     return np.array([rating.answer.values[0] for rating in ratings if rating.answer], dtype=np.int64)
-
-
-def _resampled(values: Array, seed: int | list[int]) -> Array:
-    """Means of samples of the same size, drawn with replacement; float64 [10,000]."""
-    generator = np.random.default_rng(seed)
-    sums = np.zeros(RESAMPLES)
-    for _ in range(len(values)):  # one draw for all resamples at a time: memory stays small
-        sums += values[generator.integers(0, len(values), RESAMPLES)]
-    return sums / len(values)
-
-
-def interval(values: Array, seed: int = 0) -> Interval | None:
-    """The mean of values [n] with its 95 % bootstrap interval; None where there are none."""
-    if not len(values):
-        return None
-    mean = float(values.mean())
-    if len(values) < 2:
-        return Interval(mean, None, None)
-    low, high = np.percentile(_resampled(values.astype(np.float64), seed), [2.5, 97.5])
-    return Interval(mean, float(low), float(high))

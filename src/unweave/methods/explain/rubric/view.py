@@ -5,9 +5,9 @@ from __future__ import annotations
 from unweave.core.result import Row
 from unweave.judge.spec import DEFAULT_JUDGE
 from unweave.methods.explain.rubric.figures import scores_bars
-from unweave.methods.explain.rubric.result import SCALE, Difference, Interval, JudgeInfo, RubricResult, Scores
+from unweave.methods.explain.rubric.result import SCALE, Difference, JudgeInfo, RubricResult, Scores
 from unweave.show.page import ALONE, Around, Section, Tile, figure
-from unweave.show.pieces import esc, latent_link, table, with_interval
+from unweave.show.pieces import bounded, esc, latent_link, table
 
 
 def rows(result: RubricResult) -> list[Row]:
@@ -18,7 +18,7 @@ def rows(result: RubricResult) -> list[Row]:
         lines += _scores("shuffled", result.shuffled, "sets of contexts of five different latents")
         above = result.above_shuffled
         chance = "" if above is None or above.p is None else f", p = {above.p:.2g}"
-        lines.append(("latents above shuffled", shown(above) + chance, verdict(above)))
+        lines.append(("latents above shuffled", bounded(above) + chance, verdict(above)))
     return lines
 
 
@@ -27,9 +27,9 @@ def _scores(name: str, scores: Scores, about: str) -> list[Row]:
     counts = "  ".join(f"{score}: {count}" for score, count in enumerate(scores.distribution, 1))
     return [
         (f"{name}: scored", f"{scores.scored} of {scores.asked}", about + failed),
-        (f"{name}: mean score", shown(scores.mean), "1 no pattern, 5 a clear one; 95 % interval"),
-        (f"{name}: 4 or 5", shown(scores.high), "share"),
-        (f"{name}: below 3", shown(scores.low), "share"),
+        (f"{name}: mean score", bounded(scores.mean), "1 no pattern, 5 a clear one; 95 % interval"),
+        (f"{name}: 4 or 5", bounded(scores.high), "share"),
+        (f"{name}: below 3", bounded(scores.low), "share"),
         (f"{name}: how many", counts, "of each score"),
     ]
 
@@ -49,11 +49,6 @@ def caveats(judge: JudgeInfo) -> tuple[str, ...]:
 def measures(lines: list[Row]) -> str:
     """Rows as a table of a page."""
     return table(("Measure", "Value", "What it says"), [tuple(map(esc, row)) for row in lines], (), "Scores")
-
-
-def shown(interval: Interval | None) -> str:
-    """ "3.20 [2.90, 3.50]" """
-    return "-" if interval is None else with_interval(interval.value, interval.low, interval.high)
 
 
 def verdict(above: Difference | None) -> str:
