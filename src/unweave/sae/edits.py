@@ -113,7 +113,7 @@ class Edit:
             with torch.no_grad():
                 tokens = tokens_where(self.where, self.sae.policy, source, at)
                 if self.when is not None:
-                    tokens = tokens & self.when.holds(value(self.when.site), at)
+                    tokens = self.when.holds(value(self.when.site), at, tokens)
             with torch.set_grad_enabled(recorded):
                 added = self.added(source, x, tokens)
                 added = added if self.share == 1 else added * self.share

@@ -71,9 +71,9 @@ class Fires:
                 remedy="choose a latent of the same site or of an earlier one",
             )
 
-    def holds(self, x: Tensor, at: At) -> Tensor:
-        """Bool [B, P] for the site's activation x [B, P, D]."""
-        return (self.subset.encode(x)[..., 0] > self.above) & self.sae.policy.keep(x, at.ids, at.mask)
+    def holds(self, x: Tensor, at: At, tokens: Tensor) -> Tensor:
+        """At which of ``tokens`` bool [B, P] it is true, for the site's activation x [B, P, D]."""
+        return tokens & (self.subset.encode(x)[..., 0] > self.above) & self.sae.policy.keep(x, at.ids, at.mask)
 
 
 def tokens_where(where: Where, policy: TokenPolicy, source: Tensor, at: At) -> Tensor:

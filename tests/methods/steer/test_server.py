@@ -231,6 +231,23 @@ def test_a_stream_that_is_left_frees_the_model(steered: Steered) -> None:
     assert puts == [] and not steered.lm.sessions
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_the_model_and_its_tokenizer_are_the_workers_alone(
+    client: TestClient, steered: Steered, monkeypatch: Any, path: str
+) -> None:
+    where: list[str] = []
+
+    def watched(function: Any) -> Any:
+        return lambda *args, **options: (where.append(threading.current_thread().name), function(*args, **options))[1]
+
+    for name in ("chat", "tokenize", "decode"):
+        monkeypatch.setattr(steered.lm, name, watched(getattr(steered.lm, name)))
+    monkeypatch.setattr(server, "together", watched(together))
+    assert ask(client, path, unweave={"edits": [EDIT]}).status_code == 200
+    assert ask(client, path, model="other").status_code == 404 and steered.waiting == 0
+    assert len(where) > 3 and {name.rpartition("_")[0] for name in where} == {"model"}
+
+
 def test_an_answer_that_nobody_waits_for_ends(client: TestClient, steered: Steered, monkeypatch: Any) -> None:
     written: list[int] = []
 

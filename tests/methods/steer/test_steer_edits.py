@@ -73,6 +73,20 @@ def test_latents_of_several_saes_are_changed_together(home: Path) -> None:
     words = view.note(result)
     assert "clamp resid_post.0/5" in words and "on answer" in words and "while resid_post.0/7>0.25" in words
     assert "KL" in view.section(result).body
+    assert [e.held is None for e in result.edits] == [True, False, True]
+
+
+def test_a_condition_that_never_held_is_named(home: Path) -> None:
+    when = {"often": "resid_post.0/7>-1", "never": "resid_post.0/7>1e9"}
+    edits = [{"latent": f"resid_post.1/{j}", "value": 9.0, "when": when[w]} for j, w in ((3, "often"), (4, "never"))]
+    result = steer.run(asked(home, edits=edits, prompts=["keys"]), home / "runs").result
+    assert [e.held for e in result.edits] == [True, False]
+    assert ("never edited", "resid_post.1/4", "resid_post.0/7>1e9 held at no token") in view.rows(result)
+    assert "resid_post.1/4 was not edited anywhere" in view.section(result).body
+    alone = steer.run(asked(home, edits=edits[1:], prompts=["keys"]), home / "runs").result
+    assert len({sample.text for sample in alone.samples}) == 1 and [e.held for e in alone.edits] == [False]
+    told = {"latent": 3, "when": "resid_post.1/3>-1", "where": "answer:7", "more": []}  # six tokens are written
+    assert not steer.run(asked(home, **told), home / "runs").result.edits[0].held
 
 
 def _train(home: Path) -> str:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.latents.annotations import name_of, parse_latents
+from unweave.lm.at import At
 from unweave.lm.model import LM
 from unweave.methods.steer.spec import EditSpec, condition
 from unweave.sae.edits import Change, Fires, Where, together
 from unweave.sae.module import SAE
+
+
+@dataclass(frozen=True)
+class Watched(Fires):
+    """A condition that remembers whether it held at any token that was to be edited."""
+
+    held: list[bool] = field(default_factory=list, compare=False)
+    """True since it first did; else empty"""
+
+    def holds(self, x: Tensor, at: At, tokens: Tensor) -> Tensor:
+        here = super().holds(x, at, tokens)
+        if not self.held and bool(here.any()):
+            self.held.append(True)
+        return here
 
 
 @dataclass(frozen=True)
@@ -23,7 +40,7 @@ class OpenedEdit:
     sae: SAE
     latent: int
     amount: float
-    when: Fires | None
+    when: Watched | None
 
     @property
     def name(self) -> str:
@@ -43,14 +60,15 @@ def open_edits(
 
     Raises UnweaveError for latents and SAEs that are not there, and for whatever the model cannot be edited by.
     """
-    opened = []
+    opened: list[OpenedEdit] = []
     for spec in specs:
         site, latent = latent_of(spec.latent, saes)
         when = None
         if spec.when is not None:
             name, above = condition(spec.when)
             at, other = latent_of(name, saes)
-            when = saes[at].fires(other, above)
+            when = Watched(saes[at], other, above)
+            when = next((one.when for one in opened if one.when == when), when)
         factor = 1.0 if spec.strength is None else spec.strength
         amount = factor if spec.value is None else spec.value
         if spec.relative:

@@ -56,6 +56,8 @@ class Edited:
     """in the latent's own units; a factor for multiply and project"""
     where: str
     when: str | None
+    held: bool | None
+    """whether the condition held at some token that was to be edited, at any strength; None without one"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A server of the steered model in OpenAI's form, for this machine alone: /v1/models, /v1/chat/completions and
 /v1/completions, whole or as a stream.
 
-1. One worker thread owns the model and answers one request after the other; an answer that nobody waits for ends.
+1. One worker thread owns the model and its tokenizer and answers one request after the other; an answer that nobody
+   waits for ends.
 2. A request may bring edits of its own (``"unweave": {"edits": [...]}``), which join the server's.
 3. Only requests that name this machine as their host are answered, and none that a page sends from elsewhere: a name
    that was made to point here, or a form, reaches nothing.
@@ -104,9 +105,14 @@ def app(steered: Steered) -> Starlette:
     async def answer(request: Request) -> Response:
         chat = request.url.path.endswith("/chat/completions")
         _check_origin(request)
-        job = _job(steered, read_question(await _body(request), chat=chat), chat)
+        question = read_question(await _body(request), chat=chat)
         if steered.waiting >= MOST_WAITING:
             raise Refused("too many requests are waiting", status=429, code="rate_limit_exceeded")
+        steered.waiting += 1
+        try:
+            job = await asyncio.get_running_loop().run_in_executor(steered.worker, _job, steered, question, chat)
+        finally:
+            steered.waiting -= 1
         events = _events(steered, job)
         if job.question.stream:
             return StreamingResponse(_stream(steered, job, events), media_type="text/event-stream")
@@ -164,7 +170,8 @@ async def _body(request: Request) -> bytes:
 
 
 def _job(steered: Steered, question: Question, chat: bool) -> _Job:
-    """Raises Refused for another model, for prompts that it cannot read, and for edits that it cannot make."""
+    """In the worker's thread. Raises Refused for another model, for prompts that it cannot read, and for edits that it
+    cannot make."""
     lm = steered.lm
     if question.model not in ("", steered.name):
         raise Refused(

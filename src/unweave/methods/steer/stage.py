@@ -20,7 +20,7 @@ from unweave.sae.output_score import NEUTRAL, output_scores
 from unweave.sae.steered import confidence_changes, lens_tokens, side_by_side
 
 
-@stage("steer", version=5)
+@stage("steer", version=6)
 def run(spec: SteerSpec, ctx: Context) -> Steering:
     """Chooses a latent by what it does where none is named, and steers every prompt at every strength."""
     opened, main = _opened(spec)
@@ -48,6 +48,7 @@ def run(spec: SteerSpec, ctx: Context) -> Steering:
         max_new_tokens=spec.max_new_tokens,
         persist=spec.persist,
     )
+    held = [None if edit.when is None else bool(edit.when.held) for edit in edits]
     return Steering(
         subject=opened.subject,
         latent=latent,
@@ -60,7 +61,10 @@ def run(spec: SteerSpec, ctx: Context) -> Steering:
         samples=tuple(
             Sample(t.prompt, t.strength, t.text, t.on_theme, t.distinct, t.perplexity, t.log_prob, t.kl) for t in texts
         ),
-        edits=tuple(Edited(e.name, e.spec.mode, e.amount, e.spec.where, e.spec.when) for e in edits),
+        edits=tuple(
+            Edited(e.name, e.spec.mode, e.amount, e.spec.where, e.spec.when, one)
+            for e, one in zip(edits, held, strict=True)
+        ),
         persist=spec.persist,
         input_score=input_score,
         confidence_change=confidence_changes(lm, [[edit.change() for edit in edits]], [NEUTRAL])[0],

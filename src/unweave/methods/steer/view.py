@@ -27,12 +27,18 @@ def rows(result: Steering) -> list[Row]:
     return [
         ("latent", result.latent, label),
         *several,
+        *(("never edited", name, why) for name, why in _idle(result)),
         *((f"{_strength(sample)}: {sample.prompt}", sample.text, "") for sample in result.samples),
     ]
 
 
 def _strength(sample: Sample) -> str:
     return "unedited" if sample.strength is None else f"{sample.strength:g}"
+
+
+def _idle(result: Steering) -> list[tuple[str, str]]:
+    """The latents that were not edited anywhere, and why."""
+    return [(edit.name, f"{edit.when} held at no token") for edit in result.edits if edit.held is False]
 
 
 def note(result: Steering) -> str:
@@ -70,6 +76,7 @@ def section(result: Steering, around: Around = ALONE) -> Section:
         f"<p>Latent {latent_link(result.latent)}{label} was {_DONE[result.mode]} while the model wrote; whatever "
         f"the SAE does not explain was kept as it was. {esc(note(result))}</p>"
     ]
+    parts += [f"<p>{esc(name)} was not edited anywhere: {esc(why)}.</p>" for name, why in _idle(result)]
     for prompt in dict.fromkeys(sample.prompt for sample in result.samples):
         samples = "".join(_sample(sample, result.label) for sample in result.samples if sample.prompt == prompt)
         parts.append(f'<p class="uw-prompt">{esc(prompt)}</p><div class="uw-wide uw-samples">{samples}</div>')
