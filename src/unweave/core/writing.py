@@ -14,7 +14,8 @@ from typing import Any
 from unweave.core.errors import UnweaveError
 
 _NEARLY_NOTHING = 1 << 20
-_REFUSALS = (
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSALS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     *(errno.ELOOP, errno.ENAMETOOLONG),
 )
@@ -26,9 +27,9 @@ def friendly_io(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise _disk_full(path) from error
-        if error.errno in _REFUSALS:
+        if error.errno in REFUSALS:
             reason = (error.strerror or str(error)).lower()
             remedy = "make the folder writable or choose another with --runs"
             raise UnweaveError(f"cannot write here: {reason}", where=str(path), remedy=remedy) from error

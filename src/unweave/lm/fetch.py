@@ -26,7 +26,7 @@ from typing import IO
 
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
-from unweave.core.writing import friendly_io, sync_folder
+from unweave.core.writing import FULL, REFUSALS, friendly_io, sync_folder
 from unweave.lm.catalogue import CatalogueEntry, Package
 
 
@@ -43,10 +43,12 @@ def cache_io(path: Path) -> Iterator[None]:
         with friendly_io(path):
             yield
     except UnweaveError as error:
-        if isinstance(error.__cause__, OSError):
-            remedy = "free some space, or set UNWEAVE_CACHE to a folder that can be written"
-            raise UnweaveError(error.what, where=str(path), remedy=remedy) from error.__cause__
-        raise
+        number = getattr(error.__cause__, "errno", None)
+        if number not in (*FULL, *REFUSALS):
+            raise
+        first = "free some space" if number in FULL else "make the folder writable"
+        remedy = f"{first}, or set UNWEAVE_CACHE to another folder"
+        raise UnweaveError(error.what, where=str(path), remedy=remedy) from error.__cause__
 
 
 @contextmanager
