@@ -23,8 +23,9 @@ from unweave.core.errors import UnweaveError
 from unweave.judge.base import Budget, Conversation, Reply
 from unweave.judge.numbers import as_number, merged
 from unweave.judge.spec import JudgeSpec
-from unweave.lm.chat import Role, has_template, render_many
-from unweave.lm.model import LM, Tokens
+from unweave.lm.chat import has_template, render_many
+from unweave.lm.decoding import Rows
+from unweave.lm.model import LM
 from unweave.lm.rotary import rows_apart
 from unweave.lm.unembed import knows, unembed
 
@@ -159,36 +160,19 @@ class LocalModel:
     @torch.no_grad()
     def _generate(self, rows: Sequence[list[int]], beginning: _Beginning, until: str) -> list[_New]:
         """The likeliest new tokens of each row, up to its end."""
-        if not self._lm.may_cache(torch.tensor([len(row) for row in rows]), self._max_new_tokens):
-            whole = Tokens.pad([(row, [Role.TEXT] * len(row)) for row in rows], self._lm.pad_id, "left")
-            generated = self._lm.generate_ids(whole, max_new_tokens=self._max_new_tokens).cpu()
-            ends = [torch.isin(row, self._ends).nonzero().flatten().tolist() for row in generated]
-            return [
-                _New(row[: end[0] + 1 if end else None].tolist(), bool(end), {})
-                for row, end in zip(generated, ends, strict=True)
-            ]
-        with rows_apart(self._lm.rotaries):
-            return self._one_by_one(rows, beginning, until)
-
-    def _one_by_one(self, rows: Sequence[list[int]], beginning: _Beginning, until: str) -> list[_New]:
-        ids, mask, positions, state = self._started(rows, beginning)
+        lm, (ids, mask, state) = self._lm, self._started(rows, beginning)
+        kept = lm.may_cache(mask.sum(1), self._max_new_tokens)
         new = [_New([], False, {}) for _ in rows]
-        for _ in range(self._max_new_tokens):
-            out = self._lm.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=state,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            logits = out.logits[:, -1]
-            state, ids = out.past_key_values, logits.argmax(-1, keepdim=True)
-            new = [self._extended(*row, until) for row in zip(new, ids[:, 0].tolist(), logits, strict=True)]
-            if all(row.ended for row in new):
-                break
-            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-            positions = positions[:, -1:] + 1
+        with rows_apart(lm.rotaries):
+            state, read = (state, beginning.length) if kept else (None, 0)
+            whole = Rows(lm, ids, mask, kept, cache=state, read=read)
+            for _ in range(self._max_new_tokens):
+                logits = whole.logits()
+                ids = logits.argmax(-1)
+                new = [self._extended(*row, until) for row in zip(new, ids.tolist(), logits, strict=True)]
+                if all(row.ended for row in new):
+                    break
+                whole.add(ids)
         return new
 
     @torch.no_grad()
@@ -196,7 +180,8 @@ class LocalModel:
         self, rows: Sequence[list[int]], ends: Sequence[Sequence[int]], beginning: _Beginning
     ) -> list[list[dict[str, float]]]:
         """The log-probabilities of numbers as the token that follows each row's first ``ends[i]`` tokens."""
-        ids, mask, positions, state = self._started(rows, beginning)
+        ids, mask, state = self._started(rows, beginning)
+        ids, positions = (whole[:, beginning.length :] for whole in (ids, (mask.cumsum(-1) - 1).clamp(min=0)))
         options = {"attention_mask": mask, "position_ids": positions, "past_key_values": state, "use_cache": True}
         read = []
         with rows_apart(self._lm.rotaries):
@@ -210,20 +195,20 @@ class LocalModel:
             read.append([self._likely(one) for one in logits.float().log_softmax(-1)])
         return read
 
-    def _started(self, rows: Sequence[list[int]], beginning: _Beginning) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Ids [B, W], mask [B, beginning + W], positions [B, W] and the state to go on from."""
-        device = self._lm.device
-        rests = [row[beginning.length :] for row in rows]
-        width = max(map(len, rests))
-        ids = torch.tensor([[self._lm.pad_id] * (width - len(rest)) + rest for rest in rests], device=device)
-        mask = torch.ones(len(rows), beginning.length + width, dtype=torch.int64, device=device)
-        for i, rest in enumerate(rests):
-            mask[i, beginning.length : beginning.length + width - len(rest)] = 0
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, beginning.length :]
+    def _started(self, rows: Sequence[list[int]], beginning: _Beginning) -> tuple[Tensor, Tensor, Any]:
+        """Ids and mask [B, P], padded between the beginning and what follows it, and the state to go on from."""
+        width, padded = max(map(len, rows)), []
+        for row in rows:
+            padding = [self._lm.pad_id] * (width - len(row))
+            padded.append((row[: beginning.length] + padding + row[beginning.length :], len(padding)))
+        ids = torch.tensor([row for row, _ in padded], device=self._lm.device)
+        mask = torch.ones_like(ids)
+        for i, (_, n) in enumerate(padded):
+            mask[i, beginning.length : beginning.length + n] = 0
         state = copy.deepcopy(beginning.state)
         if state is not None:
             state.batch_repeat_interleave(len(rows))
-        return ids, mask, positions, state
+        return ids, mask, state
 
     def _likely(self, logprobs: Tensor) -> dict[str, float]:
         """The numbers among log-probabilities [V]."""
@@ -239,11 +224,6 @@ class LocalModel:
         ids = [*new.ids, token]
         ended = token in self._lm.end_ids or bool(until and re.search(until, self._lm.decode(torch.tensor(ids))))
         return _New(ids, ended, new.numbers)
-
-    @property
-    def _ends(self) -> Tensor:
-        """The ids that end a turn, int64 [n]."""
-        return torch.tensor(self._lm.end_ids, dtype=torch.int64)
 
     def _reply(self, prompt_tokens: int, ids: list[int], ended: bool, numbers: Mapping[int, dict[str, float]]) -> Reply:
         text, places = self._lm.decode(torch.tensor(ids)), {}

@@ -43,7 +43,7 @@ def decode(
     ends = torch.tensor(lm.end_ids, dtype=torch.int64, device=lm.device)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=lm.device)
     with lm.running(tokens), torch.no_grad():
-        row = _Row(lm, tokens, lm.may_cache(tokens.mask.sum(1), max_new_tokens), persist)
+        row = Rows(lm, tokens.ids, tokens.mask, lm.may_cache(tokens.mask.sum(1), max_new_tokens), persist)
         with lm.taps(edit=edit, newest=not persist):
             for step in range(max_new_tokens):
                 logits = row.logits()
@@ -64,17 +64,21 @@ def decode(
                 row.add(new)
 
 
-class _Row:
-    """Rows of tokens as far as they have come, and the model's keys and values of those that need no pass any more."""
+class Rows:
+    """Rows of tokens as far as they have come, and the model's keys and values of those that need no pass any more.
 
-    def __init__(self, lm: LM, tokens: Tokens, kept: bool, persist: bool) -> None:
+    ids, mask [B, P], padded on the left. ``kept``: keys and values stay right while tokens are added (``may_cache``);
+    ``cache`` holds those of the first ``read`` positions, where a pass has read them before.
+    """
+
+    def __init__(
+        self, lm: LM, ids: Tensor, mask: Tensor, kept: bool, persist: bool = True, cache: Any = None, read: int = 0
+    ) -> None:
         from transformers import DynamicCache
 
         self._lm, self._kept, self._persist = lm, kept, persist
-        self._ids, self._mask = tokens.ids, tokens.mask.long()
-        self._cache: Any = None
-        self._read = 0
-        """how many positions the cache holds"""
+        self._ids, self._mask = ids, mask.long()
+        self._cache, self._read = cache, read
         if kept and not persist and self._ids.shape[1] > 1:
             self._cache = DynamicCache()  # whole, for windows cannot be shortened at their end
             self._pass(self._ids.shape[1] - 1)
@@ -102,6 +106,7 @@ class _Row:
         return out.logits
 
     def add(self, new: Tensor) -> None:
+        """Tokens [B] behind the last of each row."""
         self._ids = torch.cat([self._ids, new.unsqueeze(1)], 1)
         self._mask = torch.cat([self._mask, torch.ones_like(new).unsqueeze(1)], 1)
 
