@@ -30,6 +30,7 @@ from unweave.methods.labels.result import survival
 from unweave.methods.labels.spec import LabelsSpec, MatchSpec
 from unweave.methods.labels.stage import run
 from unweave.sae.activations import JumpReLU, ReLU, TopK
+from unweave.show.pieces import percent
 from unweave.tasks.tagged.spec import TaggedSpec
 from unweave.tasks.tagged.texts import TaggedTexts, open_tagged
 
@@ -236,6 +237,10 @@ def test_the_command_labels_several_saes_writes_annotations_and_refuses_early(
     assert all(pair.sae == digests[pair.site] for pair in there) and len(digests) == 2
     page = view.section(done.result)
     assert "Labels from tagged texts" in page.heading and "<svg" in page.body and "has the label" in page.body
+    first_pair = done.result.sites[0].pairs[0]
+    share = percent(first_pair.positive / done.result.heldout.texts)
+    assert all(passage.labelled for passage in first_pair.passages)
+    assert f"below 4 of 4 have the label, of all held-out texts {share}</p>" in page.body
     assert main(["report", str(done.path), "--runs", str(tmp_path / "runs")]) == 0
     for wrong, reason in (
         (["--match.support", "1000"], "no label has 1000"),
@@ -258,6 +263,22 @@ def test_texts_without_a_counted_token_are_neither_positive_nor_negative(
     found = label(lm, {Site("embed"): letter_sae(lm)}, texts, match, folder=tmp_path / "work")
     assert found.uncounted > 5
     assert {pair.label.label: pair.label.auroc for pair in found.sites[0].pairs} == {f"has {c}": 1.0 for c in LETTERS}
+
+
+def test_a_label_on_exactly_as_many_texts_as_asked_has_support(
+    tiny_lm: Callable[..., LM], texts: TaggedTexts, tmp_path: Path
+) -> None:
+    support = sorted(texts.support(np.flatnonzero(~texts.heldout)).tolist())
+    lm, most = tiny_lm(), support[-1]
+    assert most > support[-2]
+
+    def labelled(least: int) -> int:
+        match = MatchSpec(support=least, output_score=None, top=3)
+        return label(lm, {Site("embed"): letter_sae(lm)}, texts, match, folder=tmp_path).supported
+
+    assert labelled(most) == 1 and labelled(support[-2]) >= 2
+    with pytest.raises(UnweaveError, match=f"no label has {most + 1} of"):
+        labelled(most + 1)
 
 
 def test_what_cannot_be_labelled_is_refused(tiny_lm: Callable[..., LM], texts: TaggedTexts, tmp_path: Path) -> None:

@@ -205,7 +205,12 @@ def _store(folder: Path, about: dict[str, Any], texts: Iterable[Tagged]) -> None
             shown.advance(len(batch))
     if len(seen) < 2 or not names:
         what = f"{len(seen)} texts" if len(seen) < 2 else "no text with a tag"
-        raise UnweaveError(f"the source holds {what}", where=about["source"], remedy="give texts with tags")
+        but = f": {counts['blank']} of {counts['read']} rows are blank, {counts['equal']} equal to others"
+        raise UnweaveError(
+            f"the source holds {what}{but if counts['read'] > len(seen) else ''}",
+            where=about["source"],
+            remedy="give texts with tags",
+        )
     order = sorted(names)
     rank = np.argsort(np.argsort(np.array(order, dtype=object), kind="stable"))  # names in order of their text
     place = np.empty(len(names), dtype=np.int64)
