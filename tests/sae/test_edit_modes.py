@@ -14,6 +14,7 @@ from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
+from unweave.sae import steered
 from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
 from unweave.sae.edits import MODES, Change, together
 from unweave.sae.module import SAE
@@ -241,7 +242,7 @@ def test_a_latent_that_is_read_too_late_or_in_no_known_place_is_refused(tiny_lm:
 # -- many prompts and strengths in full batches -----------------------------------------------------------------------
 
 
-def test_a_sweep_in_batches_is_every_row_alone(tiny_lm: Callable[..., LM]) -> None:
+def test_a_sweep_in_batches_is_every_row_alone(tiny_lm: Callable[..., LM], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of all lengths, SAEs, modes and strengths; in one batch, and in batches of one or two."""
     lm = tiny_lm("gemma2")
     low, high = draw_sae(seed=1, site=Site("resid_post", 0)), draw_sae(TopK(5), seed=2)
@@ -253,7 +254,9 @@ def test_a_sweep_in_batches_is_every_row_alone(tiny_lm: Callable[..., LM]) -> No
         [Change(high, 7, 6.0, "min-clamp", "answer")],
         [Change(high, 5, 3.0, when=low.fires(2))],
     ]
-    wide, narrow = (generate_sweep(lm, tokens, changes, max_new_tokens=8, max_tokens=n) for n in (4096, 90))
+    wide = generate_sweep(lm, tokens, changes, max_new_tokens=8)
+    monkeypatch.setattr(steered, "_BATCH_TOKENS", 90)
+    narrow = generate_sweep(lm, tokens, changes, max_new_tokens=8)
     assert torch.equal(wide.ids, narrow.ids)
     texts = wide.texts(lm)
     for row, edits in enumerate(changes):

@@ -30,6 +30,7 @@ from unweave.sae.module import SAE
 _GRAM = 3
 _THEME = 20
 _CONFIDENT = 20
+_BATCH_TOKENS = 8192
 _LOGITS = 1 << 25
 """how many logits are held at once"""
 
@@ -80,16 +81,15 @@ def generate_sweep(
     temperature: float = 0.0,
     seed: int = 0,
     persist: bool = True,
-    max_tokens: int = 8192,
     shown: Task | None = None,
 ) -> Generated:
     """Continues every prompt, padded on the left (``prompt_tokens``), under the changes of its row; none: unedited.
 
-    Rows go into batches from the longest prompt to the shortest, each of as many as have at most ``max_tokens`` tokens
-    with their answers, whatever SAEs, sites, latents and strengths they have. What a row draws depends on ``seed`` and
+    Rows go into batches from the longest prompt to the shortest, each of as many as have at most 8,192 tokens with
+    their answers, whatever SAEs, sites, latents and strengths they have. What a row draws depends on ``seed`` and
     its place in ``prompts`` alone. ``persist`` False: see ``lm/decoding.py``. ``shown``: progress that goes on here, in
-    place of its own. Raises UnweaveError before anything is
-    generated for changes that do not fit the prompts, the SAEs or the model.
+    place of its own. Raises UnweaveError before anything is generated for changes that do not fit the prompts, the SAEs
+    or the model.
     """
     if len(changes) != len(prompts):
         raise UnweaveError(f"changes are given for {len(changes)} rows, there are {len(prompts)} prompts")
@@ -101,7 +101,7 @@ def generate_sweep(
     with task("generate", total=len(order), unit="texts") if shown is None else nullcontext(shown) as bar:
         while first < len(order):
             width = int(prompts.mask[order[first]].sum())
-            rows = order[first : first + max(1, max_tokens // (width + max_new_tokens))]
+            rows = order[first : first + max(1, _BATCH_TOKENS // (width + max_new_tokens))]
             batch = Tokens(prompts.ids[rows], prompts.mask[rows], prompts.roles[rows])
             edits = together([changes[row] for row in rows])
             new = lm.generate_ids(

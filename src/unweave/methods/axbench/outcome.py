@@ -10,7 +10,7 @@ from unweave.core.writing import atomic_write
 from unweave.latents.annotations import name_of
 from unweave.methods.axbench.compare import Experiment, Ratings
 from unweave.methods.axbench.generate import Handle, Job
-from unweave.methods.axbench.result import RATINGS, Detection, Pair
+from unweave.methods.axbench.result import RATINGS, Detection, LeftOut, Pair
 from unweave.methods.axbench.scores import Array, plain, scored
 
 _TEXT = ("latent", "concept", "method", "instruction", "prompt", "text", "judge")
@@ -42,6 +42,14 @@ def write_table(
                     | {"judge": one.rater.name, "replies": replies}
                 )
             writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def left_out_of(experiment: Experiment, reasons: Mapping[str, str]) -> tuple[LeftOut, ...]:
+    """The pairs of concepts that have a reason to be left out."""
+    pairs = [pair for pair in experiment.pairs if pair.label.label in reasons]
+    return tuple(
+        LeftOut(name_of(pair.site, pair.latent), pair.label.label, reasons[pair.label.label]) for pair in pairs
+    )
 
 
 def pair_results(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from unweave.core.progress import say
 from unweave.core.stage import Context, stage
 from unweave.inputs.saes import open_saes
-from unweave.judge.base import REPLIES, open_judge
-from unweave.latents.annotations import name_of
+from unweave.judge.base import REPLIES, Judge, open_judge
 from unweave.methods.axbench.checks import check, detect, known_cases
 from unweave.methods.axbench.compare import Rater, judge, rate_all, written
 from unweave.methods.axbench.forms import ChatRater
 from unweave.methods.axbench.generate import Setting
 from unweave.methods.axbench.handles import find_handles
-from unweave.methods.axbench.outcome import detections, pair_results, write_table
+from unweave.methods.axbench.outcome import detections, left_out_of, pair_results, write_table
 from unweave.methods.axbench.plan import cost_of, planned, refuse_pairs
-from unweave.methods.axbench.result import Comparison, LeftOut
+from unweave.methods.axbench.result import Comparison
 from unweave.methods.axbench.scores import halves, repeated_folds
 from unweave.methods.axbench.spec import AxbenchSpec
 from unweave.methods.axbench.texts import Texts
@@ -46,34 +46,25 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
     tagged = open_tagged(spec.texts)
     texts = Texts(tagged, learning.examples, learning.heldout, 5 * learning.tokens, spec.seed)
     concepts, too_few = texts.of_all(dict.fromkeys(pair.label.label for pair in experiment.pairs))
-    left_out = tuple(
-        LeftOut(name_of(pair.site, pair.latent), pair.label.label, too_few[pair.label.label])
-        for pair in experiment.pairs
-        if pair.label.label in too_few
-    )
+    left_out = left_out_of(experiment, too_few)
     opened = open_saes(spec)
-    lm = opened.lm
     refuse_pairs(experiment.pairs, opened)
     chat = open_judge(spec.judge, ctx.runs / REPLIES, spec.device) if "chat" in (*spec.raters, spec.writer) else None
     experiment = planned(spec, chat if spec.writer == "chat" else None, too_few)
     pairs = experiment.pairs
-    setting = Setting(lm, opened.saes, pairs, concepts, spec.seed)
+    setting = Setting(opened.lm, opened.saes, pairs, concepts, spec.seed)
     handles = find_handles(setting, texts.sample(_SAMPLE), spec.methods, spec.steering, learning, ctx.pieces)
     jobs, generated = written(setting, experiment, handles, learning, ctx.pieces)
     cases = [experiment.case(job, text) for job, text in zip(jobs, generated, strict=True)]
 
     fluent = texts.sample(2 * _FLUENT, heldout=True)
-    raters: list[Rater] = []
-    if "truth" in spec.raters:
-        raters.append(TruthRater(lm, concepts, fluent[::2], experiment.pool, spec.generation.max_new_tokens))
-    if chat is not None and "chat" in spec.raters:
-        raters.append(ChatRater(chat))
+    raters = _raters(spec, setting, fluent[::2], experiment.pool, chat)
     answers = [(case.instruction, case.text) for case, job in zip(cases, jobs, strict=True) if job.block == "unedited"]
     known = {
         rater.name: known_cases(concepts, fluent[1::2], answers[:_FLUENT], any_concept=isinstance(rater, ChatRater))
         for rater in raters
     }
-    changes = confidence_changes(lm, [handle.steered(1.0) for handle in handles["sae"]], _NEUTRAL)
+    changes = confidence_changes(setting.lm, [handle.steered(1.0) for handle in handles["sae"]], _NEUTRAL)
     scores = [
         {"calibrated F1": pair.label.score, "output score": pair.label.output_score, "token confidence": change}
         for pair, change in zip(pairs, changes, strict=True)
@@ -100,3 +91,15 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
         hard_negatives=min(len(texts.hard) for texts in concepts.values()),
         generations=_TABLE,
     )
+
+
+def _raters(
+    spec: AxbenchSpec, setting: Setting, fluent: list[str], instructions: Sequence[str], chat: Judge | None
+) -> list[Rater]:
+    raters: list[Rater] = []
+    if "truth" in spec.raters:
+        most = spec.generation.max_new_tokens
+        raters.append(TruthRater(setting.lm, setting.concepts, fluent, instructions, most))
+    if chat is not None and "chat" in spec.raters:
+        raters.append(ChatRater(chat))
+    return raters
