@@ -15,7 +15,7 @@ from unweave.tasks.choices.spec import COMBINATIONS, ChoiceSpec
 
 FORMS = (
     r"Question: (?P<a>.*) \| (?P<b>.*)\nA\. (?P<x>\w+), (?P<y>\w+)\nB\. (?P<z>\w+), (?P<w>\w+)\nAnswer:",
-    r"Question: (?P<a>.*) \| (?P<b>.*)\nOptions: (?P<x>\w+), (?P<y>\w+) or (?P<z>\w+), (?P<w>\w+)\nAnswer:",
+    r"Options: (?P<x>\w+), (?P<y>\w+) or (?P<z>\w+), (?P<w>\w+)\.\n(?P<b>.*)\n(?P<a>.*)",
     r"First: (?P<a>.*)\nSecond: (?P<b>.*)\nOption A is (?P<x>\w+) with (?P<y>\w+)\.\n"
     r"Option B is (?P<z>\w+) with (?P<w>\w+)\.\nThe right one is option",
     r"First: (?P<a>.*)\nSecond: (?P<b>.*)\n"
@@ -59,7 +59,8 @@ def answer(text: str) -> tuple[str, set[str], set[str]]:
 
 def read(item: Item) -> dict[str, str]:
     (found,) = [found for form in FORMS if (found := re.fullmatch(form, item.prompt))]
-    return found.groupdict()
+    of = found.groupdict()
+    return of if "_" in of["a"] else of | {"a": f"{of['a']} _"}
 
 
 def check(choices: Choices, first: str, second: str, intended: str, answers: str) -> dict[str, set[str]]:

@@ -17,7 +17,7 @@ from unweave.tasks.choices.spec import ChoiceSpec
 
 _FORMS = {
     "letters": "Question: {a} | {b}\nA. {x}, {y}\nB. {z}, {w}\nAnswer:",
-    "words": "Question: {a} | {b}\nOptions: {x}, {y} or {z}, {w}\nAnswer:",
+    "words": "Options: {x}, {y} or {z}, {w}.\n{b}\n{cloze}",  # a small model goes on with the last sentence
 }
 _PLAIN = {
     "letters": "First: {a}\nSecond: {b}\nOption A is {x} with {y}.\nOption B is {z} with {w}.\nThe right one is option",
@@ -64,7 +64,7 @@ def _items(spec: ChoiceSpec, pairs: Sequence[Pair], form: str, *, agrees: bool) 
         at = (place, other) if spec.intended == "first" else (other, place)  # where each question's right answer is
         options = [tuple(q.right if i == k else q.wrong for q, i in zip((a, b), at, strict=True)) for k in (0, 1)]
         (x, y), (z, w) = options
-        prompt = form.format(a=a.text, b=b.text, x=x, y=y, z=z, w=w)
+        prompt = form.format(a=a.text, b=b.text, cloze=a.cloze, x=x, y=y, z=z, w=w)
         answers = "AB" if spec.answers == "letters" else (x, z)
         items.append(Item(prompt, answers[place], answers[1 - place], cue=answers[other]))
     return tuple(items)

@@ -45,7 +45,8 @@ class ChoiceSpec(Spec):
     intended: Annotated[Intended, only_for("task", "double")] = "first"
     """Which question is to be answered; the other one is the cue."""
     answers: Annotated[Literal["letters", "words"], _OWN, _HUB_SENTENCES] = "letters"
-    """letters: A or B, as in the paper; words: the option itself, for double the first word of the right one."""
+    """letters: A or B, as in the paper; words: the option itself, for double the first word of the right one, with
+    which the prompt's last sentence goes on."""
     source: Annotated[Literal["own", "hub"], _OWN] = "own"
     """own: texts that come with Unweave; hub: the paper's datasets, where the hub can be reached."""
     male: Annotated[tuple[str, ...], only_for("task", "gender"), not_empty(), _WORDS] = MALE[:1]
