@@ -179,7 +179,7 @@ class CachedJudge:
             if in_a_row == _GIVE_UP:
                 raise UnweaveError(
                     f"the judge failed {_GIVE_UP} times in a row: {reply.failure}",
-                    where=self.name,
+                    where=", ".join(filter(None, (self.name, self.note))),
                     remedy="fix this and ask again; the replies so far are kept",
                 )
             yield keys[i], reply

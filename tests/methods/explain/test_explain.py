@@ -9,6 +9,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -294,6 +295,15 @@ def test_an_explanation_is_read_exactly_or_fails(reply: str, words: str | None) 
 
 
 # -- judges checked ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_judge_wrote_in_place_of_any_explanation_is_said() -> None:
+    examples = choose_examples(record(), 6, 4)
+    assert examples is not None
+    judge: Any = Scripted(["I will not \x1b[31m" * 9])
+    with pytest.raises(UnweaveError, match="asked for; the first reply is 'I will not ") as caught:
+        explain_and_score(judge, SimpleNamespace(), [examples], ["detection"])  # type: ignore[arg-type]
+    assert "\x1b" not in caught.value.what and len(caught.value.what) < 250
 
 
 def test_a_judge_that_reads_is_told_from_one_that_does_not() -> None:

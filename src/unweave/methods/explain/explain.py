@@ -99,6 +99,8 @@ def explain_and_score(
         explained = Explained(labels, {j: "none was given" for j in latents if j not in given})
     if not labels:
         what = f"none of {len(examples)} latents has an explanation: {next(iter(explained.failures.values()))}"
+        written = next((row["reply"] for row in explained.answers if row["reply"]), "")
+        what += f"; the first reply is {written[:80]!r}" if written else ""
         raise UnweaveError(what, where=judge.name, remedy="use another judge, or explanations of these latents")
     for name in scores:
         if name == "rubric":

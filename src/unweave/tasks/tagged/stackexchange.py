@@ -41,7 +41,9 @@ def read(path: Path, *, drop_code: bool, comments: bool) -> tuple[dict[str, Any]
         _require(package, path)
     folder = path if path.is_dir() else _unpacked(path)
     if comments and not (folder / _FILES[1]).is_file():
-        raise UnweaveError("Comments.xml is missing", where=str(folder), remedy="put it there, or set comments: false")
+        raise UnweaveError(
+            "Comments.xml is missing", where=str(folder), remedy="put it there, or set texts.comments: false"
+        )
     notes = ["Askers tag their own questions: a tag that is absent may still be what the text touches."]
     about = {"source": f"Stack Exchange questions of {path.stem}", "notes": notes}
     return about, _texts(folder, drop_code, comments)
