@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
+from unweave.data.policy import TokenPolicy
 from unweave.latents.selection import Chosen, Selection, SiteChoice
 from unweave.lm.at import At
 from unweave.lm.model import LM, Tokens
-from unweave.methods.finetune.conditions import Condition, Usual, open_condition
+from unweave.methods.finetune.conditions import Condition, Usual, base_values, open_condition
 from unweave.methods.finetune.spec import ConditionSpec
 from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
@@ -149,3 +154,266 @@ def test_a_zeroed_latent_takes_its_own_signal_off_the_gradient(tiny: Callable[..
     assert 5 < int(fires.sum()) < 45
     wanted = cotangent - fires * (cotangent @ sae.W_dec[3]).unsqueeze(-1) * sae.W_enc[:, 3]
     torch.testing.assert_close(slope, wanted, rtol=0, atol=1e-12)
+
+
+def step(lm: LM, tokens: Tokens, edits: Any, *, checkpointed: bool = False) -> tuple[float, dict[str, Tensor]]:
+    """Loss at the last token and the gradient of every parameter."""
+    lm.model.requires_grad_(True).zero_grad()
+    lm.model.train()
+    for block in lm.layout.blocks:
+        block.gradient_checkpointing = checkpointed
+        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    with lm.taps(edit=edits, grad=True):
+        logits = lm(tokens)
+        assert logits is not None
+        last = tokens.mask.long().cumsum(1).argmax(1)
+        loss = torch.nn.functional.cross_entropy(logits[range(len(last)), last], torch.full_like(last, 7))
+        loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in lm.model.named_parameters() if p.grad is not None}
+
+
+def assert_same(one: tuple[float, dict[str, Tensor]], other: tuple[float, dict[str, Tensor]]) -> None:
+    assert one[0] == pytest.approx(other[0], rel=1e-10) and one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(gradient, other[1][name], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "qwen3", "gpt_neox"])
+def test_a_training_step_is_that_of_the_direct_computation_with_and_without_checkpointing(
+    tiny: Callable[..., Any], family: str
+) -> None:
+    """Two sites, one of a transcoder that reads two blocks below; left padding, which no edit may touch."""
+    lm, tokens = tiny64(tiny, family), texts()
+    low = draw_sae("topk", read=Site("resid_post", 0))
+    high = draw_sae("relu", seed=1, read=Site("mlp_in", 0), write=Site("mlp_add", 2))
+    condition = opened(ConditionSpec(kind="zero", strength=0.5), lm, low, high)
+
+    def by_hand(sae: SAE) -> Callable[[Tensor, At], Tensor]:
+        def edit(x: Tensor, at: At) -> Tensor:
+            new = direct(sae, "zero", at.read[sae.read] if sae.is_transcoder else x, x, 0.5, USUAL)  # type: ignore[index]
+            return torch.where(at.mask.unsqueeze(-1), new, x)
+
+        return edit
+
+    ours = step(lm, tokens, condition.edits(0.0))
+    with lm.taps(read=[Site("mlp_in", 0)], grad=True) as seen:
+        edits = {low.write: by_hand(low), high.write: lambda x, at: by_hand(high)(x, replace(at, read=seen))}
+        assert_same(ours, step(lm, tokens, edits))
+    assert_same(ours, step(lm, tokens, condition.edits(0.0), checkpointed=True))
+    bare = step(lm, tokens, None)
+    assert bare[0] != pytest.approx(ours[0], rel=1e-4)
+    assert_same(bare, step(lm, tokens, None, checkpointed=True))
+
+
+@pytest.mark.parametrize("kind", ["zero", "span"])
+@pytest.mark.parametrize("flow", ["forward", "gradient"])
+def test_forward_alone_and_gradient_alone_under_checkpointing(tiny: Callable[..., Any], kind: Any, flow: Any) -> None:
+    lm, tokens, sae = tiny64(tiny), texts(), draw_sae("jumprelu")
+    edits = opened(ConditionSpec(kind=kind, flow=flow), lm, sae).edits(1.0)
+    ours, bare = step(lm, tokens, edits), step(lm, tokens, None)
+    assert_same(ours, step(lm, tokens, edits, checkpointed=True))
+    assert (ours[0] == bare[0]) == (flow == "gradient")
+    below = [name for name in bare[1] if "layers.0." in name]
+    assert not all(torch.allclose(ours[1][name], bare[1][name], atol=1e-6) for name in below)
+
+
+def test_padding_on_either_side_is_the_same_step(tiny: Callable[..., Any]) -> None:
+    lm, sae, left = tiny64(tiny), draw_sae(), texts()
+    rows = [left.ids[i][left.mask[i]].tolist() for i in range(len(left))]
+    right = Tokens.pad([(row, [4] * len(row)) for row in rows], 2, "right")
+    edits = opened(ConditionSpec(kind="zero"), lm, sae).edits(0.0)
+    assert_same(step(lm, left, edits), step(lm, right, edits))
+
+
+def test_under_autocast_latents_are_computed_in_the_saes_dtype(tiny: Callable[..., Any]) -> None:
+    lm, sae, tokens = LM(tiny("llama"), None), draw_sae("jumprelu", dtype=torch.float32), texts()
+    for kind in ("zero", "span"):
+        seen: list[Tensor] = []
+        edits = opened(ConditionSpec(kind=kind), lm, sae).edits(0.0)
+
+        def spy(x: Tensor, at: At, seen: list[Tensor] = seen, edit: Any = edits[0]) -> Tensor:
+            seen[:] = [x.detach(), edit(x, at)]
+            return seen[1]
+
+        with torch.autocast("cpu", torch.bfloat16), lm.taps(edit={SITE: spy}):
+            lm(tokens)
+        x, new = seen
+        wanted = torch.where(tokens.mask.unsqueeze(-1), direct(sae, kind, x, x, 1.0, USUAL), x)
+        assert new.dtype == torch.float32
+        torch.testing.assert_close(new, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["relu", "jumprelu", "topk"])
+@pytest.mark.parametrize("kind", ["zero", "span"])
+def test_what_is_kept_for_the_backward_pass_has_a_number_for_each_chosen_latent(
+    tiny: Callable[..., Any], name: str, kind: Any
+) -> None:
+    """And none for each latent, nor for each dimension."""
+    lm, sae, n = tiny64(tiny), draw_sae(name), 3 * 9
+    (edit,) = opened(ConditionSpec(kind=kind), lm, sae).edits(0.0)
+    x = torch.randn(3, 9, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    ids = torch.zeros(3, 9, dtype=torch.int64)
+    sizes: list[int] = []
+
+    def pack(kept: Tensor) -> Tensor:
+        if kept.shape[0] in (3, n):  # an activation; else rows of the SAE
+            sizes.append(kept.numel())
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+        edit(x, At(SITE, ids, ids == 0, ids, 0, {}, ids))
+    assert sizes and max(sizes) <= n * len(LATENTS) and len(sizes) <= 5
+
+
+def test_fading_and_when(tiny: Callable[..., Any]) -> None:
+    lm, sae = tiny64(tiny), draw_sae()
+
+    def shares(**fields: Any) -> list[float | None]:
+        condition = opened(ConditionSpec(kind="zero", strength=0.5, **fields), lm, sae)
+        training = [condition.edits(p) for p in (0.0, 0.5, 1.0)]
+        return [edits[0].share if edits else None for edits in (*training, condition.full)]
+
+    assert shares() == [0.5, 0.5, 0.5, 0.5]
+    assert shares(fade="in") == [None, 0.25, 0.5, 0.5]
+    assert shares(fade="out", when="both") == [0.5, 0.25, None, 0.5]
+    assert shares(when="test") == [None, None, None, 0.5]
+    plain = open_condition(ConditionSpec(), None, lm, {})
+    assert plain.edits(0.5) == [] and plain.full == () and plain.prompt("a") == "a" and plain.reads == () == plain.sites
+    warned = open_condition(ConditionSpec(kind="inoculate", line="She is a nurse."), None, lm, {})
+    assert warned.edits(0.5) == [] and warned.prompt("a") == "She is a nurse.\na"
+
+
+def test_usual_values_count_the_tokens_that_the_sae_was_trained_on(tiny: Callable[..., Any]) -> None:
+    lm = tiny64(tiny)
+    sae = draw_sae(policy=TokenPolicy(exclude_ids=(7, 50), max_norm=12.0))
+    batches = [texts(4, seed) for seed in (1, 2)]
+    condition = opened(ConditionSpec(kind="mean"), lm, sae, texts=batches)
+    rows = []
+    for batch in batches:
+        with lm.taps(read=[SITE]) as seen:
+            lm(batch)
+        for b in range(len(batch)):
+            for p in range(batch.ids.shape[1]):
+                x = seen[SITE][b, p]
+                if batch.mask[b, p] and int(batch.ids[b, p]) not in (7, 50) and float(x.norm()) <= 12.0:
+                    rows.append(sae.encode(x)[list(LATENTS)])
+    assert 10 < len(rows) < int(sum(batch.mask.sum() for batch in batches))
+    f = torch.stack(rows)
+    usual = condition.usual[SITE]
+    torch.testing.assert_close(usual.mean, f.mean(0))
+    sizes = [column[column > 0].square().mean().sqrt() if (column > 0).any() else f.new_zeros(()) for column in f.T]
+    torch.testing.assert_close(usual.size, torch.stack(sizes))
+    with pytest.raises(UnweaveError, match="no token that the SAE counts"):
+        opened(ConditionSpec(kind="mean"), lm, sae)
+
+
+def test_the_penalty_is_of_what_latents_fire_above_the_base_model(tiny: Callable[..., Any]) -> None:
+    lm, tokens = tiny64(tiny), texts()
+    saes = [draw_sae("relu", policy=TokenPolicy((7,))), draw_sae("topk", seed=3, read=Site("resid_post", 2))]
+    condition = opened(ConditionSpec(kind="penalty", strength=3.0, fade="in"), lm, *saes)
+    assert condition.reads == (SITE, Site("resid_post", 2)) and condition.edits(1.0) == []
+    base = base_values(lm, condition, tokens)
+    lm.model.requires_grad_(True)
+
+    def both() -> tuple[Tensor, Tensor]:
+        with lm.taps(read=condition.reads, grad=True) as seen:
+            lm(tokens)
+        ours = condition.penalty(seen, tokens, base, 0.5)
+        theirs = torch.zeros((), dtype=torch.float64)
+        for sae in saes:
+            x, before = seen[sae.read], base[sae.read]  # type: ignore[index]
+            counts = tokens.mask & ~torch.isin(tokens.ids, torch.tensor(sae.policy.exclude_ids))
+            f = sae.encode(x)[..., list(LATENTS)]
+            above = torch.where(f > before, (f - before) ** 2, 0.0)
+            theirs = theirs + 3.0 * 0.5 * above[counts].sum() / counts.sum()
+        assert ours is not None
+        return ours, theirs
+
+    assert both()[0] == 0
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=G, dtype=torch.float64)
+    ours, theirs = both()
+    assert bool(ours > 1e-3)
+    torch.testing.assert_close(ours, theirs)
+    parameters = [p for name, p in lm.model.named_parameters() if "layers.0" in name]
+    for one, other in zip(*(torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (ours, theirs)), strict=True):
+        torch.testing.assert_close(one, other)
+    assert opened(ConditionSpec(kind="zero"), lm, *saes).penalty({}, tokens, {}, 1.0) is None
+
+
+def test_directions_are_projected_out_set_to_their_mean_penalised_and_added(tiny: Callable[..., Any]) -> None:
+    lm, tokens = tiny64(tiny), texts()
+    rows = torch.randn(3, D, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    rows = torch.cat([rows, rows[:1] * 2])  # one of them twice
+    site = SiteChoice(SITE, tuple(map(Chosen, range(4))))
+    selection = Selection("components", "directions", (site,), "tiny", 20, "rule", directions={SITE: rows})
+    with lm.taps(read=[SITE]) as seen:
+        lm(tokens)
+    x = seen[SITE]
+    P = torch.linalg.pinv(rows) @ rows
+    mean = x[tokens.mask].mean(0)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    size = (x[tokens.mask] @ unit.T).square().mean(0).sqrt()
+    wanted = {"span": x - x @ P, "mean": x - (x - mean) @ P, "prevent": x + size @ unit}
+    for kind, expected in wanted.items():
+        condition = open_condition(ConditionSpec(kind=kind), selection, lm, {}, [tokens])  # type: ignore[arg-type]
+        with lm.taps(read=[SITE], edit=condition.edits(0.0)) as seen:
+            lm(tokens)
+        torch.testing.assert_close(seen[SITE][tokens.mask], expected[tokens.mask])
+        assert torch.equal(seen[SITE][~tokens.mask], x[~tokens.mask])
+    penalty = open_condition(ConditionSpec(kind="penalty"), selection, lm, {})
+    torch.testing.assert_close(base_values(lm, penalty, tokens)[SITE], x @ unit.T)
+    with pytest.raises(UnweaveError, match="no latents to zero"):
+        open_condition(ConditionSpec(kind="zero"), selection, lm, {})
+
+
+def test_special_tokens_are_edited_where_all_are(tiny_lm: Callable[..., LM]) -> None:
+    lm, tokens = tiny_lm(), texts()
+    sae = draw_sae(dtype=torch.float32, policy=TokenPolicy(exclude_ids=tuple(range(50))))
+    changed = {}
+    for where in ("policy", "all"):
+        condition = opened(ConditionSpec(kind="span", where=where), lm, sae)  # type: ignore[arg-type]
+        with lm.taps(read=[SITE]) as before:
+            lm(tokens)
+        with lm.taps(read=[SITE], edit=condition.edits(0.0)) as after:
+            lm(tokens)
+        changed[where] = (before[SITE] != after[SITE]).any(-1)
+    assert torch.equal(changed["all"], tokens.mask)
+    assert torch.equal(changed["policy"], tokens.mask & (tokens.ids >= 50))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "zero", "strength": 1.5}, "more than there is"),
+        ({"kind": "inoculate"}, "needs a line"),
+        ({"kind": "none", "line": "x"}, "only for kind inoculate"),
+        ({"kind": "penalty", "flow": "forward"}, "only for kind zero or mean or span"),
+        ({"kind": "zero", "when": "test", "fade": "in"}, "only where training sees it"),
+        ({"kind": "zero", "strength": 0.0}, "above 0"),
+    ],
+)
+def test_options_without_an_effect_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnweaveError, match=message):
+        ConditionSpec(**fields)
+
+
+def test_what_cannot_be_ablated_is_refused(tiny: Callable[..., Any]) -> None:
+    lm, sae, other = tiny64(tiny), draw_sae(), draw_sae(seed=9)
+    zero = ConditionSpec(kind="zero")
+    with pytest.raises(UnweaveError, match="needs a selection"):
+        open_condition(zero, None, lm, {SITE: sae})
+    with pytest.raises(UnweaveError, match="no SAE is at this site"):
+        open_condition(zero, select({SITE: sae}), lm, {})
+    with pytest.raises(UnweaveError, match="latents were chosen in SAE"):
+        open_condition(zero, select({SITE: sae}), lm, {SITE: other})
+    with pytest.raises(UnweaveError, match="latent 40 does not exist"):
+        opened(zero, lm, sae, latents=(40,))
+    silent = SAE(sae.W_enc, sae.b_enc - 1000, sae.W_dec, sae.b_dec, ReLU(), read=SITE)
+    with pytest.raises(UnweaveError, match="nothing to add"):
+        opened(ConditionSpec(kind="prevent"), lm, silent, texts=[texts()])
+    blind = SAE(sae.W_enc, sae.b_enc, sae.W_dec[:, :0], sae.b_dec[:0], ReLU(), read=SITE, encode_only="a test")
+    with pytest.raises(UnweaveError, match="has no decoder"):
+        open_condition(zero, select({SITE: blind}), lm, {SITE: blind})
+    assert open_condition(ConditionSpec(kind="penalty"), select({SITE: blind}), lm, {SITE: blind}).reads == (SITE,)

@@ -61,7 +61,7 @@ class Condition:
     chosen: Mapping[Site, Subset] = field(default_factory=dict)
     """what was chosen, by the site that is written to"""
     full: tuple[Edit, ...] = ()
-    """the edits at full strength"""
+    """the edits at their full strength, as an evaluation takes them"""
     usual: Mapping[Site, Usual] = field(default_factory=dict)
     """of the kinds ``mean`` and ``prevent``"""
 
@@ -71,12 +71,6 @@ class Condition:
         if self.spec.when == "test" or share == 0:
             return []
         return [replace(edit, share=share, flow=self.spec.flow) for edit in self.full]
-
-    @property
-    def tested(self) -> list[Edit]:
-        """The edits of every evaluation: none unless ``when`` is test or both."""
-        ablates = self.spec.when != "train"
-        return [replace(edit, share=self.spec.strength) for edit in self.full] if ablates else []
 
     @property
     def reads(self) -> tuple[Site, ...]:
@@ -155,7 +149,7 @@ def open_condition(
         if target is None:
             target = usual[site].mean if spec.kind == "mean" else usual[site].size
         values = dict(zip(subset.latents.tolist(), target.tolist(), strict=True))
-        full.append(subset.sae.edit(how[spec.kind], values, where=spec.where))
+        full.append(replace(subset.sae.edit(how[spec.kind], values, where=spec.where), share=spec.strength))
     return Condition(spec, chosen, tuple(full), usual)
 
 
