@@ -1,6 +1,6 @@
 """What a condition costs in a training step of SmolLM2, as ratios to the step without, interleaved in one run.
 
-    python benchmarks/finetuning.py [--rounds 5] [--rows 16] [--tokens 64] [--widths 4608 65536] [--threads 1]
+    python benchmarks/finetuning.py [--rounds 5] [--rows 8] [--tokens 32] [--widths 4608 65536] [--threads 1]
 
 step      forward and backward of a batch, all parameters trained, loss at the last position; the optimiser's update,
           which no condition changes, is left out. 50 latents over 10 sites, 5 at each; SAEs of random weights.
@@ -8,10 +8,10 @@ TopK      a subset cannot know a token's winners: every token on which a chosen 
           random weights that is nearly every token.
 obvious   encode the whole SAE, zero the latents, decode, add the error, at each site.
 
-Each round times every condition between two bare steps and divides by their mean, in seconds of the processor; the table
-has medians over rounds. Memory is what autograd keeps for the backward pass (exact: storages of saved tensors, without
-parameters), and the process's peak above what it holds before the step. The obvious way must give the same loss and
-gradient as ours: the largest difference is printed.
+Each round times every condition between two bare steps and divides by their mean, in seconds of the processor; the
+table has medians over rounds. Memory is what autograd keeps for the backward pass (exact: storages of saved tensors,
+without parameters), and the process's peak above what it holds before the step. The obvious way must give the same loss
+and gradient as ours: the largest difference is printed.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slow-rounds", type=int, default=1, help="of the obvious way and of TopK")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--widths", type=int, nargs="*", default=[4608, 65536])
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -197,8 +197,9 @@ def main() -> None:
             alone.append(before := after)
     kept, peak = bare.kept(), bare.peak()
     second = statistics.median(alone)
-    table = Table(title=f"A step of {ids.numel():,} tokens: bare {second:.2f} s ({ids.numel() / second:,.0f} tokens/s), "
-                        f"{kept / 1e6:,.0f} MB kept, {peak / 1e6:,.0f} MB at the peak")  # fmt: skip
+    speed = f"bare {second:.2f} s ({ids.numel() / second:,.0f} tokens/s)"
+    memory = f"{kept / 1e6:,.0f} MB kept, {peak / 1e6:,.0f} MB at the peak"
+    table = Table(title=f"A step of {ids.numel():,} tokens: {speed}, {memory}")
     for head in ("50 latents over 10 sites", "time: median, least, most", "kept", "peak"):
         table.add_column(head, justify="left" if head.startswith("50") else "right")
     for name, step in steps.items():

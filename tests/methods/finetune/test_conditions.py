@@ -156,13 +156,17 @@ def test_a_zeroed_latent_takes_its_own_signal_off_the_gradient(tiny: Callable[..
     torch.testing.assert_close(slope, wanted, rtol=0, atol=1e-12)
 
 
+def checkpoint_blocks(lm: LM, on: bool) -> None:
+    lm.model.train()
+    for block in lm.layout.blocks:
+        block.gradient_checkpointing = on
+        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
 def step(lm: LM, tokens: Tokens, edits: Any, *, checkpointed: bool = False) -> tuple[float, dict[str, Tensor]]:
     """Loss at the last token and the gradient of every parameter."""
     lm.model.requires_grad_(True).zero_grad()
-    lm.model.train()
-    for block in lm.layout.blocks:
-        block.gradient_checkpointing = checkpointed
-        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    checkpoint_blocks(lm, checkpointed)
     with lm.taps(edit=edits, grad=True):
         logits = lm(tokens)
         assert logits is not None
@@ -316,8 +320,7 @@ def test_the_penalty_is_of_what_latents_fire_above_the_base_model(tiny: Callable
     lm.model.requires_grad_(True)
 
     def both() -> tuple[Tensor, Tensor]:
-        with lm.taps(read=condition.reads, grad=True) as seen:
-            lm(tokens)
+        lm(tokens)
         ours = condition.penalty(seen, tokens, base, 0.5)
         theirs = torch.zeros((), dtype=torch.float64)
         for sae in saes:
@@ -329,16 +332,22 @@ def test_the_penalty_is_of_what_latents_fire_above_the_base_model(tiny: Callable
         assert ours is not None
         return ours, theirs
 
-    assert both()[0] == 0
-    with torch.no_grad():
-        for parameter in lm.model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=G, dtype=torch.float64)
-    ours, theirs = both()
-    assert bool(ours > 1e-3)
-    torch.testing.assert_close(ours, theirs)
-    parameters = [p for name, p in lm.model.named_parameters() if "layers.0" in name]
-    for one, other in zip(*(torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (ours, theirs)), strict=True):
-        torch.testing.assert_close(one, other)
+    with lm.taps(read=condition.reads, grad=True) as seen:
+        assert both()[0] == 0
+        with torch.no_grad():
+            for parameter in lm.model.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=G, dtype=torch.float64)
+        parameters = [p for name, p in lm.model.named_parameters() if "layers.0" in name]
+        gradients = []
+        for checkpointed in (False, True):
+            checkpoint_blocks(lm, checkpointed)
+            ours, theirs = both()
+            assert bool(ours > 1e-3)
+            torch.testing.assert_close(ours, theirs)
+            gradients += [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (ours, theirs)]
+    for one, *others in zip(*gradients, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other)
     assert opened(ConditionSpec(kind="zero"), lm, *saes).penalty({}, tokens, {}, 1.0) is None
 
 
