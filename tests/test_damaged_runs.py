@@ -29,9 +29,9 @@ from unweave.methods.evaluate.spec import EvalSpec
 from unweave.methods.report.result import Report
 from unweave.methods.steer.spec import SteerSpec
 from unweave.methods.trace.spec import TraceSpec
-from unweave.methods.train import checkpoint
 from unweave.methods.train import stage as train
 from unweave.methods.train.result import Training
+from unweave.methods.train.stage import last_checkpoint
 from unweave.methods.train.view import curve_of
 
 
@@ -213,7 +213,7 @@ def test_a_damaged_list_of_checkpoints_is_named(content: str, home: Path, tmp_pa
     with Run.open(tmp_path, "train", spec_of(home)) as run:
         (run.path / "checkpoint.json").write_text(content)
         with pytest.raises(UnweaveError) as caught:
-            checkpoint.load(run, ["a"])
+            last_checkpoint(run.path, ["a"])
     assert "checkpoint.json" in caught.value.where
 
 

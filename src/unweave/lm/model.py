@@ -273,11 +273,12 @@ class LM:
         """
         return _taps.taps(self, read, edit, stop, grad, start, newest)
 
-    def __call__(self, tokens: Tokens | Tensor, *, keep_logits: int = 0) -> Tensor | None:
+    def __call__(self, tokens: Tokens | Tensor, *, keep_logits: int | Tensor = 0) -> Tensor | None:
         """Logits [B, P, V] of a forward pass, or None where taps stopped it.
 
-        ``keep_logits`` computes only those of the last so many positions. Positions count from each row's first token,
-        whatever the padding side (trap 1). Gradients are recorded only inside ``taps(grad=True)``.
+        ``keep_logits`` computes only those of the last so many positions, or of the positions given (int64 [K]).
+        Positions count from each row's first token, whatever the padding side (trap 1). Gradients are recorded only
+        inside ``taps(grad=True)``.
         """
         batch = self.admitted(tokens if isinstance(tokens, Tokens) else Tokens.of(tokens))
         extra: dict[str, Tensor] = {}

@@ -1,4 +1,5 @@
-"""Modules that do less than they could, because nobody looks at the rest: blocks left out, tokens left out.
+"""Modules that do less than they could, because nobody looks at the rest: blocks left out, tokens left out. And blocks
+that keep less than they could, because they can compute it again.
 
 A module's ``forward`` is replaced on the instance and put back, so hooks on it stay where they are. ``taps`` uses this
 to begin a pass in the middle.
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from unweave.lm.model import LM
@@ -37,6 +39,27 @@ def skipped(block: nn.Module, wrapped: bool) -> Replaced:
         return (hidden_states,) if wrapped else hidden_states
 
     return Replaced(block, forward)
+
+
+@contextmanager
+def recomputed(lm: LM) -> Iterator[None]:
+    """Backward passes compute what is inside each block again, so that passes keep only the blocks' inputs (gradient
+    checkpointing). Hooks inside blocks run again with it: taps must stay open until the backward pass is over."""
+    replaced = [Replaced(block, _again(block.forward)) for block in lm.layout.blocks]
+    try:
+        yield
+    finally:
+        for replacement in replaced:
+            replacement.remove()
+
+
+def _again(own: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        return checkpoint(own, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return forward
 
 
 @contextmanager

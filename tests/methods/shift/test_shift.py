@@ -14,6 +14,7 @@ from torch import Tensor
 from helpers.models import N_LAYERS, build_tiny, build_tiny_tokenizer
 from unweave.circuits.graph import strongest
 from unweave.core.errors import UnweaveError
+from unweave.core.shares import Share
 from unweave.core.site import Site
 from unweave.inputs.subject import Subject
 from unweave.judge.scripted import Scripted
@@ -24,7 +25,7 @@ from unweave.lm.model import LM, Tokens
 from unweave.methods.shift import relevance, supporting
 from unweave.methods.shift.pooled import Pooled, beyond_first, pool
 from unweave.methods.shift.probe import Probe, Recipe, accuracies, concept_vectors, describe, fit
-from unweave.methods.shift.result import Accuracies, Judgement, Method, Seed, Share, ShiftResult, TableRow, Verdict
+from unweave.methods.shift.result import Accuracies, Judgement, Method, Seed, ShiftResult, TableRow, Verdict
 from unweave.methods.shift.spec import RuleOptions, SupportOptions
 from unweave.sae.activations import JumpReLU
 from unweave.sae.module import SAE, ReLU

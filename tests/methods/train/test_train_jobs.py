@@ -19,6 +19,7 @@ import torch
 from helpers.jobs import small, spec_of
 from helpers.models import build_tiny, build_tiny_tokenizer
 from helpers.paths import TESTS
+from unweave.core import checkpoint
 from unweave.core import run as run_module
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
@@ -29,13 +30,14 @@ from unweave.core.writing import write_json
 from unweave.data.stream import ActivationSource, Chunk, RowBatches
 from unweave.data.tokens import TokenStore
 from unweave.lm.model import LM
-from unweave.methods.train import checkpoint, doctor, start
+from unweave.methods.train import doctor, start
 from unweave.methods.train import stage as train
 from unweave.methods.train.kinds import MatryoshkaSpec, SAESpec, TopKSpec
 from unweave.methods.train.members import members
 from unweave.methods.train.presets import PRESETS
 from unweave.methods.train.result import Training
 from unweave.methods.train.spec import DoctorSpec, TrainSpec
+from unweave.methods.train.stage import last_checkpoint
 from unweave.methods.train.trainer import SAETrainer
 from unweave.methods.train.variants import variants_of
 from unweave.sae.activations import ReLU, TopK
@@ -210,18 +212,18 @@ def test_trap_10_excluded_tokens_are_counted_in_slices(home: Path, monkeypatch: 
 def test_checkpoints_hold_for_each_process_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, asked, load = Run.open(tmp_path, "train", TopKSpec()), [], torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **how: asked.append(how) or load(*args, **how))
-    assert checkpoint.load(run, ["a"]) is None
+    assert last_checkpoint(run.path, ["a"]) is None
     state = {"stream": {"x": torch.arange(3)}, "trainers": {"a": {"w": torch.ones(2)}, "b": {"w": torch.zeros(2)}}}
     torch.save({"trainers": {"b": {"w": torch.full((2,), 9.0)}}}, run.path / "checkpoint-5-1.pt")  # of another time
-    checkpoint.save(run, state, 5, SOLO, True)
+    checkpoint.save(run.path, state, 5, SOLO, True)
     assert sorted(path.name for path in run.path.glob("checkpoint-*.pt")) == ["checkpoint-5-0.pt"]
-    found = checkpoint.load(run, ["b"])
+    found = last_checkpoint(run.path, ["b"])
     assert found is not None
     assert list(found["trainers"]) == ["b"] and found["trainers"]["b"]["w"].tolist() == [0, 0]
     assert found["stream"]["x"].tolist() == [0, 1, 2]
     torch.save({"stream": {"x": torch.zeros(3)}, "trainers": {"c": {}}}, run.path / "checkpoint-5-1.pt")
     write_json(run.path / "checkpoint.json", {"step": 5, "files": ["checkpoint-5-0.pt", "checkpoint-5-1.pt"]})
-    found = checkpoint.load(run, ["a", "c"])
+    found = last_checkpoint(run.path, ["a", "c"])
     assert found is not None and set(found["trainers"]) == {"a", "c"}
     assert found["stream"]["x"].tolist() == [0, 1, 2]  # the first process's
     assert asked and all(str(how["map_location"]) == "cpu" for how in asked)  # of a GPU that may be another's now

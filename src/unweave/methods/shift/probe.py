@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unweave.core.errors import UnweaveError
+from unweave.core.shares import Share
 from unweave.core.site import Site
 from unweave.lm.model import LM
-from unweave.methods.shift.result import Accuracies, Share
+from unweave.methods.shift.result import Accuracies
 
 
 @dataclass(frozen=True, kw_only=True)

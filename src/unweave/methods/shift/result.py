@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 from unweave.attribute.result import SiteSum
 from unweave.circuits.about import Supporting
 from unweave.core.result import Result
+from unweave.core.shares import Share
 from unweave.core.site import Site
 from unweave.inputs.subject import Subject
 from unweave.latents.annotations import name_of
@@ -22,27 +22,6 @@ MEASURES: tuple[Measure, ...] = ("profession", "gender", "worst")
 
 LEAST_GAP = 0.2
 """between the original's and the oracle's worst group; a smaller one is made up of the test set's chance"""
-_Z = 1.959964  # of a two-sided 95 % interval
-
-
-@dataclass(frozen=True)
-class Share:
-    """How many of how many."""
-
-    right: int
-    of: int
-
-    @property
-    def value(self) -> float:
-        return self.right / self.of
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the share."""
-        p, n = self.value, self.of
-        middle, half = p + _Z**2 / (2 * n), _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n))
-        scale = 1 + _Z**2 / n
-        return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unweave.core import checkpoint
 from unweave.core.dist import SOLO, Group, refuse_shared_device
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.files import read_json
@@ -32,7 +34,7 @@ from unweave.data.stream import ActivationSource, MixingBuffer, Norms, RowBatche
 from unweave.data.tokens import TokenStore
 from unweave.inputs.inputs import activation_source, load_lm, token_store
 from unweave.lm.model import LM
-from unweave.methods.train import checkpoint, start
+from unweave.methods.train import start
 from unweave.methods.train.end_to_end import end_to_end_step
 from unweave.methods.train.heldout import Heldout
 from unweave.methods.train.members import Member, members
@@ -96,6 +98,18 @@ def _refuse_empty_shares(spec: TrainSpec, every: list[Member], group: Group) -> 
 def sae_folder(run: Run[Any], name: str = "") -> Path:
     """Where a training run keeps an SAE; ``name`` is "" for a run's only one, else as in the result's ``saes``."""
     return run.path / "sae" / name
+
+
+def last_checkpoint(folder: Path, names: Collection[str]) -> dict[str, Any] | None:
+    """The last whole checkpoint with the trainers of these names, whichever process had them; None where there is none.
+
+    Of every process's state only these trainers are held.
+    """
+    whole: dict[str, Any] = {"trainers": {}}
+    for state in checkpoint.states(folder):
+        own = {name: trainer for name, trainer in state["trainers"].items() if name in names}
+        whole = state | whole | {"trainers": whole["trainers"] | own}
+    return whole if len(whole) > 1 else None
 
 
 def _trained(run: Run[Any], member: Member) -> TrainedSAE:
@@ -163,7 +177,7 @@ class _Work:
         capacity = max(spec.stream.buffer_tokens, 2 * batch)
         self.buffer = MixingBuffer(source, batch=batch, capacity=capacity, seed=seed, policies=self.policies)
         self.rows = RowBatches(self.store, self.lm.pad_id, batch_tokens=batch, seed=seed, min_rows=self.shared.size)
-        saved = checkpoint.load(self.run, [member.name for member in self.own])
+        saved = last_checkpoint(self.run.path, {member.name for member in self.own})
         if saved is not None:
             self.buffer.load_state_dict(saved["stream"])
             self.rows.load_state_dict(saved["rows"])
@@ -265,7 +279,7 @@ class _Work:
             "trainers": {name: trainer.state_dict() for name, trainer in self.trainers.items()},
         }
         step = next(iter(self.trainers.values())).steps
-        checkpoint.save(self.run, state, step, self.group, self.writes)
+        checkpoint.save(self.run.path, state, step, self.group, self.writes)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
