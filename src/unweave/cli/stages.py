@@ -12,6 +12,7 @@ from unweave.papers import PAPERS
 
 GROUPS = {
     "circuit": "Find the circuits of a model's behaviours in latents, check them, draw them and change them.",
+    "finetune": "Choose latents, and fine-tune a model while they are ablated, so that it learns without them.",
     "paper": "Run a paper's recipe: its trainings, measurements, table and figures, beside what it claims.",
 }
 """Commands that hold others, with their help."""

@@ -22,6 +22,7 @@ METHODS = (
     "methods.axbench",
     "methods.explain",
     "methods.explain.rubric",
+    "methods.finetune",
     "methods.special_tokens",
     "methods.circuits",
     "methods.shift",

@@ -36,16 +36,21 @@ NONE = Condition(ConditionSpec())
 FAST = LearningSpec(lr=1e-2, batch=4, epochs=2, warmup=0.25)
 
 
+def wide(family: str) -> Any:
+    """In float64, for Adam makes of rounding whatever it likes; but for the family whose softmax is in float32, where
+    the mask's float64 minimum is infinite."""
+    return build_tiny(family) if family == "gemma2" else build_tiny(family).double()
+
+
 def tiny(family: str = "llama") -> LM:
-    """In float64: Adam makes of rounding whatever it likes."""
-    return LM(build_tiny(family).double(), None)
+    return LM(wide(family), None)
 
 
 def sae_at(site: str, seed: int = 0, width: int = 32) -> SAE:
     g = torch.Generator().manual_seed(seed)
     W_dec = F.normalize(torch.randn(48, width, generator=g), dim=1)
     bias, zero = torch.full((48,), -0.2), torch.zeros(width)
-    return SAE(W_dec.T.clone(), bias, W_dec, zero, ReLU(), read=Site.parse(site)).double()
+    return SAE(W_dec.T.clone(), bias, W_dec, zero, ReLU(), read=Site.parse(site))
 
 
 def zeroing(*sites: str, **fields: Any) -> Condition:
@@ -69,10 +74,11 @@ def train(
         return {name: weight.detach().clone() for name, weight in model.named.items()}
 
 
-def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-6) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda text: f"{name}: {text}")  # noqa: B023
+        limit = tolerance if a[name].dtype == torch.float64 else 200 * tolerance
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=limit, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
 def test_training_is_that_of_transformers_and_pytorch(family: str) -> None:
@@ -80,7 +86,7 @@ def test_training_is_that_of_transformers_and_pytorch(family: str) -> None:
     from transformers import get_linear_schedule_with_warmup
 
     rows, options = random_rows(N), replace(FAST, lr=3e-3, weight_decay=0.1, clip=0.5)
-    plain, lm = build_tiny(family).double(), tiny(family)
+    plain, lm = wide(family), tiny(family)
     before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
     plan = Plan(N, options)
     optimiser = torch.optim.AdamW(plain.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -88,7 +94,7 @@ def test_training_is_that_of_transformers_and_pytorch(family: str) -> None:
     assert plan.steps == 6
     for step in range(plan.steps):
         assert plan.learning_rate(step) == pytest.approx(optimiser.param_groups[0]["lr"])
-        loss = torch.zeros((), dtype=torch.float64)
+        loss = torch.zeros(())
         for row in plan.rows(step):  # each item alone, without padding
             ids = rows.answers.tokens.ids[row][rows.answers.tokens.mask[row]]
             logits = plain(input_ids=ids.unsqueeze(0)).logits[0, -1]
@@ -98,7 +104,7 @@ def test_training_is_that_of_transformers_and_pytorch(family: str) -> None:
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         optimiser.step()
         schedule.step()
-    close(train(lm, rows, options), {name: w.detach() for name, w in plain.named_parameters()}, 1e-9)
+    close(train(lm, rows, options), {name: w.detach() for name, w in plain.named_parameters()})
     after = lm.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(weight.requires_grad for weight in lm.model.parameters()) and not lm.sessions
@@ -120,7 +126,7 @@ def test_neither_accumulation_nor_recomputation_changes_what_is_learnt(
 ) -> None:
     rows = random_rows(N)
     whole = train(tiny(), rows, condition=condition)
-    close(train(tiny(), rows, replace(FAST, **change), condition=condition), whole, 1e-9)
+    close(train(tiny(), rows, replace(FAST, **change), condition=condition), whole)
 
 
 def test_recomputed_passes_have_the_same_gradients_to_the_last_bit_in_every_family(family: str) -> None:
@@ -136,7 +142,7 @@ def test_passes_that_begin_in_the_middle_learn_the_same(family: str) -> None:
     for condition, options in ((NONE, FAST), (zeroing("resid_post.1"), replace(FAST, kl=0.5))):
         lm = tiny(family)
         whole = train(lm, rows, options, weights=weights, condition=condition)
-        close(train(lm, rows, options, weights=weights, condition=condition, begin=True), whole, 1e-9)
+        close(train(lm, rows, options, weights=weights, condition=condition, begin=True), whole)
 
 
 def test_where_passes_begin() -> None:
@@ -254,6 +260,6 @@ def test_three_processes_train_as_one_does(tmp_path: Path) -> None:
     spawn(_work, (str(tmp_path),), nprocs=3)
     several = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     for name, case in _cases().items():
-        close(several[0][name], case(SOLO), 1e-9)
+        close(several[0][name], case(SOLO))
         close(several[1][name], several[0][name], 0.0)
         close(several[2][name], several[0][name], 0.0)

@@ -34,6 +34,7 @@ from unweave.methods.finetune.splits import Setting, choices_of, open_data
 from unweave.methods.finetune.starts import lowest, starts_at
 from unweave.methods.finetune.weights import Trainable, trainable
 from unweave.sae.module import SAE
+from unweave.show.pieces import counted
 
 _STATES = 3
 """a checkpoint holds each trained weight and two moments"""
@@ -165,4 +166,5 @@ def _say_cost(ctx: Context, setting: Setting, plan: Plan, seconds: float) -> Non
     estimate = passes * tokens * seconds / max(read, 1)
     ctx.log("cost", {"steps": plan.steps, "tokens": int(tokens), "seconds": round(estimate, 1)})
     if ctx.group.rank == 0:
-        say(f"{plan.steps:,} steps, {int(tokens):,} tokens: about {max(1, round(estimate / 60)):,} minutes")
+        minutes = counted(max(1, round(estimate / 60)), "minute")
+        say(f"{plan.steps:,} steps, {int(tokens):,} tokens: about {minutes}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from unweave.core.errors import UnweaveError
 from unweave.lm.model import LM
+from unweave.lm.sources import quiet
 from unweave.methods.finetune.spec import WeightsSpec
 
 
@@ -42,12 +44,13 @@ class Trainable:
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder, or a PEFT adapter, with the tokenizer. No hook is part of either."""
-        if self.adapter is None:
-            self.lm.model.save_pretrained(folder)
-        else:
-            self.adapter.save_pretrained(folder, save_embedding_layers=False)
-        if self.lm.tokenizer is not None:
-            self.lm.tokenizer.save_pretrained(folder)
+        with quiet():
+            if self.adapter is None:
+                self.lm.model.save_pretrained(folder)
+            else:
+                self.adapter.save_pretrained(folder, save_embedding_layers=False)
+            if self.lm.tokenizer is not None:
+                self.lm.tokenizer.save_pretrained(folder)
 
 
 @contextmanager
@@ -111,7 +114,8 @@ def _adapter(lm: LM, spec: WeightsSpec, seed: int, name: str | None) -> Any:
         fan_in_fan_out=any(isinstance(part, Conv1D) for _, part in linear), task_type="CAUSAL_LM",
         base_model_name_or_path=name,
     )  # fmt: skip
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks transformers for what has another name now
         torch.manual_seed(seed)
         adapter = peft.get_peft_model(lm.model, config)
     config.base_model_name_or_path = name
