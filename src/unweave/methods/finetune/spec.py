@@ -111,7 +111,7 @@ class ChecksSpec(Spec):
     """Items of a split at most, its first."""
 
 
-_TASK = only_where("there is a task", lambda spec: spec.task is not None, "give task")
+_TASK = only_where("there is no data", lambda spec: spec.data is None, "leave data out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +124,12 @@ class FinetuneSpec(Spec):
     """Type of the weights. In bfloat16 updates below 1/256 of a weight are lost, as in the paper's runs."""
     device: str | None = operational(None)
     """cpu, cuda, cuda:1...; by default a GPU where there is one."""
-    task: ChoiceSpec | None = None
+    task: Annotated[ChoiceSpec, _TASK] = ChoiceSpec()
     """Items with two answers to learn from."""
     split: Annotated[Literal["train", "skyline"], _TASK] = "train"
     """Which items: those whose cue agrees with the right answer, or the skyline, whose cue contradicts it."""
     data: DataSpec | None = None
-    """Conversations to learn from instead: what the assistant says in them."""
+    """Conversations to learn from in place of a task: what the assistant says in them."""
     condition: ConditionSpec = ConditionSpec()
     """Under which condition the model learns."""
     selection: FileRef | None = None
@@ -151,10 +151,6 @@ class FinetuneSpec(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.task is None) == (self.data is None):
-            raise UnweaveError(
-                "there must be one thing to learn from", where="task", remedy="give task, or conversations with data"
-            )
         if self.data is not None and self.condition.kind == "inoculate":
             raise UnweaveError(
                 "a line can only be put in front of a task's prompts", where="condition.kind",

@@ -50,7 +50,7 @@ class Data:
 def choices_of(spec: FinetuneSpec) -> Choices | None:
     """The items of the task. Raises UnweaveError where there are none to learn from; warns of what cannot be measured.
     Needs no model."""
-    if spec.task is None:
+    if spec.data is not None:
         return None
     choices = open_choices(spec.task)
     if not choices.splits.get(spec.split):
