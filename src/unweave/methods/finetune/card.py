@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from unweave.core.intervals import Interval
 from unweave.core.run import environment
-from unweave.methods.finetune.result import Accuracy, Finetuned
-from unweave.show.pieces import counted, with_interval
+from unweave.core.shares import Share
+from unweave.methods.finetune.result import Finetuned, Score
+from unweave.show.pieces import bounded, counted
 
 
 def card(result: Finetuned, spec: dict[str, object]) -> str:
@@ -38,14 +40,18 @@ def _body(result: Finetuned, spec: dict[str, object]) -> Iterator[str]:
     yield "| split | items | base | tuned | tuned, ablated at test | cross-entropy, tuned |"
     yield "|---|---|---|---|---|---|"
     for split in result.splits:
-        scores = [None if score is None else score.accuracy for score in (split.base, split.tuned, split.edited)]
-        cells = " | ".join(map(in_words, scores))
+        cells = " | ".join(in_words(right(score)) for score in (split.base, split.tuned, split.edited))
         yield f"| {split.name} | {split.items} | {cells} | {split.tuned.loss:.4f} |"
     yield "\n## Everything that was asked\n\n```json"
     yield json.dumps(spec, indent=1)
     yield "```"
 
 
-def in_words(accuracy: Accuracy | None) -> str:
+def right(score: Score | None) -> Share | None:
+    """The accuracy of a score, where it has one."""
+    return None if score is None or score.accuracy is None else score.accuracy.right
+
+
+def in_words(share: Share | None) -> str:
     """ "0.95 [0.90, 0.98]" """
-    return "-" if accuracy is None else with_interval(accuracy.right.value, *accuracy.right.interval, 3)
+    return "-" if share is None else bounded(Interval(share.value, *share.interval))

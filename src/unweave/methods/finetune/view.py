@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from unweave.core.result import Row
-from unweave.core.shares import Share
-from unweave.methods.finetune.card import in_words
+from unweave.methods.finetune.card import in_words, right
 from unweave.methods.finetune.figures import course, projections
 from unweave.methods.finetune.result import Finetuned, Split
 from unweave.show.page import ALONE, Around, Section, Tile, beside, figure
-from unweave.show.pieces import counted, esc, number, table, with_interval
+from unweave.show.pieces import counted, esc, number, table
 
 
 def rows(result: Finetuned) -> list[Row]:
@@ -29,14 +28,10 @@ def _row(split: Split) -> Row:
     before, now = split.base, split.tuned
     if now.accuracy is None:
         return (split.name, f"{now.loss:.4f}", f"nats a token; the base model {before.loss:.4f}")
-    words = [f"{counted(split.items, 'item')}; the base model {in_words(before.accuracy)}"]
-    words += [f"ablated at test {in_words(split.edited.accuracy)}"] if split.edited is not None else []
-    words += [f"follows the cue {_share(now.accuracy.cued)}"] if now.accuracy.cued is not None else []
-    return (f"accuracy: {split.name}", in_words(now.accuracy), "; ".join(words))
-
-
-def _share(share: Share | None) -> str:
-    return "-" if share is None else with_interval(share.value, *share.interval)
+    words = [f"{counted(split.items, 'item')}; the base model {in_words(right(before))}"]
+    words += [f"ablated at test {in_words(right(split.edited))}"] if split.edited is not None else []
+    words += [f"follows the cue {in_words(now.accuracy.cued)}"] if now.accuracy.cued is not None else []
+    return (f"accuracy: {split.name}", in_words(now.accuracy.right), "; ".join(words))
 
 
 def section(result: Finetuned, around: Around = ALONE) -> Section:
@@ -59,10 +54,9 @@ def section(result: Finetuned, around: Around = ALONE) -> Section:
     lines = []
     for split in result.splits:
         now = split.tuned.accuracy
-        edited = None if split.edited is None else split.edited.accuracy
         lines.append((
-            esc(split.name), f"{split.items:,}", in_words(split.base.accuracy), in_words(now), in_words(edited),
-            _share(now and now.between), _share(now and now.cued), number(split.tuned.loss),
+            esc(split.name), f"{split.items:,}", in_words(right(split.base)), in_words(now and now.right), in_words(right(split.edited)),
+            in_words(now and now.between), in_words(now and now.cued), number(split.tuned.loss),
         ))  # fmt: skip
     head = ("Split", "Items", "Base", "Tuned", "Ablated at test", "Of the two answers", "Follows the cue", "Loss")
     shown = f'<div class="uw-wide">{table(head, lines, tuple(range(1, 8)), "Accuracies")}</div>'
