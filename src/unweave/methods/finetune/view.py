@@ -54,10 +54,8 @@ def section(result: Finetuned, around: Around = ALONE) -> Section:
     lines = []
     for split in result.splits:
         now = split.tuned.accuracy
-        lines.append((
-            esc(split.name), f"{split.items:,}", in_words(right(split.base)), in_words(now and now.right), in_words(right(split.edited)),
-            in_words(now and now.between), in_words(now and now.cued), number(split.tuned.loss),
-        ))  # fmt: skip
+        shares = (right(split.base), right(split.tuned), right(split.edited), now and now.between, now and now.cued)
+        lines.append((esc(split.name), f"{split.items:,}", *map(in_words, shares), number(split.tuned.loss)))
     head = ("Split", "Items", "Base", "Tuned", "Ablated at test", "Of the two answers", "Follows the cue", "Loss")
     shown = f'<div class="uw-wide">{table(head, lines, tuple(range(1, 8)), "Accuracies")}</div>'
     tiles = tuple(
