@@ -82,16 +82,10 @@ def _sentiment(seed: int, rng: Random, most: int) -> Groups:
     for part, templates in divided(lines("sentiments.tsv"), rng).items():
         groups[part] = []
         for i, right in enumerate(_POLARITIES):
-            reviews = [text for template in templates for text in filled(_POLAR.sub(_slot(i), template))]
-            groups[part].append(
-                [Question(f'The sentiment of "{text}" is _', f'The sentiment of "{text}" is', right, _POLARITIES[1 - i])
-                 for text in reviews]
-            )  # fmt: skip
+            reviews = [text for template in templates for text in filled(_POLAR.sub(rf"{{\{i + 1}}}", template))]
+            starts = [f'The sentiment of "{text}" is' for text in reviews]
+            groups[part].append([Question(f"{start} _", start, right, _POLARITIES[1 - i]) for start in starts])
     return groups
-
-
-def _slot(polarity: int) -> Callable[[re.Match[str]], str]:
-    return lambda match: f"{{{match[polarity + 1]}}}"
 
 
 def _verbs(seed: int, rng: Random, most: int) -> Groups:
