@@ -101,15 +101,26 @@ def firing(sae: SAE, x: Tensor, keep: Tensor) -> Firing:
 
 
 @dataclass(frozen=True)
-class SiteMeans:
-    """Of one site's latents, means over examples."""
+class Activity:
+    """How strongly and often one site's latents fire: means over examples."""
 
-    effect: Mean
-    """of the sum over positions of f_j (d_j . dm/dx), in units of the metric"""
     activation: Mean
     """of f_j, itself a mean over the example's tokens that count"""
     frequency: Mean
     """of the share of these tokens on which the latent fires"""
+
+    def add(self, fires: Firing) -> None:
+        """Counts a batch's examples in."""
+        for mean, each in zip((self.activation, self.frequency), fires.per_token(), strict=True):
+            mean.add(each)
+
+
+@dataclass(frozen=True)
+class SiteMeans(Activity):
+    """The same, and what the latents do."""
+
+    effect: Mean
+    """of the sum over positions of f_j (d_j . dm/dx), in units of the metric"""
 
 
 def mean_effects(
@@ -158,5 +169,4 @@ def _count(means: SiteMeans, sae: SAE, gradient: Tensor, fires: Firing) -> None:
     if not bool(torch.isfinite(effects).all()):
         raise UnweaveError("effects are NaN or infinite", where=str(sae.write), remedy="check the SAE and the model")
     means.effect.add(fires.sums(effects))
-    for mean, each in zip((means.activation, means.frequency), fires.per_token(), strict=True):
-        mean.add(each)
+    means.add(fires)

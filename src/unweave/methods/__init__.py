@@ -19,6 +19,7 @@ METHODS = (
     "methods.labels",
     "methods.trace",
     "methods.steer",
+    "methods.finetune.attribute",
     "methods.axbench",
     "methods.explain",
     "methods.explain.rubric",
