@@ -28,7 +28,7 @@ from unweave.sae.module import SAE
 
 
 class Spread:
-    """Mean and covariance of rows that come in batches, float64 (by Chan's update, which loses nothing to large means)."""
+    """Mean and covariance of rows that come in batches, float64 (Chan's update keeps large means apart)."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.n = 0

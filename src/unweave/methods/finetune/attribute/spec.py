@@ -21,8 +21,8 @@ class FinetuneAttributeSpec(OfSAEsSpec):
 
     by: Literal["effect", "difference", "components"] = "effect"
     """effect: of every latent on the right answer; difference: how much more every latent writes in a fine-tuned model;
-    components: principal components of the difference that fine-tuning made to activations, at the SAEs' sites and those
-    of neurons."""
+    components: principal components of the difference that fine-tuning made to activations, at the sites of the SAEs
+    and of neurons."""
     task: ChoiceSpec = ChoiceSpec()
     """The task, of which training items are looked at: its metric is logit(correct) - logit(incorrect)."""
     chat: bool = False
@@ -58,8 +58,8 @@ COMMAND = Command(
     stage="unweave.methods.finetune.attribute.stage:run",
     summary="Find the latents that a task could be learnt by.",
     about="The effect of every latent of all SAEs on the right answer, over a task's training items, from one forward "
-    "and one backward pass a batch; or on the assistant's words, over conversations. With --by difference or components, "
-    "how a fine-tuned model differs from the one it came from. The strongest are candidates for "
+    "and one backward pass a batch; or on the assistant's words, over conversations. With --by difference or "
+    "components, how a fine-tuned model differs from the one it came from. The strongest are candidates for "
     "`unweave finetune select`.",
     examples=(
         "unweave finetune attribute --saes runs/train-0123456789ab/sae",

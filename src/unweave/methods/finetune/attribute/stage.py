@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,9 @@ def open_tuned(spec: FinetuneAttributeSpec, opened: Opened) -> LM:
     except ImportError as error:
         raise UnweaveError("adapters need peft", remedy='install it: pip install "unweave[finetune]"') from error
     base = LM.load(opened.model, dtype=dtype, device=spec.device)
-    merged: Any = peft.PeftModel.from_pretrained(base.model, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going
+        merged: Any = peft.PeftModel.from_pretrained(base.model, name)
     return LM(merged.merge_and_unload(), base.tokenizer, name=Path(name).name)
 
 
