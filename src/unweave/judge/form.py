@@ -196,3 +196,11 @@ def rating_form(
         return Answer((integer(written.strip(), allowed),), (place,), text[: answers[-1].start()].strip())
 
     return Form(name, version, messages, parse, allowed, _LAST_RATING)
+
+
+def few_shot(prompt: Mapping[str, Any], question: str) -> Conversation:
+    """A prompt's ``task``, its answered ``examples`` (pairs of texts), and a question; without a system turn, which not
+    every template has."""
+    texts = [text for example in prompt["examples"] for text in example] + [question]
+    texts[0] = f"{prompt['task']}\n\n{texts[0]}"
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]

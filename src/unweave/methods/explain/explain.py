@@ -21,10 +21,11 @@ from unweave.core.intervals import interval
 from unweave.judge.base import Judge
 from unweave.judge.check import Check, check, known_texts
 from unweave.judge.form import Ratings, rate
+from unweave.latents import relevance
 from unweave.latents.records import Records
 from unweave.lm.model import LM
 from unweave.methods.explain.examples import Examples
-from unweave.methods.explain.forms import DETECTION, EXPLAIN, RELEVANCE, Claim
+from unweave.methods.explain.forms import DETECTION, EXPLAIN, Claim
 from unweave.methods.explain.result import ScoreSummary
 from unweave.methods.explain.rubric import rubric
 from unweave.methods.explain.scores import Labels, Scored, above, score, strangers
@@ -150,18 +151,9 @@ def _clearness(
 
 def rate_relevance(judge: Judge, query: str, explained: Explained) -> dict[int, float]:
     """How much each explanation is about the query: the judge's rating over 100; failures are left out."""
-    ratings = rate(judge, RELEVANCE, [Claim(label, query) for label in explained.labels.values()])
+    values, ratings = relevance.rate_relevance(judge, query, explained.labels)
     explained.add("query", list(explained.labels), ratings)
-    values = zip(explained.labels, ratings.rows, strict=True)
-    return {j: row.best / 100 for j, row in values if row.answer}
-
-
-def cosines(query: str, labels: Labels, embedder: str, device: str | None) -> dict[int, float]:
-    """The cosine of each explanation's embedding and the query's."""
-    from unweave.lm.embed import embed
-
-    vectors = embed([query, *labels.values()], embedder, device)
-    return dict(zip(labels, (vectors[1:] @ vectors[0]).tolist(), strict=True))
+    return values
 
 
 # -- what latents read ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from unweave.core.files import read_toml
 from unweave.judge.base import Conversation
-from unweave.judge.form import Answer, Form, rating_form
+from unweave.judge.form import Answer, Form, few_shot, rating_form
 from unweave.methods.explain.examples import Examples, fires, marked
 
 THRESHOLD = 0.3
@@ -28,12 +28,8 @@ class Claim(NamedTuple):
 
 
 def turns(name: str, question: str) -> Conversation:
-    """The task of that name with answered examples, and a question; without a system turn, which not every template
-    has."""
-    prompt = PROMPTS[name]
-    texts = [text for example in prompt["examples"] for text in example] + [question]
-    texts[0] = f"{prompt['task']}\n\n{texts[0]}"
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    """The task of that name with answered examples, and a question."""
+    return few_shot(PROMPTS[name], question)
 
 
 def says(words: str) -> bool:
@@ -61,7 +57,3 @@ DETECTION, FUZZING = (
     rating_form(name, PROMPTS[name]["version"], lambda claim, name=name: turns(name, str(claim)), (0, 1))
     for name in ("detection", "fuzzing")
 )
-RELEVANCE: Form[Claim] = rating_form(
-    "relevance", PROMPTS["relevance"]["version"],
-    lambda claim: turns("relevance", f"Topic: {claim.text}\nDescription: {claim.explanation}"), range(101),
-)  # fmt: skip

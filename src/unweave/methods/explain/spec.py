@@ -8,15 +8,15 @@ from typing import Annotated, Literal
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
 from unweave.core.refs import FileRef
-from unweave.core.rules import at_least, only_for, only_where, rule
+from unweave.core.rules import at_least, only_where, rule
 from unweave.core.spec import Spec, operational
 from unweave.data.spec import DataSpec
 from unweave.inputs.spec import UseSpec
 from unweave.judge.spec import JudgeSpec
+from unweave.latents.relevance import QuerySpec
 from unweave.methods.explain.result import ExplainResult
 
 Score = Literal["detection", "fuzzing", "simulation", "rubric"]
-_WITH_TEXT = only_where("text is given", lambda spec: spec.text != "", "give the query's text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +31,6 @@ class ExamplesSpec(Spec):
     """How many tokens of text contexts are taken from; by default 200,000, or all there are."""
     seed: int = 0
     """Choice of latents, contexts and controls."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuerySpec(Spec):
-    """Selecting latents whose explanation is about something."""
-
-    text: Annotated[str, rule("words", lambda text: text == "" or text.strip() != "")] = ""
-    """What it should be about; without it nothing is selected."""
-    by: Annotated[Literal["embedding", "judge"], _WITH_TEXT] = "embedding"
-    """Cosine of sentence embeddings, or the judge's rating from 0 to 100, over 100."""
-    at_least: Annotated[float, rule("from -1 to 1", lambda value: -1 <= value <= 1), _WITH_TEXT] = 0.5
-    """The relevance from which a latent is selected."""
-    embedder: Annotated[str, only_for("by", "embedding"), _WITH_TEXT] = "all-minilm-l6-v2"
-    """A catalogue name, hub id or folder of an encoder; what sentence-transformers wrote can be read."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from unweave.latents import stage as latents
 from unweave.latents.annotations import Annotation, name_of
 from unweave.latents.logit_weights import writes_into_stream
 from unweave.latents.records import Records
+from unweave.latents.relevance import cosines
 from unweave.latents.spec import LatentsSpec, RecordsSpec
 from unweave.methods.explain import neuronpedia
 from unweave.methods.explain.costs import estimate
@@ -27,7 +28,6 @@ from unweave.methods.explain.examples import Examples, choose_examples, choose_l
 from unweave.methods.explain.explain import (
     Explained,
     check_reading,
-    cosines,
     explain,
     explain_and_score,
     input_scores,
