@@ -32,20 +32,22 @@ class QuerySpec(Spec):
     """A catalogue name, hub id or folder of an encoder; what sentence-transformers wrote can be read."""
 
 
-class _Case(NamedTuple):
+class About(NamedTuple):
+    """What a description is held against."""
+
     topic: str
     description: str
 
 
-RELEVANCE: Form[_Case] = rating_form(
+RELEVANCE: Form[About] = rating_form(
     "relevance", _PROMPT["version"],
     lambda case: few_shot(_PROMPT, f"Topic: {case.topic}\nDescription: {case.description}"), range(101),
 )  # fmt: skip
 
 
-def rate_relevance(judge: Judge, query: str, labels: Mapping[K, str]) -> tuple[dict[K, float], Ratings[_Case]]:
+def rate_relevance(judge: Judge, query: str, labels: Mapping[K, str]) -> tuple[dict[K, float], Ratings[About]]:
     """The judge's rating of every label, from 0 to 1, without those that it did not rate; and its answers."""
-    ratings = rate(judge, RELEVANCE, [_Case(query, label) for label in labels.values()])
+    ratings = rate(judge, RELEVANCE, [About(query, label) for label in labels.values()])
     return {key: row.best / 100 for key, row in zip(labels, ratings.rows, strict=True) if row.answer}, ratings
 
 

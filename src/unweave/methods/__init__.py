@@ -20,6 +20,7 @@ METHODS = (
     "methods.trace",
     "methods.steer",
     "methods.finetune.attribute",
+    "methods.finetune.select",
     "methods.axbench",
     "methods.explain",
     "methods.explain.rubric",

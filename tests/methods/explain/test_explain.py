@@ -28,15 +28,16 @@ from unweave.judge.scripted import Scripted
 from unweave.judge.spec import JudgeSpec
 from unweave.latents import annotations
 from unweave.latents.latent_record import Context, LatentRecord
+from unweave.latents.relevance import RELEVANCE, About, QuerySpec
 from unweave.lm.chat import Role
 from unweave.methods.explain import neuronpedia, stage, view
 from unweave.methods.explain.examples import choose_examples, elsewhere, fires, marked, tokens_of
 from unweave.methods.explain.explain import check_reading, explain_and_score, input_scores, rate_relevance
-from unweave.methods.explain.forms import EXPLAIN, RELEVANCE, Claim
+from unweave.methods.explain.forms import EXPLAIN, Claim
 from unweave.methods.explain.result import ExplainResult
 from unweave.methods.explain.scores import above, claims, score, simulations, strangers
 from unweave.methods.explain.simulate import Simulated, activations, correlation, simulate
-from unweave.methods.explain.spec import ExamplesSpec, ExplainSpec, PricesSpec, QuerySpec
+from unweave.methods.explain.spec import ExamplesSpec, ExplainSpec, PricesSpec
 
 
 def context(document: int, values: list[float], band: int | None = None, words: str = "") -> Context:
@@ -532,6 +533,6 @@ def test_options_that_make_no_sense_are_refused(fields: dict[str, Any], message:
 
 
 def test_relevance_is_asked_from_0_to_100() -> None:
-    ratings = rate(Scripted(["Rating: [[85]]", "Rating: [[101]]"]), RELEVANCE, [Claim("months", "dates")] * 2)
+    ratings = rate(Scripted(["Rating: [[85]]", "Rating: [[101]]"]), RELEVANCE, [About("dates", "months")] * 2)
     np.testing.assert_array_equal(ratings.values, [85, math.nan])
     assert "Topic: dates\nDescription: months" in ratings.rows[0].prompt[-1]["content"]

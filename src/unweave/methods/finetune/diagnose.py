@@ -1,0 +1,167 @@
+"""What can be said of an ablation before anything is trained: where the base model lies on the directions that would
+be ablated, and whether the ablation breaks the task.
+
+1. Projections p = x . d / |d| of the base model over the task's tokens that count: mean, deviation and share of the
+   site's variance. Taking the direction out sets p to 0. Where p is well below 0 that is an addition of the concept.
+2. How zeroing a latent shifts x on average: by -f_j |d_j|, which is much where it fires everywhere.
+3. logit(correct) - logit(incorrect) on the task's items with each edit and without, in pairs.
+4. What the edit costs, in multiply-adds: for a TopK SAE every latent must be computed to know which win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unweave.attribute.states import values_of
+from unweave.core.errors import UnweaveError
+from unweave.core.progress import task
+from unweave.core.site import Site
+from unweave.latents.selection import Selection
+from unweave.lm.model import LM, Tokens
+from unweave.lm.taps import Edits
+from unweave.methods.finetune.attribute.attribute import in_groups
+from unweave.methods.finetune.conditions import open_condition
+from unweave.methods.finetune.diagnosis import Diagnosis, DirectionCheck, EditCheck
+from unweave.methods.finetune.spec import ConditionSpec
+from unweave.sae.activations import TopK
+from unweave.sae.module import SAE
+from unweave.sae.subset import Subset, orthonormal_basis
+from unweave.tasks.choices.encode import Encoded
+
+_Z = 1.96
+
+
+def diagnose(
+    lm: LM,
+    saes: Mapping[Site, SAE],
+    selection: Selection,
+    encoded: Encoded,
+    *,
+    max_tokens: int = 2048,
+) -> Diagnosis:
+    """What ``selection`` would do to the base model ``lm``, on the items of a task.
+
+    Raises UnweaveError where an SAE is missing, or no token counts.
+    """
+    groups = [encoded.at(group) for group in in_groups(encoded.tokens.mask.sum(1).tolist(), max_tokens)]
+    texts = [group.tokens for group in groups]
+    kinds = ("zero", "span", "mean") if selection.kind == "latents" else ("span", "mean")
+    conditions = {kind: open_condition(ConditionSpec(kind=kind), selection, lm, saes, texts) for kind in kinds}  # type: ignore[arg-type]
+    chosen = conditions["span"].chosen
+    with task("diagnose", total=len(encoded) * (2 + len(kinds)), unit="items") as shown:
+        numbers = {one.site: one.numbers for one in selection.sites}
+        directions, shares, counted = _projections(lm, chosen, numbers, texts, shown.advance)
+        before = _ahead(lm, groups, None)
+        shown.advance(len(encoded))
+        edits = []
+        for kind, condition in conditions.items():
+            edits.append(_check(kind, before, _ahead(lm, groups, condition.full), _cost(lm, chosen, kind)))
+            shown.advance(len(encoded))
+    return Diagnosis(len(encoded), counted, directions, shares, tuple(edits))
+
+
+def _projections(
+    lm: LM,
+    chosen: Mapping[Site, Subset],
+    numbers: Mapping[Site, Sequence[int]],
+    texts: Sequence[Tokens],
+    advance: Callable[[int], None],
+) -> tuple[tuple[DirectionCheck, ...], dict[str, float], int]:
+    """Every direction's check, the share of variance of each site's span, and how many tokens counted at most."""
+    reads = {site: subset.sae.read or site for site, subset in chosen.items()}
+    sums = {site: _Sums(subset) for site, subset in chosen.items()}
+    sites = {*chosen, *reads.values()}
+    for tokens in texts:
+        batch = tokens.to(lm.device)
+        values = values_of(lm, sites, batch, max_tokens=batch.ids.numel())
+        for site, one in sums.items():
+            source = values[reads[site]]
+            keep = one.subset.sae.policy.keep(source, batch.ids, batch.mask)
+            one.add(values[site][keep], source[keep])
+        advance(len(tokens))
+    checks = tuple(check for site, one in sums.items() for check in one.checks(site, numbers[site]))
+    return checks, {str(site): one.span_share for site, one in sums.items()}, max(one.n for one in sums.values())
+
+
+class _Sums:
+    """Sums over one site's tokens: x, its squared length, squared projections on directions and span, and latents."""
+
+    def __init__(self, subset: Subset) -> None:
+        self.subset, self.n = subset, 0
+        rows = subset.sae.W_dec[subset.latents].double()
+        self.norms = rows.norm(dim=1)
+        self.unit, self.span = F.normalize(rows, dim=1), orthonormal_basis(rows)
+        width, count = rows.shape[1], len(rows)
+        zeros = [torch.zeros(n, dtype=torch.float64, device=rows.device) for n in (width, 1, count, len(self.span))]
+        self.x, self.size, self.squares, self.span_squares = zeros
+        self.f = torch.zeros(2, count, dtype=torch.float64, device=rows.device)
+
+    def add(self, x: Tensor, source: Tensor) -> None:
+        """Counts tokens in: what is written to, x [n, D], and what the latents read."""
+        x, f = x.double(), self.subset.encode(source).double()
+        self.n += len(x)
+        self.x += x.sum(0)
+        self.size += x.square().sum()
+        self.squares += (x @ self.unit.T).square().sum(0)
+        self.span_squares += (x @ self.span.T).square().sum(0)
+        self.f += torch.stack([f.sum(0), (f != 0).double().sum(0)])
+
+    def _variance(self, squares: Tensor, rows: Tensor) -> Tensor:
+        return (squares / self.n - (self.x @ rows.T / self.n).square()).clamp(min=0)
+
+    @property
+    def _total(self) -> float:
+        return max(float(self.size / self.n - (self.x / self.n).square().sum()), 1e-30)
+
+    @property
+    def span_share(self) -> float:
+        return float(self._variance(self.span_squares, self.span).sum()) / self._total
+
+    def checks(self, site: Site, numbers: Sequence[int]) -> Iterator[DirectionCheck]:
+        """A check for each direction, which are numbered so. UnweaveError where no token counts."""
+        if self.n == 0:
+            raise UnweaveError("no token of the task counts for this SAE", where=str(site), remedy="check the task")
+        variance = self._variance(self.squares, self.unit)
+        mean, deviation = self.x @ self.unit.T / self.n, variance.sqrt()
+        strong, often = self.f / self.n
+        columns = torch.stack([strong, often, mean, deviation, variance / self._total, -strong * self.norms])
+        for number, (f, share, p, spread, part, shift) in zip(numbers, columns.T.tolist(), strict=True):
+            in_deviations = shift / spread if spread else 0.0
+            yield DirectionCheck(site, number, f, share, p, spread, part, p < -spread, in_deviations)
+
+
+def _ahead(lm: LM, groups: Sequence[Encoded], edit: Edits | None) -> Tensor:
+    """logit(correct) - logit(incorrect) of every item, float64 [N]."""
+    values = []
+    for group in groups:
+        width = group.tokens.ids.shape[1]
+        keep = width - int(group.last.min())
+        with lm.taps(edit=edit):
+            logits = lm(group.tokens, keep_logits=keep)
+        assert logits is not None
+        rows = torch.arange(len(group))
+        last = logits[rows, (group.last - (width - keep)).to(logits.device)].double()
+        right, wrong = (last.gather(1, ids.to(last.device).unsqueeze(1)) for ids in (group.correct, group.incorrect))
+        values.append((right - wrong).squeeze(1).cpu())
+    return torch.cat(values)
+
+
+def _cost(lm: LM, chosen: Mapping[Site, Subset], kind: str) -> float:
+    """Multiply-adds that the edits add at a token, as a share of those of the model's blocks."""
+    added = 0
+    for subset in chosen.values():
+        (inputs, latents), (count, width) = subset.W_enc.shape, subset.sae.W_dec[subset.latents].shape
+        rows = subset.sae.d_sae if isinstance(subset.sae.activation, TopK) else latents
+        added += 2 * count * width if kind == "span" else inputs * rows + count * width
+    return added / sum(weight.numel() for block in lm.layout.blocks for weight in block.parameters())
+
+
+def _check(edit: str, before: Tensor, after: Tensor, cost: float) -> EditCheck:
+    change = after - before
+    margin = _Z * float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
+    right = [float((values > 0).double().mean()) for values in (before, after)]
+    return EditCheck(edit, float(before.mean()), float(change.mean()), margin, *right, cost)

@@ -1,0 +1,1 @@
+"""Which candidates are ablated, and the random controls beside them."""
