@@ -33,7 +33,7 @@ from unweave.lm.chat import Role
 from unweave.methods.explain import neuronpedia, stage, view
 from unweave.methods.explain.examples import choose_examples, elsewhere, fires, marked, tokens_of
 from unweave.methods.explain.explain import check_reading, explain_and_score, input_scores, rate_relevance
-from unweave.methods.explain.forms import EXPLAIN, Claim
+from unweave.methods.explain.forms import EXPLAIN
 from unweave.methods.explain.result import ExplainResult
 from unweave.methods.explain.scores import above, claims, score, simulations, strangers
 from unweave.methods.explain.simulate import Simulated, activations, correlation, simulate

@@ -87,8 +87,9 @@ def choose(candidates: Sequence[Candidate], verdicts: Mapping[Key, Verdict], lim
     """Those that are taken, the strongest first. UnweaveError, with the best that was refused, where there is none."""
     eligible = [one for one in candidates if _eligible(one, limits)]
     if not eligible:
+        there = ", ".join(map(str, sorted({one.site for one in candidates})))
         what = f"no candidate is of the sites {', '.join(limits.sites) or '*'} and sign {limits.sign}"
-        raise UnweaveError(what, where="sites, sign", remedy=f"there are: {', '.join(sorted({str(c.site) for c in candidates}))}")  # fmt: skip
+        raise UnweaveError(what, where="sites, sign", remedy=f"there are: {there}")
     passing = [one for one in eligible if key_of(one) in verdicts and verdicts[key_of(one)].passes]
     if passing:
         return passing[: limits.top]

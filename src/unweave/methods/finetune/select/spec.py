@@ -38,10 +38,11 @@ class FinetuneSelectSpec(Spec):
     attribution: AttributionRef
     """The run of `unweave finetune attribute` that has the candidates."""
     by: Literal["rule", "query", "label", "annotations"] = "rule"
-    """rule: the strongest, of these sites and this sign; query: those whose explanation is about something; label: those
-    whose labels have a name; annotations: those that somebody marked as relevant."""
+    """rule: the strongest, of these sites and this sign; query: those whose explanation is about something; label:
+    those whose labels have a name; annotations: those that somebody marked as relevant."""
     annotations: FileRef | None = None
-    """JSON lines: explanations (of `unweave explain`), labels (of `unweave labels`), or judgements (`relevant`: true)."""
+    """JSON lines: explanations (of `unweave explain`), labels (of `unweave labels`), or what somebody marked as
+    relevant."""
     query: Annotated[QuerySpec, only_for("by", "query")] = QuerySpec()
     """What explanations shall be about, by embeddings or a judge, and from which relevance on."""
     judge: Annotated[JudgeSpec, only_for("by", "query")] = JudgeSpec()
@@ -78,9 +79,6 @@ class FinetuneSelectSpec(Spec):
             raise UnweaveError(what, where="annotations", remedy="name it with --annotations")
         if self.by == "label" and not self.labels:
             raise UnweaveError("there are no labels to choose by", where="labels", remedy='give --labels "gender::*"')
-        if self.by == "rule" and self.top is None and not self.sites and self.sign == "either":
-            what = "this rule chooses every candidate, and leaves none for controls"
-            raise UnweaveError(what, where="top", remedy="give --top 10, or --sites or --sign")
 
 
 COMMAND = Command(

@@ -97,9 +97,8 @@ def _said(spec: FinetuneSelectSpec, found: AttributeResult) -> dict[Key, Annotat
     there = notes.load(spec.annotations, [one.site for one in found.sites])
     notes.refuse_strangers(there, digests, str(spec.annotations))
     keys = {key_of(one) for one in found.candidates}
-    return {
-        (one.site, one.latent): one for one in there.values() if one.latent is not None and (one.site, one.latent) in keys
-    }  # fmt: skip
+    named = (((one.site, one.latent), one) for one in there.values() if one.latent is not None)
+    return {key: one for key, one in named if key in keys}
 
 
 def _refuse_others(found: AttributeResult, opened: Opened) -> None:
@@ -123,8 +122,12 @@ def _records(spec: FinetuneSelectSpec, found: AttributeResult, opened: Opened, r
 
 
 def _verdicts(
-    spec: FinetuneSelectSpec, found: AttributeResult, said: Mapping[Key, Annotation], words: Mapping[Key, str], runs: Path
-) -> dict[Key, Verdict]:  # fmt: skip
+    spec: FinetuneSelectSpec,
+    found: AttributeResult,
+    said: Mapping[Key, Annotation],
+    words: Mapping[Key, str],
+    runs: Path,
+) -> dict[Key, Verdict]:
     if spec.by == "rule":
         return by_rule(found.candidates)
     if spec.by == "label":
@@ -227,20 +230,25 @@ def _weighed(
     for one in found.candidates:
         key = key_of(one)
         verdict, record = verdicts.get(key), records.get(key)
-        top = [] if record is None else [context.shown() for context in record.top[:_LINES]]
-        lines = tuple(
-            Line(tuple(t.text for t in shown), tuple(t.value for t in shown), next(i for i, t in enumerate(shown) if t.focus))
-            for shown in top
-        )  # fmt: skip
         rows.append(
             Weighed(
-                one, words.get(key, ""), None if verdict is None else verdict.relevance, key in chosen,
-                verdict.why if verdict is not None and key in chosen else "",
-                () if record is None else tuple(text for text, _ in record.promoted),
-                lines, 0.0 if record is None else record.maximum,
+                candidate=one,
+                words=words.get(key, ""),
+                relevance=None if verdict is None else verdict.relevance,
+                chosen=key in chosen,
+                why=verdict.why if verdict is not None and key in chosen else "",
+                promoted=() if record is None else tuple(text for text, _ in record.promoted),
+                lines=() if record is None else tuple(map(_line, record.top[:_LINES])),
+                maximum=0.0 if record is None else record.maximum,
             )
-        )  # fmt: skip
+        )
     return tuple(rows)
+
+
+def _line(context: Any) -> Line:
+    shown = context.shown()
+    peak = next(place for place, one in enumerate(shown) if one.focus)
+    return Line(tuple(one.text for one in shown), tuple(one.value for one in shown), peak)
 
 
 def _diagnosis(

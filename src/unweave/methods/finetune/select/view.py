@@ -19,10 +19,8 @@ _SHOWN = 20
 def rows(result: SelectResult) -> list[Row]:
     """What was chosen, what it does, and where the files are."""
     chosen = [one for one in result.weighed if one.chosen]
-    lines: list[Row] = [
-        ("model", result.subject.named_model, ""),
-        ("chosen", len(chosen), f"of {counted(len(result.weighed), 'candidate')}, by {result.by} {result.query}".rstrip()),
-    ]  # fmt: skip
+    how = f"of {counted(len(result.weighed), 'candidate')}, by {result.by} {result.query}".rstrip()
+    lines: list[Row] = [("model", result.subject.named_model, ""), ("chosen", len(chosen), how)]
     if result.unknown:
         lines.append(("not judged", result.unknown, "candidates of which nothing is known"))
     lines += [(f"  {_name(one)}", one.candidate.score, one.why) for one in chosen[:_SHOWN]]
@@ -48,10 +46,10 @@ def section(result: SelectResult, around: Around = ALONE) -> Section:
     """Where the chosen ones are, what ablating them does to the untrained model, and every candidate."""
     chosen = [one for one in result.weighed if one.chosen]
     query = f" <b>{esc(result.query)}</b>" if result.query else ""
-    unknown = f" Of {counted(result.unknown, 'candidate')} nothing is known that could be judged." if result.unknown else ""  # fmt: skip
+    unknown = f" Of {counted(result.unknown, 'candidate')} nothing is known." if result.unknown else ""
     body = [
-        f"<p>{len(chosen)} of {counted(len(result.weighed), 'candidate')} chosen by {esc(result.by)}{query}; candidates "
-        f"are ranked by {esc(result.metric)} ({esc(result.attribution)}).{unknown} To change the choice, edit "
+        f"<p>{len(chosen)} of {counted(len(result.weighed), 'candidate')} chosen by {esc(result.by)}{query}; "
+        f"they are ranked by {esc(result.metric)} ({esc(result.attribution)}).{unknown} To change the choice, edit "
         "<code>candidates.jsonl</code> (<code>relevant</code>) and give it back with <code>--by annotations</code>. "
         f"Controls: {esc(', '.join(path.stem for path in result.controls)) or 'none'}.</p>"
     ]
@@ -63,8 +61,9 @@ def section(result: SelectResult, around: Around = ALONE) -> Section:
         body += diagnosis_html(result.diagnosis)
     head = ("", "Candidate", "Score", "95 %", "Fires on", "Relevance", "What is known")
     lines = [
-        ("chosen" if one.chosen else "", esc(_name(one)), number(one.candidate.score), f"± {number(one.candidate.margin)}",
-         percent(one.candidate.frequency), number(one.relevance, 2), esc(one.words))
+        ("chosen" if one.chosen else "", esc(_name(one)), number(one.candidate.score),
+         f"± {number(one.candidate.margin)}", percent(one.candidate.frequency), number(one.relevance, 2),
+         esc(one.words))
         for one in result.weighed
     ]  # fmt: skip
     body.append(f'<h3>Candidates</h3><div class="uw-wide">{table(head, lines, (2, 3, 4, 5))}</div>')
