@@ -11,7 +11,6 @@ from unweave.methods import commands
 from unweave.papers import PAPERS
 
 GROUPS = {
-    "finetune": "Steer what a model learns: find what it could learn a task by, choose, and train without that.",
     "circuit": "Find the circuits of a model's behaviours in latents, check them, draw them and change them.",
     "finetune": "Choose latents, and fine-tune a model while they are ablated, so that it learns without them.",
     "paper": "Run a paper's recipe: its trainings, measurements, table and figures, beside what it claims.",
