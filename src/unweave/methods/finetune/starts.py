@@ -19,13 +19,14 @@ from unweave.core.site import Site
 from unweave.lm.model import LM
 from unweave.lm.taps import Start
 from unweave.methods.finetune.rows import Rows
+from unweave.sae.edits import Edit
 
 _MOST_BYTES = 2 << 30
 """Activations of more bytes are not held: passes begin at the tokens."""
 _BATCH = 32
 
 _held: WeakKeyDictionary[LM, dict[tuple[object, ...], Starts]] = WeakKeyDictionary()
-"""of the last call for each model: runs that follow one another have the same rows, and often the same site"""
+"""of the last calls for each model: runs that follow one another have the same rows, and often the same site"""
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,26 @@ def lowest(first_block: int, sites: Iterable[Site]) -> Site | None:
     return Site("resid_post", block - 1) if block > 0 else None
 
 
-def starts_at(lm: LM, site: Site | None, splits: Mapping[str, Rows]) -> dict[str, Starts]:
-    """The activations of every split at ``site``; nothing where the site is None, or all would take too much memory."""
+def starts_at(
+    lm: LM, site: Site | None, splits: Mapping[str, Rows], edits: Sequence[Edit] = (), of: str = ""
+) -> dict[str, Starts]:
+    """The activations of every split at ``site``; nothing where the site is None, or all would take too much memory.
+
+    ``edits`` are in place meanwhile; ``of`` says which they are, so that equal ones find what is held.
+    """
     tokens = sum(int(rows.lengths.sum()) for rows in splits.values())
     if site is None or tokens * lm.d_model * lm.dtype.itemsize > _MOST_BYTES:
         return {}
-    below = _versions(lm, site)
-    keys = {name: (site, below, _content(rows)) for name, rows in splits.items()}
-    held = _held.get(lm, {})
-    _held[lm] = new = {key: held[key] for key in keys.values() if key in held}
+    below, of = _versions(lm, site), of if edits else ""
+    keys = {name: (site, below, of, _content(rows)) for name, rows in splits.items()}
+    held = _held.setdefault(lm, {})
+    starts = {}
     for name, rows in splits.items():
-        if keys[name] not in new:
-            new[keys[name]] = _computed(lm, site, rows, name)
-    return {name: new[key] for name, key in keys.items()}
+        there = held.pop(keys[name], None)
+        starts[name] = held[keys[name]] = there or _computed(lm, site, rows, name, edits)
+    while sum(one.values.nbytes for one in held.values()) > _MOST_BYTES and len(held) > len(splits):
+        held.pop(next(iter(held)))
+    return starts
 
 
 def _versions(lm: LM, site: Site) -> tuple[tuple[int, int], ...]:
@@ -92,7 +100,7 @@ def _content(rows: Rows) -> str:
     return content.hexdigest()
 
 
-def _computed(lm: LM, site: Site, rows: Rows, name: str) -> Starts:
+def _computed(lm: LM, site: Site, rows: Rows, name: str, edits: Sequence[Edit]) -> Starts:
     lengths = rows.lengths
     first = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     values = torch.empty(int(first[-1]), lm.d_model, dtype=lm.dtype, device=lm.device)
@@ -100,7 +108,7 @@ def _computed(lm: LM, site: Site, rows: Rows, name: str) -> Starts:
     with task(f"activations of {name} at {site}", total=len(order), unit="items") as shown:
         for batch in (order[i : i + _BATCH] for i in range(0, len(order), _BATCH)):
             tokens, _ = rows.batch(batch)
-            with lm.taps(read=[site], stop=site) as seen:
+            with lm.taps(read=[site], edit=edits, stop=site) as seen:
                 lm(tokens)
             for place, row in enumerate(batch):
                 values[first[row] : first[row + 1]] = seen[site][place, tokens.mask[place].to(lm.device)]

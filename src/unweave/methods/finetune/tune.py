@@ -1,0 +1,235 @@
+"""One fine-tuning on an open model: trained under its condition, measured without and with the edit.
+
+What is done at every step below the first trained block is done once: activations are computed up to there, under the
+edits that stay the same through the training, and passes begin with them (``starts.py``).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from unweave.core.contents import sha256
+from unweave.core.dist import SOLO, Group
+from unweave.core.errors import UnweaveError
+from unweave.core.progress import say
+from unweave.core.run import Run
+from unweave.core.site import Site
+from unweave.core.spec import digest
+from unweave.core.writing import disk_free, write_file
+from unweave.inputs.saes import open_saes
+from unweave.inputs.spec import OfSAEsSpec
+from unweave.inputs.subject import Subject
+from unweave.latents import selection as selections
+from unweave.latents.selection import Selection
+from unweave.lm.model import LM
+from unweave.methods.finetune.card import card
+from unweave.methods.finetune.checkpoint import Checkpoints
+from unweave.methods.finetune.conditions import Condition, open_condition
+from unweave.methods.finetune.loop import Plan, finetune
+from unweave.methods.finetune.result import Finetuned, Score, Split, Weights
+from unweave.methods.finetune.spec import FinetuneSpec
+from unweave.methods.finetune.splits import Data, Setting, open_data
+from unweave.methods.finetune.starts import Starts, lowest, starts_at
+from unweave.methods.finetune.weights import Trainable, trainable
+from unweave.sae.edits import Edit
+from unweave.sae.module import SAE
+from unweave.show.pieces import counted
+from unweave.tasks.choices.items import Choices
+
+_STATES = 3
+"""a checkpoint holds each trained weight and two moments"""
+_PASSES = 3
+"""forward passes that a training step costs"""
+
+
+def tune(
+    spec: FinetuneSpec,
+    lm: LM,
+    runs: Path,
+    *,
+    choices: Choices | None,
+    base: Mapping[str, Score] | None = None,
+    kept: Run[Finetuned] | None = None,
+    group: Group = SOLO,
+) -> Finetuned:
+    """Trains ``lm``, and puts it back as it was. With ``kept``, checkpoints, the weights and their model card are
+    written to that run; without, only figures remain. ``base``: the untrained model's scores where they are known.
+
+    Raises UnweaveError for a selection that does not suit the model, and where the loss explodes.
+    """
+    selection = None if spec.selection is None else selections.read(spec.selection)
+    _refuse_quantised(spec, lm)
+    saes, subject = _saes(spec, selection, lm)
+    for _ in group.in_turn():
+        data = open_data(spec, choices, lm, runs)
+    condition = open_condition(spec.condition, selection, lm, saes, data.texts())
+    plan = Plan(len(data.train.lengths), spec.learning, spec.seed, spec.checks.per_epoch)
+    with trainable(lm, spec.weights, seed=spec.seed, name=spec.model) as model:
+        if kept is not None:
+            _refuse_disk(model, kept.path)
+        passes = passes_of(spec, model, condition, data)
+        followed = _directions(selection, saes, passes.top)
+        setting = Setting(lm, data, passes.plain, followed, spec.checks.items, group)
+        before = time.monotonic()
+        base = base or setting.all()
+        if kept is not None:
+            _say_cost(kept, setting, plan, time.monotonic() - before, group)
+        history = finetune(
+            model, data.train, passes.live, plan, starts=passes.training, measure=setting.watched,
+            checkpoints=Checkpoints(None if kept is None else kept.path, spec.checkpoint_seconds, group),
+        )  # fmt: skip
+        tuned, edited = setting.all(), {}
+        if condition.full and spec.condition.kind != "prevent":
+            edited = replace(setting, starts=passes.edited).all(passes.edits)
+        result = Finetuned(
+            subject=subject,
+            data=data.words,
+            skipped=data.skipped,
+            condition=_in_words(spec),
+            selection=None if selection is None else _named(selection),
+            weights=Weights(spec.weights.train, sum(w.numel() for w in model.named.values()), _size(lm), passes.begins),
+            seed=spec.seed,
+            steps=plan.steps,
+            batch=spec.learning.batch,
+            splits=tuple(
+                Split(name, len(rows.lengths), base[name], tuned[name], edited.get(name))
+                for name, rows in data.others.items()
+            ),
+            history=history,
+            folder=Path("adapter" if spec.weights.train == "lora" else "model"),
+        )
+        if kept is not None and group.rank == 0:
+            _save(model, result, spec, kept.path / result.folder)
+    return result
+
+
+def _save(model: Trainable, result: Finetuned, spec: FinetuneSpec, folder: Path) -> None:
+    """Writes the weights, without any hook, and their model card."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save(folder)
+    write_file(folder / "README.md", card(result, spec.to_dict(result_only=True)))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Where passes begin, with what, and what is still to be done in them."""
+
+    top: Site | None
+    """where passes without an edit begin: below the first trained block"""
+    plain: Mapping[str, Starts]
+    begins: Site | None
+    training: Starts | None
+    live: Condition
+    """without the edits that ``training`` was computed under"""
+    edited: Mapping[str, Starts]
+    edits: list[Edit]
+    """of evaluations with the edit, likewise"""
+
+
+def passes_of(spec: FinetuneSpec, model: Trainable, condition: Condition, data: Data) -> Passes:
+    """What can be computed once for all steps, and what remains."""
+    lm, top = model.lm, lowest(model.first_block, ())
+    plain = starts_at(lm, top, {"train": data.train, **data.others})
+    top = top if plain else None
+    full = [replace(edit, share=spec.condition.strength) for edit in condition.full]
+    below = [edit for edit in full if top is not None and max([edit.site, *edit.needs]) <= top]
+    above = [edit for edit in full if edit not in below]
+    apart = all(top is None or min([edit.site, *edit.needs]) >= top for edit in above)
+    if not apart:  # a transcoder that reads below the first trained block and writes above it
+        below, above = [], full
+    begins = top if apart else lowest(model.first_block, condition.sites)
+    of = digest([spec.condition.to_dict(), None if spec.selection is None else sha256(spec.selection), data.words])
+    edited = starts_at(lm, begins, data.others, below, of) if full else {}
+    edits = above if edited else full
+    if not full or spec.condition.when == "test":
+        begins = top if spec.condition.kind != "penalty" else lowest(model.first_block, condition.sites)
+        training = starts_at(lm, begins, {"train": data.train})
+    elif spec.condition.fade == "none" and spec.condition.flow != "gradient":
+        training = starts_at(lm, begins, {"train": data.train}, below, of)
+        if training:
+            live = tuple(one for one, edit in zip(condition.full, full, strict=True) if edit not in below)
+            condition = replace(condition, full=live)
+    else:
+        begins = lowest(model.first_block, condition.sites)
+        training = starts_at(lm, begins, {"train": data.train})
+    return Passes(top, plain, begins if training else None, training.get("train"), condition, edited, edits)
+
+
+def _saes(spec: FinetuneSpec, selection: Selection | None, lm: LM) -> tuple[Mapping[Site, SAE], Subject]:
+    """The SAEs of the selection, checked against it."""
+    named = spec.saes or (selection.saes if selection is not None else ())
+    if not named:
+        return {}, Subject(lm.name, lm.note, (), {})
+    asked = OfSAEsSpec(saes=named, model=spec.model, device=spec.device, accept_mismatch=spec.accept_mismatch)
+    opened = open_saes(asked, lm)
+    if selection is not None:
+        selection.check(opened.saes)
+    return opened.saes, opened.subject
+
+
+def _directions(selection: Selection | None, saes: Mapping[Site, SAE], begins: Site | None) -> dict[Site, Tensor]:
+    """Unit rows of what was selected, at sites that passes reach."""
+    if selection is None:
+        return {}
+    rows = dict(selection.directions)
+    for site, numbers in selection.latents.items():
+        rows[site] = saes[site].W_dec[list(numbers)]
+    return {site: F.normalize(own.float(), dim=1) for site, own in rows.items() if begins is None or site >= begins}
+
+
+def _in_words(spec: FinetuneSpec) -> str:
+    condition = spec.condition
+    fields = condition.to_dict()
+    default = type(condition)(kind="none").to_dict()
+    changed = [f"{name} {value}" for name, value in fields.items() if name != "kind" and value != default[name]]
+    kl = [f"KL to the base model {spec.learning.kl:g}"] if spec.learning.kl else []
+    return ", ".join([condition.kind, *changed, *kl])
+
+
+def _named(selection: Selection) -> str:
+    sites = ", ".join(f"{len(one.chosen)} at {one.site}" for one in selection.sites)
+    return f"{selection.name}: {selection.kind} by {selection.by}, {sites}"
+
+
+def _size(lm: LM) -> int:
+    return sum(weight.numel() for name, weight in lm.model.named_parameters() if "lora_" not in name)
+
+
+def _refuse_quantised(spec: FinetuneSpec, lm: LM) -> None:
+    packed = getattr(lm.model.config, "quantization_config", None) is not None
+    if spec.weights.train != "lora" and (packed or not all(w.is_floating_point() for w in lm.model.parameters())):
+        raise UnweaveError(
+            "the model's weights are quantised: they cannot be trained", where=lm.name,
+            remedy="train LoRA adapters (weights.train lora), or give the model in float32 or bfloat16",
+        )  # fmt: skip
+
+
+def _refuse_disk(model: Trainable, path: Path) -> None:
+    """For the checkpoint, the one that replaces it, and the result."""
+    trained = sum(weight.numel() * weight.element_size() for weight in model.named.values())
+    saved = trained if model.adapter is not None else _size(model.lm) * model.lm.dtype.itemsize
+    needed, free = 2 * _STATES * trained + saved, disk_free(path)
+    if needed > free:
+        raise UnweaveError(
+            f"checkpoints and the result need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(path),
+            remedy="free some space, choose another --runs folder, or train fewer weights",
+        )  # fmt: skip
+
+
+def _say_cost(kept: Run[Finetuned], setting: Setting, plan: Plan, seconds: float, group: Group) -> None:
+    """What the training will take, from the time that the base model took to answer."""
+    tokens = int(setting.data.train.lengths.sum()) * plan.options.epochs
+    read = sum(int(rows.lengths.sum()) for rows in setting.data.others.values())
+    passes = _PASSES + plan.options.recompute + (plan.options.kl > 0)
+    estimate = passes * tokens * seconds / max(read, 1)
+    kept.log("cost", {"steps": plan.steps, "tokens": int(tokens), "seconds": round(estimate, 1)})
+    if group.rank == 0:
+        minutes = counted(max(1, round(estimate / 60)), "minute")
+        say(f"{plan.steps:,} steps, {int(tokens):,} tokens: about {minutes}")
