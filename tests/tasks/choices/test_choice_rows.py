@@ -75,6 +75,8 @@ def test_every_format_gives_the_same_items(suffix: str, tmp_path: Path) -> None:
 def test_the_hash_divides_by_prompt_and_seed_alone(tmp_path: Path) -> None:
     whole = prompts(opened(tmp_path / "a.jsonl", ROWS))
     turned = prompts(opened(tmp_path / "b.jsonl", ROWS[::-1]))
+    twins = [{**row, "prompt": f"{row['prompt'].replace('sat, ', '')} sat,"} for row in ROWS] + ROWS
+    assert prompts(opened(tmp_path / "c.jsonl", twins)) == prompts(opened(tmp_path / "d.jsonl", twins[::-1]))
     part = prompts(opened(tmp_path / "c.jsonl", ROWS[::2]))
     assert whole == turned
     assert all(part[name] <= whole[name] for name in part)

@@ -99,6 +99,14 @@ def test_chat_puts_the_answer_at_the_beginning_of_the_turn() -> None:
         "<|im_start|>user\nA or B?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert lm.decode(encoded.correct) == "A"
+    spaced = (
+        "{% for m in messages %}{{ '[I] ' + m.content + ' [J]' if m.role == 'user' else ' ' + m.content }}{% endfor %}"
+    )
+    tokenizer = byte_bpe(False)
+    tokenizer.chat_template = spaced
+    lm = LM(build_tiny("llama", vocab_size=len(tokenizer)), tokenizer)
+    encoded = encode_choices(lm, [Item("he or her?", "he", "her")], chat=True)
+    assert lm.token_strings(encoded.correct) == [" he"] and lm.decode(encoded.tokens.ids[0]) == "[I] he or her? [J]"
     plain = LM(build_tiny("llama"), build_tiny_tokenizer(chat_template=None))
     with pytest.raises(UnweaveError, match="no chat template"):
         encode_choices(plain, [Item("A or B?", "A", "B")], chat=True)

@@ -149,7 +149,7 @@ def test_a_task_shows_itself() -> None:
     [
         ({"male": ["nurse"]}, "none of male"),
         ({"male": []}, "not empty"),
-        ({"train": 0}, "at least 1"),
+        ({"train": 1}, "at least 2"),
         ({"first": "sports"}, "only for task double"),
         ({"task": "double", "male": ["pilot"]}, "only for task gender"),
         ({"task": "double", "first": "verbs", "second": "verbs"}, "another kind than first"),

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
+from unweave.core.errors import UnweaveError
 from unweave.tasks.choices.double import double_splits
 from unweave.tasks.choices.gender import gender_splits
 from unweave.tasks.choices.items import Choices
 from unweave.tasks.choices.questions import own_questions
 from unweave.tasks.choices.rows import file_choices, hub_questions, hub_sentences
 from unweave.tasks.choices.sentences import own_sentences
-from unweave.tasks.choices.spec import ChoiceSpec
+from unweave.tasks.choices.spec import OWN, ChoiceSpec
 
 
 def open_choices(spec: ChoiceSpec) -> Choices:
     """The items of a task by split; the same in every process for the same spec.
 
-    Raises UnweaveError for a file or dataset that is missing, unreadable or no list of choices.
+    Splits without items are left out. Raises UnweaveError for a file or dataset that is missing, unreadable or no list
+    of choices, and where nothing is left to train on.
     """
-    if spec.task not in ("gender", "double"):
+    choices = _opened(spec)
+    filled = {name: items for name, items in choices.splits.items() if items}
+    if "train" not in filled:
+        what = f"no row is for training; there are splits {', '.join(filled) or 'with nothing in them'}"
+        remedy = 'name a split "train", or leave the column split out and give more rows'
+        raise UnweaveError(what, where=spec.task, remedy=remedy)
+    return replace(choices, splits=filled)
+
+
+def _opened(spec: ChoiceSpec) -> Choices:
+    if spec.task not in OWN:
         return file_choices(spec)
     hub = spec.source == "hub"
     shown = f"{spec.answers}{', the hub' if hub else ''}"

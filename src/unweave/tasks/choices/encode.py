@@ -2,7 +2,7 @@
 
 An answer is what a tokenizer makes of prompt and answer together: the prompt's own tokens must stay as they are, and
 exactly one more must follow. Where prompts are plain text a space stands before the answer, unless there is one
-already, or the tokenizer has no word and its space in one token. Under a chat template the answer begins the turn.
+already, or the tokenizer has no word and its space in one token; under a chat template, what the template puts there.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def encode_choices(
         raise UnweaveError("there are no items", remedy="give a split that has some")
     tokenizer = tokenizer_of(lm)
     rows = _prompts(tokenizer, items, chat)
-    attempts = [_answers(tokenizer, items, rows, chat, blank) for blank in (("",) if chat else (" ", ""))]
+    attempts = [_answers(tokenizer, items, rows, chat, blank) for blank in ((_gap(tokenizer),) if chat else (" ", ""))]
     # The first that suits any item: with a space, else without.
     answers = next((made for made in attempts if any(not isinstance(one, str) for one in made)), attempts[0])
     problems = Counter(one for one in answers if isinstance(one, str))
@@ -93,6 +93,14 @@ def _prompts(tokenizer: Any, items: Sequence[Item], chat: bool) -> list[_Row]:
         return encode_texts(tokenizer, [item.prompt for item in items])
     talks = [[{"role": "user", "content": item.prompt}] for item in items]
     return render_many(tokenizer, talks, add_generation_prompt=True)
+
+
+def _gap(tokenizer: Any) -> str:
+    """The blank that a chat template puts between the opening of the assistant's turn and its first word."""
+    talk = [{"role": "user", "content": "Is it so?"}]
+    opening, whole = apply(tokenizer, talk, True), apply(tokenizer, [*talk, {"role": "assistant", "content": "Yes"}])
+    gap = whole.removeprefix(opening).partition("Yes")[0]
+    return gap if whole.startswith(opening) and gap.isspace() else ""
 
 
 def _answers(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import chain, zip_longest
 from random import Random
 from typing import NamedTuple
@@ -36,8 +37,12 @@ class Question(NamedTuple):
     wrong: str
 
 
+@lru_cache(maxsize=8)
 def own_questions(kind: Kind, seed: int, most: int) -> dict[Part, list[Question]]:
-    """At most ``most`` different questions of each part, in a random order; every right answer about as often."""
+    """At most ``most`` different questions of each part, in a random order; every right answer about as often.
+
+    What is returned is kept and to be read only.
+    """
     rng = Random(f"{seed}/{kind}")
     questions = {}
     for part, by_answer in _MAKERS[kind](seed, rng, most).items():

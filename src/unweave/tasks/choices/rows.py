@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from unweave.core.contents import tree_of
 from unweave.core.errors import UnweaveError
 from unweave.core.files import is_text, read_text
 from unweave.data.alike import first_alike, min_hashes
@@ -29,7 +30,7 @@ from unweave.data.words import word_hashes
 from unweave.tasks.choices.items import Choices, Item, Part, divided
 from unweave.tasks.choices.questions import Question
 from unweave.tasks.choices.sentences import CASES, Case, Sentence
-from unweave.tasks.choices.spec import ChoiceSpec, Kind
+from unweave.tasks.choices.spec import OWN, ChoiceSpec, Kind
 from unweave.tasks.entries import faults, kind
 
 HUB_SENTENCES = "hcasademunt/gender-pronoun-profession"
@@ -47,24 +48,23 @@ _T = TypeVar("_T")
 
 
 def file_choices(spec: ChoiceSpec) -> Choices:
-    """The items of a file or dataset. UnweaveError where it cannot be read, is no list of choices, or where no item is
-    left to train on."""
+    """The items of a file or dataset. UnweaveError where it cannot be read or is no list of choices."""
     parsed, left_out = _checked(_rows(spec.task), _item, _NEEDS)
     left = Counter(left_out)
     if any(split for _, split in parsed):
         splits = _by_name(parsed, left)
     else:
         splits = _by_hash([item for item, _ in parsed], spec, left)
-    if not splits.get("train"):
-        raise UnweaveError(
-            f"no row is for training; there are splits {', '.join(splits)}", where=spec.task,
-            remedy='name a split "train", or leave the column split out',
-        )  # fmt: skip
     for name, items in splits.items():
         Random(f"{spec.seed}/{name}").shuffle(items)
     most = {name: spec.train if name == "train" else spec.evaluation for name in splits}
-    cut = {name: tuple(items[: most[name]]) for name, items in splits.items() if items}
+    cut = {name: tuple(items[: most[name]]) for name, items in splits.items()}
     return Choices(spec.task.removeprefix("hub:").rpartition("/")[2], cut, dict(left))
+
+
+def content_of(task: str) -> str:
+    """Twelve digits over a file's bytes; empty for what is no file."""
+    return "" if task in OWN else tree_of(task)
 
 
 def _rows(task: str) -> Iterator[tuple[Any, str]]:
@@ -171,8 +171,11 @@ def _by_hash(items: Sequence[Item], spec: ChoiceSpec, left: Counter[str]) -> dic
     contradicts = [item.cue == item.incorrect for item in different]
     agreeing = {group for group, other in zip(groups, contradicts, strict=True) if not other}
     splits: dict[str, list[Item]] = {name: [] for name in ("train", "validation", "ambiguous", "ood")}
+    least: dict[int, str] = {}  # of each group: a name that does not depend on the order of rows
+    for item, group in zip(different, groups, strict=True):
+        least[group] = min(item.prompt, least.get(group, item.prompt))
     for item, group, other in zip(different, groups, contradicts, strict=True):
-        draw = Random(f"{spec.seed}/{different[group].prompt}").random()
+        draw = Random(f"{spec.seed}/{least[group]}").random()
         side = "train" if draw < 0.7 else "validation" if draw < 0.85 else "ambiguous"
         if not other:
             splits[side].append(item)

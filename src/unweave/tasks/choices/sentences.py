@@ -8,7 +8,7 @@ validation and testing: no sentence of one part has the form of another part's.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain, zip_longest
 from random import Random
 from typing import Literal, NamedTuple
@@ -51,8 +51,9 @@ def pronouns(sentence: Sentence, gender: str) -> tuple[str, str]:
     return PRONOUNS[gender, sentence.case], PRONOUNS[other_gender, other_case]
 
 
+@lru_cache(maxsize=4)
 def own_sentences(seed: int) -> dict[Part, dict[Case, list[Sentence]]]:
-    """Every sentence of each part and case, in a seeded order in which templates take turns."""
+    """Every sentence of each part and case, in a seeded order in which templates take turns; to be read only."""
     pools: dict[Part, dict[Case, list[Sentence]]] = {part: {} for part in PARTS}
     for case in CASES:
         rng = Random(f"{seed}/sentences/{case}")

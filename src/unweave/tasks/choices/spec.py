@@ -12,6 +12,8 @@ from unweave.core.spec import Spec
 
 Kind = Literal["pronouns", "sports", "sentiment", "verbs"]
 Intended = Literal["first", "second"]
+OWN = ("gender", "double")
+"""Tasks that are no files."""
 KINDS: tuple[Kind, ...] = ("pronouns", "sports", "sentiment", "verbs")
 COMBINATIONS: tuple[tuple[Kind, Kind, Intended], ...] = tuple(
     (first, second, intended) for first, second in permutations(KINDS, 2) for intended in ("first", "second")
@@ -25,7 +27,7 @@ _HUB_SENTENCES = Rule(
     "letters for the hub's sentences: what stands before their blank does not decide which pronoun is right",
     lambda value, spec: not (value == "words" and spec.source == "hub" and spec.task == "gender"),
 )
-_OWN = only_where("task is gender or double", lambda spec: spec.task in ("gender", "double"), "name one of the two")
+_OWN = only_where("task is gender or double", lambda spec: spec.task in OWN, "name one of the two")
 _OTHER = Rule("another kind than first", lambda value, spec: spec.task != "double" or value != spec.first)
 _WORDS = rule("words", lambda words: all(word.strip() for word in words))
 _APART = Rule("none of male", lambda words, spec: not {*words} & {*spec.male})
@@ -35,7 +37,7 @@ _APART = Rule("none of male", lambda words, spec: not {*words} & {*spec.male})
 class ChoiceSpec(Spec):
     """A task of choices: own texts, the paper's, or a file."""
 
-    task: Annotated[str, Content("unweave.core.contents:tree_of", named=True), not_empty()] = "gender"
+    task: Annotated[str, Content("unweave.tasks.choices.rows:content_of", named=True), not_empty()] = "gender"
     """gender, double, a file with the columns prompt, correct and incorrect (.jsonl, .json, .csv, .parquet), or
     hub:org/name of a dataset with these columns."""
     first: Annotated[Kind, only_for("task", "double")] = "pronouns"
@@ -53,9 +55,9 @@ class ChoiceSpec(Spec):
     """Professions that go with he and him in training."""
     female: Annotated[tuple[str, ...], only_for("task", "gender"), not_empty(), _WORDS, _APART] = FEMALE[:1]
     """Professions that go with she and her in training."""
-    train: Annotated[int | None, at_least(1)] = None
+    train: Annotated[int | None, at_least(2)] = None
     """At most so many items to train on; by default 1,400, and of a file all."""
-    evaluation: Annotated[int | None, at_least(1)] = None
+    evaluation: Annotated[int | None, at_least(2)] = None
     """At most so many items of each other split; by default 300, and of a file all."""
     seed: int = 0
     """Which texts are for training, their order, and the order of the options."""
