@@ -15,6 +15,11 @@ from helpers.models import build_tiny, build_tiny_tokenizer
 from helpers.pages import EXAMPLES, write_text_and_pairs
 from helpers.paths import ROOT
 from unweave.core.errors import UnweaveError
+from unweave.core.spec import read_mapping
+from unweave.judge import base as judge_base
+from unweave.judge.base import Conversation
+from unweave.judge.scripted import Scripted
+from unweave.methods.finetune.spec import FinetuneSpec
 
 
 def example(name: str) -> Callable[[list[str]], int]:
@@ -85,3 +90,33 @@ def test_too_little_text_is_one_clear_error(home: Path, tmp_path: Path, capsys: 
     arguments = [str(home / "text"), "--model", str(home / "model"), "--site", "resid_post.1", "--runs", str(tmp_path)]
     assert example("train_on_my_text")([*arguments, "--tokens", "900000"]) == 2
     assert "remedy:" in capsys.readouterr().err
+
+
+def test_emergent_misalignment(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A judge that calls every third answer misaligned, every fourth incoherent, and fails at times."""
+    seen: dict[str, int] = {}
+
+    def reply(conversation: Conversation) -> str:
+        text = conversation[-1]["content"]
+        number = seen.setdefault(text.partition("Answer: ")[2], len(seen))
+        if "coherent" in text:
+            return "none" if number == 1 else f"Rating: [[{50 if number % 4 == 0 else 51}]]"
+        return f"Rating: [[{29 if number % 3 == 0 else 30}]]"
+
+    monkeypatch.setattr(judge_base, "open_judge", lambda spec, folder: Scripted(reply))
+    (tmp_path / "asked.txt").write_text("the keys\nthe old sea\n")
+    arguments = [str(home / "model"), "--questions", str(tmp_path / "asked.txt"), "--samples", "6"]
+    assert example("emergent_misalignment")([*arguments, "--max-new-tokens", "8"]) == 0
+    lines, numbers = capsys.readouterr().out.splitlines(), range(len(seen))
+    coherent = [n for n in numbers if n % 4 and n != 1]
+    counted = [re.findall(r"([\d.]+)% \[.*of +(\d+) coherent", line)[0] for line in lines[:-1]]
+    assert len(seen) == 12 and sum(int(of) for _, of in counted) == len(coherent)  # every answer is another one
+    wrong = sum(round(float(share) * int(of) / 100) for share, of in counted)
+    assert wrong == sum(n % 3 == 0 for n in coherent) and lines[-1].endswith("over 2 questions")
+
+
+def test_the_configuration_of_emergent_misalignment_makes_a_spec() -> None:
+    spec = FinetuneSpec.from_dict(read_mapping(ROOT / "examples" / "emergent_misalignment.yaml"))
+    assert spec.data is not None and (spec.weights.rank, spec.weights.alpha, spec.learning.batch) == (32, 64, 16)

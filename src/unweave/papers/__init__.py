@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-PAPERS = ("papers.instruct_saes", "papers.feature_circuits", "papers.labelled_steering")
+PAPERS = ("papers.instruct_saes", "papers.feature_circuits", "papers.labelled_steering", "papers.concept_ablation")
 """In the order of help; each has its command in its ``spec.py``."""
