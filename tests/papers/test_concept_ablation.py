@@ -141,7 +141,6 @@ def tiny_plan(home: Path) -> Plan:
         tasks={"gender": ChoiceSpec(task="gender", **given), **plan._doubles(COMBINATIONS[:1], **given)},
         seeds=2,
         conditions={name: CONDITIONS[name] for name in ("test", "zero", "random", "inoculate", "skyline")},
-        own={"zero": {"weights": {"train": "all"}}},
         tuning={
             "weights": {"train": "blocks", "first_block": 1},
             "learning": {"lr": 1e-2, "epochs": 1.0, "batch": 4},

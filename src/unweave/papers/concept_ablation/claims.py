@@ -48,7 +48,7 @@ def words(spread: Spread | None) -> str:
 
 def _accuracies(task: Task, names: Sequence[Name], split: str = "ood") -> str:
     return "; ".join(
-        f"{name} {words(task.spread(name, split))} (whole vocabulary {words(task.spread(name, split, 'all'))})"
+        f"{name} {words(task.spread(name, split))} (among all tokens {words(task.spread(name, split, 'all'))})"
         for name in names
     )
 
@@ -69,11 +69,11 @@ def _gender(task: Task) -> list[Claim]:
     gain, random = task.gain("zero", "none"), task.gain("zero", "random")
     return [
         Claim("gender: plain fine-tuning is perfect on validation and has 8 % out of distribution",
-              f"validation {words(task.spread('none', 'validation'))}; out of distribution "
+              f"validation {_accuracies(task, ['none'], 'validation')}; out of distribution "
               f"{_accuracies(task, ['none'])}",
               _is(task.spread("none", "ood"), lambda value: value < CHANCE)),
         Claim("gender: with unintended latents zeroed 95.6 % on validation, 65.5 % out of distribution (Figure 2)",
-              f"validation {words(task.spread('zero', 'validation'))}; out of distribution "
+              f"validation {_accuracies(task, ['zero'], 'validation')}; out of distribution "
               f"{_accuracies(task, ['zero', 'mean', 'span'])}; zeroed less plain {words(gain)}", _above(gain)),
         Claim("random latents of the same top 100 do not help, though single seeds may (Figure 2)",
               f"{_accuracies(task, ['random'])}; chosen less random {words(random)}", _above(random)),

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unweave.data.pack import PackSpec
 from unweave.data.spec import DEFAULT_MODEL, DEFAULT_SOURCES, DataSpec
-from unweave.methods.train.kinds import BatchTopKSpec
+from unweave.methods.train.kinds import TopKSpec
 from unweave.methods.train.spec import TrainSpec
 from unweave.papers.concept_ablation.result import Name
 from unweave.papers.concept_ablation.spec import ConceptAblationSpec
 from unweave.tasks.choices.spec import COMBINATIONS, ChoiceSpec, Intended, Kind
 
-_SITES = "resid_post.{3,6,9,12,15}"
-_FIRST_BLOCK, _FIRST_PENALISED = 20, 12
+_SITES = "resid_post.{9,20}"
+_FIRST_BLOCK = 20
 _GEMMA, _GEMMA_SCOPE = "google/gemma-2-2b", "google/gemma-scope-2b-pt-res"
 _GEMMA_L0 = (
     105, 102, 141, 59, 124, 68, 70, 69, 71, 73, 77, 80, 82, 84, 84, 78, 78, 77, 74, 73, 71, 70, 72, 75, 73, 116,
@@ -56,8 +55,6 @@ class Plan:
     tasks: Mapping[str, ChoiceSpec]
     seeds: int
     conditions: Mapping[Name, Mapping[str, Any]]
-    own: Mapping[Name, Mapping[str, Any]]
-    """what a condition asks of fine-tuning in place of ``tuning``"""
     tuning: Mapping[str, Any]
     """what fine-tuning is asked with beside task, condition and seed; likewise below"""
     attribute: Mapping[str, Any] = field(default_factory=dict)
@@ -88,27 +85,28 @@ def _doubles(some: tuple[tuple[Kind, Kind, Intended], ...], **given: Any) -> dic
 
 
 def _smoke(spec: ConceptAblationSpec) -> Plan:
-    """Answers are words: a model of this size does not bind letters to options. Its upper ten blocks learn, above all
-    edits; under a penalty more of them, since one below what is trained can do nothing."""
-    given = {"answers": "words", "train": 160, "evaluation": 32}
+    """Answers are words: a model of this size does not bind letters to options. Its upper ten blocks learn."""
+    given = {"answers": "words", "evaluation": 32}
     return Plan(
         model=DEFAULT_MODEL,
         training=TrainSpec(
             sites=(_SITES,),
-            data=DataSpec(sources=DEFAULT_SOURCES, pack=PackSpec(context=256), tokens=250_000, heldout_tokens=10_000),
-            sae=BatchTopKSpec(expansion=8, k=32, tokens=500_224, batch=512),
+            data=DataSpec(sources=DEFAULT_SOURCES, tokens=250_000),
+            sae=TopKSpec(tokens=600_000),
             device=spec.device,
             checkpoint_seconds=240.0,
         ),
         saes=(),
-        tasks={"gender": ChoiceSpec(task="gender", **given), **_doubles(_SMOKE_DOUBLES, **given)},
+        tasks={
+            "gender": ChoiceSpec(task="gender", train=288, **given),
+            **_doubles(_SMOKE_DOUBLES, train=128, **given),
+        },
         seeds=3,
         conditions=CONDITIONS,
-        own={"penalty": {"weights": {"train": "blocks", "first_block": _FIRST_PENALISED}}},
         tuning={
             "weights": {"train": "blocks", "first_block": _FIRST_BLOCK},
             "learning": {"lr": 2e-4, "warmup": 0.2, "epochs": 1.0, "batch": 8, "clip": 1.0},
-            "checks": {"per_epoch": 2, "items": 24},
+            "checks": {"per_epoch": 2, "items": 16},
         },
         attribute={"examples": 64, "top": 100},
         select={"by": "annotations", "items": 32, "controls": {"random": 3, "directions": 0}},
@@ -139,7 +137,6 @@ def _paper(spec: ConceptAblationSpec) -> Plan:
         tasks=tasks,
         seeds=5,
         conditions=CONDITIONS,
-        own={},
         tuning={"dtype": "bfloat16"},
         attribute={"top": 100},
         select={"by": "query", "query": {"by": "judge", "at_least": 0.5}, "contexts": 2_000_000,

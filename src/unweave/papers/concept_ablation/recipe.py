@@ -123,7 +123,7 @@ def _trials(plan: Plan, task: ChoiceSpec, selected: Run[SelectResult], device: s
             given = {
                 "model": plan.model, "device": device, "task": task.to_dict(), "condition": own, "seed": seed,
                 "selection": str(selected.file(str(file))), "split": "skyline" if name == "skyline" else "train",
-                **plan.tuning, **plan.own.get(name, {}),
+                **plan.tuning,
             }  # fmt: skip
             asked.append(FinetuneSpec.from_dict(given))
     return tuple(asked)

@@ -1,1 +1,0 @@
-"""SAEBench's measures, with what each number can carry."""

@@ -1,1 +1,0 @@
-"""Tables over SAEs that were measured alike."""

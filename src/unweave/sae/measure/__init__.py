@@ -1,1 +1,0 @@
-"""How faithful an SAE is, in a model."""
