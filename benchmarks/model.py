@@ -33,8 +33,8 @@ from unweave.data.pack import PackSpec, pack
 from unweave.data.policy import TokenPolicy
 from unweave.data.stream import ActivationSource
 from unweave.data.tokens import TokenStore
-from unweave.methods.evaluate.evaluate import evaluate
 from unweave.sae.activations import JumpReLU, TopK
+from unweave.sae.measure.evaluate import evaluate
 
 LAYER, LATENTS = 9, 4608
 FIVE = ["resid_post.9", "mlp_add.9", "attn_add.9", "resid_post.4", "mlp_act.2"]

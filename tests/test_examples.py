@@ -370,7 +370,7 @@ def test_the_table_of_sites_is_right() -> None:
 
 
 def test_every_metric_is_explained() -> None:
-    from unweave.methods.evaluate.metrics import CoreMetrics
+    from unweave.sae.measure.metrics import CoreMetrics
 
     measure = (ROOT / "docs" / "measure.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)`", measure))

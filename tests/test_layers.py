@@ -257,7 +257,7 @@ def test_tests_have_the_tree_of_the_source_and_import_helpers_only() -> None:
         ("lm", "from unweave.sae.module import SAE"),
         ("lm", "def f():\n    import unweave.data.tokens"),
         ("data", "from unweave.judge.client import Client"),
-        ("methods.steer", "from unweave.methods.evaluate.evaluate import evaluate"),
+        ("methods.steer", "from unweave.methods.evaluate.stage import run"),
         ("methods.steer", "from unweave.methods.demo.stage import run"),
         ("show", "from ..judge import base"),
         ("sae", "from unweave import LM"),

@@ -18,12 +18,13 @@ from unweave.core.spec import Spec
 from unweave.inputs.subject import SAEInfo, Subject
 from unweave.latents.result import LatentRecords, SiteRecords
 from unweave.methods import command_of
-from unweave.methods.evaluate.result import Density, Evaluation, Metrics
+from unweave.methods.evaluate.result import Evaluation
 from unweave.methods.report import page as pages
 from unweave.methods.report.runs import Shown
 from unweave.methods.steer.result import Sample, Steering
 from unweave.methods.trace.result import Agreement, Effect, Example, Totals, Trace
 from unweave.methods.train.result import Reference, TrainedSAE, Training
+from unweave.sae.measure.result import Density, Metrics
 from unweave.show.model import ContextEntry, LatentEntry
 
 

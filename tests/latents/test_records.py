@@ -34,8 +34,8 @@ from unweave.latents.contexts import KINDS, Contexts, RecordsSpec, find_contexts
 from unweave.latents.records import Records, build, logit_effects
 from unweave.lm.chat import Role, encode_text
 from unweave.lm.model import LM
-from unweave.methods.evaluate.evaluate import evaluate as evaluate_core
 from unweave.sae.activations import ReLU, TopK
+from unweave.sae.measure.evaluate import evaluate as evaluate_core
 from unweave.sae.module import SAE
 
 SPEC = RecordsSpec(top=3, bands=3, per_band=2, random=4, left=3, right=2, logits=4, seed=1)

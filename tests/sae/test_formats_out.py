@@ -23,9 +23,9 @@ from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
-from unweave.methods.evaluate.evaluate import evaluate
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.formats import hub, registry
+from unweave.sae.measure.evaluate import evaluate
 from unweave.sae.module import SAE
 
 IDS = torch.randint(0, 97, (2, 10), generator=torch.Generator().manual_seed(1))

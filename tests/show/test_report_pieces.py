@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from helpers.report import trace
 from unweave.methods.evaluate.figures import cross_entropy_bars, density
-from unweave.methods.evaluate.result import Density
 from unweave.methods.trace.figures import attribution_scatter
 from unweave.methods.trace.result import Effect
 from unweave.methods.train.figures import loss_curve
 from unweave.methods.train.result import Curve
+from unweave.sae.measure.result import Density
 from unweave.show.model import ContextEntry
 from unweave.show.pieces import context_html, duration, level, number, percent, token_chip, visible
 from unweave.show.theme import DARK, HEAT_LEVELS, LIGHT, heat_alpha

@@ -25,6 +25,8 @@ METHODS = (
     "methods.axbench",
     "methods.explain",
     "methods.explain.rubric",
+    "methods.saebench",
+    "methods.saebench.compare",
     "methods.special_tokens",
     "methods.circuits",
     "methods.shift",

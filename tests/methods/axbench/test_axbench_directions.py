@@ -152,6 +152,19 @@ def test_the_loss_of_reft_is_the_equation_and_its_gradient_the_slope(tiny_lm: An
     assert (at(step) - at(-step)) / 0.04 == pytest.approx(float(weights[0].grad.norm()), rel=0.1)
 
 
+def test_reft_starts_with_the_sign_that_most_tokens_have(tiny_lm: Any) -> None:
+    lm, label, still = tiny_lm("llama"), [True, False, True, False], ReftSpec(lr=1e-9, epochs=1)
+    x, _ = token_activations(lm, SITE, TokenPolicy(), TEXTS, 12)
+    shares, plain = [], []
+    for seed in range(8):
+        got = reft_r1(lm, SITE, TokenPolicy(), TEXTS, label, most=12, options=still, seed=seed)
+        shares.append(float((x @ got.w > 0).float().mean()))
+        drawn = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(seed)), dim=0)
+        plain.append(float((x @ drawn > 0).float().mean()))
+        assert abs(float(got.w @ drawn)) == pytest.approx(1, abs=1e-4)
+    assert min(shares) >= 0.5 > min(plain)
+
+
 def test_training_reft_lowers_its_loss_and_leaves_the_model_alone(tiny_lm: Any) -> None:
     lm = tiny_lm("llama")
     texts, label = ["xyzzy xyzzy", "a b c d", "xyzzy", "the sea"] * 3, [True, False, True, False] * 3

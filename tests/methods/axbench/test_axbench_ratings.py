@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from unweave.core.errors import UnweaveError
 from unweave.core.intervals import Interval
 from unweave.core.pieces import Pieces
 from unweave.core.site import Site
@@ -135,6 +136,25 @@ def test_learnt_directions_are_read_and_added_where_they_were_learnt(tiny_lm: An
         sae = handles[method][0].sae
         assert sae.read == sae.write == writes and sae.policy == TokenPolicy()
     assert handles["sae"][0].sae is transcoder
+
+
+def test_what_is_never_active_has_its_labels_maximum_or_adds_nothing(
+    tiny_lm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, said = tiny_lm("llama"), []
+    silent = SAE(torch.zeros(32, 6), -torch.ones(6), torch.randn(6, 32), torch.zeros(32), ReLU(), read=SITE)
+    sets = [("xyx yx", "yxyx x"), ("abc ab", "b c abc")]
+    concept = ConceptTexts("xy", *sets, *sets, (), WordClassifier(["x"], ["a"]), (0.0, 1.0))
+    setting = Setting(lm, {SITE: silent}, [pair(2, "xy")], {"xy": concept})
+    monkeypatch.setattr("unweave.methods.axbench.handles.say", said.append)
+    dead = Direction(torch.eye(32)[0], -1e9, relu=True)
+    monkeypatch.setattr("unweave.methods.axbench.handles.reft_r1", lambda *_, **__: dead)
+    methods, learning = ("sae", "reft"), LearningSpec(tokens=9)
+    handles = find_handles(setting, ["abab"], methods, SteeringSpec(), learning, Pieces(None))
+    assert handles["sae"][0].maximum == setting.pairs[0].label.maximum == 1
+    assert handles["reft"][0].steered(2.0)[0].value == 0 and "it adds nothing" in said[0]
+    with pytest.raises(UnweaveError, match="random: nothing for"):
+        find_handles(setting, ["abab"], ("sae", "random"), SteeringSpec(), learning, Pieces(None))
 
 
 def test_a_direction_that_tells_the_concept_detects_it(tiny_lm: Any) -> None:

@@ -328,7 +328,7 @@ def test_the_penalty_is_of_what_latents_fire_above_the_base_model(tiny: Callable
             counts = tokens.mask & ~torch.isin(tokens.ids, torch.tensor(sae.policy.exclude_ids))
             f = sae.encode(x)[..., list(LATENTS)]
             above = torch.where(f > before, (f - before) ** 2, 0.0)
-            theirs = theirs + 3.0 * 0.5 * above[counts].sum() / counts.sum()
+            theirs = theirs + 3.0 * 0.5 * above[counts].sum() / tokens.mask.sum()
         assert ours is not None
         return ours, theirs
 

@@ -33,6 +33,7 @@ from unweave.methods.axbench.options import ReftSpec, TrainingSpec
 from unweave.sae.activations import Activation, Identity, ReLU
 from unweave.sae.module import SAE
 
+_FIRST = 16
 WRITE = "Write a short text."
 """the user's turn before a training text, for models with a chat template"""
 
@@ -149,11 +150,17 @@ def reft_r1(
     lm: LM, site: Site, policy: TokenPolicy, texts: Sequence[str], with_concept: Sequence[bool], *, most: int,
     options: ReftSpec | None = None, seed: int = 0,
 ) -> Direction:  # fmt: skip
-    """Trains a rank-1 edit on texts, each with the concept or without; the model's weights stay as they are."""
+    """Trains a rank-1 edit on texts, each with the concept or without; the model's weights stay as they are.
+
+    w starts at random, with the sign that makes at least half of the first texts' tokens active: many a random w is
+    negative on all of them, and what is cut at 0 everywhere has no gradient.
+    """
     options, label = options or ReftSpec(), torch.tensor(list(with_concept))
     _both(label)
     start = torch.randn(lm.width(site), generator=torch.Generator().manual_seed(seed))
-    w = torch.nn.Parameter(F.normalize(start, dim=0).to(lm.device))
+    start = F.normalize(start, dim=0).to(lm.device)
+    x, _ = token_activations(lm, site, policy, texts[:_FIRST], most)
+    w = torch.nn.Parameter(-start if bool((x.to(start.dtype) @ start).median() < 0) else start)
     b = torch.nn.Parameter(torch.zeros((), device=lm.device))
 
     def loss(tokens: Tokens, rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.core.pieces import Pieces
-from unweave.core.progress import task
+from unweave.core.progress import say, task
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.latents.annotations import name_of
@@ -44,7 +44,8 @@ def find_handles(
     """A handle for every pair, by method. Largest activations are taken over ``sample`` and the concepts' texts. Learnt
     directions are always added, as in AxBench.
 
-    Raises UnweaveError for a latent that never fires there, and where no random latent does.
+    A labelled latent that never fires there has the largest activation that its label came with; a direction that is
+    never active adds nothing. Raises UnweaveError where no random latent fires.
     """
     candidates = {"sae": [[(setting.saes[pair.site], pair.latent)] for pair in setting.pairs]}
     if "random" in methods:
@@ -60,6 +61,12 @@ def find_handles(
         mode: Mode = "add" if method in LEARNT else steering.mode
         for pair, several in zip(setting.pairs, of_pairs, strict=True):
             alive = [(latent, most) for latent, most in zip(several, maxima) if most > 0]  # noqa: B905 (one iterator)
+            if not alive and method == "sae" and pair.label.maximum > 0:
+                alive = [(several[0], pair.label.maximum)]  # as on the texts that labelled it
+            if not alive and method in LEARNT:
+                name = name_of(pair.site, pair.latent)
+                say(f"{method} for {name} ({pair.label.label}) is never active: it adds nothing")
+                alive = [(several[0], 0.0)]
             if not alive:
                 raise UnweaveError(
                     f"{method}: nothing for {name_of(pair.site, pair.latent)} ({pair.label.label}) is ever active",

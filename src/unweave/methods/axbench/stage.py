@@ -33,7 +33,7 @@ _NEUTRAL = ("From my experience,", "The most important thing is", "Yesterday I",
 _TABLE = Path("generations.parquet")
 
 
-@stage("axbench", version=2)
+@stage("axbench", version=3)
 def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
     """Generates, rates and compares; ``generations.parquet`` holds every text with every rating and who gave it."""
     experiment, learning = planned(spec), spec.learning

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from unweave.methods.evaluate.result import Density
+from unweave.sae.measure.result import Density
 from unweave.show.figures import COLOURS, HEIGHT, as_svg, finite, new_figure, settings
 
 

@@ -9,9 +9,9 @@ from unweave.core.stage import Context, stage
 from unweave.data.batches import store_batches
 from unweave.inputs.inputs import data_of, token_store
 from unweave.inputs.saes import open_one
-from unweave.methods.evaluate.evaluate import drift, evaluate
 from unweave.methods.evaluate.result import Evaluation
 from unweave.methods.evaluate.spec import EvalSpec
+from unweave.sae.measure.evaluate import drift, evaluate
 
 
 @stage("eval", version=3)

@@ -6,7 +6,7 @@ At a site with activation x, chosen latents S of its SAE with values f_j, direct
     mean       x - s sum_S (f_j(x) - m_j) d_j           m_j: the mean of f_j on the base model
     span       x - s Q^T Q x                            Q: orthonormal rows that span the d_j (the paper's code)
     prevent    x + s sum_S r_j d_j                      r_j: root mean square of f_j where it fires on the base model
-    penalty    loss + s sum_S mean_t relu(f_j(x_t) - f_j(base x_t))^2      t: tokens that the SAE's policy counts
+    penalty    loss + s / T sum_t sum_S relu(f_j(x_t) - f_j(base x_t))^2   t: of T tokens those that the policy counts
     inoculate  a line in front of every training prompt
 
 s is ``strength``, times the training's progress p (fade in) or 1 - p (fade out). ``m_j`` and ``r_j`` come from the
@@ -96,7 +96,7 @@ class Condition:
         """What to add to the loss; None but for the kind ``penalty``.
 
         ``read`` is what the taps saw at ``reads``, ``base`` the base model's ``values`` of the same tokens (of another
-        pass: ``base_values``).
+        pass: ``base_values``). Parts of a batch add up to the whole, each weighted by its share of the tokens.
         """
         if self.spec.kind != "penalty":
             return None
@@ -105,8 +105,8 @@ class Condition:
             sae = self.chosen[site].sae
             counts = sae.policy.keep(read[_read(sae)].detach(), tokens.ids, tokens.mask)
             excess = torch.relu(f - base[site].to(f.dtype)).square().sum(-1)
-            total = total + torch.where(counts, excess, 0.0).sum() / counts.sum().clamp(min=1)
-        return total * self._strength(progress)
+            total = total + torch.where(counts, excess, 0.0).sum()
+        return total * (self._strength(progress) / tokens.n_tokens)
 
     def prompt(self, text: str) -> str:
         """A training prompt under this condition."""

@@ -51,8 +51,9 @@ class Encoded:
         columns = self.tokens.mask[index].any(0).nonzero().squeeze(1)
         first, end = int(columns[0]), int(columns[-1]) + 1
         tokens = Tokens(*(part[index, first:end] for part in (self.tokens.ids, self.tokens.mask, self.tokens.roles)))
-        answers = (part[index] for part in (self.correct, self.incorrect, self.cue))
-        return Encoded(tuple(self.items[i] for i in index.tolist()), tokens, self.last[index] - first, *answers, {})
+        correct, incorrect, cue = (part[index] for part in (self.correct, self.incorrect, self.cue))
+        chosen = tuple(self.items[i] for i in index.tolist())
+        return Encoded(chosen, tokens, self.last[index] - first, correct, incorrect, cue, {})
 
 
 def encode_choices(

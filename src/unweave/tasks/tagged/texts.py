@@ -160,6 +160,11 @@ def content_of(source: str) -> str:
     return tree_of(source)
 
 
+def contents_of(sources: tuple[str, ...]) -> str:
+    """Twelve digits over what is read of several sources."""
+    return digest([content_of(source) for source in sources])
+
+
 def _read(spec: TaggedSpec) -> tuple[dict[str, Any], Iterable[Tagged]]:
     """What a source is, and its texts."""
     from unweave.tasks.tagged import debian, rows, sets, stackexchange

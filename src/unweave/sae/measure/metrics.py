@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveWarning
-from unweave.methods.evaluate.result import Density, Metrics
+from unweave.sae.measure.result import Density, Metrics
 
 METRIC_SET = "unweave.core/2"
 """Name and version of the definitions of ``evaluate.py``; raised whenever a number would change (trap 32)."""

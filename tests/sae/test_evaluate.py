@@ -1,4 +1,4 @@
-"""methods/evaluate against a reference that runs each row alone, without padding, on the bare model in float64 sums."""
+"""sae/measure against a reference that runs each row alone, without padding, on the bare model in float64 sums."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from unweave.core.site import Site
 from unweave.data.batches import store_batches
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
-from unweave.methods.evaluate import evaluate as core
-from unweave.methods.evaluate import passes
-from unweave.methods.evaluate.evaluate import CoreMetrics, drift, evaluate
-from unweave.methods.evaluate.metrics import density_histogram, recovered_share
 from unweave.sae.activations import JumpReLU, ReLU, TopK
+from unweave.sae.measure import evaluate as core
+from unweave.sae.measure import passes
+from unweave.sae.measure.evaluate import CoreMetrics, drift, evaluate
+from unweave.sae.measure.metrics import density_histogram, recovered_share
 from unweave.sae.module import SAE
 
 D, LAYER, PAD = 32, 1, 2

@@ -30,8 +30,8 @@ from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
-from unweave.methods.evaluate.metrics import METRIC_SET, CoreMetrics, density_histogram, drift, recovered_share
-from unweave.methods.evaluate.passes import Passes, Row
+from unweave.sae.measure.metrics import METRIC_SET, CoreMetrics, density_histogram, drift, recovered_share
+from unweave.sae.measure.passes import Passes, Row
 
 if TYPE_CHECKING:
     from unweave.core.codes import Codes

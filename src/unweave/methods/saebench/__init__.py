@@ -1,0 +1,1 @@
+"""SAEBench's measures, with what each number can carry."""

@@ -1,0 +1,1 @@
+"""Tables over SAEs that were measured alike."""

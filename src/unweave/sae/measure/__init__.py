@@ -1,0 +1,1 @@
+"""How faithful an SAE is, in a model."""
