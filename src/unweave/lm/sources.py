@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unweave.core.contents import sha256
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.memory import refuse_if_memory
-from unweave.core.progress import task
+from unweave.core.progress import say, task
 from unweave.lm.catalogue import CATALOGUE, CatalogueEntry
 from unweave.lm.fetch import building, cache_dir, fetch_package
 
@@ -131,6 +131,7 @@ def _convert_gguf(path: Path, name: str) -> Path:
         if work is None:
             return folder
         note = _check_gguf(path)
+        say(f"{name} is converted once to float32, several times the file's {path.stat().st_size / 1e9:.1f} GB")
         with _refusals(str(path), "the GGUF file cannot be read", "get the file again; is its family supported?"):
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
