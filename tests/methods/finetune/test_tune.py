@@ -25,15 +25,16 @@ from unweave.sae.module import SAE
 ROWS, SITES = random_rows(10), ("resid_post.0", "resid_post.1", "resid_post.2")
 
 
-def zeroing(spec: ConditionSpec) -> Condition:
-    """Latents 0 to 9 of an SAE at each site."""
+def conditioned(spec: ConditionSpec) -> Condition:
+    """Latents 0 to 9 of an SAE at each site, zeroed or penalised."""
     subsets = {}
     for seed, name in enumerate(SITES):
         g = torch.Generator().manual_seed(seed)
         rows = F.normalize(torch.randn(48, 32, generator=g), dim=1)
         sae = SAE(rows.T.clone(), torch.full((48,), -0.2), rows, torch.zeros(32), ReLU(), read=Site.parse(name))
         subsets[Site.parse(name)] = sae.subset(range(10))
-    return Condition(spec, subsets, tuple(subset.sae.ablate(range(10)) for subset in subsets.values()))
+    edits = tuple(subset.sae.ablate(range(10)) for subset in subsets.values())
+    return Condition(spec, subsets, () if spec.kind == "penalty" else edits)
 
 
 def tuned(**fields: Any) -> tuple[Passes, dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
@@ -43,7 +44,7 @@ def tuned(**fields: Any) -> tuple[Passes, dict[str, torch.Tensor], dict[str, Any
     spec = FinetuneSpec.from_dict({"condition": {"kind": "zero", **fields}, "weights": weights.to_dict()})
     data = Data("rows", ROWS, {"validation": ROWS}, {})
     with trainable(lm, spec.weights) as model:
-        passes = passes_of(spec, model, zeroing(spec.condition), data)
+        passes = passes_of(spec, model, conditioned(spec.condition), data)
         plan = Plan(10, LearningSpec(lr=1e-2, batch=4, epochs=2, warmup=0.25))
         finetune(model, ROWS, passes.live, plan, starts=passes.training)
         plain = Setting(lm, data, passes.plain, {}, 10).all()
@@ -69,3 +70,15 @@ def test_edits_below_what_is_trained_are_made_once(
     for one, two in zip(fast[1:], slow[1:], strict=True):
         assert one["validation"].loss == pytest.approx(two["validation"].loss, rel=1e-6)
     assert fast[2]["validation"].loss != pytest.approx(fast[1]["validation"].loss, rel=1e-6)
+
+
+def test_a_penalty_reads_where_passes_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields: dict[str, Any] = {"kind": "penalty", "strength": 5.0}
+    quick, *fast = tuned(**fields)
+    monkeypatch.setattr(starts, "_MOST_BYTES", 0)
+    whole, *slow = tuned(**fields)
+    assert quick.begins == Site("resid_post", 0) and whole.begins is None and not quick.edits
+    plain = tuned(kind="none")[1]
+    for name, weight in fast[0].items():
+        torch.testing.assert_close(weight, slow[0][name], rtol=0, atol=1e-9)
+    assert any(not torch.allclose(weight, plain[name], atol=1e-6) for name, weight in fast[0].items())

@@ -36,6 +36,7 @@ from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.latents.selection import Selection
 from unweave.lm.model import LM, Tokens
+from unweave.lm.taps import Start
 from unweave.methods.finetune.spec import ConditionSpec
 from unweave.sae.edits import Edit, Mode
 from unweave.sae.module import SAE
@@ -172,9 +173,10 @@ def _chosen(spec: ConditionSpec, selection: Selection, lm: LM, saes: Mapping[Sit
     return chosen
 
 
-def base_values(lm: LM, condition: Condition, tokens: Tokens) -> dict[Site, Tensor]:
-    """The chosen latents' values [B, P, S] by site, of a model that is still the base: for ``Condition.penalty``."""
-    with lm.taps(read=condition.reads, stop=max(condition.reads)) as seen, torch.no_grad():
+def base_values(lm: LM, condition: Condition, tokens: Tokens, start: Start | None = None) -> dict[Site, Tensor]:
+    """The chosen latents' values [B, P, S] by site, of a model that is still the base: for ``Condition.penalty``.
+    ``start``: where the pass begins, and with what."""
+    with lm.taps(read=condition.reads, stop=max(condition.reads), start=start) as seen, torch.no_grad():
         lm(tokens)
         return condition.values(seen)
 

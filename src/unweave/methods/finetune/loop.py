@@ -191,9 +191,13 @@ class _Training:
         lm, kl = self.model.lm, self.plan.options.kl > 0
         if not kl and not self.condition.reads:
             return None, {}
-        with self.model.as_base(), lm.taps(start=start):
-            values = base_values(lm, self.condition, tokens) if self.condition.reads else {}
-            logits = lm(tokens, keep_logits=columns) if kl else None
+        values, logits = {}, None
+        with self.model.as_base():
+            if self.condition.reads:
+                values = base_values(lm, self.condition, tokens, start)
+            if kl:
+                with lm.taps(start=start):
+                    logits = lm(tokens, keep_logits=columns)
         return (None if logits is None else _wide(logits[there])), values
 
     # -- what is kept -------------------------------------------------------------------------------------------------
