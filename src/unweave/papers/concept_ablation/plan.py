@@ -109,7 +109,7 @@ def _smoke(spec: ConceptAblationSpec) -> Plan:
             "checks": {"per_epoch": 2, "items": 16},
         },
         attribute={"examples": 64, "top": 100},
-        select={"by": "annotations", "items": 32, "controls": {"random": 3, "directions": 0}},
+        select={"by": "annotations", "top": 25, "items": 32, "controls": {"random": 3, "directions": 0}},
         splits=("validation", "ambiguous", "ood"),
     )
 
