@@ -243,6 +243,10 @@ def test_the_paper_s_questions_are_read_from_the_hub(
     choices = open_choices(ChoiceSpec.from_dict(fields))
     assert choices.left_out == {"verbs: the question is there more than once": 1}
     assert len({item.prompt for item in choices.splits["train"]}) == 200  # of 56 questions of each kind
+    letters: dict[str, set[str]] = {}
+    for item in choices.splits["train"]:
+        letters.setdefault(item.prompt.split(" | ")[0], set()).add(item.correct)
+    assert sum(len(both) == 2 for both in letters.values()) > 0.7 * len(letters), "a question must not tell the letter"
     for name, agrees in (("train", True), ("ood", False)):
         for item in choices.splits[name]:
             lines = {line[0]: line[3:] for line in item.prompt.splitlines() if line[1:3] == ". "}
