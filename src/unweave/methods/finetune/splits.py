@@ -76,10 +76,17 @@ def open_data(spec: FinetuneSpec, choices: Choices | None, lm: LM, runs: Path) -
     splits: dict[str, Rows] = {}
     for name, items in choices.splits.items():
         own = [replace(item, prompt=prompt(item.prompt)) for item in items] if name == spec.split else list(items)
-        if own and (name == spec.split or name not in ("train", _SKYLINE)):
+        if not own or (name != spec.split and name in ("train", _SKYLINE)):
+            continue
+        try:
             encoded = encode_choices(lm, own, skip=True)
-            splits[name] = ChoiceRows(encoded)
-            skipped.update(encoded.skipped)
+        except UnweaveError as error:
+            if name == spec.split:
+                raise
+            skipped[f"{name}: {error.what}"] += len(own)
+            continue
+        splits[name] = ChoiceRows(encoded)
+        skipped.update({f"{name}: {reason}": count for reason, count in encoded.skipped.items()})
     train = splits.pop(spec.split)
     words = f"{len(train.lengths):,} items of {choices.name}" + (", the skyline" if spec.split == _SKYLINE else "")
     return Data(words, train, splits, dict(skipped))
