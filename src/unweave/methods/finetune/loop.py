@@ -165,7 +165,8 @@ class _Training:
         start = None if self.starts is None else self.starts.start(rows, tokens.ids.shape[1])
         goal = labels[:, columns]
         there = goal != IGNORE
-        base_logits, base = self.of_base(tokens, columns, there, start)
+        with torch.autocast(lm.device.type, torch.bfloat16, enabled=options.autocast):
+            base_logits, base = self.of_base(tokens, columns, there, start)
         with ExitStack() as stack:
             if options.recompute:
                 stack.enter_context(recomputed(lm))

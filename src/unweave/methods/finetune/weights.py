@@ -20,7 +20,7 @@ from unweave.methods.finetune.spec import WeightsSpec
 
 @dataclass(frozen=True)
 class Trainable:
-    """A model whose weights ``named`` are trained, and what they are in the base model (on the CPU)."""
+    """A model whose weights ``named`` are trained, and what they are in the base model (on the CPU until it is run)."""
 
     lm: LM
     named: dict[str, nn.Parameter]
@@ -36,7 +36,7 @@ class Trainable:
         own = {name: weight.data for name, weight in self.named.items()}
         try:
             for name, weight in self.named.items():
-                weight.data = self.base[name].to(weight.device)
+                self.base[name] = weight.data = self.base[name].to(weight.device)
             yield
         finally:
             for name, weight in self.named.items():
