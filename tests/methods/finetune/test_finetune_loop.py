@@ -20,6 +20,7 @@ from helpers.models import build_tiny
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
+from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM
 from unweave.methods.finetune.checkpoint import Checkpoints
 from unweave.methods.finetune.conditions import Condition
@@ -58,6 +59,12 @@ def zeroing(*sites: str, **fields: Any) -> Condition:
     subsets = {Site.parse(site): sae_at(site).subset(range(10)) for site in sites}
     full = tuple(subset.sae.ablate(range(10)) for subset in subsets.values())
     return Condition(ConditionSpec(kind="zero", **fields), subsets, full)
+
+
+def penalising() -> Condition:
+    sae = sae_at("resid_post.1")
+    sae.policy = TokenPolicy(tuple(range(8, 40)))  # rows differ in how many tokens count
+    return Condition(ConditionSpec(kind="penalty", strength=5.0), {Site.parse("resid_post.1"): sae.subset(range(30))})
 
 
 def train(
@@ -120,11 +127,12 @@ def test_every_epoch_has_every_item_once() -> None:
 
 
 @pytest.mark.parametrize("change", [{"accumulation": 3}, {"recompute": True}])
-@pytest.mark.parametrize("condition", [NONE, zeroing("resid_post.0", "mlp_out.1")], ids=["none", "zero"])
-def test_neither_accumulation_nor_recomputation_changes_what_is_learnt(
-    change: dict[str, Any], condition: Condition
-) -> None:
+@pytest.mark.parametrize(
+    "condition", [NONE, zeroing("resid_post.0", "mlp_out.1"), penalising()], ids=lambda c: c.spec.kind
+)
+def test_neither_accumulation_nor_recomputation_changes_what_is_learnt(change: dict[str, Any], kind: str) -> None:
     rows = random_rows(N)
+    condition = {"none": NONE, "zero": zeroing("resid_post.0", "mlp_out.1"), "penalty": penalising()}[kind]
     whole = train(tiny(), rows, condition=condition)
     close(train(tiny(), rows, replace(FAST, **change), condition=condition), whole)
 
