@@ -74,15 +74,17 @@ class EditCallback(TrainerCallback):
         fixed: Any = self.edits
         return fixed if isinstance(fixed, SiteEdit) or not callable(fixed) else fixed(progress)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def _begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, control
         self.close()
         edits = self.at(min(1.0, state.global_step / max(1, state.max_steps - 1)))
         self._open.enter_context(ablating(self.lm, edits))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def _end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, state, control
         self.close()
+
+    on_step_begin, on_step_end = _begin, _end
 
     def close(self) -> None:
         """Lifts the edits of a step that was interrupted."""
