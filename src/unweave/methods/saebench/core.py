@@ -7,6 +7,7 @@ with what is wrong in them; the whole text gives the number, parts of its batche
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -169,7 +170,7 @@ def compatible(sums: Sequence[Sums], losses: Sequence[Sums]) -> dict[str, float]
     n, d = total["n"], sums[0]["width"]
     square = torch.stack([one["square"] / one["n"] for one in sums]).mean()
     rest = torch.stack([one["rest"] / one["n"] for one in sums]).mean()
-    return _shared(total) | _losses_of(losses) | {
+    numbers = _shared(total) | _losses_of(losses) | {
         "explained_variance": float(1 - rest / (square - (square / d) ** 2)),
         "explained_variance_legacy": float(total["legacy"] / n),
         "mse": float(torch.stack([one["rest"] / one["n"] for one in sums]).sum() / n),
@@ -179,6 +180,11 @@ def compatible(sums: Sequence[Sums], losses: Sequence[Sums]) -> dict[str, float]
         "l0": float(total["nonzero"] / n),
         "l1": float(total["l1"] / n),
     }  # fmt: skip
+    return _defined(numbers)
+
+
+def _defined(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
 def correct(sums: Sequence[Sums], metrics: Metrics) -> dict[str, float]:
@@ -203,7 +209,7 @@ def correct(sums: Sequence[Sums], metrics: Metrics) -> dict[str, float]:
     if metrics.recovered_vs_mean is not None:
         score = (metrics.kl_mean - metrics.kl_sae) / metrics.kl_mean
         numbers |= {"ce_loss_score": metrics.recovered_vs_mean, "kl_div_score": score}
-    return numbers
+    return _defined(numbers)
 
 
 def _losses_of(losses: Sequence[Sums]) -> dict[str, float]:
@@ -220,7 +226,7 @@ def _losses_of(losses: Sequence[Sums]) -> dict[str, float]:
         "ce_loss_without_sae": clean,
         "total_tokens_eval_reconstruction": total["tokens"],
     }
-    return {key: float(value) for key, value in numbers.items() if bool(torch.isfinite(value))}
+    return {key: float(value) for key, value in numbers.items()}
 
 
 def _shared(total: Sums) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,9 +98,12 @@ class Bench:
     def seeds(self) -> range:
         return range(self.spec.seed, self.spec.seed + self.spec.seeds)
 
-    def _place(self, name: str, *identity: Any) -> Path:
-        model = [self.model, tree_of(self.model), str(self.site), str(self.lm.dtype)]
-        return self.runs.resolve() / f"{name}-{digest([*model, *identity])}"
+    @cached_property
+    def _identity(self) -> list[str]:
+        return [self.model, tree_of(self.model), str(self.site), str(self.lm.dtype)]
+
+    def _place(self, name: str, *what: Any) -> Path:
+        return self.runs.resolve() / f"{name}-{digest([*self._identity, *what])}"
 
     def stored(self, rows: Sequence[Row]) -> TokenStore:
         """Rows of tokens as a store, which later runs share."""
