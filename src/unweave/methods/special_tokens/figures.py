@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from unweave.core.intervals import Interval
 from unweave.methods.special_tokens.result import GROUPS, Group, Level, Steering, TokenErrors
 from unweave.show.figures import COLOURS, as_svg, settings
@@ -113,9 +115,7 @@ def _line(
     if not points:
         return
     alphas, intervals = [alpha for alpha, _ in points], [interval for _, interval in points]
-    if all(i.low is not None for i in intervals):
-        axes.fill_between(
-            alphas, [i.low for i in intervals], [i.high for i in intervals], color=colour, alpha=0.2, linewidth=0
-        )
+    low, high = np.array([(i.low, i.high) for i in intervals], dtype=float).T  # no bounds: no band
+    axes.fill_between(alphas, low, high, color=colour, alpha=0.2, linewidth=0)
     means = [i.value for i in intervals]
     axes.plot(alphas, means, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
