@@ -35,7 +35,7 @@ def normalise(x: Tensor, kind: InputNorm) -> Normalised:
     if kind == "layer_norm":
         mean = x.mean(dim=-1, keepdim=True)
         centred = x - mean
-        std = centred.std(dim=-1, keepdim=True)
+        std = x.std(dim=-1, keepdim=True)  # of x, which a backward pass holds anyway
         return Normalised(centred / (std + _EPSILON), std, mean)
     if kind == "constant_norm":
         scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5

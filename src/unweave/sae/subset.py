@@ -70,8 +70,7 @@ class Subset:
         """What ``values`` [..., S] of the latents add to the activation [..., d_out] of tokens that read ``source``."""
         self.sae.require_decoder()
         normal = self.sae.normalised(source)
-        written = values @ self._rows
-        return written if normal is None else written * normal.scale
+        return (values if normal is None else values * normal.scale) @ self._rows
 
     def encode(self, x: Tensor) -> Tensor:
         """These latents' values [..., S]: equal to ``sae.encode(x)[..., latents]``, and so are their gradients.
