@@ -59,13 +59,7 @@ class SiteChoice:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Latents of SAEs, or directions, at one or several sites.
-
-    Raises UnweaveError for one that chooses nothing, a site or latent that is named twice, and directions that are not
-    one finite row for each that was chosen.
-    """
-
+class _About:
     name: str
     """chosen, random-0, directions-0"""
     kind: Kind
@@ -79,6 +73,16 @@ class Selection:
     """what was asked of candidates, in words"""
     seed: int | None = None
     """of a random control"""
+
+
+@dataclass(frozen=True)
+class Selection(_About):
+    """Latents of SAEs, or directions, at one or several sites.
+
+    Raises UnweaveError for one that chooses nothing, a site or latent that is named twice, and directions that are not
+    one finite row for each that was chosen.
+    """
+
     directions: Mapping[Site, Tensor] = field(default_factory=dict, compare=False)
     """float [C, D] by site; empty for latents"""
 
@@ -161,20 +165,6 @@ def read(path: str | Path) -> Selection:
     tensors = value.pop("tensors", None)
     about = from_plain(_About, value, str(path))
     return Selection(**vars(about), directions={} if tensors is None else _tensors(path, tensors))
-
-
-@dataclass(frozen=True)
-class _About:
-    """What the JSON file holds beside the tensors: the fields of ``Selection``."""
-
-    name: str
-    kind: Kind
-    sites: tuple[SiteChoice, ...]
-    model: str
-    candidates: int
-    by: str
-    query: str
-    seed: int | None
 
 
 def _tensors(path: Path, about: Any) -> dict[Site, Tensor]:

@@ -22,7 +22,6 @@ from unweave.methods.finetune.attribute.result import Candidate
 from unweave.methods.finetune.select import view
 from unweave.methods.finetune.select.result import SelectResult
 from unweave.methods.finetune.select.select import (
-    Limits,
     by_annotation,
     by_label,
     by_relevance,
@@ -47,24 +46,27 @@ def numbers(chosen: list[Candidate]) -> list[tuple[Site, int]]:
 def test_a_rule_takes_the_strongest_of_sites_and_sign() -> None:
     verdicts = by_rule(CANDIDATES)
     assert verdicts[NINE, 7].why == "rank 3 of 5"
-    assert numbers(choose(CANDIDATES, verdicts, Limits(top=2))) == [(NINE, 4), (TEN, 1)]
-    assert numbers(choose(CANDIDATES, verdicts, Limits(2, "positive", ("resid_post.10",)))) == [(TEN, 0), (TEN, 9)]
-    assert numbers(choose(CANDIDATES, verdicts, Limits(None, "negative"))) == [(TEN, 1)]
+    assert numbers(choose(CANDIDATES, verdicts, top=2)) == [(NINE, 4), (TEN, 1)]
+    assert numbers(choose(CANDIDATES, verdicts, top=2, sign="positive", sites=["resid_post.10"])) == [
+        (TEN, 0),
+        (TEN, 9),
+    ]
+    assert numbers(choose(CANDIDATES, verdicts, sign="negative")) == [(TEN, 1)]
     with pytest.raises(UnweaveError, match=r"no candidate is of the sites mlp_\* and sign either") as refused:
-        choose(CANDIDATES, verdicts, Limits(sites=("mlp_*",)))
+        choose(CANDIDATES, verdicts, sites=["mlp_*"])
     assert "resid_post.9, resid_post.10" in refused.value.remedy
 
 
 def test_a_query_takes_what_is_relevant_enough_and_says_how_far_the_best_is() -> None:
     words = {(NINE, 7): "she, her", (TEN, 0): "seas"}
     verdicts = by_relevance({(NINE, 7): 0.61, (TEN, 0): 0.2}, words, 0.5)
-    (one,) = choose(CANDIDATES, verdicts, Limits())
+    (one,) = choose(CANDIDATES, verdicts)
     assert (one.number, verdicts[NINE, 7].why) == (7, "she, her (0.61)")
     with pytest.raises(UnweaveError, match=r"the best candidate, resid_post.9/7, has 0.610 .*2 of 5") as refused:
-        choose(CANDIDATES, by_relevance({(NINE, 7): 0.61, (TEN, 0): 0.2}, words, 0.7), Limits())
+        choose(CANDIDATES, by_relevance({(NINE, 7): 0.61, (TEN, 0): 0.2}, words, 0.7))
     assert "0.61 or less" in refused.value.remedy
     with pytest.raises(UnweaveError, match="nothing speaks for any of 5"):
-        choose(CANDIDATES, {}, Limits())
+        choose(CANDIDATES, {})
 
 
 def label(name: str, auroc: float | None) -> ScoredLabel:
@@ -78,7 +80,7 @@ def test_labels_count_where_they_hold_on_texts_held_out() -> None:
         (TEN, 0): Annotation(name_of(TEN, 0), labels=(label("sea", 0.9),)),
     }
     verdicts = by_label(said, ("gender::*",), 0.6)
-    assert numbers(choose(CANDIDATES, verdicts, Limits())) == [(NINE, 4)]
+    assert numbers(choose(CANDIDATES, verdicts)) == [(NINE, 4)]
     assert verdicts[NINE, 4].why == "gender::she, AUROC 0.70" and (TEN, 0) not in verdicts
     assert not by_label({(NINE, 7): Annotation("resid_post.9/7", labels=(label("a", None),))}, ("a",), 0.0)[
         NINE, 7
@@ -92,7 +94,7 @@ def test_a_persons_word_counts() -> None:
         (TEN, 0): Annotation(name_of(TEN, 0)),
     }
     verdicts = by_annotation(said)
-    assert numbers(choose(CANDIDATES, verdicts, Limits())) == [(TEN, 9)]
+    assert numbers(choose(CANDIDATES, verdicts)) == [(TEN, 9)]
     assert verdicts[TEN, 9].why == "nurses" and (TEN, 0) not in verdicts
 
 
@@ -225,7 +227,7 @@ def test_a_query_is_held_against_explanations_or_what_latents_fire_on(
     run = select(attributed, tmp_path, *query, "--contexts", "2000")
     assert len(asked[1][1]) > 6 and asked[1][1][best.sites[0].site, best.sites[0].numbers[0]] == "keys"
     chosen = next(one for one in run.result.weighed if one.chosen)
-    assert chosen.lines and chosen.lines[0].tokens and "uw-card" in view.section(run.result).body
+    assert "[" in chosen.contexts[0] and "Strongest contexts" in view.section(run.result).body
 
 
 def test_nothing_selected_and_strangers_are_refused(

@@ -163,5 +163,5 @@ def _cost(lm: LM, chosen: Mapping[Site, Subset], kind: str) -> float:
 def _check(edit: str, before: Tensor, after: Tensor, cost: float) -> EditCheck:
     change = after - before
     margin = _Z * float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
-    right = [float((values > 0).double().mean()) for values in (before, after)]
-    return EditCheck(edit, float(before.mean()), float(change.mean()), margin, *right, cost)
+    first, then = (float((values > 0).double().mean()) for values in (before, after))
+    return EditCheck(edit, float(before.mean()), float(change.mean()), margin, first, then, cost)

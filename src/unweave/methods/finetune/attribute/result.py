@@ -12,6 +12,7 @@ from unweave.core.result import Result
 from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.inputs.subject import Subject
+from unweave.latents.annotations import name_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,15 @@ class Candidate:
     """on what share of the tokens it fires there"""
     size: float | None = None
     """of a difference between models: in standard deviations over examples"""
+
+    @property
+    def key(self) -> tuple[Site, int]:
+        return self.site, self.number
+
+    @property
+    def name(self) -> str:
+        """``resid_post.9/123``"""
+        return name_of(*self.key)
 
 
 @dataclass(frozen=True)

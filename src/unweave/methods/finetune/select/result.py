@@ -12,15 +12,6 @@ from unweave.methods.finetune.diagnosis import Diagnosis
 
 
 @dataclass(frozen=True)
-class Line:
-    """A stretch of text with the latent's value at each token; ``peak`` is the token that it was chosen for."""
-
-    tokens: tuple[str, ...]
-    values: tuple[float, ...]
-    peak: int
-
-
-@dataclass(frozen=True)
 class Weighed:
     """A candidate, what is known of it, and whether it was chosen."""
 
@@ -32,11 +23,8 @@ class Weighed:
     chosen: bool
     why: str
     """why it was chosen; empty where it was not"""
-    promoted: tuple[str, ...] = ()
-    lines: tuple[Line, ...] = ()
-    """its strongest contexts, where they were asked for"""
-    maximum: float = 0.0
-    """the largest activation in them"""
+    contexts: tuple[str, ...] = ()
+    """its strongest contexts, where they were asked for, with brackets around the token that it fires on most"""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
-from unweave.latents.annotations import Annotation, name_of
+from unweave.latents.annotations import Annotation
 from unweave.latents.latent_record import LatentRecord
 from unweave.methods.finetune.attribute.attribute import Sign
 from unweave.methods.finetune.attribute.result import Candidate
@@ -36,24 +35,10 @@ class Verdict(NamedTuple):
     why: str
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Which of those that pass are taken."""
-
-    top: int | None = None
-    sign: Sign = "either"
-    sites: tuple[str, ...] = ()
-
-
-def key_of(one: Candidate) -> Key:
-    """The site and number of a candidate."""
-    return one.site, one.number
-
-
 def by_rule(candidates: Sequence[Candidate]) -> dict[Key, Verdict]:
     """Every candidate, with its rank."""
     n = len(candidates)
-    return {key_of(one): Verdict(None, True, f"rank {i} of {n}") for i, one in enumerate(candidates, 1)}
+    return {one.key: Verdict(None, True, f"rank {i} of {n}") for i, one in enumerate(candidates, 1)}
 
 
 def by_relevance(relevance: Mapping[Key, float], words: Mapping[Key, str], at_least: float) -> dict[Key, Verdict]:
@@ -83,37 +68,44 @@ def by_annotation(said: Mapping[Key, Annotation]) -> dict[Key, Verdict]:
     }
 
 
-def choose(candidates: Sequence[Candidate], verdicts: Mapping[Key, Verdict], limits: Limits) -> list[Candidate]:
-    """Those that are taken, the strongest first. UnweaveError, with the best that was refused, where there is none."""
-    eligible = [one for one in candidates if _eligible(one, limits)]
+def choose(
+    candidates: Sequence[Candidate],
+    verdicts: Mapping[Key, Verdict],
+    *,
+    top: int | None = None,
+    sign: Sign = "either",
+    sites: Sequence[str] = (),
+) -> list[Candidate]:
+    """The ``top`` strongest of those that pass, and are of this sign and these sites (patterns). UnweaveError, with the
+    best that was refused, where there is none."""
+    eligible = [
+        one
+        for one in candidates
+        if (sign == "either" or (one.score > 0) == (sign == "positive"))
+        and (not sites or any(fnmatchcase(str(one.site), pattern) for pattern in sites))
+    ]
     if not eligible:
         there = ", ".join(map(str, sorted({one.site for one in candidates})))
-        what = f"no candidate is of the sites {', '.join(limits.sites) or '*'} and sign {limits.sign}"
+        what = f"no candidate is of the sites {', '.join(sites) or '*'} and sign {sign}"
         raise UnweaveError(what, where="sites, sign", remedy=f"there are: {there}")
-    passing = [one for one in eligible if key_of(one) in verdicts and verdicts[key_of(one)].passes]
-    if passing:
-        return passing[: limits.top]
-    rated = [(v.relevance, one) for one in eligible if (v := verdicts.get(key_of(one))) and v.relevance is not None]
+    judged = [(verdicts[one.key], one) for one in eligible if one.key in verdicts]
+    if passing := [one for verdict, one in judged if verdict.passes]:
+        return passing[:top]
+    rated = [(verdict.relevance, one) for verdict, one in judged if verdict.relevance is not None]
     if not rated:
         what = f"nothing is selected: nothing speaks for any of {len(eligible)} candidates"
         raise UnweaveError(what, remedy="give a file of annotations that has these latents, or choose by another way")
     value, best = max(rated, key=lambda pair: (pair[0], abs(pair[1].score)))
     raise UnweaveError(
-        f"nothing is selected: the best candidate, {name_of(*key_of(best))}, has {value:.3f} ("
-        f"{verdicts[key_of(best)].why}); {len(rated)} of {len(eligible)} candidates could be judged",
+        f"nothing is selected: the best candidate, {best.name}, has {value:.3f} ({verdicts[best.key].why}); "
+        f"{len(rated)} of {len(eligible)} candidates could be judged",
         remedy=f"ask for at least {value:.2f} or less, or ask for something else",
     )
 
 
-def _eligible(one: Candidate, limits: Limits) -> bool:
-    right = limits.sign == "either" or (one.score > 0) == (limits.sign == "positive")
-    return right and (not limits.sites or any(fnmatchcase(str(one.site), pattern) for pattern in limits.sites))
-
-
 def draws(candidates: Sequence[Candidate], chosen: Sequence[Candidate], n: int, seed: int = 0) -> list[list[Candidate]]:
     """``n`` controls: each as many candidates as were chosen, none of them chosen. UnweaveError for too few."""
-    taken = {key_of(one) for one in chosen}
-    others = [one for one in candidates if key_of(one) not in taken]
+    others = [one for one in candidates if one not in chosen]
     if n and len(others) < len(chosen):
         what = f"{len(chosen)} of {len(candidates)} candidates are chosen, and only {len(others)} are left for controls"
         remedy = "choose fewer, attribute more candidates (--top), or go without (--controls.random 0)"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.core.stage import Context, stage
 from unweave.inputs.saes import Opened, open_saes
 from unweave.judge.base import REPLIES, check_judge, open_judge
-from unweave.latents import annotations as notes
-from unweave.latents import relevance, selection
-from unweave.latents.annotations import Annotation, name_of
+from unweave.latents import annotations, relevance, selection
+from unweave.latents.annotations import Annotation
+from unweave.latents.latent_record import Context as Shown
 from unweave.latents.latent_record import LatentRecord
 from unweave.latents.selection import Chosen, Selection, SiteChoice
 from unweave.latents.stage import records_of
@@ -23,10 +24,9 @@ from unweave.methods.finetune.attribute.result import AttributeResult, Candidate
 from unweave.methods.finetune.attribute.spec import FinetuneAttributeSpec
 from unweave.methods.finetune.diagnose import diagnose
 from unweave.methods.finetune.diagnosis import Diagnosis
-from unweave.methods.finetune.select.result import Line, SelectResult, Weighed
+from unweave.methods.finetune.select.result import SelectResult, Weighed
 from unweave.methods.finetune.select.select import (
     Key,
-    Limits,
     Verdict,
     by_annotation,
     by_label,
@@ -35,7 +35,6 @@ from unweave.methods.finetune.select.select import (
     choose,
     described,
     draws,
-    key_of,
     random_directions,
 )  # fmt: skip
 from unweave.methods.finetune.select.spec import FinetuneSelectSpec
@@ -43,44 +42,47 @@ from unweave.sae.subset import orthonormal_basis
 from unweave.tasks.choices.choices import open_choices
 from unweave.tasks.choices.encode import encode_choices
 
-_LINES = 4
+_CONTEXTS = 4
 
 
 @stage("finetune-select", version=1)
 def run(spec: FinetuneSelectSpec, ctx: Context) -> SelectResult:
-    """Writes ``selection.json``, ``random-0.json`` and so on, ``directions-0.json``, and ``candidates.jsonl``."""
+    """Writes ``selection.json``, ``random-0.json`` and so on, ``directions-0.json``, and ``candidates.jsonl``. The
+    handle is the SAEs where they are open already."""
     done = attribution_at(spec.attribution)
     found = done.result
+    asked = replace(FinetuneAttributeSpec.from_dict(done.asked["spec"]), device=spec.device)
     if spec.by == "query" and spec.query.by == "judge":
         check_judge(spec.judge)
     said = _said(spec, found)
-    asked = FinetuneAttributeSpec.from_dict(done.asked["spec"])
     opened: Opened = ctx.handle or open_saes(asked)
     _refuse_others(found, opened)
     records = _records(spec, found, opened, ctx.runs)
-    words = {key: one.annotation or "; ".join(label.label for label in one.labels) for key, one in said.items()}
-    words |= {key: described(record) for key, record in records.items() if not words.get(key)}
-    words = {key: text for key, text in words.items() if text}
-    verdicts = _verdicts(spec, found, said, words, ctx.runs)
-    chosen = choose(found.candidates, verdicts, Limits(spec.top, spec.sign, spec.sites))
+    words = {key: described(record) for key, record in records.items()}
+    words |= {key: one.annotation for key, one in said.items() if one.annotation}
+    verdicts = _verdicts(spec, found, said, {key: text for key, text in words.items() if text}, ctx.runs)
+    chosen = choose(found.candidates, verdicts, top=spec.top, sign=spec.sign, sites=spec.sites)
     drawn = draws(found.candidates, chosen, spec.controls.random, spec.controls.seed)
     rows = None if found.directions is None else load_file(done.file(str(found.directions)))
-    best = _selection(spec, found, "chosen", chosen, rows, verdicts)
-    controls = [_selection(spec, found, f"random-{i}", one, rows) for i, one in enumerate(drawn)]
-    controls += [_at_random(spec, found, best, opened, i) for i in range(spec.controls.directions)]
-    path = selection.write(ctx.path / "selection.json", best)
-    paths = [selection.write(ctx.path / f"{one.name}.json", one) for one in controls]
-    _annotate(ctx.path / "candidates.jsonl", found, verdicts, words, {key_of(one) for one in chosen})
+    why = {one.key: verdicts[one.key].why for one in chosen}
+    best = _selection(found, "chosen", chosen, rows, why, by=spec.by, query=_query(spec))
+    controls = [_selection(found, f"random-{i}", one, rows, seed=spec.controls.seed) for i, one in enumerate(drawn)]
+    controls += [_at_random(found, best, opened, i, spec.controls.seed) for i in range(spec.controls.directions)]
+    selection.write(ctx.path / "selection.json", best)
+    for one in controls:
+        selection.write(ctx.path / f"{one.name}.json", one)
+    weighed = tuple(_weighed(one, verdicts.get(one.key), words, records, why) for one in found.candidates)
+    annotations.write(ctx.path / "candidates.jsonl", _lines(found, weighed))
     return SelectResult(
         subject=opened.subject,
         attribution=done.path.name,
         metric=found.metric,
         by=spec.by,
-        query=_query(spec),
-        weighed=_weighed(found, verdicts, words, records, {key_of(one) for one in chosen}),
-        unknown=sum(key_of(one) not in verdicts for one in found.candidates),
-        selection=path.relative_to(ctx.path),
-        controls=tuple(one.relative_to(ctx.path) for one in paths),
+        query=best.query,
+        weighed=weighed,
+        unknown=sum(one.key not in verdicts for one in found.candidates),
+        selection=Path("selection.json"),
+        controls=tuple(Path(f"{one.name}.json") for one in controls),
         annotations=Path("candidates.jsonl"),
         diagnosis=_diagnosis(spec, asked, best, opened),
     )
@@ -93,12 +95,10 @@ def _said(spec: FinetuneSelectSpec, found: AttributeResult) -> dict[Key, Annotat
     """What the file of annotations says of candidates. UnweaveError where it is about other SAEs."""
     if spec.annotations is None:
         return {}
+    there = annotations.load(spec.annotations, [one.site for one in found.sites])
     digests = {one.site: one.digest for one in found.sites if one.digest is not None}
-    there = notes.load(spec.annotations, [one.site for one in found.sites])
-    notes.refuse_strangers(there, digests, str(spec.annotations))
-    keys = {key_of(one) for one in found.candidates}
-    named = (((one.site, one.latent), one) for one in there.values() if one.latent is not None)
-    return {key: one for key, one in named if key in keys}
+    annotations.refuse_strangers(there, digests, str(spec.annotations))
+    return {one.key: there[one.name] for one in found.candidates if one.name in there}
 
 
 def _refuse_others(found: AttributeResult, opened: Opened) -> None:
@@ -118,7 +118,7 @@ def _records(spec: FinetuneSelectSpec, found: AttributeResult, opened: Opened, r
     for one in found.candidates:
         by_site.setdefault(one.site, []).append(one.number)
     records = records_of(opened, None, spec.contexts, runs, by_site)
-    return {(site, number): records[site].latent(number) for site, some in by_site.items() for number in some}
+    return {one.key: records[one.site].latent(one.number) for one in found.candidates}
 
 
 def _verdicts(
@@ -153,102 +153,72 @@ def _query(spec: FinetuneSelectSpec) -> str:
     return str(spec.annotations.name) if spec.annotations is not None and spec.by == "annotations" else ""
 
 
-# -- selections -------------------------------------------------------------------------------------------------------
+# -- what is written --------------------------------------------------------------------------------------------------
 
 
 def _selection(
-    spec: FinetuneSelectSpec,
     found: AttributeResult,
     name: str,
-    some: list[Candidate],
-    rows: Mapping[str, Any] | None,
-    verdicts: Mapping[Key, Verdict] | None = None,
+    some: Collection[Candidate],
+    rows: Mapping[str, Tensor] | None,
+    why: Mapping[Key, str] | None = None,
+    *,
+    by: str = "random",
+    query: str = "",
+    seed: int | None = None,
 ) -> Selection:
-    """Candidates as a selection: the chosen ones where their verdicts are given, else a random control."""
-    about = {one.site: one for one in found.sites}
-    why = {} if verdicts is None else {key: verdict.why for key, verdict in verdicts.items()}
-    grouped = selection.by_site((one.site, Chosen(one.number, one.score, why.get(key_of(one), ""))) for one in some)
-    return Selection(
-        name=name,
-        kind="latents" if rows is None else "directions",
-        sites=tuple(SiteChoice(site, chosen, about[site].sae, about[site].digest) for site, chosen in grouped.items()),
-        model=found.model,
-        candidates=len(found.candidates),
-        by="random" if verdicts is None else spec.by,
-        query="" if verdicts is None else _query(spec),
-        seed=spec.controls.seed if verdicts is None else None,
-        directions={} if rows is None else {
-            site: rows[str(site)][[one.number for one in chosen]] for site, chosen in grouped.items()
-        },
-    )  # fmt: skip
+    """Candidates as a selection."""
+    about, reasons = {one.site: one for one in found.sites}, why or {}
+    grouped = selection.by_site((one.site, Chosen(one.number, one.score, reasons.get(one.key, ""))) for one in some)
+    sites = tuple(SiteChoice(site, chosen, about[site].sae, about[site].digest) for site, chosen in grouped.items())
+    directions = {} if rows is None else {one.site: rows[str(one.site)][list(one.numbers)] for one in sites}
+    kind = "latents" if rows is None else "directions"
+    return Selection(name, kind, sites, found.model, len(found.candidates), by, query, seed, directions)
 
 
-def _at_random(
-    spec: FinetuneSelectSpec, found: AttributeResult, best: Selection, opened: Opened, draw: int
-) -> Selection:
+def _at_random(found: AttributeResult, best: Selection, opened: Opened, draw: int, seed: int) -> Selection:
     """Random directions that span as much at each site as the chosen ones."""
     sizes = {}
     for one in best.sites:
         rows = best.directions.get(one.site)
         rows = opened.saes[one.site].W_dec[list(one.numbers)] if rows is None else rows
         sizes[one.site] = len(orthonormal_basis(rows)), rows.shape[1]
-    seed = spec.controls.seed * 1000 + draw
-    directions = random_directions(sizes, seed)
+    directions = random_directions(sizes, 1000 * seed + draw)
     sites = tuple(SiteChoice(site, tuple(map(Chosen, range(len(rows))))) for site, rows in directions.items())
-    return Selection(
-        f"directions-{draw}", "directions", sites, found.model, len(found.candidates), "random", "", seed, directions
-    )
-
-
-# -- what a person sees -----------------------------------------------------------------------------------------------
-
-
-def _annotate(
-    path: Path, found: AttributeResult, verdicts: Mapping[Key, Verdict], words: Mapping[Key, str], chosen: set[Key]
-) -> None:
-    """A line for every candidate, to be changed by hand: ``relevant`` says whether it is chosen."""
-    digests = {one.site: one.digest for one in found.sites}
-    lines = []
-    for one in found.candidates:
-        key = key_of(one)
-        reason = f"; {verdicts[key].why}" if key in verdicts and verdicts[key].relevance is not None else ""
-        about = f"score {one.score:+.4g} +- {one.margin:.2g}{reason}"
-        lines.append(
-            Annotation(name_of(*key), words.get(key, ""), about, relevant=key in chosen, sae=digests[one.site])
-        )
-    notes.write(path, lines)
+    name = f"directions-{draw}"
+    return Selection(name, "directions", sites, found.model, best.candidates, "random", "", seed, directions)
 
 
 def _weighed(
-    found: AttributeResult,
-    verdicts: Mapping[Key, Verdict],
+    one: Candidate,
+    verdict: Verdict | None,
     words: Mapping[Key, str],
     records: Mapping[Key, LatentRecord],
-    chosen: set[Key],
-) -> tuple[Weighed, ...]:
-    rows = []
-    for one in found.candidates:
-        key = key_of(one)
-        verdict, record = verdicts.get(key), records.get(key)
-        rows.append(
-            Weighed(
-                candidate=one,
-                words=words.get(key, ""),
-                relevance=None if verdict is None else verdict.relevance,
-                chosen=key in chosen,
-                why=verdict.why if verdict is not None and key in chosen else "",
-                promoted=() if record is None else tuple(text for text, _ in record.promoted),
-                lines=() if record is None else tuple(map(_line, record.top[:_LINES])),
-                maximum=0.0 if record is None else record.maximum,
-            )
+    why: Mapping[Key, str],
+) -> Weighed:
+    relevant = None if verdict is None else verdict.relevance
+    contexts = records[one.key].top[:_CONTEXTS] if one.key in records else ()
+    shown = tuple(map(_marked, contexts))
+    return Weighed(one, words.get(one.key, ""), relevant, one.key in why, why.get(one.key, ""), shown)
+
+
+def _marked(context: Shown) -> str:
+    return "".join(f"[{one.text}]" if one.focus else one.text for one in context.shown())
+
+
+def _lines(found: AttributeResult, weighed: Collection[Weighed]) -> list[Annotation]:
+    """A line for every candidate, to be changed by hand: ``relevant`` says whether it is chosen."""
+    digests = {one.site: one.digest for one in found.sites}
+    return [
+        Annotation(
+            one.candidate.name,
+            one.words,
+            f"score {one.candidate.score:+.4g} +- {one.candidate.margin:.2g}",
+            relevant=one.chosen,
+            sae=digests[one.candidate.site],
         )
-    return tuple(rows)
-
-
-def _line(context: Any) -> Line:
-    shown = context.shown()
-    peak = next(place for place, one in enumerate(shown) if one.focus)
-    return Line(tuple(one.text for one in shown), tuple(one.value for one in shown), peak)
+        for one in weighed
+    ]
 
 
 def _diagnosis(

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from unweave.core.result import Row
-from unweave.methods.finetune.attribute.view import by_site, score_words, totals
+from unweave.methods.finetune.attribute.view import by_site, totals
 from unweave.methods.finetune.diagnosis import Diagnosis, EditCheck
-from unweave.methods.finetune.select.result import SelectResult, Weighed
-from unweave.show.model import ContextEntry, LatentEntry
+from unweave.methods.finetune.select.result import SelectResult
 from unweave.show.page import ALONE, Around, Section, Tile, figure
-from unweave.show.pieces import card, counted, esc, number, percent, table
+from unweave.show.pieces import counted, esc, number, percent, table
 
-_CARDS = 30
 _SHOWN = 20
 
 
@@ -23,16 +19,12 @@ def rows(result: SelectResult) -> list[Row]:
     lines: list[Row] = [("model", result.subject.named_model, ""), ("chosen", len(chosen), how)]
     if result.unknown:
         lines.append(("not judged", result.unknown, "candidates of which nothing is known"))
-    lines += [(f"  {_name(one)}", one.candidate.score, one.why) for one in chosen[:_SHOWN]]
+    lines += [(f"  {one.candidate.name}", one.candidate.score, one.why) for one in chosen[:_SHOWN]]
     lines.append(("controls", len(result.controls), ", ".join(path.stem for path in result.controls)))
     if result.diagnosis is not None:
         lines += [(f"{one.edit} ablation", one.change, _edit_words(one)) for one in result.diagnosis.edits]
         lines += [("warning", "", words) for words in result.diagnosis.warnings]
     return lines
-
-
-def _name(one: Weighed) -> str:
-    return f"{one.candidate.site}/{one.candidate.number}"
 
 
 def _edit_words(one: EditCheck) -> str:
@@ -61,30 +53,18 @@ def section(result: SelectResult, around: Around = ALONE) -> Section:
         body += diagnosis_html(result.diagnosis)
     head = ("", "Candidate", "Score", "95 %", "Fires on", "Relevance", "What is known")
     lines = [
-        ("chosen" if one.chosen else "", esc(_name(one)), number(one.candidate.score),
+        ("chosen" if one.chosen else "", esc(one.candidate.name), number(one.candidate.score),
          f"± {number(one.candidate.margin)}", percent(one.candidate.frequency), number(one.relevance, 2),
          esc(one.words))
         for one in result.weighed
     ]  # fmt: skip
     body.append(f'<h3>Candidates</h3><div class="uw-wide">{table(head, lines, (2, 3, 4, 5))}</div>')
-    shown = [one for one in chosen if one.lines]
-    if shown:
-        body.append("<h3>What the chosen ones fire on</h3>")
-        body += [_card(one) for one in shown[:_CARDS]]
-        if len(shown) > _CARDS:
-            body.append(f"<p>And {len(shown) - _CARDS} more.</p>")
+    texts = [(esc(one.candidate.name), "<br>".join(map(esc, one.contexts))) for one in chosen if one.contexts]
+    if texts:
+        body += ["<h3>What the chosen ones fire on</h3>", table(("Candidate", "Strongest contexts"), texts)]
     tiles = (Tile(str(len(chosen)), "chosen for ablation", f"Of {len(result.weighed)} candidates, by {result.by}."),)
     return Section("Selection", "What the model shall not learn by", "".join(body), tiles=tiles,
                    notes=result.subject.notes)  # fmt: skip
-
-
-def _card(one: Weighed) -> str:
-    contexts = [ContextEntry("top", line.tokens, line.values, line.peak) for line in one.lines]
-    entry = LatentEntry(
-        one.candidate.number, one.candidate.frequency, one.maximum, [(text, 0.0) for text in one.promoted],
-        contexts=contexts, note=f"{one.why}; score {number(one.candidate.score)} {score_words(one.candidate, '')}",
-    )  # fmt: skip
-    return card(entry, esc(_name(one)))
 
 
 def diagnosis_html(diagnosis: Diagnosis) -> list[str]:
@@ -102,18 +82,11 @@ def diagnosis_html(diagnosis: Diagnosis) -> list[str]:
     )
     spans = ", ".join(f"{esc(site)} {percent(share)}" for site, share in diagnosis.span_share.items())
     parts.append(f"<p>Share of the variance of activations that the span of the chosen ones has: {spans}.</p>")
-    parts.append(f'<div class="uw-wide">{_directions(diagnosis)}</div>')
-    return parts
-
-
-def _directions(diagnosis: Diagnosis) -> str:
-    head: Sequence[str] = (
-        "Direction", "Mean", "Fires on", "Projection", "Deviation", "Share of variance", "Zeroing shifts by", "Span",
-    )  # fmt: skip
+    head = ("Direction", "Mean", "Fires on", "Projection", "Deviation", "Variance", "Zeroing shifts by", "Span")
     lines = [
         (esc(f"{one.site}/{one.number}"), number(one.activation), percent(one.frequency), number(one.projection),
          number(one.deviation), percent(one.share), f"{number(one.zero_shift, 2)} dev.",
          "adds the concept" if one.span_adds else "removes")
         for one in diagnosis.directions
     ]  # fmt: skip
-    return table(head, lines, (1, 2, 3, 4, 5, 6))
+    return [*parts, f'<div class="uw-wide">{table(head, lines, (1, 2, 3, 4, 5, 6))}</div>']
