@@ -95,7 +95,8 @@ def write(result: ConceptAblation, folder: Path) -> None:
     lines = [_HEAD, ("---",) * len(_HEAD), *_table(result)]
     title = "Fine-tuning with concepts taken out"
     texts = {
-        "table.md": "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n",
+        "table.md": "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        + "\n",
         "claims.md": markdown(claims(result)),
         "report.html": page(title, "What is learnt where two policies fit the data.", [section(result)]),
     }
