@@ -19,13 +19,14 @@ def accuracies(task: Task, number: int) -> str:
     with matplotlib.rc_context(settings()):
         figure = new_figure(2.9)
         axes = figure.add_subplot()
-        names = [name for name in NAMES if task.of(name)]
-        for place, name in enumerate(reversed(names)):
+        names: list[Name] = [name for name in NAMES if task.of(name)]
+        names.reverse()
+        for place, name in enumerate(names):
             spread = task.spread(name, "ood")
             if spread is not None:
                 axes.barh(place, spread.mean, height=0.6, color=COLOURS["accent" if name == "zero" else "line"])
                 axes.plot(spread.values, [place] * len(spread.values), ".", color=COLOURS["ink"], markersize=5)
-        axes.set_yticks(range(len(names)), [NAMES[name].split(":")[0] for name in reversed(names)])
+        axes.set_yticks(range(len(names)), [NAMES[name].split(":")[0] for name in names])
         axes.axvline(0.5, color=COLOURS["mute"], linewidth=0.8, linestyle=":")
         axes.set_xlim(0, 1.02)
         axes.set_xlabel("Accuracy where the cue misleads")
@@ -40,7 +41,7 @@ def effects(tasks: Sequence[Task]) -> str:
         figure = new_figure(2.9)
         axes = figure.add_subplot()
         for place, task in enumerate(tasks):
-            layers = [one.site.layer for one in task.sites]
+            layers = [one.site.layer or 0 for one in task.sites]
             colour = COLOURS[_HUES[place % len(_HUES)]]
             axes.plot(
                 layers, [one.total for one in task.sites], color=colour, marker=".", label=task.name.replace("*", "")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from unweave.core import rules
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
-from unweave.core.rules import at_least, not_empty, share
+from unweave.core.rules import at_least, not_empty
 from unweave.core.spec import Spec, operational
 from unweave.judge.spec import JudgeSpec
 from unweave.methods.finetune.select.spec import AttributionRef
@@ -50,7 +51,7 @@ class CueSpec(Spec):
     """The run of `unweave finetune attribute`."""
     prompts: Annotated[int, at_least(1)] = 64
     """So many training prompts at most."""
-    share: Annotated[float, share()] = 0.5
+    share: Annotated[float, rules.share()] = 0.5
     """The share of a candidate's effect from which on it is chosen."""
     least: Annotated[int, at_least(1)] = 4
     """At least so many are chosen: those with the largest shares."""
