@@ -506,7 +506,8 @@ def test_every_field_of_every_stage_can_be_set_and_is_explained(name: str) -> No
 def test_naming_a_group_leaves_its_other_fields_as_help_shows_them(name: str) -> None:
     spec = REAL_STAGES[name].spec
     required = {"sae": "x"} if issubclass(spec, OfSAESpec) else {"saes": ["x"]} if issubclass(spec, OfSAEsSpec) else {}
-    required |= {f.name: "x" for f in fields(spec) if f.name in ("pairs", "attribution") and f.default is MISSING}
+    given = {"pairs": "x", "attribution": "x", "saes": ["x"]}
+    required |= {f.name: given[f.name] for f in fields(spec) if f.name in given and f.default is MISSING}
     for field_ in fields(spec):
         if isinstance(field_.default, Spec):
             assert getattr(spec.from_dict({**required, field_.name: {}}), field_.name) == field_.default
