@@ -119,12 +119,12 @@ def explain_and_score(
 def _summary(name: str, own: Scored, other: Scored, random: Collection[int], seed: int) -> ScoreSummary:
     """Means with intervals; latents that were drawn as a control stand apart from the others."""
     chosen, control = ({j: v for j, v in one.values.items() if j not in random} for one in (own, other))
-    drawn = [v for j, v in own.values.items() if j in random]
+    drawn = {j: v for j, v in own.values.items() if j in random}
     failures = Counter(own.ratings.failures) + Counter(other.ratings.failures)
+    means = [interval([*some.values()], seed=seed) for some in (chosen, control, drawn)]
     return ScoreSummary(
-        name, *(interval([*some.values()], seed=seed) for some in (chosen, control)), above(chosen, control, seed),
-        interval(drawn, seed=seed), len(own.latents) + len(other.latents), failures.total(),
-        dict(failures.most_common()),
+        name, means[0], means[1], above(chosen, control, seed), means[2],
+        len(own.latents) + len(other.latents), failures.total(), dict(failures.most_common()),
     )  # fmt: skip
 
 

@@ -71,8 +71,9 @@ class EditCallback(TrainerCallback):
 
     def at(self, progress: float) -> Edits:
         """The edits at a training's progress."""
-        fixed: Any = self.edits
-        return fixed if isinstance(fixed, SiteEdit) or not callable(fixed) else fixed(progress)
+        varies = callable(self.edits) and not isinstance(self.edits, SiteEdit)
+        edits: Any = self.edits
+        return edits(progress) if varies else edits
 
     def _begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, control

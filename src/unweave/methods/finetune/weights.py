@@ -109,8 +109,9 @@ def _adapter(lm: LM, spec: WeightsSpec, seed: int, name: str | None) -> Any:
         for path, part in lm.model.named_modules()
         if id(part) in inside and isinstance(part, (nn.Linear, Conv1D))
     ]
+    alpha: Any = spec.alpha  # peft only divides by the rank; whole numbers are not required
     config = peft.LoraConfig(
-        r=spec.rank, lora_alpha=spec.alpha, use_rslora=spec.rslora, target_modules=[path for path, _ in linear],
+        r=spec.rank, lora_alpha=alpha, use_rslora=spec.rslora, target_modules=[path for path, _ in linear],
         fan_in_fan_out=any(isinstance(part, Conv1D) for _, part in linear), task_type="CAUSAL_LM",
         base_model_name_or_path=name,
     )  # fmt: skip

@@ -195,7 +195,7 @@ def pooled_latents(sae: SAE, bench: Bench, source: ActivationSource) -> Held:
             values, of, latent = (
                 part.cpu().numpy() for part in (codes.values.double(), row[codes.row_of_each()], codes.indices)
             )
-            total = total + coo_array((values, (of, latent)), size).tocsr()
+            total = csr_array(total + coo_array((values, (of, latent)), size))
             counts += np.bincount(row.cpu().numpy(), minlength=size[0])
             shown.advance()
     offsets, indices, values = (torch.from_numpy(part) for part in (total.indptr, total.indices, total.data))
