@@ -32,7 +32,7 @@ from unweave.sae.module import SAE
 from unweave.sae.sparse.pattern import Choice
 from unweave.sae.sparse.products import dot_rows
 
-_Z = 1.96
+Z = 1.96
 """standard errors on each side of a 95 % interval of a mean"""
 
 
@@ -62,7 +62,7 @@ class Mean:
     @property
     def margin(self) -> Tensor:
         """Half of the mean's 95 % interval over examples, float64 [F]."""
-        return _Z * self.deviation / max(self.n, 1) ** 0.5
+        return Z * self.deviation / max(self.n, 1) ** 0.5
 
 
 @dataclass(frozen=True)

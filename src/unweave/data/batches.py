@@ -1,8 +1,8 @@
-"""Batches of tokens from a store."""
+"""Rows of like length together, and such batches of tokens from a store."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from unweave.lm.model import LM, Tokens
@@ -11,13 +11,20 @@ if TYPE_CHECKING:
     from unweave.data.tokens import TokenStore
 
 
+def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Places of rows of like length, at most ``max_tokens`` tokens together with padding, and at least one row."""
+    group: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
+        if group and (len(group) + 1) * lengths[place] > max_tokens:
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
+
+
 def store_batches(lm: LM, store: TokenStore, rows: Sequence[int], batch_tokens: int = 2048) -> list[Tokens]:
     """Rows of a token store as batches of about ``batch_tokens`` positions, rows of like length together."""
-    lengths = store.starts[1:] - store.starts[:-1]
-    order = sorted((int(row) for row in rows), key=lambda row: (int(lengths[row]), row))
-    batches: list[list[int]] = []
-    for row in order:
-        if not batches or (len(batches[-1]) + 1) * int(lengths[row]) > batch_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return [store.batch(batch, lm.pad_id)[0] for batch in batches]
+    order = sorted(map(int, rows))
+    lengths = (store.starts[1:] - store.starts[:-1])[order].tolist()
+    return [store.batch([order[i] for i in group], lm.pad_id)[0] for group in by_length(lengths, batch_tokens)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unweave.core.errors import UnweaveError
-from unweave.methods.axbench.lora import adapted, require_peft
+from unweave.methods.axbench.lora import adapted, peft_for_lora
 from unweave.methods.axbench.options import LoraSpec
 
 
@@ -43,4 +43,4 @@ def test_without_peft_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UnweaveError, match=r"unweave\[finetune\]"):
-        require_peft()
+        peft_for_lora()

@@ -15,13 +15,13 @@ from unweave.attribute.means import Activity, Mean, mean_effects
 from unweave.attribute.runner import Runner
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
+from unweave.data.batches import by_length
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
 from unweave.methods.finetune.attribute.attribute import (
     AnswerLogProb,
     candidates,
     choice_batches,
-    in_groups,
     of_assistant,
 )
 from unweave.methods.finetune.attribute.differences import Spread, latent_differences, principal_components
@@ -51,7 +51,7 @@ def double(tiny_lm: Callable[..., LM], seed: int = 0) -> LM:
 
 def test_groups_hold_rows_of_like_length_within_the_bound() -> None:
     lengths = [7, 3, 9, 3, 4, 20]
-    groups = list(in_groups(lengths, 12))
+    groups = list(by_length(lengths, 12))
     assert sorted(i for group in groups for i in group) == list(range(6)) and groups[-1] == [5]
     assert all(len(group) * max(lengths[i] for i in group) <= 12 or len(group) == 1 for group in groups)
 

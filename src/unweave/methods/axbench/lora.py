@@ -9,21 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unweave.core.errors import UnweaveError
+from unweave.lm.adapters import require_peft
 from unweave.lm.model import LM, Tokens
 from unweave.methods.axbench.directions import text_loss, trained
 from unweave.methods.axbench.options import LoraSpec
 
 
-def require_peft() -> Any:
+def peft_for_lora() -> Any:
     """The package. UnweaveError where it is not installed."""
-    try:
-        import peft
-    except ImportError:
-        raise UnweaveError(
-            "the method lora needs the package peft", remedy="pip install 'unweave[finetune]', or leave lora out"
-        ) from None
-    return peft
+    return require_peft("the method lora", otherwise="leave lora out")
 
 
 @contextmanager
@@ -34,7 +28,7 @@ def adapted(
     afterwards. Yields the loss of each step."""
     from transformers.pytorch_utils import Conv1D
 
-    options, peft = options or LoraSpec(), require_peft()
+    options, peft = options or LoraSpec(), peft_for_lora()
     transposed = any(isinstance(module, Conv1D) for module in lm.model.modules())
     config = peft.LoraConfig(
         r=options.rank, lora_alpha=options.alpha, target_modules="all-linear", fan_in_fan_out=transposed

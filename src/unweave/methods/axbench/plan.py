@@ -14,7 +14,7 @@ from unweave.latents.annotations import Annotation, Pair, load, name_of, pairs, 
 from unweave.methods.axbench.compare import Experiment
 from unweave.methods.axbench.forms import template_prompt, written_prompts
 from unweave.methods.axbench.generate import draw_instructions
-from unweave.methods.axbench.lora import require_peft
+from unweave.methods.axbench.lora import peft_for_lora
 from unweave.methods.axbench.result import RATINGS, Cost
 from unweave.methods.axbench.spec import AxbenchSpec
 
@@ -55,7 +55,7 @@ def planned(spec: AxbenchSpec, chat: Judge | None = None, without: Collection[st
             remedy=f"raise most_texts to {cost.texts}, or ask for fewer pairs, methods, factors or instructions",
         )
     if "lora" in spec.methods:
-        require_peft()
+        peft_for_lora()
     if "chat" in (*spec.raters, spec.writer):
         check_judge(spec.judge)
     return experiment

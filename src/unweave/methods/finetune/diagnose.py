@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unweave.attribute.means import Z
 from unweave.attribute.states import values_of
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
@@ -23,7 +24,7 @@ from unweave.core.site import Site
 from unweave.latents.selection import Selection
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import Edits
-from unweave.methods.finetune.attribute.attribute import in_groups
+from unweave.methods.finetune.attribute.attribute import ahead
 from unweave.methods.finetune.conditions import open_condition
 from unweave.methods.finetune.diagnosis import Diagnosis, DirectionCheck, EditCheck
 from unweave.methods.finetune.spec import ConditionSpec
@@ -31,8 +32,6 @@ from unweave.sae.activations import TopK
 from unweave.sae.module import SAE
 from unweave.sae.subset import Subset, orthonormal_basis
 from unweave.tasks.choices.encode import Encoded
-
-_Z = 1.96
 
 
 def diagnose(
@@ -47,7 +46,7 @@ def diagnose(
 
     Raises UnweaveError where an SAE is missing, or no token counts.
     """
-    groups = [encoded.at(group) for group in in_groups(encoded.tokens.mask.sum(1).tolist(), max_tokens)]
+    groups = list(encoded.groups(max_tokens))
     texts = [group.tokens for group in groups]
     kinds = ("zero", "span", "mean") if selection.kind == "latents" else ("span", "mean")
     conditions = {kind: open_condition(ConditionSpec(kind=kind), selection, lm, saes, texts) for kind in kinds}  # type: ignore[arg-type]
@@ -145,8 +144,7 @@ def _ahead(lm: LM, groups: Sequence[Encoded], edit: Edits | None) -> Tensor:
         assert logits is not None
         rows = torch.arange(len(group))
         last = logits[rows, (group.last - (width - keep)).to(logits.device)].double()
-        right, wrong = (last.gather(1, ids.to(last.device).unsqueeze(1)) for ids in (group.correct, group.incorrect))
-        values.append((right - wrong).squeeze(1).cpu())
+        values.append(ahead(group)(last, rows).cpu())
     return torch.cat(values)
 
 
@@ -162,6 +160,6 @@ def _cost(lm: LM, chosen: Mapping[Site, Subset], kind: str) -> float:
 
 def _check(edit: str, before: Tensor, after: Tensor, cost: float) -> EditCheck:
     change = after - before
-    margin = _Z * float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
+    margin = Z * float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
     first, then = (float((values > 0).double().mean()) for values in (before, after))
     return EditCheck(edit, float(before.mean()), float(change.mean()), margin, first, then, cost)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unweave.core.errors import UnweaveError
+from unweave.lm.adapters import require_peft
 from unweave.lm.model import LM
 from unweave.lm.sources import quiet
 from unweave.methods.finetune.spec import WeightsSpec
@@ -96,13 +97,9 @@ def _named(lm: LM, spec: WeightsSpec) -> dict[str, nn.Parameter]:
 
 def _adapter(lm: LM, spec: WeightsSpec, seed: int, name: str | None) -> Any:
     """Adapters on the linear layers of the blocks, named one by one."""
-    try:
-        import peft
-    except ImportError:
-        remedy = "pip install 'unweave[finetune]', or train all or blocks"
-        raise UnweaveError("LoRA needs the package peft", where="weights.train", remedy=remedy) from None
     from transformers.pytorch_utils import Conv1D
 
+    peft = require_peft("LoRA", where="weights.train", otherwise="train all or blocks")
     inside = {id(part) for block in lm.layout.blocks[spec.first_block :] for part in block.modules()}
     linear = [
         (path, part)

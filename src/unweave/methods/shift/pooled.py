@@ -18,6 +18,7 @@ from unweave.attribute.states import beyond_first
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
 from unweave.core.site import Site
+from unweave.data.batches import by_length
 from unweave.lm.chat import encode_text
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import SiteEdit
@@ -76,14 +77,9 @@ class Pooled:
 
     def batches(self, rows: Sequence[int], copies: int = 1) -> Iterator[list[int]]:
         """``rows`` sorted by length, in groups whose padded size times ``copies`` keeps to ``batch_tokens``."""
-        group: list[int] = []
-        for row in sorted(rows, key=lambda i: (len(self.rows[i][0]), i)):
-            if group and (len(group) + 1) * len(self.rows[row][0]) * copies > self.batch_tokens:
-                yield group
-                group = []
-            group.append(row)
-        if group:
-            yield group
+        order = sorted(rows)
+        for group in by_length([len(self.rows[row][0]) for row in order], self.batch_tokens // copies):
+            yield [order[i] for i in group]
 
     def tokens(self, rows: Sequence[int]) -> Tokens:
         """The tokens of some texts, padded on the right."""

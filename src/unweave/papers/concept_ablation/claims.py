@@ -9,8 +9,6 @@ from unweave.papers.concept_ablation.result import LEARNT, ConceptAblation, Name
 
 CHANCE = 0.5
 _VALID = 0.95
-_ALIKE = 0.1
-"""a difference in accuracy below which two conditions do about as well"""
 _UNMEASURED = (
     ("latents chosen by explanations do about as well as latents chosen by hand (Figure 2, right; appendix E)",
      "here a rule chooses; `unweave finetune select` also takes queries, labels and a file marked by hand"),

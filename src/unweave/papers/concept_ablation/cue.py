@@ -21,13 +21,12 @@ from unweave.inputs.saes import Opened, open_saes
 from unweave.latents import annotations
 from unweave.latents.annotations import Annotation, name_of
 from unweave.lm.model import LM
-from unweave.methods.finetune.attribute.attribute import in_groups
+from unweave.methods.finetune.attribute.attribute import ahead
 from unweave.methods.finetune.attribute.result import attribution_at
 from unweave.methods.finetune.attribute.spec import FinetuneAttributeSpec
 from unweave.papers.concept_ablation.result import CueResult
 from unweave.papers.concept_ablation.spec import CueSpec
 from unweave.sae.module import SAE
-from unweave.tasks.agreement import AnswerDifference
 from unweave.tasks.choices.choices import open_choices
 from unweave.tasks.choices.encode import Encoded, encode_choices
 from unweave.tasks.choices.spec import ChoiceSpec
@@ -63,10 +62,8 @@ def cue_tokens(lm: LM, task: ChoiceSpec, encoded: Encoded) -> Tensor:
 
 def marked_batches(lm: LM, task: ChoiceSpec, encoded: Encoded) -> Iterator[tuple[Batch, Tensor]]:
     """Items with the metric logit(correct) - logit(incorrect), and the tokens of their unintended part."""
-    for group in in_groups(encoded.tokens.mask.sum(1).tolist(), _BATCH_TOKENS):
-        part = encoded.at(group)
-        metric = AnswerDifference(clean=part.incorrect, patch=part.correct)
-        yield (part.tokens, None, metric), cue_tokens(lm, task, part)
+    for part in encoded.groups(_BATCH_TOKENS):
+        yield (part.tokens, None, ahead(part)), cue_tokens(lm, task, part)
 
 
 def effect_shares(

@@ -14,6 +14,7 @@ from unweave.methods.finetune.splits import choices_of
 from unweave.methods.finetune.tune import tune
 from unweave.papers.concept_ablation.result import TrialsResult
 from unweave.papers.concept_ablation.spec import TrialsSpec
+from unweave.tasks.choices.items import Choices
 from unweave.tasks.choices.spec import ChoiceSpec
 
 
@@ -24,11 +25,14 @@ def run(spec: TrialsSpec, ctx: Context) -> TrialsResult:
     lm: LM = load_lm(first.model, first.dtype, first.device) if ctx.handle is None else ctx.handle.lm
     done: list[Finetuned] = []
     base: dict[ChoiceSpec | None, Mapping[str, Score]] = {}
+    opened: dict[tuple[ChoiceSpec | None, str], Choices | None] = {}
     with task("trials", total=len(spec.trials), unit="trials") as shown:
         for number, one in enumerate(spec.trials):
 
             def trained(one=one) -> Finetuned:
-                choices = choices_of(one)
+                if (one.task, one.split) not in opened:
+                    opened[one.task, one.split] = choices_of(one)
+                choices = opened[one.task, one.split]
                 if choices is not None and spec.splits:
                     kept = {name: items for name, items in choices.splits.items() if name in (*spec.splits, one.split)}
                     choices = replace(choices, splits=kept)

@@ -8,7 +8,7 @@ already, or the tokenizer has no word and its space in one token; under a chat t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unweave.core.errors import UnweaveError
+from unweave.data.batches import by_length
 from unweave.lm.chat import encode_texts, render_many
 from unweave.lm.model import LM, Side, Tokens
 from unweave.lm.template import apply
@@ -54,6 +55,10 @@ class Encoded:
         correct, incorrect, cue = (part[index] for part in (self.correct, self.incorrect, self.cue))
         chosen = tuple(self.items[i] for i in index.tolist())
         return Encoded(chosen, tokens, self.last[index] - first, correct, incorrect, cue, {})
+
+    def groups(self, max_tokens: int) -> Iterator[Encoded]:
+        """Items of like length, at most ``max_tokens`` tokens together with padding, and at least one item."""
+        return (self.at(group) for group in by_length(self.tokens.mask.sum(1).tolist(), max_tokens))
 
 
 def encode_choices(

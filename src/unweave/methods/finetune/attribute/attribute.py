@@ -6,7 +6,7 @@ Metrics are of single examples, and are averaged over them: logit(correct) - log
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,23 +48,14 @@ def of_assistant(tokens: Tokens) -> Tensor:
     return (tokens.roles == Role.ASSISTANT) & tokens.mask & ~first
 
 
-def in_groups(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Places of rows of like length, at most ``max_tokens`` tokens together with padding, and at least one row."""
-    group: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
-        if group and (len(group) + 1) * lengths[place] > max_tokens:
-            yield group
-            group = []
-        group.append(place)
-    if group:
-        yield group
+def ahead(encoded: Encoded) -> AnswerDifference:
+    """The metric logit(correct) - logit(incorrect) of items."""
+    return AnswerDifference(clean=encoded.incorrect, patch=encoded.correct)
 
 
 def choice_batches(encoded: Encoded, max_tokens: int) -> Iterator[Batch]:
     """Items with the metric logit(correct) - logit(incorrect)."""
-    for group in in_groups(encoded.tokens.mask.sum(1).tolist(), max_tokens):
-        part = encoded.at(group)
-        yield part.tokens, None, AnswerDifference(clean=part.incorrect, patch=part.correct)
+    return ((part.tokens, None, ahead(part)) for part in encoded.groups(max_tokens))
 
 
 def candidates(

@@ -19,6 +19,7 @@ from unweave.inputs.inputs import token_store
 from unweave.inputs.saes import Opened, open_saes
 from unweave.latents import annotations
 from unweave.latents.annotations import Annotation, name_of
+from unweave.lm.adapters import require_peft
 from unweave.lm.model import LM
 from unweave.methods.finetune.attribute.attribute import AnswerLogProb, candidates, choice_batches, of_assistant
 from unweave.methods.finetune.attribute.differences import Components, latent_differences, principal_components
@@ -95,10 +96,7 @@ def open_tuned(spec: FinetuneAttributeSpec, opened: Opened) -> LM:
     dtype = str(opened.lm.dtype).removeprefix("torch.")
     if not (Path(name) / "adapter_config.json").is_file():
         return LM.load(name, dtype=dtype, device=spec.device)
-    try:
-        import peft
-    except ImportError as error:
-        raise UnweaveError("adapters need peft", remedy='install it: pip install "unweave[finetune]"') from error
+    peft = require_peft("an adapter", where=name)
     base = LM.load(opened.model, dtype=dtype, device=spec.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going
