@@ -26,7 +26,9 @@ def test_an_answers_likelihood_is_that_of_its_tokens_behind_the_prompt(
     if family == "dynamic":  # frequencies change beyond 12 positions: nothing can be kept
         model.config.max_position_embeddings = 12
         model.config.rope_parameters = {"rope_theta": 10_000.0, "rope_type": "dynamic", "factor": 4.0}
+        state = model.state_dict()
         model = type(model)(model.config).eval()
+        model.load_state_dict(state)
     lm = LM(model, None)
     monkeypatch.setattr(likelihood, "_LOGITS", lm.vocab_size * 18)  # two rows of nine tokens
     for answer, mean in zip(ANSWERS, mean_log_probs(lm, prompt, ANSWERS), strict=True):

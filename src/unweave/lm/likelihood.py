@@ -30,7 +30,9 @@ def mean_log_probs(lm: LM, prompt: Sequence[int], answers: Sequence[Sequence[int
     means = [float("nan")] * len(answers)
     order = sorted((i for i, ids in enumerate(answers) if ids), key=lambda i: -len(answers[i]))
     read, cache = len(prompt) - 1, None
-    if order and read > 0 and lm.may_cache(torch.tensor([read]), len(answers[order[0]])):
+    # nothing is predicted after a row's last token; it is read only where frequencies depend on a row's whole length
+    unread = 0 if lm.rotaries else 1
+    if order and read > 0 and lm.may_cache(torch.tensor([read]), len(answers[order[0]]) + 1):
         tokens = lm.admitted(Tokens.of(torch.tensor([list(prompt[:read])])))
         cache = DynamicCache()
         with lm.running(tokens), torch.no_grad():
@@ -41,19 +43,19 @@ def mean_log_probs(lm: LM, prompt: Sequence[int], answers: Sequence[Sequence[int
         part = order[start : start + max(1, min(_ROWS, _LOGITS // (lm.vocab_size * longest)))]
         rows = [[*prompt, *answers[i]] for i in part]
         tokens = lm.admitted(Tokens.pad([(ids, [0] * len(ids)) for ids in rows], lm.pad_id))
-        mask = tokens.mask.long()[:, :-1]  # nothing is predicted after the last token
+        mask = tokens.mask.long()[:, : tokens.ids.shape[1] - unread]
         first = read if cache is not None else 0
         kept = copy.deepcopy(cache)
         if kept is not None:
             kept.batch_repeat_interleave(len(part))
         with lm.running(tokens), torch.no_grad():
             logits = lm.model(
-                input_ids=tokens.ids[:, first:-1],
+                input_ids=tokens.ids[:, first : mask.shape[1]],
                 attention_mask=mask,
                 position_ids=(mask.cumsum(-1) - 1)[:, first:],
                 past_key_values=kept,
                 use_cache=kept is not None,
-                logits_to_keep=longest,
+                logits_to_keep=longest + 1 - unread,
             ).logits
         for row, i in enumerate(part):
             targets = tokens.ids[row, len(prompt) :][: len(answers[i])]
