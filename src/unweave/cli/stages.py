@@ -13,6 +13,7 @@ from unweave.papers import PAPERS
 GROUPS = {
     "circuit": "Find the circuits of a model's behaviours in latents, check them, draw them and change them.",
     "finetune": "Choose latents, and fine-tune a model while they are ablated, so that it learns without them.",
+    "compress": "Prune, round or factor a model's weights, or an SAE's, and measure what that costs.",
     "paper": "Run a paper's recipe: its trainings, measurements, table and figures, beside what it claims.",
 }
 """Commands that hold others, with their help."""

@@ -29,7 +29,8 @@ class Family:
     """the output projection of attention, whose input is the concatenated heads"""
     mlp: str
     act: str
-    """the down projection of the MLP, whose input is its hidden activation"""
+    """the down projection of the MLP, whose input is its hidden activation; empty for mixtures, where every expert has
+    its own"""
     attn_add: str
     """the module whose output attention adds to the residual stream: a post-norm where there is one"""
     mlp_add: str
@@ -47,9 +48,12 @@ _GEMMA2 = replace(
     _LLAMA, attn_add="post_attention_layernorm", mlp_add="post_feedforward_layernorm", mid="pre_feedforward_layernorm"
 )
 
+_MIXTURE = replace(_LLAMA, act="")
+
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma"), _LLAMA),
     **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
+    **dict.fromkeys(("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"), _MIXTURE),
     "olmo2": replace(_GEMMA2, mid="mlp"),
     "gpt2": Family(
         blocks="transformer.h", final_norm="transformer.ln_f", attn="attn", heads="attn.c_proj", mlp="mlp",
@@ -105,7 +109,8 @@ class Layout:
 
     def points(self) -> list[str]:
         """The points that each block of this model has."""
-        return [p for p in LAYER_POINTS if not (p == "resid_mid" and self.parallel)]
+        absent = {"resid_mid": self.parallel, "mlp_act": not self.family.act}
+        return [point for point in LAYER_POINTS if not absent.get(point)]
 
     def sites(self) -> Iterator[Site]:
         """Every named site in execution order; module paths exist besides."""
@@ -133,7 +138,8 @@ class Layout:
             )
         if site.point not in self.points():
             raise UnweaveError(
-                f"site {site} does not exist in this model: it adds attention and MLP in parallel",
+                f"site {site} does not exist in this model: its "
+                + ("MLPs are mixtures" if site.point == "mlp_act" else "blocks add attention and MLP in parallel"),
                 remedy=f"use one of {', '.join(self.points())}",
             )
         block = self.blocks[site.layer]

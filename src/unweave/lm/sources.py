@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unweave.core.contents import sha256
 from unweave.core.errors import UnweaveError, UnweaveWarning
+from unweave.core.files import read_json
 from unweave.core.memory import refuse_if_memory
 from unweave.core.progress import say, task
 from unweave.lm.catalogue import CATALOGUE, CatalogueEntry
@@ -67,7 +68,7 @@ def locate(source: str | Path) -> Located:
             files = sorted(child.name for child in path.glob("*.gguf"))
             hint = f"give the file itself: {path / files[0]}" if files else "give a folder with a config.json"
             raise UnweaveError("this folder holds no Hugging Face model", where=str(path.resolve()), remedy=hint)
-        return Located(path.resolve(), None, path.resolve().name, "")
+        return Located(path.resolve(), None, path.resolve().name, _own_note(path))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and text[0] not in "./~":
         return Located(text, None, text, "")
     names = [name for name, e in CATALOGUE.items() if e.kind == "model"]
@@ -75,6 +76,14 @@ def locate(source: str | Path) -> Located:
     hint = f"did you mean {close[0]!r}? " if close else ""
     remedy = f"{hint}give one of {', '.join(names)}; a folder; a .gguf file; or a hub id org/name"
     raise UnweaveError(f"no model {text!r}", where=str(path) if "/" in text else "", remedy=remedy)
+
+
+def _own_note(folder: Path) -> str:
+    """What ``unweave compress`` wrote of a folder's weights; "" where there is nothing."""
+    path = folder / "unweave.json"
+    written = read_json(path) if path.is_file() else {}
+    note = written.get("note") if isinstance(written, dict) else None
+    return note if isinstance(note, str) else ""
 
 
 def _gguf_note(text: str) -> str:

@@ -31,6 +31,7 @@ METHODS = (
     "methods.circuits",
     "methods.shift",
     "methods.behaviours",
+    "methods.compress",
     "methods.report",
 )
 """In the order of help and of pages."""

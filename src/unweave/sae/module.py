@@ -315,6 +315,22 @@ class SAE(nn.Module):
         self._check_norm()
         return self
 
+    def with_weights(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, note: str) -> SAE:
+        """This SAE with other weights, as compression makes them; ``note`` goes into its provenance."""
+        other = SAE(
+            *(W_enc, b_enc, W_dec, self.b_dec),
+            self.activation,
+            W_skip=self.W_skip,
+            input_norm=self.input_norm,
+            encode_only=self.encode_only,
+            read=self.read,
+            write=self.write,
+            policy=self.policy,
+            provenance=self.provenance | {"compressed": [*self.provenance.get("compressed", ()), note]},
+        )
+        other._trusted |= self._trusted
+        return other
+
     # -- trust and storage ----------------------------------------------------------------------------------------
 
     def verify(self, lm: LM) -> None:

@@ -13,7 +13,16 @@ from typing import Protocol
 
 from unweave.core.errors import UnweaveError
 from unweave.sae.activations import Identity
-from unweave.sae.formats import circuit_tracer, dictionary_learning, gemma_scope, hub, openmoss, saelens, sparsify
+from unweave.sae.formats import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    hub,
+    openmoss,
+    quantised,
+    saelens,
+    sparsify,
+)
 from unweave.sae.formats.source import WEIGHTS, Source
 from unweave.sae.module import SAE
 
@@ -29,7 +38,7 @@ class Format(Protocol):
 
 
 # In this order: a folder's most telling file names first.
-FORMATS: tuple[Format, ...] = (sparsify, saelens, openmoss, dictionary_learning, gemma_scope, circuit_tracer)  # type: ignore[assignment]
+FORMATS: tuple[Format, ...] = (sparsify, quantised, saelens, openmoss, dictionary_learning, gemma_scope, circuit_tracer)  # type: ignore[assignment]
 
 WRITERS: dict[str, Callable[[SAE, Path], Path]] = {
     "unweave": saelens.save_own,

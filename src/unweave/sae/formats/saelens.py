@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.site import Site
@@ -22,6 +22,9 @@ from unweave.sae.formats.saelens_config import Config, modern
 from unweave.sae.formats.source import Source
 from unweave.sae.formats.tensors import Tensors, read_safetensors
 from unweave.sae.module import SAE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "saelens"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -58,8 +61,22 @@ def save_own(sae: SAE, folder: Path) -> Path:
 
     The same as ``save``, and TopK transcoders as architecture topk_transcoder or topk_skip_transcoder.
     """
+    return write(sae, folder / WEIGHTS, *inference_form(sae))
+
+
+def write(sae: SAE, path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    """Writes tensors to ``path`` and the configuration with our own block beside it, last. Returns the folder."""
     from safetensors.torch import save_file
 
+    config["metadata"] = _metadata(sae) | {"unweave": own_block(sae, config, tensors)}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary)
+    write_json(path.with_name(CONFIG), config)
+    return path.parent
+
+
+def inference_form(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the configuration of an SAE, without metadata."""
     sae.require_decoder()
     tensors = {name: getattr(sae, name).contiguous().cpu() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     config: dict[str, Any] = {
@@ -80,11 +97,7 @@ def save_own(sae: SAE, folder: Path) -> Path:
         tensors["threshold"] = sae.activation.threshold.contiguous().cpu()
     if sae.W_skip is not None:  # SAELens adds x W_skip^T
         tensors["W_skip"] = sae.W_skip.T.contiguous().cpu()
-    config["metadata"] = _metadata(sae) | {"unweave": own_block(sae, config, tensors)}
-    with atomic_write(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary)
-    write_json(folder / CONFIG, config)
-    return folder
+    return tensors, config
 
 
 _SCALINGS = {None: "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}
@@ -134,7 +147,7 @@ def load(source: Source) -> SAE:
     own = config.metadata.mapping("unweave")
     tensors = read_safetensors(folder / WEIGHTS)
     check_written(own, raw, tensors)
-    parts = _parts(config, tensors)
+    parts = parts_of(config, tensors)
     tensors.finish()
     if own:
         return build_own(parts, own)
@@ -147,7 +160,8 @@ def load(source: Source) -> SAE:
     return build_foreign(parts, source, NAME, hook=hook, hook_out=hook_out, sites=sites, model=model, about=about)
 
 
-def _parts(config: Config, tensors: Tensors) -> Parts:
+def parts_of(config: Config, tensors: Tensors) -> Parts:
+    """What the tensors are by the configuration, folded. UnweaveError for what is missing or does not fit."""
     where = tensors.where
     if "log_threshold" in tensors and "threshold" in config.tensors:  # as older files have it
         tensors.values["threshold"] = tensors.take("log_threshold").exp()

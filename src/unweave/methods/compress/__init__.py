@@ -1,0 +1,1 @@
+"""Models and SAEs with fewer, smaller or coarser weights."""
