@@ -28,5 +28,5 @@ def changes(tensors: Sequence[TensorChange]) -> str:
         axes.set_xlabel("Block")
         axes.set_ylabel("Relative change of the weights")
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=7, ncols=2)
+        axes.legend(loc="upper right", fontsize=7, ncols=2)
         return as_svg(figure, "compress-changes", "Relative change of each projection's weights by block")
