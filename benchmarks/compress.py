@@ -2,8 +2,8 @@
 
     python benchmarks/compress.py [--model NAME] [--tokens 32768] [--heldout 8192] [--rounds 1] [--only WORDS]
 
-cost     processor time in one process: forward passes of the calibration tokens (with logits, and up to the last block's
-         output), and WANDA block by block on the same tokens; what of it is choosing masks.
+cost     processor time in one process: forward passes of the calibration tokens (with logits, and without), and WANDA
+         block by block on the same tokens; what of it is choosing masks.
 loss     perplexity on held-out tokens before and after each method, with the interval of the difference in nats.
 """
 

@@ -137,6 +137,7 @@ def test_a_block_runs_at_most_twice_and_its_last_matrix_once(tiny_lm: Callable[.
     with ExitStack() as stack:
         for layer, block in enumerate(lm.layout.blocks):
             for name in ("self_attn.o_proj", "mlp.down_proj"):
+
                 def count(*_: Any, key: tuple[int, str] = (layer, name)) -> None:
                     calls[key] = calls.get(key, 0) + 1
 
