@@ -388,6 +388,40 @@ def test_trap_26_resumption_is_bit_exact(case: str, form: str, monkeypatch: pyte
         assert torch.equal(p, second.weights.named()[name])
 
 
+# -- frozen matrices -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_matrix_stays_bit_for_bit_and_the_rest_learns(kind: str, frozen: str) -> None:
+    options: dict[str, Any] = {"dead_after": 100, "init": "random"}
+    if (kind, frozen) == ("gated", "encoder"):
+        with pytest.raises(UnweaveError, match="a gated SAE has no frozen encoder"):
+            _spec(kind, freeze=frozen)
+        return
+    name = {"encoder": "W_enc", "decoder": "W_dec"}[frozen]
+    free, t = _trainer(kind, **options), _trainer(kind, freeze=frozen, **options)
+    before = {n: p.detach().clone() for n, p in t.weights.named().items()}
+    batches = _data(400, seed=2).split(50)
+    free.step(batches[0])
+    t.step(batches[0])
+    for n, p in t.weights.named().items():  # the first step is that of free training, but for the frozen matrix
+        assert torch.equal(p, before[n] if n == name else free.weights.named()[n]), n
+    first = t.step(batches[0])["fvu"]
+    for b in batches[1:] * 20:
+        t.step(b)
+    assert len(t.dead) or kind != "topk"
+    assert torch.equal(t.weights.named()[name], before[name])
+    still = {n for n, p in t.weights.named().items() if torch.equal(p, before[n])}
+    assert still == {name}
+    assert t.step(batches[0])["fvu"] < first
+    sae, scale = t.to_sae(), t._input.scale / t._output.scale
+    assert torch.equal(sae.W_dec if frozen == "decoder" else sae.W_enc.T, before[name] * scale)
+    again = _trainer(kind, x=_data(300, seed=9), freeze=frozen, **options)
+    again.load_state_dict(t.state_dict())
+    assert [again.step(b) for b in batches[:3]] == [t.step(b) for b in batches[:3]]
+
+
 # -- resampling ------------------------------------------------------------------------------------------------------
 
 
@@ -817,7 +851,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "threshold_by_norm": ("jumprelu", {"init": "independent", "threshold_init": 0.1}, True),
     "preact_weight": ("jumprelu", {"dead_after": 60, "threshold_init": 0.5}, 0.1),
     "preact_on": ("jumprelu", {"preact_weight": 0.1}, "all"),
-    "skip": ("topk", {"skip": "zero"}, "fit"),
+    "skip": ("topk", {"skip": "zero"}, "fit"), "freeze": ("topk", {}, "decoder"),
 }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ class SAETrainer:
         self.dead_for = torch.zeros(self.d_sae, dtype=torch.int64, device=self.device)
         self._gathered: tuple[Tally, Attempt] | None = None
         self.optimiser = torch.optim.Adam(
-            list(self.weights.named().values()), lr=spec.lr, betas=(spec.beta1, spec.beta2), **_fastest(self.device)
+            list(self.weights.trained().values()), lr=spec.lr, betas=(spec.beta1, spec.beta2), **_fastest(self.device)
         )
 
     def _measure(self, x: Tensor) -> Affine:
@@ -110,6 +110,8 @@ class SAETrainer:
                 self._fit_encoder(x, x if target is None else target)
         for parameter in self.weights.named().values():
             self.group.broadcast(parameter.data)
+        if self.spec.freeze != "none":
+            self.weights.named()[{"encoder": "W_enc", "decoder": "W_dec"}[self.spec.freeze]].requires_grad_(False)
 
     @torch.no_grad()
     def _fit_encoder(self, x: Tensor, goal: Tensor) -> None:
@@ -234,7 +236,7 @@ class SAETrainer:
         return {"loss": tally.loss / over, "fvu": tally.fvu, "l0": l0, "dead": dead, "lr": lr}
 
     def _move(self, lr: float, over: float) -> None:
-        named = self.weights.named()
+        named = self.weights.trained()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in named.values()]
         if self.group.size > 1:
             flat = self.group.sum(torch.cat([g.reshape(-1) for g in gradients]))
@@ -244,8 +246,7 @@ class SAETrainer:
             parameter.grad = gradient if over == 1 else gradient.div_(over)
         with torch.no_grad():
             rows, slope = self.weights.W_dec, self.weights.W_dec.grad
-            assert slope is not None
-            for part, own in zip(init.blocks(rows), init.blocks(slope), strict=True):
+            for part, own in () if slope is None else zip(init.blocks(rows), init.blocks(slope), strict=True):
                 own.addcmul_(part, torch.linalg.vecdot(own, part)[:, None], value=-1)
             if self.spec.clip is not None:
                 torch.nn.utils.clip_grad_norm_(list(named.values()), self.spec.clip)

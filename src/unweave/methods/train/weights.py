@@ -37,14 +37,19 @@ class Weights:
     W_skip: nn.Parameter | None = None
 
     def named(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
+        """All of them, by name."""
         shared = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
         return shared | self.own | ({} if self.W_skip is None else {"W_skip": self.W_skip})
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Those of ``named`` that move: all but a frozen matrix."""
+        return {name: p for name, p in self.named().items() if p.requires_grad}
 
     @torch.no_grad()
     def constrain(self) -> None:
         """Decoder rows back to norm 1."""
-        init.unit_rows(self.W_dec.data)
+        if self.W_dec.requires_grad:
+            init.unit_rows(self.W_dec.data)
 
     def base(self, x: Tensor) -> Tensor:
         """What is reconstructed without any latent: [D_out], or [N, D_out] with a skip."""

@@ -115,7 +115,13 @@ class SAESpec(Optimisation):
     """how many dead latents a token's residual is explained with"""
     dead_after: Annotated[int, at_least(1)] = 30_000
     """tokens without firing after which a latent counts as dead"""
-    resample_every: Annotated[int, at_least(0)] = 0
+    freeze: Literal["none", "decoder", "encoder"] = "none"
+    """a matrix that stays as it begins: with init random, a baseline of SAEs that learn both (Korznikov et al. 2026)"""
+    resample_every: Annotated[
+        int,
+        at_least(0),
+        only_where("both matrices are trained", lambda spec: spec.freeze == "none", "leave freeze out"),
+    ] = 0
     """tokens after which latents that were silent for half of them begin anew at badly explained inputs; 0: never"""
 
     by_rank: ClassVar[bool] = True

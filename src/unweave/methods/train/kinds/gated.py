@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from unweave.core.errors import UnweaveError
 from unweave.methods.train.kinds.base import Part, Penalised
 
 if TYPE_CHECKING:
@@ -24,6 +25,14 @@ class GatedSpec(Penalised):
     """
 
     kind: Literal["gated"] = "gated"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.freeze == "encoder":
+            raise UnweaveError(
+                "a gated SAE has no frozen encoder: its magnitudes scale the encoder's rows",
+                where="sae.freeze", remedy="use freeze: decoder, or another kind",
+            )  # fmt: skip
 
     def latents(self, w: Weights, entries: Entries) -> Tensor:
         z = entries.values
