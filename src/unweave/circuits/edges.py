@@ -140,18 +140,12 @@ def _check(
 def _check_effects(site: Site, sae: SAE, effects: SiteEffects, clean: Tokens) -> None:
     gradient, latents = effects.gradient, effects.latents
     if gradient is None:
-        raise UnweaveError(
-            "edges start from gradients, and exact effects have none",
-            where=str(site),
-            remedy="find the nodes by attribution or ig",
-        )
+        remedy = "find the nodes by attribution or ig"
+        raise UnweaveError("edges start from gradients, and exact effects have none", where=str(site), remedy=remedy)
     wanted = (*clean.ids.shape, sae.d_sae)
     if tuple(latents.shape) != wanted or tuple(gradient.shape) != (*clean.ids.shape, sae.d_out):
-        raise UnweaveError(
-            f"node effects {list(latents.shape)} do not belong to these inputs and SAE ({list(wanted)})",
-            where=str(site),
-            remedy="give the effects of the same batch",
-        )
+        what = f"node effects {list(latents.shape)} do not belong to these inputs and SAE ({list(wanted)})"
+        raise UnweaveError(what, where=str(site), remedy="give the effects of the same batch")
     ends = [*gradient.aminmax(), *latents.aminmax(), *effects.error.aminmax()]  # these pass NaN on
     if not bool(torch.isfinite(torch.stack(ends)).all()):
         raise UnweaveError("node effects hold NaN or infinity", where=str(site), remedy="check the metric")

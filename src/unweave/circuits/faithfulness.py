@@ -138,11 +138,9 @@ class _Circuits:
         """The kept sets [R, width or 1, F + 1] of circuits ``which`` [R]."""
         kept = self.at[site]
         if kept.shape[1] not in (1, width):
-            raise UnweaveError(
-                f"a circuit with {kept.shape[1]} positions cannot be kept in texts of {width} tokens",
-                where=str(site),
-                remedy="evaluate on texts of the length it was found on, or sum effects over positions",
-            )
+            what = f"a circuit with {kept.shape[1]} positions cannot be kept in texts of {width} tokens"
+            remedy = "evaluate on texts of the length it was found on, or sum effects over positions"
+            raise UnweaveError(what, where=str(site), remedy=remedy)
         return kept[which]
 
 
@@ -157,11 +155,8 @@ def _means(
     for clean, patch, _ in group:
         tokens = clean if ablation != "patch" else patch
         if tokens is None:
-            raise UnweaveError(
-                "these examples have no patch inputs to take means over",
-                where="ablation",
-                remedy="use clean (means over the inputs themselves) or zero",
-            )
+            what = "these examples have no patch inputs to take means over"
+            raise UnweaveError(what, where="ablation", remedy="use clean (means over the inputs themselves) or zero")
         for rows in chunks(len(tokens), tokens.ids.shape[1], max_tokens):
             part = tokens.rows(rows).to(lm.device)
             there = beyond_first(part.mask, options.skip_first).unsqueeze(-1)

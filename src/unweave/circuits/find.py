@@ -190,16 +190,11 @@ class _Finder:
         for site, effects in nodes.items():
             bad = int((~torch.isfinite(effects)).sum())
             if bad:
-                raise UnweaveError(
-                    f"{bad} of {effects.numel()} effects are NaN or infinite",
-                    where=str(site),
-                    remedy="check the SAE there, the model and the metric",
-                )
+                what = f"{bad} of {effects.numel()} effects are NaN or infinite"
+                raise UnweaveError(what, where=str(site), remedy="check the SAE there, the model and the metric")
         if not any(bool(effects.any()) for effects in nodes.values()):
-            raise UnweaveError(
-                "no node changes the metric: clean and patch inputs are the same at every site, or it is constant",
-                remedy="check the pairs and the metric",
-            )
+            what = "no node changes the metric: clean and patch inputs are the same at every site, or it is constant"
+            raise UnweaveError(what, remedy="check the pairs and the metric")
 
     # -- edges ----------------------------------------------------------------------------------------------------
 

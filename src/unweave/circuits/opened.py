@@ -70,11 +70,8 @@ def content_of_circuit(place: Path) -> str:
 def _file_of(place: Path) -> Path:
     path = place / FILE if os.path.isdir(place) else place
     if not os.path.isfile(path):
-        raise UnweaveError(
-            "there is no circuit here",
-            where=printable(place),
-            remedy="give the folder that `unweave circuit find` printed, or a circuit.safetensors",
-        )
+        remedy = "give the folder that `unweave circuit find` printed, or a circuit.safetensors"
+        raise UnweaveError("there is no circuit here", where=printable(place), remedy=remedy)
     return path
 
 

@@ -79,24 +79,18 @@ class Plan:
         for site, sae in saes.items():
             sae.require_decoder()
             if sae.input_norm is not None:
-                raise UnweaveError(
-                    f"edges need the latents' own directions, and this SAE normalises every token ({sae.input_norm})",
-                    where=str(site),
-                    remedy="leave this site out of the circuit",
-                )
+                what = f"edges need the latents' own directions, and this SAE normalises every token ({sae.input_norm})"
+                raise UnweaveError(what, where=str(site), remedy="leave this site out of the circuit")
             kind, layer = where(site)
             if kind == "stream" and sae.W_skip is not None:
-                raise UnweaveError(
-                    "edges cannot follow a skip in the residual stream: everything could go around the nodes there",
-                    where=str(site),
-                    remedy="leave this site out of the circuit, or ask for node effects alone",
-                )
+                what = "edges cannot follow a skip in the residual stream: everything could go around the nodes there"
+                remedy = "leave this site out of the circuit, or ask for node effects alone"
+                raise UnweaveError(what, where=str(site), remedy=remedy)
             places = {"stream": self.stream, "attn": self.attn, "mlp": self.mlp}[kind]
             if layer in places:
-                raise UnweaveError(
-                    f"{places[layer]} and {site} are the same place of the model for a circuit",
-                    remedy="keep one: a circuit has one site after a block, one in its attention and one in its MLP",
-                )
+                what = f"{places[layer]} and {site} are the same place of the model for a circuit"
+                remedy = "keep one: a circuit has one site after a block, one in its attention and one in its MLP"
+                raise UnweaveError(what, remedy=remedy)
             self._check_read(lm, kind, site, reads_of(sae, site))
             places[layer] = site
 
@@ -106,10 +100,8 @@ class Plan:
             return
         points = _READS.get(kind, ())
         if read.layer != site.layer or read.point not in points or points.index(read.point) > points.index(site.point):
-            raise UnweaveError(
-                f"edges cannot follow a transcoder from {read} to {site}",
-                remedy="it may read attn_in or mlp_in of the block whose attention or MLP it writes for",
-            )
+            remedy = "it may read attn_in or mlp_in of the block whose attention or MLP it writes for"
+            raise UnweaveError(f"edges cannot follow a transcoder from {read} to {site}", remedy=remedy)
         lm.site(read)
 
     def any_below(self, layer: int) -> bool:
@@ -138,10 +130,8 @@ def where(site: Site) -> tuple[str, int]:
             return "attn", layer
         if site.point in MLP:
             return "mlp", layer
-    raise UnweaveError(
-        f"edges to and from {site} are not defined",
-        remedy=f"use embed, resid_post, {', '.join((*ATTENTION, *MLP))}, or ask for node effects alone",
-    )
+    remedy = f"use embed, resid_post, {', '.join((*ATTENTION, *MLP))}, or ask for node effects alone"
+    raise UnweaveError(f"edges to and from {site} are not defined", remedy=remedy)
 
 
 class Paths:

@@ -100,11 +100,8 @@ def select(
     above = circuit.above(node_threshold)
     if not above:
         largest = max((float(effects.abs().max()) for effects in circuit.nodes.values() if effects.numel()), default=0)
-        raise UnweaveError(
-            f"no node's effect is above {node_threshold:g}",
-            where="draw",
-            remedy=f"the largest is {largest:.3g}: give a lower node_threshold",
-        )
+        remedy = f"the largest is {largest:.3g}: give a lower node_threshold"
+        raise UnweaveError(f"no node's effect is above {node_threshold:g}", where="draw", remedy=remedy)
     strongest = sorted(above, key=lambda node: -abs(node.effect))[:max_nodes]
     nodes = sorted(strongest, key=lambda node: (node.site, node.position or 0, -abs(node.effect), node.slot))
     number = {(node.site, node.position, node.slot): i for i, node in enumerate(nodes)}

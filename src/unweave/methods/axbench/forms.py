@@ -101,8 +101,6 @@ def written_prompts(judge: Judge, concepts: Sequence[str]) -> list[str]:
     replies = judge.ask([[{"role": "user", "content": question + spoken(concept)}] for concept in concepts])
     for concept, reply in zip(concepts, replies, strict=True):
         if not (reply.text or "").strip():
-            raise UnweaveError(
-                f"no prompt was written for {concept!r}: {reply.failure or 'an empty reply'}",
-                where=judge.name, remedy="ask again, or use the template (writer: template)",
-            )  # fmt: skip
+            what = f"no prompt was written for {concept!r}: {reply.failure or 'an empty reply'}"
+            raise UnweaveError(what, where=judge.name, remedy="ask again, or use the template (writer: template)")
     return [(reply.text or "").strip() for reply in replies]

@@ -79,10 +79,8 @@ class Job:
 def draw_instructions(pool: Sequence[str], pairs: int, n: int, seed: int) -> Array:
     """n different instructions for each pair, int64 [pairs, n]. UnweaveError where the pool is smaller."""
     if n > len(pool):
-        raise UnweaveError(
-            f"{n} instructions per pair, and there are {len(pool)}",
-            where="instructions", remedy="give a larger file of them, or ask for fewer per pair",
-        )  # fmt: skip
+        remedy = "give a larger file of them, or ask for fewer per pair"
+        raise UnweaveError(f"{n} instructions per pair, and there are {len(pool)}", where="instructions", remedy=remedy)
     return np.stack([np.random.default_rng([seed, pair]).permutation(len(pool))[:n] for pair in range(pairs)])
 
 

@@ -68,11 +68,8 @@ def find_handles(
                 say(f"{method} for {name} ({pair.label.label}) is never active: it adds nothing")
                 alive = [(several[0], 0.0)]
             if not alive:
-                raise UnweaveError(
-                    f"{method}: nothing for {name_of(pair.site, pair.latent)} ({pair.label.label}) is ever active",
-                    where=f"{len(texts)} texts",
-                    remedy="leave the pair out, or read more texts",
-                )
+                what = f"{method}: nothing for {name_of(pair.site, pair.latent)} ({pair.label.label}) is ever active"
+                raise UnweaveError(what, where=f"{len(texts)} texts", remedy="leave the pair out, or read more texts")
             (sae, latent), maximum = alive[0]
             handles[method].append(Handle(sae, latent, maximum, mode, steering.where))
     return handles

@@ -78,11 +78,9 @@ def refuse_pairs(chosen: Sequence[Pair], opened: Opened) -> None:
         sae = opened.saes.get(pair.site)
         if sae is None or pair.latent >= sae.d_sae:
             there = f"SAEs at {', '.join(map(str, opened.saes))}" if sae is None else f"{sae.d_sae} latents"
-            raise UnweaveError(
-                f"there is no latent {name}; there are {there}",
-                where=f"pairs, {pair.label.label}",
-                remedy="give the SAEs that the pairs are of (saes), or label these",
-            )
+            what = f"there is no latent {name}; there are {there}"
+            remedy = "give the SAEs that the pairs are of (saes), or label these"
+            raise UnweaveError(what, where=f"pairs, {pair.label.label}", remedy=remedy)
 
 
 def instructions(path: Path | None) -> list[str]:

@@ -43,10 +43,8 @@ def plain(value: float) -> float | None:
 def repeated_folds(n: int, repeats: int = 10, folds: int = 4, seed: int = 0) -> list[Split]:
     """``repeats`` times a random division of n instructions into ``folds``: each reports once, the others choose."""
     if not 2 <= folds <= n:
-        raise UnweaveError(
-            f"{n} instructions cannot be divided into {folds} folds",
-            remedy="use at least as many instructions as folds, and at least two folds",
-        )
+        remedy = "use at least as many instructions as folds, and at least two folds"
+        raise UnweaveError(f"{n} instructions cannot be divided into {folds} folds", remedy=remedy)
     draw = np.random.default_rng(seed)
     splits = []
     for _ in range(repeats):

@@ -128,11 +128,9 @@ def chosen(
     least = options.clusters.min_size
     large = [place for place in range(len(clusters)) if clusters.sizes[place] >= least][: options.behaviours]
     if not large:
-        raise UnweaveError(
-            f"no cluster has {least} contexts; the largest has {int(clusters.sizes.max())}",
-            where="clusters.min_size",
-            remedy="ask for fewer clusters or a smaller min_size, or find more contexts",
-        )
+        what = f"no cluster has {least} contexts; the largest has {int(clusters.sizes.max())}"
+        remedy = "ask for fewer clusters or a smaller min_size, or find more contexts"
+        raise UnweaveError(what, where="clusters.min_size", remedy=remedy)
     members = {place: cluster.typical(rows, clusters.members(place)).tolist() for place in large}
     return [Group(place, tuple(contexts.examples[i] for i in indices)) for place, indices in members.items()]
 

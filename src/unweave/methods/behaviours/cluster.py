@@ -74,11 +74,8 @@ def cluster(
             remedy="ask for fewer clusters, or find more contexts: more tokens, a larger max_loss",
         )
     if method == "spectral" and n > _SPECTRAL_MOST:
-        raise UnweaveError(
-            f"spectral clustering compares all pairs, and {n:,} contexts have too many",
-            where="method",
-            remedy=f"use kmeans, or at most {_SPECTRAL_MOST:,} contexts",
-        )
+        what = f"spectral clustering compares all pairs, and {n:,} contexts have too many"
+        raise UnweaveError(what, where="method", remedy=f"use kmeans, or at most {_SPECTRAL_MOST:,} contexts")
     find = _finder(units, n_clusters, method)
     labels = find(seed).astype(np.int64)
     agree = float(adjusted_rand_score(labels, find(seed + 1))) if stability and n_clusters > 1 else None

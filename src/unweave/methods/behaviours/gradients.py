@@ -60,11 +60,8 @@ def parameters(lm: LM) -> list[Parameter]:
             if module.bias is not None:
                 chosen.append(Parameter(f"{path}.bias", path, 1, len(module.bias), "bias"))
         elif any(parameter.ndim > 1 for parameter in own.values()):
-            raise UnweaveError(
-                f"gradients of {type(module).__name__} are not known",
-                where=path,
-                remedy="use other vectors: activations, latents or effects",
-            )
+            remedy = "use other vectors: activations, latents or effects"
+            raise UnweaveError(f"gradients of {type(module).__name__} are not known", where=path, remedy=remedy)
     return chosen
 
 
@@ -178,8 +175,5 @@ def _outer_factors(
 
 def _require(dimensions: int, density: float) -> None:
     if dimensions < 1 or not 0 < density <= 1:
-        raise UnweaveError(
-            f"no projection has {dimensions} dimensions and a density of {density}",
-            where="dimensions",
-            remedy=f"the paper has {DIMENSIONS:,} and {DENSITY:.4g}",
-        )
+        what = f"no projection has {dimensions} dimensions and a density of {density}"
+        raise UnweaveError(what, where="dimensions", remedy=f"the paper has {DIMENSIONS:,} and {DENSITY:.4g}")

@@ -116,11 +116,8 @@ class BehaviourOptions(Spec):
                 remedy="leave fewer first tokens alone, or ask for longer contexts",
             )
         if self.clusters.number > self.contexts.limit:
-            raise UnweaveError(
-                f"{self.contexts.limit} contexts cannot make {self.clusters.number} clusters",
-                where="clusters.number",
-                remedy="ask for fewer clusters, or for more contexts",
-            )
+            what = f"{self.contexts.limit} contexts cannot make {self.clusters.number} clusters"
+            raise UnweaveError(what, where="clusters.number", remedy="ask for fewer clusters, or for more contexts")
 
 
 @dataclass(frozen=True, kw_only=True)

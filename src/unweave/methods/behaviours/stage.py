@@ -155,11 +155,8 @@ def _own_text(spec: CircuitBehavioursSpec, opened: Opened) -> DataSpec:
     """The first SAE's own text, in documents."""
     own = next((data for sae in opened.saes.values() if (data := sae.provenance.get("train", {}).get("data"))), None)
     if own is None:
-        raise UnweaveError(
-            "these SAEs do not say which text they were trained on",
-            where="data",
-            remedy="name some with --data.sources",
-        )
+        remedy = "name some with --data.sources"
+        raise UnweaveError("these SAEs do not say which text they were trained on", where="data", remedy=remedy)
     # The beginnings of documents, whatever the training made of them: a context should not begin in another document,
     # and many documents say more than much of a few.
     data, contexts = DataSpec.from_dict(own), spec.contexts

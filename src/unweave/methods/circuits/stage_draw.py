@@ -36,11 +36,8 @@ def _stored(spec: CircuitDrawSpec) -> tuple[StoredCircuit, OfSAEsSpec | None]:
     stored = open_circuit(spec.circuit)
     of = stored.saes_spec(spec.saes, spec.model, spec.device)
     if spec.contexts and of is None:
-        raise UnweaveError(
-            "this circuit does not say where its SAEs are",
-            where=str(stored.path),
-            remedy="name them with --saes, or leave --contexts out",
-        )
+        remedy = "name them with --saes, or leave --contexts out"
+        raise UnweaveError("this circuit does not say where its SAEs are", where=str(stored.path), remedy=remedy)
     return stored, of
 
 

@@ -53,11 +53,9 @@ def search_of(spec: CircuitEvaluateSpec) -> FinishedSearch:
     known = CircuitFindSpec.from_dict(run.spec, where=str(spec.circuit))
     now = replace(known, device=spec.device, saes=of.saes if of is not None else ())
     if identity.saes(now.saes) != run.asked["inputs"].get("saes", ""):
-        raise UnweaveError(
-            "these SAEs are not those that the circuit was found with",
-            where=", ".join(now.saes),
-            remedy="name where those are with --saes, or find the circuit anew",
-        )
+        what = "these SAEs are not those that the circuit was found with"
+        remedy = "name where those are with --saes, or find the circuit anew"
+        raise UnweaveError(what, where=", ".join(now.saes), remedy=remedy)
     return FinishedSearch(run, stored, now)
 
 
@@ -125,11 +123,9 @@ def _examples(spec: CircuitEvaluateSpec, search: FinishedSearch, opened: Opened)
         kinds = ("pairs", "single texts") if of.inputs is None else ("single texts", "pairs")
         raise UnweaveError(f"the circuit is one of {kinds[0]}, not of {kinds[1]}", where=str(spec.circuit))
     if not named and (of.pairs is not None or of.inputs is not None or of.split == "test"):
-        raise UnweaveError(
-            "a circuit must be measured on other texts than it was found on",
-            where=find.task_of(of),
-            remedy="give some with --inputs" if of.inputs is not None else "give some with --pairs",
-        )
+        what = "a circuit must be measured on other texts than it was found on"
+        remedy = "give some with --inputs" if of.inputs is not None else "give some with --pairs"
+        raise UnweaveError(what, where=find.task_of(of), remedy=remedy)
     wanted = replace(
         of, task=None if named else of.task, pairs=spec.pairs, inputs=spec.inputs, examples=spec.examples,
         seed=spec.seed, split="train" if named else "test",

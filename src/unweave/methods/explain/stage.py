@@ -139,11 +139,9 @@ def _estimate(spec: ExplainSpec, chosen: _Chosen, given: Labels | None) -> Estim
         checked=spec.check_judge, reads=spec.judge.base_url is None, prices=(prices.prompt, prices.reply),
     )  # fmt: skip
     if spec.ask and prices.most is not None and plan.price is not None and plan.price > prices.most:
-        raise UnweaveError(
-            f"asking would take about {plan.price:.2f}, more than {prices.most:g} ({plan.prompts:,} prompts)",
-            where="prices.most",
-            remedy="explain fewer latents, use fewer scores or tests, or raise prices.most",
-        )
+        what = f"asking would take about {plan.price:.2f}, more than {prices.most:g} ({plan.prompts:,} prompts)"
+        remedy = "explain fewer latents, use fewer scores or tests, or raise prices.most"
+        raise UnweaveError(what, where="prices.most", remedy=remedy)
     return plan
 
 

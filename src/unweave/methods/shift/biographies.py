@@ -126,11 +126,9 @@ def _drawn(train: Mapping[Group, Sequence[Biography]], groups: Sequence[Group], 
     each, left = divmod(n, len(groups))
     fewest = min(len(train.get(group, ())) for group in groups)
     if left or not 0 < each <= fewest:
-        raise UnweaveError(
-            f"{n} biographies cannot be drawn in equal parts from {len(groups)} groups of {fewest}",
-            where="biographies",
-            remedy=f"ask for a multiple of {len(groups)}, up to {fewest * len(groups)}",
-        )
+        what = f"{n} biographies cannot be drawn in equal parts from {len(groups)} groups of {fewest}"
+        remedy = f"ask for a multiple of {len(groups)}, up to {fewest * len(groups)}"
+        raise UnweaveError(what, where="biographies", remedy=remedy)
     rng = random.Random(f"biographies {seed}")
     chosen = [biography for group in groups for biography in rng.sample(list(train[group]), each)]
     rng.shuffle(chosen)
@@ -169,11 +167,8 @@ def read(
     short = {group: len(texts) for group, texts in by_group.items() if len(texts) < n}
     if short:
         there = ", ".join(f"{count} {group_name(group)}" for group, count in short.items())
-        raise UnweaveError(
-            f"{n} biographies of each group are needed ({split}), there are only {there}",
-            where=source,
-            remedy="ask for fewer, or give more biographies",
-        )
+        what = f"{n} biographies of each group are needed ({split}), there are only {there}"
+        raise UnweaveError(what, where=source, remedy="ask for fewer, or give more biographies")
     return _in_turn(by_group, seed)
 
 
@@ -183,11 +178,8 @@ def _rows(source: str, split: Split) -> Iterator[tuple[Any, str]]:
         return
     path = Path(source).expanduser()
     if not path.is_file():
-        raise UnweaveError(
-            "no such file of biographies",
-            where=str(path),
-            remedy=f'give JSON lines, JSON or Parquet, hub:LabHC/bias_in_bios, or "{TEMPLATED}"',
-        )
+        remedy = f'give JSON lines, JSON or Parquet, hub:LabHC/bias_in_bios, or "{TEMPLATED}"'
+        raise UnweaveError("no such file of biographies", where=str(path), remedy=remedy)
     if path.suffix == ".parquet":
         yield from parquet_rows(path, _FIELDS, f"rename its columns to {', '.join(_FIELDS)}")
     else:

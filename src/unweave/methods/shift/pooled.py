@@ -63,11 +63,8 @@ class Pooled:
         self.rows = [(ids[:max_length], roles[:max_length]) for ids, roles in encoded]
         for row, text in zip(self.rows, texts, strict=True):
             if len(row[0]) <= skip_first:
-                raise UnweaveError(
-                    f"no token is left to average over without the first {skip_first}",
-                    where=repr(text[:60]),
-                    remedy="leave the text out, or skip fewer",
-                )
+                what = f"no token is left to average over without the first {skip_first}"
+                raise UnweaveError(what, where=repr(text[:60]), remedy="leave the text out, or skip fewer")
         self.begin = None if begin is None else Site("resid_pre", begin)
         self._streams: dict[int, Tensor] = {}
         self._clean: Tensor | None = None

@@ -69,11 +69,9 @@ def by_annotation(latents: Sequence[Latent], annotations: Mapping[str, Annotatio
         why = "not annotated" if annotation is None else (annotation.annotation or annotation.notes or "annotated")
         verdicts.append(Verdict(site, latent, None if relevant is None else not relevant, why))
     if latents and all(verdict.irrelevant is None for verdict in verdicts):
-        raise UnweaveError(
-            f"no annotation says of any of the {len(latents)} latents whether it is relevant",
-            where="annotations",
-            remedy="annotate the latents of this circuit, with relevant true or false",
-        )
+        what = f"no annotation says of any of the {len(latents)} latents whether it is relevant"
+        remedy = "annotate the latents of this circuit, with relevant true or false"
+        raise UnweaveError(what, where="annotations", remedy=remedy)
     return verdicts
 
 
@@ -141,11 +139,8 @@ def by_chat(records: Mapping[Latent, LatentRecord], judge: Judge) -> list[Verdic
     firing = [key for key, record in records.items() if record.top]
     ratings = rate(judge, FORM, [records[key] for key in firing])
     if firing and sum(ratings.failures.values()) == len(firing):
-        raise UnweaveError(
-            f"none of the judge's {len(firing)} answers could be used: {next(iter(ratings.failures))}",
-            where=judge.name,
-            remedy="use another judge",
-        )
+        what = f"none of the judge's {len(firing)} answers could be used: {next(iter(ratings.failures))}"
+        raise UnweaveError(what, where=judge.name, remedy="use another judge")
     answers = dict(zip(firing, ratings.rows, strict=True))
     return [_answered(key, answers.get(key)) for key in records]
 

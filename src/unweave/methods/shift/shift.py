@@ -65,11 +65,8 @@ def shift(
     circuits = [study.circuits(seed, pieces) for seed in range(options.seeds)]
     latents = {(latent.site, latent.latent) for of_seed in circuits for latent in of_seed.strong}
     if not latents:
-        raise UnweaveError(
-            "no latent supports the classifier's labels",
-            where="circuit.threshold",
-            remedy=f"lower the threshold of {options.circuit.threshold}",
-        )
+        remedy = f"lower the threshold of {options.circuit.threshold}"
+        raise UnweaveError("no latent supports the classifier's labels", where="circuit.threshold", remedy=remedy)
     judgement = judge(sorted(latents))
     seeds = []
     for number, of_seed in enumerate(circuits):
@@ -278,9 +275,6 @@ def _site_of(lm: LM, saes: Mapping[Site, SAE], name: str | None) -> Site:
         return lm.site(name)
     streams = [site for site in saes if site.point == "resid_post"]
     if not streams:
-        raise UnweaveError(
-            "no SAE is at a residual site",
-            where="classifier.site",
-            remedy="name the classifier's site with --classifier.site",
-        )
+        remedy = "name the classifier's site with --classifier.site"
+        raise UnweaveError("no SAE is at a residual site", where="classifier.site", remedy=remedy)
     return max(streams)

@@ -122,11 +122,8 @@ class CircuitShiftSpec(ShiftOptions, OfSAEsSpec):
         OfSAEsSpec.__post_init__(self)
         ShiftOptions.__post_init__(self)
         if self.classifier.train > 2 * self.pool:
-            raise UnweaveError(
-                f"{self.classifier.train} training examples are more than two groups of {self.pool} have",
-                where="classifier.train",
-                remedy="ask for fewer, or for a larger pool",
-            )
+            what = f"{self.classifier.train} training examples are more than two groups of {self.pool} have"
+            raise UnweaveError(what, where="classifier.train", remedy="ask for fewer, or for a larger pool")
         asked = self.judge != "file"
         uses = {"gender": self.judge == "rule", "annotations": not asked, "chat": self.judge == "chat"}
         unused(self, uses | {"data": asked, "latents_tokens": asked})

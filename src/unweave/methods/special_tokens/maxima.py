@@ -134,11 +134,8 @@ def strongest(lm: LM, maxima: Sequence[TokenMaxima], token: str | None = None) -
     opener = _opener(lm) if token is None else None
     chosen = next((m for m in maxima if (m.id == opener if token is None else m.text == token)), None)
     if chosen is None and token is not None:
-        raise UnweaveError(
-            f"{token!r} is not among the special tokens that occur",
-            where="token",
-            remedy=f"use one of {', '.join(repr(m.text) for m in maxima)}",
-        )
+        remedy = f"use one of {', '.join(repr(m.text) for m in maxima)}"
+        raise UnweaveError(f"{token!r} is not among the special tokens that occur", where="token", remedy=remedy)
     chosen = chosen or maxima[0]
     if not chosen.top:
         raise UnweaveError(f"no latent fires on {chosen.text!r}", remedy="choose another --token, or name a --latent")

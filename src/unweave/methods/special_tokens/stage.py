@@ -63,8 +63,6 @@ def _conversations(spec: SpecialTokensSpec, opened: Opened, runs: Path) -> tuple
     spoken = np.isin(store.roles, [int(Role.USER), int(Role.ASSISTANT)])
     rows = np.flatnonzero(np.logical_or.reduceat(spoken, store.starts[:-1])).tolist()
     if not rows:
-        raise UnweaveError(
-            "this text holds no conversations, so it has no special tokens to measure",
-            remedy="name a source that holds some, e.g. --data.sources chitchat",
-        )
+        remedy = "name a source that holds some, e.g. --data.sources chitchat"
+        raise UnweaveError("this text holds no conversations, so it has no special tokens to measure", remedy=remedy)
     return store, rows

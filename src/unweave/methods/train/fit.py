@@ -65,10 +65,8 @@ def _refuse_unfit(spec: SAESpec, start: SAE, sizes: tuple[int, int, int]) -> Non
         )
     start.require_decoder()
     if start.input_norm is not None:
-        raise UnweaveError(
-            f"the SAE to start from normalises its inputs token by token ({start.input_norm})",
-            remedy="training does not; start from one whose inputs are taken as they are",
-        )
+        what = f"the SAE to start from normalises its inputs token by token ({start.input_norm})"
+        raise UnweaveError(what, remedy="training does not; start from one whose inputs are taken as they are")
     if (start.W_skip is None) != (spec.skip == "none"):
         has = "has no skip" if start.W_skip is None else "has a skip"
         raise UnweaveError(f"the SAE to start from {has}", remedy="set skip accordingly")
@@ -99,7 +97,5 @@ def _refuse_other_topk(k: int, k_of_spec: int, norms: Tensor) -> None:
     if k != k_of_spec:
         raise UnweaveError(f"this SAE has k {k}, not {k_of_spec}", where="start", remedy="set k to its own")
     if float(norms.max() - norms.min()) > _SAME * float(norms.max()):
-        raise UnweaveError(
-            "decoder rows of this TopK SAE differ in norm, and scaling them to 1 would change which latents win",
-            where="start", remedy="start from an SAE whose decoder rows have equal norms",
-        )  # fmt: skip
+        what = "decoder rows of this TopK SAE differ in norm, and scaling them to 1 would change which latents win"
+        raise UnweaveError(what, where="start", remedy="start from an SAE whose decoder rows have equal norms")

@@ -52,11 +52,8 @@ def _refuse_end_to_end(every: list[Member]) -> None:
     if any(member.read != member.write for member in every):
         raise UnweaveError("transcoders are not trained end to end", where="objective", remedy=remedy)
     if len(sites) > 1:
-        raise UnweaveError(
-            f"end-to-end training is at one site at a time, not at {len(sites)}: {', '.join(map(str, sites))}",
-            where="sites",
-            remedy="make it one training run per site",
-        )
+        what = f"end-to-end training is at one site at a time, not at {len(sites)}: {', '.join(map(str, sites))}"
+        raise UnweaveError(what, where="sites", remedy="make it one training run per site")
     if any(member.spec.nested for member in every):
         raise UnweaveError(
             "nested reconstructions (matryoshka's groups, multi_topk) take no part in end-to-end training",

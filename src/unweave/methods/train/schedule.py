@@ -43,11 +43,9 @@ class Optimisation(Spec):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.schedule == "cosine" and self.warmup + self.decay > 1:
-            raise UnweaveError(
-                f"warmup and decay must be at most 1 together; {self.warmup:g} and {self.decay:g} were given",
-                where=type(self).__name__,
-                remedy="lower one of them: the cosine lies between the two",
-            )
+            what = f"warmup and decay must be at most 1 together; {self.warmup:g} and {self.decay:g} were given"
+            remedy = "lower one of them: the cosine lies between the two"
+            raise UnweaveError(what, where=type(self).__name__, remedy=remedy)
 
     def rise(self, share: float, tokens_seen: int) -> float:
         """A linear rise from 0 to 1 over a share of the tokens, at the step after ``tokens_seen`` tokens."""

@@ -88,11 +88,8 @@ def _own(every: list[Member], group: Group) -> list[Member]:
 
 def _refuse_empty_shares(spec: TrainSpec, every: list[Member], group: Group) -> None:
     if not _divided(every, group) and spec.sae.batch < group.size:
-        raise UnweaveError(
-            f"batches of {spec.sae.batch} tokens cannot be divided among {group.size} processes",
-            where="sae.batch",
-            remedy="use larger batches or fewer processes",
-        )
+        what = f"batches of {spec.sae.batch} tokens cannot be divided among {group.size} processes"
+        raise UnweaveError(what, where="sae.batch", remedy="use larger batches or fewer processes")
 
 
 def sae_folder(run: Run[Any], name: str = "") -> Path:

@@ -31,11 +31,9 @@ def content(start: Path) -> str:
     try:
         return identity.sae(start)
     except UnweaveError as error:
-        raise UnweaveError(
-            f"there is no SAE to start from: {error.what}",
-            where=error.where or str(start),
-            remedy=error.remedy or "give an SAE, or a run's sae/",
-        ) from error
+        what = f"there is no SAE to start from: {error.what}"
+        remedy = error.remedy or "give an SAE, or a run's sae/"
+        raise UnweaveError(what, where=error.where or str(start), remedy=remedy) from error
 
 
 def fitting(
@@ -71,11 +69,8 @@ def opened(spec: TrainSpec, lm: LM, name: str, read: Site, write: Site) -> tuple
         sae.at(read, write)
     if (sae.read, sae.write) != (read, write):
         own = sites_named(sae.read, sae.write)
-        raise UnweaveError(
-            f"the SAE to start from is of {own}, not of {sites_named(read, write)}",
-            where=name,
-            remedy=f"name its own with --sites {own!r}, or give the SAE of this one",
-        )
+        what = f"the SAE to start from is of {own}, not of {sites_named(read, write)}"
+        raise UnweaveError(what, where=name, remedy=f"name its own with --sites {own!r}, or give the SAE of this one")
     if spec.accept_mismatch is None:
         sae.verify(lm)
         return sae, None

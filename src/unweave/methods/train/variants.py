@@ -33,11 +33,8 @@ def variants_of(base: SAESpec, variants: Sequence[Mapping[str, Any]]) -> dict[st
             change = dict(zip(variant, values, strict=True))
             spec = _spec(base, change, where)
             if (spec.tokens, spec.batch) != (base.tokens, base.batch):
-                raise UnweaveError(
-                    "variants share one stream, so they cannot differ in tokens or batch",
-                    where=where,
-                    remedy="set these in sae, or make it a training run of its own",
-                )
+                what = "variants share one stream, so they cannot differ in tokens or batch"
+                raise UnweaveError(what, where=where, remedy="set these in sae, or make it a training run of its own")
             name = _name(change)
             if name in specs or spec in specs.values():
                 raise UnweaveError(f"two variants are the same: {name}", where=where, remedy="name each one once")
@@ -51,11 +48,9 @@ def _values(name: str, value: Any, where: str) -> Sequence[Any]:
         return [value]
     is_list = any(isinstance(getattr(kind, name, None), tuple) for kind in SAESpec.kinds())
     if is_list and not all(isinstance(item, (list, tuple)) for item in value):
-        raise UnweaveError(
-            f"{name} is a list itself, and the values of a variant are one SAE each",
-            where=where,
-            remedy=f"write a list of lists, also for a single one: {name}: [{list(value)}]",
-        )
+        what = f"{name} is a list itself, and the values of a variant are one SAE each"
+        remedy = f"write a list of lists, also for a single one: {name}: [{list(value)}]"
+        raise UnweaveError(what, where=where, remedy=remedy)
     return value
 
 

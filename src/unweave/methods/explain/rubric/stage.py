@@ -49,11 +49,8 @@ def run(spec: RubricSpec, ctx: Context) -> RubricResult:
     new = sum(not rating.reply.kept for rating in ratings)
     ctx.log("judge", {"seconds_per_prompt": round((time.monotonic() - started) / new, 2) if new else None})
     if all(rating.reply.text is None for rating in ratings):
-        raise UnweaveError(
-            f"the judge answered none of {len(ratings)} prompts: {ratings[0].failure}",
-            where=judge.name,
-            remedy="mend that and ask again",
-        )
+        what = f"the judge answered none of {len(ratings)} prompts: {ratings[0].failure}"
+        raise UnweaveError(what, where=judge.name, remedy="mend that and ask again")
     write_file(ctx.path / "ratings.jsonl", "".join(_line(rating, subject.saes[0].digest) for rating in ratings))
     real, shuffled = ratings[:n], ratings[n:]
     return RubricResult(

@@ -165,11 +165,8 @@ class SAESpec(Optimisation):
     def refuse_size(self, n_latents: int) -> None:
         """Raises UnweaveError where there are too few latents."""
         if self.aims and self.k > n_latents:
-            raise UnweaveError(
-                f"k must be at most the number of latents: k = {self.k} of only {n_latents} latents",
-                where="sae.k",
-                remedy="lower k or raise expansion",
-            )
+            what = f"k must be at most the number of latents: k = {self.k} of only {n_latents} latents"
+            raise UnweaveError(what, where="sae.k", remedy="lower k or raise expansion")
 
     def select(self, w: Weights, x: Tensor, state: State, group: Group) -> Entries | None:
         """The pre-activations that the kind selects of x [N, D], with a graph to x, W_enc and b_enc; None: all of

@@ -38,11 +38,8 @@ class MatryoshkaSpec(OverBatch):
         ends = [round(share * n_latents) for share in list(accumulate(self.groups))[:-1]] + [n_latents]
         sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         if min(sizes) < 1:
-            raise UnweaveError(
-                f"of {n_latents} latents, groups {self.groups} have {sizes}: one has none",
-                where="groups",
-                remedy="use fewer or larger shares, or more latents",
-            )
+            what = f"of {n_latents} latents, groups {self.groups} have {sizes}: one has none"
+            raise UnweaveError(what, where="groups", remedy="use fewer or larger shares, or more latents")
         return sizes
 
     def refuse_size(self, n_latents: int) -> None:
