@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.progress import ShownTask
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.pack import Row
@@ -140,6 +141,15 @@ def test_batches_are_tokens_of_the_source_with_sites_aligned(lm: LM, store: Toke
         for site in SITES:
             assert batch[site].shape[0] == 32
             torch.testing.assert_close(batch[site], values[site][nearest], rtol=1e-3, atol=1e-4)
+
+
+def test_the_wait_before_the_first_batch_is_shown(lm: LM, store: TokenStore, shown_tasks: list[ShownTask]) -> None:
+    stream = buffer(lm, store)
+    calibrate(stream.source, None)
+    for _ in range(30):  # refilled on the way, without a line of its own
+        stream.next()
+    assert [shown.name for shown in shown_tasks] == ["norms of activations", "fill the mixing buffer"]
+    assert all(shown.end == "done" and shown.done >= 0.9 * shown.total > 0 for shown in shown_tasks)
 
 
 def test_trap_11_a_batch_mixes_many_documents(lm: LM, store: TokenStore) -> None:

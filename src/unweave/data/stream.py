@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -213,13 +213,15 @@ def calibrate(source: ActivationSource, ratio: float | None, tokens: int = 32768
     """Norm quantiles, gamma and the outlier limit ``ratio`` x median (None: none), from the first chunks (trap 7)."""
     parts: dict[Site, list[Tensor]] = {site: [] for site in source.sites}
     count = 0
-    for index in range(source.n_chunks):
-        chunk = source.chunk(index)
-        count += len(chunk.where)
-        for site, x in chunk.x.items():
-            parts[site].append(x)
-        if count >= tokens:
-            break
+    with task("norms of activations", total=min(tokens, source.store.n_tokens), unit="tokens") as progress:
+        for index in range(source.n_chunks):
+            chunk = source.chunk(index)
+            count += len(chunk.where)
+            progress.advance(len(chunk.where))
+            for site, x in chunk.x.items():
+                parts[site].append(x)
+            if count >= tokens:
+                break
     if count == 0:
         raise UnweaveError("no token is left to count", remedy="give more text, or exclude fewer token ids")
     return {site: _norms(torch.cat(xs), ratio) for site, xs in parts.items()}
@@ -279,7 +281,13 @@ class MixingBuffer:
         self.position += 1
         return int(_shuffled(self.source.n_chunks, self.seed, self.epoch)[self.position - 1])
 
-    def _refill(self) -> None:
+    def _fill(self) -> None:
+        """The first time, before anything is served: minutes on a CPU, so it is announced."""
+        total = min(self.capacity, self.source.store.n_tokens)
+        with task("fill the mixing buffer", total=total, unit="tokens") as progress:
+            self._refill(progress.advance)
+
+    def _refill(self, taken_in: Callable[[int], None] = lambda count: None) -> None:
         unserved = self._order[self._cursor :]
         rows = [self._rows[unserved]]
         pools = {site: [x[unserved]] for site, x in self._pool.items()} or {site: [] for site in self.source.sites}
@@ -293,6 +301,7 @@ class MixingBuffer:
             for site in self.source.sites:
                 pools[site].append(x[site])
             held, taken = held + count, taken + 1
+            taken_in(count)
         if held < self.batch:
             what = f"the text has {held} tokens that count, fewer than one batch of {self.batch}"
             raise UnweaveError(what, remedy="give more text or a smaller batch")
@@ -303,7 +312,9 @@ class MixingBuffer:
 
     def next(self) -> dict[Site, Tensor]:
         """The next batch, {site: float32 [batch, D]}."""
-        if len(self._order) - self._cursor < max(self.batch, len(self._order) // 2):
+        if not len(self._order):
+            self._fill()
+        elif len(self._order) - self._cursor < max(self.batch, len(self._order) // 2):
             self._refill()
         chosen = self._order[self._cursor : self._cursor + self.batch]
         self._cursor += self.batch
@@ -315,7 +326,7 @@ class MixingBuffer:
         Where fewer than n are left to serve, the last ones served make up the number.
         """
         if not len(self._order):
-            self._refill()
+            self._fill()
         first = max(0, min(self._cursor, len(self._order) - n))
         chosen = self._order[first : first + n]
         return {site: x[chosen] for site, x in self._pool.items()}
