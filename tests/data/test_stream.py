@@ -10,9 +10,10 @@ import torch
 from helpers.progress import ShownTask
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
+from unweave.data.norms import calibrate
 from unweave.data.pack import Row
 from unweave.data.policy import TokenPolicy
-from unweave.data.stream import ActivationSource, MixingBuffer, RowBatches, calibrate
+from unweave.data.stream import ActivationSource, MixingBuffer, RowBatches
 from unweave.data.tokens import TokenStore
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens

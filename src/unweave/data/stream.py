@@ -4,8 +4,7 @@
    at the last site that is asked for. Padding and excluded ids never reach its output. With a cache folder a computed
    chunk is kept on disk, so that later epochs and interrupted runs do not compute it again. Several processes divide
    a chunk's forward passes among them, and all of them get the whole chunk.
-2. ``calibrate`` looks at the norms of the first chunks and fixes, per site, above which norm a token is an outlier.
-3. ``MixingBuffer`` holds the tokens of many chunks, serves half of them in random order, and refills. Its state is
+2. ``MixingBuffer`` holds the tokens of many chunks, serves half of them in random order, and refills. Its state is
    a list of indices, so that a checkpoint is small and the stream goes on exactly where it was.
 """
 
@@ -196,48 +195,6 @@ class ActivationSource:
             )
 
 
-@dataclass(frozen=True)
-class Norms:
-    """The norms of activations at a site before training, over counted tokens."""
-
-    tokens: int
-    median: float
-    quantiles: dict[str, float]
-    gamma: float
-    """||mean|| / ||standard deviation||: far above 1, many latents die early unless the mean is taken off (trap 7)"""
-    max_norm: float | None
-    outliers: int
-
-
-def calibrate(source: ActivationSource, ratio: float | None, tokens: int = 32768) -> dict[Site, Norms]:
-    """Norm quantiles, gamma and the outlier limit ``ratio`` x median (None: none), from the first chunks (trap 7)."""
-    parts: dict[Site, list[Tensor]] = {site: [] for site in source.sites}
-    count = 0
-    with task("norms of activations", total=min(tokens, source.store.n_tokens), unit="tokens") as progress:
-        for index in range(source.n_chunks):
-            chunk = source.chunk(index)
-            count += len(chunk.where)
-            progress.advance(len(chunk.where))
-            for site, x in chunk.x.items():
-                parts[site].append(x)
-            if count >= tokens:
-                break
-    if count == 0:
-        raise UnweaveError("no token is left to count", remedy="give more text, or exclude fewer token ids")
-    return {site: _norms(torch.cat(xs), ratio) for site, xs in parts.items()}
-
-
-def _norms(x: Tensor, ratio: float | None) -> Norms:
-    norms = x.norm(dim=-1)
-    median = float(norms.median())
-    limit = None if ratio is None else ratio * median
-    inside = x if limit is None else x[norms <= limit]
-    spread = float(inside.var(dim=0).sum().sqrt()) if len(inside) > 1 else 0.0
-    quantiles = {str(q): float(norms.quantile(q)) for q in (0.01, 0.25, 0.75, 0.99)} | {"max": float(norms.max())}
-    gamma = float(inside.mean(0).norm()) / spread if spread > 0 else 0.0
-    return Norms(len(x), median, quantiles, gamma, limit, len(x) - len(inside))
-
-
 def _shuffled(n: int, seed: int, epoch: int) -> Tensor:
     """The order of n chunks, or rows, in an epoch."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -282,9 +239,8 @@ class MixingBuffer:
         return int(_shuffled(self.source.n_chunks, self.seed, self.epoch)[self.position - 1])
 
     def _fill(self) -> None:
-        """The first time, before anything is served: minutes on a CPU, so it is announced."""
         total = min(self.capacity, self.source.store.n_tokens)
-        with task("fill the mixing buffer", total=total, unit="tokens") as progress:
+        with task("fill the mixing buffer", total=total, unit="tokens") as progress:  # minutes on a CPU
             self._refill(progress.advance)
 
     def _refill(self, taken_in: Callable[[int], None] = lambda count: None) -> None:

@@ -29,8 +29,9 @@ from unweave.core.progress import task
 from unweave.core.run import Run
 from unweave.core.site import Site
 from unweave.core.stage import Context, stage
+from unweave.data.norms import Norms, calibrate
 from unweave.data.policy import TokenPolicy
-from unweave.data.stream import ActivationSource, MixingBuffer, Norms, RowBatches, calibrate
+from unweave.data.stream import ActivationSource, MixingBuffer, RowBatches
 from unweave.data.tokens import TokenStore
 from unweave.inputs.inputs import activation_source, load_lm, token_store
 from unweave.lm.model import LM
