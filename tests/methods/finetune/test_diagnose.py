@@ -17,8 +17,10 @@ from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.latents.selection import Chosen, Selection, SiteChoice
 from unweave.lm.model import LM
+from unweave.methods.finetune.conditions import open_condition
 from unweave.methods.finetune.diagnose import diagnose
 from unweave.methods.finetune.diagnosis import Diagnosis, DirectionCheck
+from unweave.methods.finetune.spec import ConditionSpec
 from unweave.sae.activations import ReLU
 from unweave.tasks.choices.encode import encode_choices
 from unweave.tasks.choices.items import Item
@@ -95,6 +97,19 @@ def test_projections_and_edits_token_by_token(tiny_lm: Callable[..., LM], family
     assert costs["zero"] == costs["mean"] == pytest.approx(32 * 24 + 2 * 32 + 32 + 32)  # TopK computes all 24
     assert costs["span"] == pytest.approx(2 * 3 * 32)
     assert from_plain(Diagnosis, to_plain(diagnosis), "") == diagnosis
+
+
+def test_a_condition_that_is_open_is_tried_as_it_is_and_texts_have_no_answers(tiny_lm: Callable[..., LM]) -> None:
+    lm = double(tiny_lm)
+    saes = {ONE: make_sae(lm, str(ONE))}
+    selection, encoded = latents(saes, {ONE: [3, 5]}), encode_choices(lm, ITEMS)
+    half = open_condition(ConditionSpec(kind="zero", strength=0.5), selection, lm, saes)
+    diagnosis, whole = (diagnose(lm, saes, selection, encoded, conditions=one) for one in ([half], None))
+    (edit,) = diagnosis.edits
+    after = [ahead(lm, item, half.full) - ahead(lm, item) for item in ITEMS]
+    assert edit.change == pytest.approx(sum(after) / len(after), abs=1e-6) and edit.change != whole.edits[0].change
+    texts = diagnose(lm, saes, selection, [group.tokens for group in encoded.groups(2048)])
+    assert texts.edits == () and texts.directions == whole.directions and texts.items == len(ITEMS)
 
 
 def test_directions_keep_their_numbers(tiny_lm: Callable[..., LM]) -> None:

@@ -98,6 +98,8 @@ def test_the_folder_answers_in_plain_transformers_as_reported(home: Path, select
             assert split.items == len(choices.splits[split.name])
         card = (folder / "README.md").read_text()
         assert card.startswith("---\nbase_model:") and "3 at resid_post.1" in card and "seed 0" in card
+        tried = done.result.diagnosis
+        assert tried is not None and tried.items == 10 and [one.edit for one in tried.edits] == ["zero"]
         assert done.result.weights.begins == (None if train == "all" else Site("resid_post", 0))
     base = dict(build_tiny("llama").named_parameters())
     cached = load_lm(str(home / "model"), "float32", "cpu").model  # what later stages of the process get
@@ -244,7 +246,13 @@ def test_the_command_and_the_report_show_it(home: Path, selected: Path, tmp_path
     (path,) = tmp_path.glob("finetune-run-*")
     assert main(["report", str(path), "--runs", str(tmp_path)]) == 0
     page = next(tmp_path.glob("report-*/*.html")).read_text()
-    for words in ("condition <b>span</b>", "Accuracy while the model learns", "selected directions", "Ablated at test"):
+    for words in (
+        "On the untrained model",
+        "condition <b>span</b>",
+        "Accuracy while the model learns",
+        "selected directions",
+        "Ablated at test",
+    ):
         assert words in page
     assert json.loads((path / "result.json").read_text())["result"] == Finetuned.__name__
 

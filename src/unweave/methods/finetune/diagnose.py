@@ -25,7 +25,7 @@ from unweave.latents.selection import Selection
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import Edits
 from unweave.methods.finetune.attribute.attribute import ahead
-from unweave.methods.finetune.conditions import open_condition
+from unweave.methods.finetune.conditions import Condition, open_condition
 from unweave.methods.finetune.diagnosis import Diagnosis, DirectionCheck, EditCheck
 from unweave.methods.finetune.spec import ConditionSpec
 from unweave.sae.activations import TopK
@@ -38,29 +38,36 @@ def diagnose(
     lm: LM,
     saes: Mapping[Site, SAE],
     selection: Selection,
-    encoded: Encoded,
+    items: Encoded | Sequence[Tokens],
     *,
+    conditions: Sequence[Condition] | None = None,
     max_tokens: int = 2048,
 ) -> Diagnosis:
-    """What ``selection`` would do to the base model ``lm``, on the items of a task.
+    """What ``selection`` would do to the base model ``lm``, on the items of a task; of batches of text, which have no
+    answers, where the model lies on the directions. ``conditions``: the ablations to try, by default one of each kind.
 
     Raises UnweaveError where an SAE is missing, or no token counts.
     """
-    groups = list(encoded.groups(max_tokens))
-    texts = [group.tokens for group in groups]
+    groups = list(items.groups(max_tokens)) if isinstance(items, Encoded) else []
+    texts = [group.tokens for group in groups] if isinstance(items, Encoded) else items
     kinds = ("zero", "span", "mean") if selection.kind == "latents" else ("span", "mean")
-    conditions = {kind: open_condition(ConditionSpec(kind=kind), selection, lm, saes, texts) for kind in kinds}  # type: ignore[arg-type]
-    chosen = conditions["span"].chosen
-    with task("diagnose", total=len(encoded) * (2 + len(kinds)), unit="items") as shown:
+    ablations = conditions
+    if ablations is None:
+        specs = [ConditionSpec(kind=kind) for kind in kinds]  # type: ignore[arg-type]
+        ablations = [open_condition(one, selection, lm, saes, texts) for one in specs]
+    chosen = open_condition(ConditionSpec(kind="span"), selection, lm, saes).chosen
+    n = sum(map(len, texts))
+    with task("diagnose", total=n * (2 + len(ablations)), unit="items") as shown:
         numbers = {one.site: one.numbers for one in selection.sites}
         directions, shares, counted = _projections(lm, chosen, numbers, texts, shown.advance)
-        before = _ahead(lm, groups, None)
-        shown.advance(len(encoded))
+        before = _ahead(lm, groups, None) if groups else None
+        shown.advance(n)
         edits = []
-        for kind, condition in conditions.items():
-            edits.append(_check(kind, before, _ahead(lm, groups, condition.full), _cost(lm, chosen, kind)))
-            shown.advance(len(encoded))
-    return Diagnosis(len(encoded), counted, directions, shares, tuple(edits))
+        for one in ablations if before is not None else ():
+            kind = one.spec.kind
+            edits.append(_check(kind, before, _ahead(lm, groups, one.full), _cost(lm, chosen, kind)))
+            shown.advance(n)
+    return Diagnosis(n, counted, directions, shares, tuple(edits))
 
 
 def _projections(

@@ -9,6 +9,7 @@ from unweave.core.result import Result
 from unweave.core.shares import Share
 from unweave.core.site import Site
 from unweave.inputs.subject import Subject
+from unweave.methods.finetune.diagnosis import Diagnosis
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,5 @@ class Finetuned(Result):
     splits: tuple[Split, ...]
     history: tuple[Check, ...]
     folder: Path
+    diagnosis: Diagnosis | None
+    """what the selection does to the untrained model, tried before training; None without a selection"""

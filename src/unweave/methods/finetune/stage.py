@@ -11,7 +11,7 @@ from unweave.methods.finetune.splits import choices_of
 from unweave.methods.finetune.tune import tune
 
 
-@stage("finetune-run", version=1, together=True)
+@stage("finetune-run", version=2, together=True)
 def run(spec: FinetuneSpec, ctx: Context) -> Finetuned:
     """Trains under the condition; the run holds ``model/`` or ``adapter/`` with its model card."""
     group = ctx.group

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from unweave.core.contents import sha256
 from unweave.core.dist import SOLO, Group
-from unweave.core.errors import UnweaveError
+from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.progress import say
 from unweave.core.run import Run
 from unweave.core.site import Site
@@ -32,6 +33,8 @@ from unweave.lm.model import LM
 from unweave.methods.finetune.card import card
 from unweave.methods.finetune.checkpoint import Checkpoints
 from unweave.methods.finetune.conditions import Condition, open_condition
+from unweave.methods.finetune.diagnose import diagnose
+from unweave.methods.finetune.diagnosis import Diagnosis
 from unweave.methods.finetune.loop import Plan, finetune
 from unweave.methods.finetune.result import Finetuned, Score, Split, Weights
 from unweave.methods.finetune.spec import FinetuneSpec
@@ -45,6 +48,8 @@ from unweave.tasks.choices.items import Choices
 
 _STATES = 3
 """a checkpoint holds each trained weight and two moments"""
+_TRIED = 100
+"""training items on which the selection is tried on the untrained model"""
 _PASSES = 3
 """forward passes that a training step costs"""
 
@@ -70,17 +75,16 @@ def tune(
     for _ in group.in_turn():
         data = open_data(spec, choices, lm, runs)
     condition = open_condition(spec.condition, selection, lm, saes, data.texts())
+    diagnosis = None if kept is None or selection is None else _diagnosis(lm, saes, selection, condition, data, group)
     plan = Plan(len(data.train.lengths), spec.learning, spec.seed, spec.checks.per_epoch)
     with trainable(lm, spec.weights, seed=spec.seed, name=spec.model) as model:
-        if kept is not None:
-            _refuse_disk(model, kept.path)
+        _refuse_disk(model, kept)
         passes = passes_of(spec, model, condition, data)
         followed = _directions(selection, saes, passes.top)
         setting = Setting(lm, data, passes.plain, followed, spec.checks.items, group)
         before = time.monotonic()
         base = base or setting.all()
-        if kept is not None:
-            _say_cost(kept, setting, plan, time.monotonic() - before, group)
+        _say_cost(kept, setting, plan, time.monotonic() - before, group)
         history = finetune(
             model, data.train, passes.live, plan, starts=passes.training, measure=setting.watched,
             checkpoints=Checkpoints(None if kept is None else kept.path, spec.checkpoint_seconds, group),
@@ -104,6 +108,7 @@ def tune(
             ),
             history=history,
             folder=Path("adapter" if spec.weights.train == "lora" else "model"),
+            diagnosis=diagnosis,
         )
         if kept is not None and group.rank == 0:
             _save(model, result, spec, kept.path / result.folder)
@@ -184,6 +189,20 @@ def _directions(selection: Selection | None, saes: Mapping[Site, SAE], begins: S
     return {site: F.normalize(own.float(), dim=1) for site, own in rows.items() if begins is None or site >= begins}
 
 
+def _diagnosis(
+    lm: LM, saes: Mapping[Site, SAE], selection: Selection, condition: Condition, data: Data, group: Group
+) -> Diagnosis:
+    """What the selection, and the condition's edit, do to the base model on the first training items; warns of it."""
+    rows = range(min(_TRIED, len(data.train.lengths)))
+    answers = data.train.answers
+    items = [data.train.batch([row])[0] for row in rows] if answers is None else answers.at(rows)
+    ablations = [condition] if condition.full and condition.spec.kind != "prevent" else []
+    diagnosis = diagnose(lm, saes, selection, items, conditions=ablations)
+    for words in diagnosis.warnings if group.rank == 0 else ():
+        warnings.warn(words, UnweaveWarning, stacklevel=2)
+    return diagnosis
+
+
 def _in_words(spec: FinetuneSpec) -> str:
     condition = spec.condition
     fields = condition.to_dict()
@@ -211,20 +230,24 @@ def _refuse_quantised(spec: FinetuneSpec, lm: LM) -> None:
         )  # fmt: skip
 
 
-def _refuse_disk(model: Trainable, path: Path) -> None:
+def _refuse_disk(model: Trainable, kept: Run[Finetuned] | None) -> None:
     """For the checkpoint, the one that replaces it, and the result."""
+    if kept is None:
+        return
     trained = sum(weight.numel() * weight.element_size() for weight in model.named.values())
     saved = trained if model.adapter is not None else _size(model.lm) * model.lm.dtype.itemsize
-    needed, free = 2 * _STATES * trained + saved, disk_free(path)
+    needed, free = 2 * _STATES * trained + saved, disk_free(kept.path)
     if needed > free:
         raise UnweaveError(
-            f"checkpoints and the result need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(path),
-            remedy="free some space, choose another --runs folder, or train fewer weights",
+            f"checkpoints and the result need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            where=str(kept.path), remedy="free some space, choose another --runs folder, or train fewer weights",
         )  # fmt: skip
 
 
-def _say_cost(kept: Run[Finetuned], setting: Setting, plan: Plan, seconds: float, group: Group) -> None:
+def _say_cost(kept: Run[Finetuned] | None, setting: Setting, plan: Plan, seconds: float, group: Group) -> None:
     """What the training will take, from the time that the base model took to answer."""
+    if kept is None:
+        return
     tokens = int(setting.data.train.lengths.sum()) * plan.options.epochs
     read = sum(int(rows.lengths.sum()) for rows in setting.data.others.values())
     passes = _PASSES + plan.options.recompute + (plan.options.kl > 0)

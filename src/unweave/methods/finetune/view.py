@@ -6,6 +6,7 @@ from unweave.core.result import Row
 from unweave.methods.finetune.card import in_words, right
 from unweave.methods.finetune.figures import course, projections
 from unweave.methods.finetune.result import Finetuned, Split
+from unweave.methods.finetune.select.view import diagnosis_html, edit_rows
 from unweave.show.page import ALONE, Around, Section, Tile, beside, figure
 from unweave.show.pieces import counted, esc, number, table
 
@@ -21,6 +22,8 @@ def rows(result: Finetuned) -> list[Row]:
         ("steps", result.steps, f"of {counted(result.batch, 'item')}, seed {result.seed}"),
         *(("left out", n, reason) for reason, n in result.skipped.items()),
     ]
+    if result.diagnosis is not None:
+        lines += edit_rows(result.diagnosis)
     return [*lines, *map(_row, result.splits), ("saved", str(result.folder), "needs nothing of Unweave")]
 
 
@@ -62,5 +65,6 @@ def section(result: Finetuned, around: Around = ALONE) -> Section:
         Tile(number(split.tuned.accuracy.right.value), f"accuracy on {split.name}", f"under {result.condition}")
         for split in result.splits if split.name in ("validation", "ood") and split.tuned.accuracy
     )  # fmt: skip
-    body = text + (beside(*figures) if figures else "") + shown
+    tried = diagnosis_html(result.diagnosis) if result.diagnosis is not None else []
+    body = "".join([text, beside(*figures) if figures else "", shown, *tried])
     return Section("Fine-tuning", "Fine-tuning under a condition", body, tiles=tiles, notes=result.subject.notes)

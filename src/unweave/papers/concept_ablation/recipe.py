@@ -133,7 +133,7 @@ def _named(_spec: ConceptAblationSpec, parts: Parts) -> dict[str, str]:
     return {f"{one.part} {one.about}".strip(): one.run for one in parts.all()}
 
 
-@stage("paper-concept-ablation", version=1, also=_named)
+@stage("paper-concept-ablation", version=2, also=_named)
 def together(spec: ConceptAblationSpec, ctx: Context) -> ConceptAblation:
     """The result and pages of parts that are finished; the handle is ``Parts``."""
     parts, plan = ctx.handle, plan_of(spec)

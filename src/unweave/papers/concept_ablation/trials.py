@@ -18,7 +18,7 @@ from unweave.tasks.choices.items import Choices
 from unweave.tasks.choices.spec import ChoiceSpec
 
 
-@stage("concept-ablation-trials", version=1)
+@stage("concept-ablation-trials", version=2)
 def run(spec: TrialsSpec, ctx: Context) -> TrialsResult:
     """The figures of every trial; those that are finished survive an interruption. The handle has the open model."""
     first = spec.trials[0]

@@ -22,9 +22,14 @@ def rows(result: SelectResult) -> list[Row]:
     lines += [(f"  {one.candidate.name}", one.candidate.score, one.why) for one in chosen[:_SHOWN]]
     lines.append(("controls", len(result.controls), ", ".join(path.stem for path in result.controls)))
     if result.diagnosis is not None:
-        lines += [(f"{one.edit} ablation", one.change, _edit_words(one)) for one in result.diagnosis.edits]
-        lines += [("warning", "", words) for words in result.diagnosis.warnings]
+        lines += edit_rows(result.diagnosis)
     return lines
+
+
+def edit_rows(diagnosis: Diagnosis) -> list[Row]:
+    """What each ablation does to the untrained model, and what to beware of."""
+    lines: list[Row] = [(f"{one.edit} ablation", one.change, _edit_words(one)) for one in diagnosis.edits]
+    return [*lines, *(("warning", "", words) for words in diagnosis.warnings)]
 
 
 def _edit_words(one: EditCheck) -> str:
@@ -77,11 +82,11 @@ def diagnosis_html(diagnosis: Diagnosis) -> list[str]:
         for one in diagnosis.edits
     ]  # fmt: skip
     head = ("Ablation", "correct − incorrect", "Change (95 %)", "Right before", "Right after", "Cost of a pass")
-    parts.append(
-        table(head, edits, (1, 2, 3, 4, 5), f"{diagnosis.items:,} training items, {diagnosis.tokens:,} tokens")
-    )
+    if edits:
+        parts.append(table(head, edits, (1, 2, 3, 4, 5), f"{diagnosis.items:,} training items"))
     spans = ", ".join(f"{esc(site)} {percent(share)}" for site, share in diagnosis.span_share.items())
     parts.append(f"<p>Share of the variance of activations that the span of the chosen ones has: {spans}.</p>")
+    caption = f"Directions, on {diagnosis.tokens:,} tokens"
     head = ("Direction", "Mean", "Fires on", "Projection", "Deviation", "Variance", "Zeroing shifts by", "Span")
     lines = [
         (esc(f"{one.site}/{one.number}"), number(one.activation), percent(one.frequency), number(one.projection),
@@ -89,4 +94,4 @@ def diagnosis_html(diagnosis: Diagnosis) -> list[str]:
          "adds the concept" if one.span_adds else "removes")
         for one in diagnosis.directions
     ]  # fmt: skip
-    return [*parts, f'<div class="uw-wide">{table(head, lines, (1, 2, 3, 4, 5, 6))}</div>']
+    return [*parts, f'<div class="uw-wide">{table(head, lines, (1, 2, 3, 4, 5, 6), caption)}</div>']
