@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,11 @@ class Claim:
 
 def markdown(claims: Sequence[Claim]) -> str:
     """The claims as a Markdown table."""
-    rows = [("the paper claims", "here", "verdict"), ("---", "---", "---")]
-    rows += [(claim.claim, claim.ours or "-", claim.verdict) for claim in claims]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
+    rows = [(claim.claim, claim.ours or "-", claim.verdict) for claim in claims]
+    return markdown_table(("the paper claims", "here", "verdict"), rows)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of text below a head."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"

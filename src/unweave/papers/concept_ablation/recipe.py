@@ -31,13 +31,13 @@ from unweave.papers.concept_ablation.result import (
     ConceptAblation,
     CueResult,
     Name,
-    PartRun,
     SiteEffects,
     Task,
     Trial,
     TrialsResult,
 )
 from unweave.papers.concept_ablation.spec import ConceptAblationSpec, CueSpec, TrialsSpec
+from unweave.papers.parts import PartRun, named
 from unweave.tasks.choices.spec import ChoiceSpec
 
 
@@ -129,11 +129,7 @@ def _trials(plan: Plan, task: ChoiceSpec, selected: Run[SelectResult], device: s
     return tuple(asked)
 
 
-def _named(_spec: ConceptAblationSpec, parts: Parts) -> dict[str, str]:
-    return {f"{one.part} {one.about}".strip(): one.run for one in parts.all()}
-
-
-@stage("paper-concept-ablation", version=2, also=_named)
+@stage("paper-concept-ablation", version=2, also=named)
 def together(spec: ConceptAblationSpec, ctx: Context) -> ConceptAblation:
     """The result and pages of parts that are finished; the handle is ``Parts``."""
     parts, plan = ctx.handle, plan_of(spec)

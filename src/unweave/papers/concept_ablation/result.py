@@ -11,6 +11,7 @@ from unweave.core.result import Result
 from unweave.core.site import Site
 from unweave.inputs.subject import Subject
 from unweave.methods.finetune.result import Finetuned, Score
+from unweave.papers.parts import PartRun
 
 Name = Literal["none", "zero", "mean", "span", "random", "test", "both", "penalty", "inoculate", "skyline"]
 NAMES: dict[Name, str] = {
@@ -131,15 +132,6 @@ class Task:
         """Whether plain fine-tuning learnt the unintended policy: the paper's filter."""
         plain = self.spread("none", "ood")
         return plain is not None and plain.mean <= LEARNT
-
-
-@dataclass(frozen=True)
-class PartRun:
-    """One of the runs that the recipe consists of, in the same folder."""
-
-    part: Literal["train", "attribute", "cue", "select", "trials"]
-    about: str
-    run: str
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unweave.core.result import Row
-from unweave.core.writing import write_file
-from unweave.papers.claims import markdown
+from unweave.papers.claims import markdown_table
 from unweave.papers.concept_ablation.claims import claims, words
 from unweave.papers.concept_ablation.figures import accuracies, effects, learning, projections
 from unweave.papers.concept_ablation.result import NAMES, ConceptAblation, Name
-from unweave.papers.page import claims_html
-from unweave.show.page import ALONE, Around, Section, Tile, beside, figure, page
+from unweave.papers.page import claims_html, write_pages
+from unweave.show.page import ALONE, Around, Section, Tile, beside, figure
 from unweave.show.pieces import esc, table
 
 _HEAD = ("Task", "Condition", "Validation", "Ambiguous", "Cue misleads", "95 % interval", "All tokens: validation",
@@ -92,13 +91,5 @@ def _left_out(result: ConceptAblation) -> str:
 
 def write(result: ConceptAblation, folder: Path) -> None:
     """Writes ``table.md``, ``claims.md`` and ``report.html``."""
-    lines = [_HEAD, ("---",) * len(_HEAD), *_table(result)]
-    title = "Fine-tuning with concepts taken out"
-    texts = {
-        "table.md": "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        + "\n",
-        "claims.md": markdown(claims(result)),
-        "report.html": page(title, "What is learnt where two policies fit the data.", [section(result)]),
-    }
-    for name, text in texts.items():
-        write_file(folder / name, text)
+    title, deck = "Fine-tuning with concepts taken out", "What is learnt where two policies fit the data."
+    write_pages(folder, title, deck, [section(result)], claims(result), markdown_table(_HEAD, _table(result)))

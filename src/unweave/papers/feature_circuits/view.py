@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from unweave.core.result import Row
-from unweave.core.writing import write_file
 from unweave.methods.behaviours import view as behaviours_view
 from unweave.methods.circuits.figures import curves_svg
 from unweave.methods.shift import view as shift_view
 from unweave.methods.shift.result import Method
-from unweave.papers.claims import markdown
+from unweave.papers.claims import markdown_table
 from unweave.papers.feature_circuits.claims import LEVEL, claims, reached, reached_heads
 from unweave.papers.feature_circuits.result import FeatureCircuits
-from unweave.papers.page import claims_html
-from unweave.show.page import ALONE, Around, Section, figure, page
+from unweave.papers.page import claims_html, write_pages
+from unweave.show.page import ALONE, Around, Section, figure
 from unweave.show.pieces import esc, table
 
 PICTURE = "circuit.svg"
@@ -55,15 +54,9 @@ def section(result: FeatureCircuits, around: Around = ALONE) -> Section:
 
 def write(result: FeatureCircuits, folder: Path) -> None:
     """Writes ``table.md``, ``claims.md`` and ``report.html``."""
-    heads, lines = _reached_table(result)
-    parts = [section(result, Around(folder))]
-    texts = {
-        "table.md": _markdown(heads, lines) + "\n" + shift_view.markdown(result.shift),
-        "claims.md": markdown(claims(result)),
-        "report.html": page("Sparse feature circuits", "Agreement, SHIFT, and behaviours found without labels.", parts),
-    }
-    for name, text in texts.items():
-        write_file(folder / name, text)
+    title, deck = "Sparse feature circuits", "Agreement, SHIFT, and behaviours found without labels."
+    tables = markdown_table(*_reached_table(result)) + "\n" + shift_view.markdown(result.shift)
+    write_pages(folder, title, deck, [section(result, Around(folder))], claims(result), tables)
 
 
 def _reached_table(result: FeatureCircuits) -> tuple[list[str], list[list[str]]]:
@@ -94,8 +87,3 @@ def _behaviours(result: FeatureCircuits) -> str:
     return table(["behaviour", "what comes next", "size"], lines) + (
         f"<p>Contexts and circuits of each: <code>{esc(index)}</code>.</p>"
     )
-
-
-def _markdown(heads: list[str], lines: list[list[str]]) -> str:
-    text = [heads, ["---"] * len(heads), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in text) + "\n"

@@ -27,13 +27,13 @@ from unweave.papers.labelled_steering.result import (
     Labelled,
     LabelledSteering,
     MixResult,
-    PartRun,
     Sample,
     Steered,
     Survival,
 )
 from unweave.papers.labelled_steering.simulation import simulate
 from unweave.papers.labelled_steering.spec import LabelledSteeringSpec
+from unweave.papers.parts import PartRun, named
 from unweave.tasks.tagged.spec import TaggedSpec
 
 Key = tuple[str, str, F1]
@@ -113,11 +113,7 @@ def _labelled(plan: Plan, saes: tuple[str, ...], tagged: TaggedSpec, f1: F1, run
     return labels.run(LabelsSpec.from_dict(asked), runs)
 
 
-def _named(_spec: LabelledSteeringSpec, parts: Parts) -> dict[str, str]:
-    return {f"{one.part} {one.about}".strip(): one.run for one in parts.all()}
-
-
-@stage("paper-labelled-steering", version=1, also=_named)
+@stage("paper-labelled-steering", version=1, also=named)
 def together(spec: LabelledSteeringSpec, ctx: Context) -> LabelledSteering:
     """The result and pages of parts that are finished; the handle is ``Parts``."""
     parts: Parts = ctx.handle

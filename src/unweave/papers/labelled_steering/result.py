@@ -10,6 +10,7 @@ from unweave.core.site import Site
 from unweave.methods.axbench.result import Comparison, Judged, Rated
 from unweave.methods.labels.result import LabelsResult
 from unweave.papers.labelled_steering.simulation import Simulation
+from unweave.papers.parts import PartRun
 
 F1 = Literal["calibrated", "ordinary"]
 
@@ -74,15 +75,6 @@ class Sample:
     instruction: str
     text: str
     rating: float | None
-
-
-@dataclass(frozen=True)
-class PartRun:
-    """One of the runs that the recipe consists of, in the same folder."""
-
-    part: Literal["texts", "train", "labels", "axbench"]
-    about: str
-    run: str
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from unweave.core.result import Row
-from unweave.core.writing import write_file
 from unweave.methods.axbench import view as axbench_view
 from unweave.methods.axbench.result import METHODS
 from unweave.methods.labels import view as labels_view
-from unweave.papers.claims import markdown
+from unweave.papers.claims import markdown_table
 from unweave.papers.labelled_steering.claims import claims, gain, mean, sources
 from unweave.papers.labelled_steering.figures import simulated
 from unweave.papers.labelled_steering.plan import LOW
 from unweave.papers.labelled_steering.result import F1, LabelledSteering
-from unweave.papers.page import claims_html
-from unweave.show.page import ALONE, Around, Section, Tile, beside, figure, page
+from unweave.papers.page import claims_html, write_pages
+from unweave.show.page import ALONE, Around, Section, Tile, beside, figure
 from unweave.show.pieces import bounded, esc, number, table
 
 _HEAD = ("SAEs", "Pairs by", "Method", "Pairs", "Rating", "Concept", "Above random")
@@ -96,14 +95,6 @@ def _samples(result: LabelledSteering) -> str:
 
 def write(result: LabelledSteering, folder: Path) -> None:
     """Writes ``table.md``, ``claims.md`` and ``report.html``."""
-    lines = [_HEAD, ("---",) * len(_HEAD), *_table(result)]
-    sections = [section(result, Around(folder))]
-    texts = {
-        "table.md": "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n",
-        "claims.md": markdown(claims(result)),
-        "report.html": page(
-            "Labelled steering", "Latents labelled by tagged texts, steered as AxBench does.", sections
-        ),
-    }
-    for name, text in texts.items():
-        write_file(folder / name, text)
+    title, deck = "Labelled steering", "Latents labelled by tagged texts, steered as AxBench does."
+    lines = markdown_table(_HEAD, _table(result))
+    write_pages(folder, title, deck, [section(result, Around(folder))], claims(result), lines)
