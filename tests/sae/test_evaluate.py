@@ -29,7 +29,7 @@ from unweave.lm.model import LM, Tokens
 from unweave.sae.activations import JumpReLU, ReLU, TopK
 from unweave.sae.measure import evaluate as core
 from unweave.sae.measure import passes
-from unweave.sae.measure.evaluate import CoreMetrics, drift, evaluate
+from unweave.sae.measure.evaluate import CoreMetrics, drift, evaluate, evaluate_all
 from unweave.sae.measure.metrics import density_histogram, recovered_share
 from unweave.sae.module import SAE
 
@@ -654,6 +654,30 @@ def test_other_peoples_taps_are_seen_by_every_pass(llama: Any) -> None:
         expected = four_whole_passes(lm, sae, [batch], x.double().mean(0))
     for name in set(expected) - {"kl_clean"}:
         assert measured[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("site", ["resid_post.1", "attn_heads.1", "mlp_add.2"])
+def test_several_saes_of_a_site_are_measured_as_each_alone(llama: Any, site: str) -> None:
+    lm, rows = llama
+    policy = TokenPolicy((SPECIAL,))
+    saes = [make_sae(kind, n, policy, seed).at(site) for kind, n, seed in (("relu", 48, 3), ("topk", 20, 4))]
+    batches = [batch_of(rows[:4]), batch_of(rows[4:], "left")]
+    together = evaluate_all(lm, saes, batches)
+    for sae, measured in zip(saes, together, strict=True):
+        alone = evaluate(lm, sae, batches)
+        assert measured == alone and torch.equal(measured.firing_counts, alone.firing_counts)
+    assert together[0].ce_sae != together[1].ce_sae and together[0].ce_mean == together[1].ce_mean
+
+
+def test_saes_that_count_other_tokens_are_not_measured_together(llama: Any) -> None:
+    lm, rows = llama
+    policies = [TokenPolicy((SPECIAL,), 9.0), TokenPolicy((7,), 8.0), TokenPolicy()]
+    common = TokenPolicy.common(policies)
+    assert common == TokenPolicy((SPECIAL, 7), 8.0)
+    saes = [make_sae(policy=policy) for policy in policies[:2]]
+    for others in ([saes[1]], [make_sae(policy=policies[0]).at("resid_post.2")]):
+        with pytest.raises(UnweaveError, match="read and write the same sites"):
+            evaluate_all(lm, [saes[0], *others], [batch_of(rows)])
 
 
 def test_an_sae_that_reads_after_it_writes_is_refused(llama: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -35,6 +35,13 @@ class TokenPolicy:
         if self.max_norm is not None:
             keep = keep & (x.norm(dim=-1) <= self.max_norm)
         return keep
+
+    @classmethod
+    def common(cls, policies: Iterable[TokenPolicy]) -> Self:
+        """The policy by which counts what counts by all of ``policies``."""
+        some = list(policies)
+        norms = [policy.max_norm for policy in some if policy.max_norm is not None]
+        return cls(tuple(sorted({i for policy in some for i in policy.exclude_ids})), min(norms, default=None))
 
     def to_dict(self) -> dict[str, Any]:
         return {"exclude_ids": list(self.exclude_ids), "max_norm": self.max_norm}

@@ -41,7 +41,7 @@ _LOGIT_BYTES = 1 << 29
 _CHUNK_ELEMENTS = 1 << 22
 _HELD_BYTES = 1 << 30
 
-__all__ = ["CoreMetrics", "drift", "evaluate"]
+__all__ = ["CoreMetrics", "drift", "evaluate", "evaluate_all"]
 
 
 def evaluate(lm: LM, sae: SAE, batches: Iterable[Tokens]) -> CoreMetrics:
@@ -55,23 +55,35 @@ def evaluate(lm: LM, sae: SAE, batches: Iterable[Tokens]) -> CoreMetrics:
     no tokens to count, when activations do not vary, and when activations, reconstructions or logits are not finite
     (naming the row).
     """
-    read, write = _sites(lm, sae)
-    sae.verify(lm)
+    return evaluate_all(lm, [sae], batches)[0]
+
+
+def evaluate_all(lm: LM, saes: Sequence[SAE], batches: Iterable[Tokens]) -> list[CoreMetrics]:
+    """``evaluate`` for several SAEs of one site and policy: what does not depend on the SAE is computed once."""
+    read, write = _sites(lm, saes[0])
+    for sae in saes:
+        if _sites(lm, sae) != (read, write) or sae.policy != saes[0].policy:
+            raise UnweaveError(
+                "SAEs that are measured together read and write the same sites, and count the same tokens",
+                where=str(read),
+                remedy="measure them one by one, or give them one policy (TokenPolicy.common)",
+            )
+        sae.verify(lm)
     with torch.no_grad():
         passes = Passes.of(lm, read, write)
-        at_once = 1 if passes.end is not None else 4  # how many passes' logits are held
+        at_once = 1 if passes.end is not None else 3 + len(saes)  # how many passes' logits are held
         pieces = [piece for batch in batches for piece in _split(batch, at_once * lm.vocab_size)]
         if not pieces:
             raise UnweaveError("there are no tokens to evaluate on", remedy="give at least one batch of tokens")
-        counted = _count(passes, sae, pieces)
+        counted = _count(passes, saes[0], pieces)
         if counted.n == 0:
             raise UnweaveError(
                 f"none of the tokens counts: {', '.join(f'{n} {reason}' for reason, n in counted.excluded.items())}",
                 where=str(read),
                 remedy="give text with ordinary tokens, or an SAE with another token policy",
             )
-        measured = _measure(passes, sae, pieces, counted)
-    return _metrics(write, measured, counted.excluded, lm.vocab_size)
+        measured = _measure(passes, saes, pieces, counted)
+    return [_metrics(write, measured, i, counted.excluded, lm.vocab_size) for i in range(len(saes))]
 
 
 # -- what is evaluated ------------------------------------------------------------------------------------------------
@@ -200,28 +212,31 @@ def _count(passes: Passes, sae: SAE, pieces: Sequence[Tokens]) -> _Counted:
 # -- second round: reconstruction, and what the model loses -----------------------------------------------------------
 
 
-_VARIANTS: tuple[str, ...] = ("clean", "sae", "mean", "zero")
+def _variants(n_saes: int) -> tuple[str, ...]:
+    return ("clean", *("sae",) * n_saes, "mean", "zero")
 
 
 @dataclass
 class _Measured:
-    """Sums over the counted and over the other real tokens, and over next tokens."""
+    """Sums over the counted and over the other real tokens, for every SAE; and over next tokens."""
 
-    counted: _Sums
-    left_out: _Sums
+    counted: list[_Sums]
+    left_out: list[_Sums]
     losses: Tensor
-    """cross-entropy and divergence of each of ``_VARIANTS``, float64 [2, 4]"""
+    """cross-entropy and divergence of each of ``_variants``, float64 [2, 3 + SAEs]"""
     predictions: int = 0
 
 
-def _measure(passes: Passes, sae: SAE, pieces: Sequence[Tokens], counted: _Counted) -> _Measured:
-    def empty() -> _Sums:
+def _measure(passes: Passes, saes: Sequence[SAE], pieces: Sequence[Tokens], counted: _Counted) -> _Measured:
+    def empty(sae: SAE) -> _Sums:
         zeros = torch.zeros(sae.d_out, dtype=torch.float64, device=passes.lm.device)
         return _Sums(0, zeros, 0.0, torch.zeros(sae.d_sae, dtype=torch.int64, device=zeros.device))
 
-    measured = _Measured(empty(), empty(), torch.zeros(2, len(_VARIANTS), dtype=torch.float64))
-    known: tuple[list[Row], ...] = ([], [], [])  # of each edited pass, the rows of the last batch
-    total = len(_VARIANTS) * sum(piece.n_tokens for piece in pieces)
+    n = len(_variants(len(saes)))
+    sums = [[empty(sae) for sae in saes] for _ in range(2)]
+    measured = _Measured(*sums, torch.zeros(2, n, dtype=torch.float64))
+    known: list[list[Row]] = [[] for _ in range(n - 1)]  # of each edited pass, the rows of the last batch
+    total = n * sum(piece.n_tokens for piece in pieces)
     with task("evaluate", total=total, unit="tokens") as progress:
         first_rows = accumulate(map(len, pieces), initial=0)
         for first_row, piece, keep, low in zip(first_rows, pieces, counted.keeps, counted.low, strict=False):
@@ -229,10 +244,13 @@ def _measure(passes: Passes, sae: SAE, pieces: Sequence[Tokens], counted: _Count
             seen, end = passes.clean(batch, None if low is None else low.to(passes.lm.device))
             progress.advance(batch.n_tokens)
             x, y = seen[passes.read], seen[passes.write]
-            xhat = _reconstruct(sae, measured, x, y, keep, batch.mask, first_row, passes.write)
             ends, stream = [end], None if passes.stream is None else seen[passes.stream]
             zero = torch.zeros_like(counted.mean)
-            variants = ((xhat, zero), (counted.mean, counted.mean), (zero, zero))
+            variants = []
+            for sae, *sums in zip(saes, measured.counted, measured.left_out, strict=True):
+                parts = zip((keep, batch.mask & ~keep), sums, strict=True)
+                variants.append((_reconstruct(sae, parts, x, y, first_row, passes.write), zero))
+            variants += [(counted.mean, counted.mean), (zero, zero)]
             for (value, padding), rows in zip(variants, known, strict=True):
                 edited = y.masked_scatter(keep[..., None], value.to(y.dtype).expand(int(keep.sum()), -1))
                 # Nothing sees what padding holds; filled alike, rows of several lengths are alike.
@@ -246,13 +264,14 @@ def _measure(passes: Passes, sae: SAE, pieces: Sequence[Tokens], counted: _Count
 
 
 def _reconstruct(
-    sae: SAE, measured: _Measured, x: Tensor, y: Tensor, keep: Tensor, mask: Tensor, first_row: int, write: Site
+    sae: SAE, parts: Iterable[tuple[Tensor, _Sums]], x: Tensor, y: Tensor, first_row: int, write: Site
 ) -> Tensor:
-    """Adds up what x [B, P, d_in] says of y [B, P, d_out]; returns the counted tokens' reconstructions [n, d_out]."""
+    """Adds up what x [B, P, d_in] says of y [B, P, d_out] at the tokens (bool [B, P]) of each part; returns the first
+    part's reconstructions [n, d_out]."""
     reconstructions = []
-    for rows, sums in ((keep, measured.counted), (mask & ~keep, measured.left_out)):
+    for rows, sums in parts:
         reconstructions.append(_add_rows(sae, sums, x[rows], y[rows]))
-        finite = torch.ones_like(mask)
+        finite = torch.ones_like(rows)
         finite[rows] = torch.isfinite(reconstructions[-1]).all(-1)
         _require_finite(finite, first_row, f"reconstructions at {write}")
     return reconstructions[0]
@@ -275,9 +294,10 @@ def _add_rows(sae: SAE, sums: _Sums, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _add_losses(measured: _Measured, passes: Passes, ends: Sequence[Tensor], batch: Tokens, first_row: int) -> None:
-    """Adds the losses of a batch's passes, which are in the order of ``_VARIANTS`` and ended with ``ends``."""
+    """Adds the losses of a batch's passes, which are in the order of ``_variants`` and ended with ``ends``."""
     places, ce, kl = passes.losses(ends, batch)
-    for name, of_variant in zip(_VARIANTS, torch.isfinite(ce) & torch.isfinite(kl), strict=True):
+    finite_of = torch.isfinite(ce) & torch.isfinite(kl)
+    for name, of_variant in zip(_variants(len(measured.counted)), finite_of, strict=True):
         finite = torch.ones_like(batch.mask)
         finite[places] = of_variant
         _require_finite(finite, first_row, f"logits ({name})")
@@ -288,8 +308,8 @@ def _add_losses(measured: _Measured, passes: Passes, ends: Sequence[Tensor], bat
 # -- from sums to metrics ---------------------------------------------------------------------------------------------
 
 
-def _metrics(site: Site, measured: _Measured, excluded: dict[str, int], vocabulary: int) -> CoreMetrics:
-    counted, left_out, predictions = measured.counted, measured.left_out, measured.predictions
+def _metrics(site: Site, measured: _Measured, which: int, excluded: dict[str, int], vocabulary: int) -> CoreMetrics:
+    counted, left_out, predictions = measured.counted[which], measured.left_out[which], measured.predictions
     n, width = counted.n, len(counted.mean)
     unexplained = _over_variance(counted, site)
     everything = replace(counted)
@@ -297,7 +317,8 @@ def _metrics(site: Site, measured: _Measured, excluded: dict[str, int], vocabula
         everything.spread_with(left_out.n, left_out.mean, left_out.deviations)
         everything.errors += left_out.errors
         everything.l0 += left_out.l0
-    ce, kl = (dict(zip(_VARIANTS, row, strict=True)) for row in (measured.losses / predictions).tolist())
+    of_this = measured.losses[:, [0, 1 + which, -2, -1]] / predictions
+    ce, kl = (dict(zip(_variants(1), row, strict=True)) for row in of_this.tolist())
     recovered = {name: recovered_share(ce, name, vocabulary) for name in ("mean", "zero")}
     return CoreMetrics(
         metric_set=METRIC_SET,
@@ -317,7 +338,7 @@ def _metrics(site: Site, measured: _Measured, excluded: dict[str, int], vocabula
         l0_all_tokens=everything.l0 / everything.n,
         predictions=predictions,
         ce_clean=ce["clean"],
-        **{f"{loss}_{name}": of[name] for loss, of in (("ce", ce), ("kl", kl)) for name in _VARIANTS[1:]},
+        **{f"{loss}_{name}": of[name] for loss, of in (("ce", ce), ("kl", kl)) for name in ("sae", "mean", "zero")},
         recovered_vs_mean=recovered["mean"][0],
         recovered_vs_zero=recovered["zero"][0],
         notes=tuple(note for _, note in recovered.values() if note),
