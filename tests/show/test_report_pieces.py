@@ -14,8 +14,8 @@ from helpers.report import trace
 from unweave.methods.evaluate.figures import cross_entropy_bars, density
 from unweave.methods.trace.figures import attribution_scatter
 from unweave.methods.trace.result import Effect
-from unweave.methods.train.figures import loss_curve
 from unweave.methods.train.result import Curve
+from unweave.methods.train.view import loss_curve
 from unweave.sae.measure.result import Density
 from unweave.show.model import ContextEntry
 from unweave.show.pieces import context_html, duration, level, number, percent, token_chip, visible

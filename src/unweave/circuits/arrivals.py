@@ -66,10 +66,9 @@ def changes_of(
     row, latent = latents.nonzero().unbind(1)
     delta = latents[row, latent]
     if len(row) * 8 < latents.numel():
-        first = torch.bincount(row, minlength=len(token)).cumsum(0)
-        first = torch.cat([first.new_zeros(1), first])
+        ends = _ends(row, len(token))
         written = F.embedding_bag(
-            latent, sae.W_dec, first, mode="sum", per_sample_weights=delta, include_last_offset=True
+            latent, sae.W_dec, ends, mode="sum", per_sample_weights=delta, include_last_offset=True
         )
     else:
         written = latents @ sae.W_dec
@@ -81,10 +80,15 @@ def changes_of(
         kept = allowed[token[row] % n_positions, latent]
         row, latent, delta = row[kept], latent[kept], delta[kept]
     slots, which = latent.unique(return_inverse=True)
-    first = torch.bincount(token[row], minlength=n_tokens).cumsum(0)
-    first = torch.cat([first.new_zeros(1), first])
     directions = sae.W_dec if len(slots) == sae.d_sae else sae.W_dec[slots]
-    return Changes(slots, directions.to(dtype), first, which, delta.to(dtype), error, sae.d_sae, n_positions)
+    return Changes(
+        slots, directions.to(dtype), _ends(token[row], n_tokens), which, delta.to(dtype), error, sae.d_sae, n_positions
+    )
+
+
+def _ends(rows: Tensor, n: int) -> Tensor:
+    """Where the entries of each of ``n`` rows begin, and where the last's end, int64 [n + 1]; ``rows`` ascend."""
+    return F.pad(torch.bincount(rows, minlength=n).cumsum(0), (1, 0))
 
 
 class Arrivals:

@@ -16,10 +16,9 @@ from unweave.core.site import Site
 from unweave.latents.annotations import Annotation
 from unweave.latents.records import LatentRecord, Records
 from unweave.latents.view import entry_of
-from unweave.show.pieces import chips, contexts_html, esc, number, percent, rate_text, table
-from unweave.show.theme import asset, palette_css
+from unweave.show.page import document
+from unweave.show.pieces import contexts_html, esc, logits_html, number, percent, rate_text, table
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _EDGES = 6
 """How many edges a card shows in each direction."""
 _LINK = "node-"
@@ -34,12 +33,7 @@ def draw_html(picture: Picture, records: Mapping[Site, Records] | None = None, n
     name = picture.name
     svg = draw_svg(picture, link=_LINK)
     cards = "".join(_card(i, picture, _record(node, records or {})) for i, node in enumerate(picture.selection.nodes))
-    styles = palette_css() + asset("pieces.css") + _own("draw.css")
-    return (
-        '<!DOCTYPE html>\n<html lang="en" class="uw"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{esc(name)}</title><style>{styles}</style></head><body>"
+    body = (
         f'<header class="uw-circuit-top"><h1>{esc(name)}</h1><p>{esc(f"{picture.summary} {note}".strip())}</p>'
         '<p class="uw-circuit-how">Point at a node to see its edges; click it, or reach it with the Tab key, to read '
         'about it. Esc lets go.<button type="button" id="uw-size" hidden>Full size</button></p>'
@@ -48,8 +42,8 @@ def draw_html(picture: Picture, records: Mapping[Site, Records] | None = None, n
         f'<p class="uw-circuit-hint">Choose a node.</p>{cards}</aside></main>'
         f'<section class="uw-circuit-all"><details><summary>All nodes as a table</summary>'
         f"{_all_nodes(picture)}</details></section>"
-        f"<script>{_own('draw.js')}</script></body></html>\n"
     )
+    return document(name, _own("draw.css"), body, _own("draw.js"))
 
 
 def _own(name: str) -> str:
@@ -86,9 +80,7 @@ def _card(i: int, picture: Picture, record: LatentRecord | None) -> str:
         entry = entry_of(record, kinds=("top", "quantile"))
         fires = rate_text(entry.firing_rate)
         parts.append(f'<p class="uw-facts">{esc(fires)}; strongest activation {number(entry.max_activation)}</p>')
-        rows = [("Raises", entry.promoted), ("Lowers", entry.suppressed)]
-        logits = "".join(f"<dt>{label}</dt><dd>{chips(pairs)}</dd>" for label, pairs in rows if pairs)
-        body += (f'<dl class="uw-logits">{logits}</dl>' if logits else "") + contexts_html(entry)
+        body += logits_html(entry) + contexts_html(entry)
     return (
         f'<article class="uw-card" id="{_LINK}{i}" tabindex="-1"><header>'
         f"<h3>{esc(picture.words(node) or key_of(node))}</h3>{''.join(parts)}</header>{body}</article>"

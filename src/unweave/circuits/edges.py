@@ -109,14 +109,11 @@ def merge(batches: Sequence[ByPair]) -> ByPair:
     merged: ByPair = {}
     for pair in dict.fromkeys(pair for batch in batches for pair in batch):
         edges_here = [batch[pair] for batch in batches if pair in batch]
-        if len(edges_here) == 1:
-            merged[pair] = edges_here[0]
-            continue
-        ends = torch.cat([torch.cat([edges.up, edges.down], 1) for edges in edges_here])
-        ends, place = ends.unique(dim=0, return_inverse=True)
-        weight = torch.cat([edges.weight for edges in edges_here])
-        weight = weight.new_zeros(len(ends)).index_add_(0, place, weight)
-        merged[pair] = Edges(ends[:, :2].contiguous(), ends[:, 2:].contiguous(), weight)
+        merged[pair] = all_edges = _joined(edges_here)
+        if len(edges_here) > 1:
+            ends, place = torch.cat([all_edges.up, all_edges.down], 1).unique(dim=0, return_inverse=True)
+            weight = all_edges.weight.new_zeros(len(ends)).index_add_(0, place, all_edges.weight)
+            merged[pair] = Edges(ends[:, :2].contiguous(), ends[:, 2:].contiguous(), weight)
     return merged
 
 

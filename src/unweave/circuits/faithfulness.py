@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unweave.attribute.runner import Batch, Runner
 from unweave.attribute.states import SAEs, State, beyond_first, by_site_of, chunks, reads_of, states
@@ -93,8 +94,6 @@ def ablate_outside(
     by_site = ablated_sites(lm, saes, options.start_layer)
     if not batches:
         raise UnweaveError("there are no examples", remedy="give at least one batch")
-    if means not in ("positions", "tokens"):
-        raise UnweaveError(f"unknown means {means!r}", remedy="use positions or tokens")
     empty = {site: torch.zeros(1, sae.d_sae + 1, dtype=torch.bool) for site, sae in by_site.items()}
     stacked = _Circuits(lm, by_site, [empty, *kept])
     groups: dict[int, list[int]] = {}
@@ -160,9 +159,9 @@ def _means(
         for rows in chunks(len(tokens), tokens.ids.shape[1], max_tokens):
             part = tokens.rows(rows).to(lm.device)
             there = beyond_first(part.mask, options.skip_first).unsqueeze(-1)
-            count = count + _sum(there, over)
+            count = count + there.sum(over, keepdim=True)[0]
             for site, state in states(lm, by_site, part, max_tokens=max_tokens).items():
-                new = [_sum(value * there, over) for value in (state.x, state.latents, state.error)]
+                new = [(value * there).sum(over, keepdim=True)[0] for value in (state.x, state.latents, state.error)]
                 sums[site] = [a + b for a, b in zip(sums[site], new, strict=True)] if site in sums else new
     n = torch.as_tensor(count).clamp(min=1)
     return {
@@ -185,12 +184,6 @@ def token_means(
         site: State(by_site[site].decode(mean.latents) + mean.error, mean.latents, mean.error)
         for site, mean in means.items()
     }
-
-
-def _sum(values: Tensor, over: tuple[int, ...]) -> Tensor:
-    """Values [B, P, D] added up, [P, D], or [1, D] over positions too."""
-    total = values.sum(over)
-    return total if total.ndim == 2 else total.unsqueeze(0)
 
 
 class _Run:
@@ -285,6 +278,5 @@ def _sums(values: Tensor, table: Tensor) -> Tensor:
     rows, columns = flat.nonzero(as_tuple=True)
     if len(rows) > _FEW * flat.numel():
         return values @ table
-    ends = torch.bincount(rows, minlength=len(flat)).cumsum(0)
-    choice = Choice(columns, torch.cat([ends.new_zeros(1), ends]), len(table))
+    choice = Choice(columns, F.pad(torch.bincount(rows, minlength=len(flat)).cumsum(0), (1, 0)), len(table))
     return weighted_rows(flat[rows, columns], choice, table).view(*values.shape[:2], -1)

@@ -43,11 +43,8 @@ class StoredCircuit:
         if not (values.get("saes") or values.get("neurons")):
             return None
         spec = OfSAEsSpec.from_dict(values, where=str(self.path.parent / "spec.json"))
-        return (
-            spec
-            if saes
-            else dataclasses.replace(spec, saes=tuple(_moved(name, self.path.parent) for name in spec.saes))
-        )
+        moved = saes or tuple(_moved(name, self.path.parent) for name in spec.saes)
+        return dataclasses.replace(spec, saes=moved)
 
 
 def _moved(name: str, folder: Path) -> str:

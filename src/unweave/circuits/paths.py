@@ -145,13 +145,11 @@ class Paths:
         self.lm, self.plan, self.tokens, self.max_tokens = lm, plan, tokens, max_tokens
         self.parallel = lm.layout.parallel
         top = max((place for at in (plan.stream, plan.attn, plan.mlp) for place in at), default=-1)
-        inputs = [Site(point, layer) for layer in range(max(top, 0) + 1) for point in self._inputs()]
+        points = ("resid_pre",) if self.parallel else ("resid_pre", "resid_mid")
+        inputs = [Site(point, layer) for layer in range(max(top, 0) + 1) for point in points]
         self.saes = saes
         self.sites = {*saes, *(reads_of(sae, site) for site, sae in saes.items())}
         self.values = values_of(lm, {*self.sites, *inputs}, tokens, max_tokens=max_tokens)
-
-    def _inputs(self) -> tuple[str, ...]:
-        return ("resid_pre",) if self.parallel else ("resid_pre", "resid_mid")
 
     # -- going down -----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 from unweave.circuits.about import Node
 from unweave.circuits.graph import Circuit
@@ -25,7 +26,6 @@ GAP_X, GAP_ROW, GAP_BAND = 18.0, 24.0, 50.0
 LEFT, RIGHT, TOP, BOTTOM = 104.0, 16.0, 12.0, 44.0
 EMPTY_COLUMN = 76.0
 DIAMOND = 17.0
-_ASPECT = 1.0
 _SWEEPS = 12
 _SHOWN_POSITIONS = 24
 _EDGES_A_NODE = 2.5
@@ -121,17 +121,19 @@ def select(
 
 def threshold_for(circuit: Circuit, n_nodes: int = 60) -> float:
     """The threshold above which about ``n_nodes`` nodes remain; 0 where there are no more than that."""
-    sizes = np.concatenate(
-        [np.abs(effects.detach().cpu().double().numpy()).ravel() for effects in circuit.nodes.values()]
-    )
-    ordered = -np.sort(-sizes[sizes > 0])
-    return 0.0 if len(ordered) <= n_nodes else float(ordered[n_nodes - 1 : n_nodes + 1].mean())
+    effects = [effects.detach().cpu().double().abs().ravel() for effects in circuit.nodes.values()]
+    return _threshold(torch.cat(effects).numpy(), n_nodes)
 
 
 def edge_threshold_for(circuit: Circuit, node_threshold: float, n_edges: int = 150) -> float:
     """The threshold above which about ``n_edges`` edges remain between the nodes above theirs; 0 for no more."""
-    weights = sorted((abs(w) for _, _, w in circuit.edges_above(node_threshold, 0.0)), reverse=True)
-    return 0.0 if len(weights) <= n_edges else (weights[n_edges - 1] + weights[n_edges]) / 2
+    return _threshold(np.abs([weight for _, _, weight in circuit.edges_above(node_threshold, 0.0)]), n_edges)
+
+
+def _threshold(sizes: np.ndarray, n: int) -> float:
+    """Between the n-th and the next of the largest sizes; 0 where no more than n are above it."""
+    ordered = -np.sort(-sizes[sizes > 0])
+    return 0.0 if len(ordered) <= n else float(ordered[n - 1 : n + 1].mean())
 
 
 Why = Literal["asked", "own", "count"]
@@ -220,9 +222,7 @@ def _cells(selection: Selection, columns: Sequence[int | None]) -> _Cells:
     return cells
 
 
-def _size(
-    cells: _Cells, n_columns: int, wrap: int, node_width: float, node_height: float
-) -> tuple[list[float], dict[Site, int]]:
+def _size(cells: _Cells, n_columns: int, wrap: int, node_width: float) -> tuple[list[float], dict[Site, int]]:
     """Each column's width and each band's rows when at most ``wrap`` nodes stand side by side."""
     widths = [EMPTY_COLUMN] * n_columns
     rows: dict[Site, int] = {}
@@ -235,9 +235,9 @@ def _size(
 
 
 def _misfit(cells: _Cells, n_columns: int, wrap: int, node_width: float, node_height: float) -> float:
-    widths, rows = _size(cells, n_columns, wrap, node_width, node_height)
+    widths, rows = _size(cells, n_columns, wrap, node_width)
     height = sum(n * (node_height + GAP_ROW) for n in rows.values()) + len(rows) * GAP_BAND
-    return abs(math.log(sum(widths) / height / _ASPECT))
+    return abs(math.log(sum(widths) / height))
 
 
 class _Grid:
@@ -248,7 +248,7 @@ class _Grid:
     ) -> None:
         self.selection, self.cells, self.wrap = selection, cells, wrap
         self.node_width, self.node_height, self.pitch = width, height, width + GAP_X
-        widths, rows = _size(cells, len(columns), wrap, width, height)
+        widths, rows = _size(cells, len(columns), wrap, width)
         edges_of_columns = np.cumsum([LEFT, *widths])
         self.columns = [
             Column(position, float(a), float(b))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,13 @@ if TYPE_CHECKING:
     from unweave.data.tokens import TokenStore
 
 
-def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Places of rows of like length, at most ``max_tokens`` tokens together with padding, and at least one row."""
+def by_length(lengths: Sequence[int], max_tokens: int, spread: float = math.inf) -> Iterator[list[int]]:
+    """Places of rows of like length, at most ``max_tokens`` tokens together with padding, and at least one row; none
+    is more than ``spread`` times as long as the shortest."""
     group: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
-        if group and (len(group) + 1) * lengths[place] > max_tokens:
+        size = lengths[place]
+        if group and ((len(group) + 1) * size > max_tokens or size > spread * lengths[group[0]]):
             yield group
             group = []
         group.append(place)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -40,6 +41,15 @@ def settings(colours: Mapping[str, str] = COLOURS) -> dict[Any, Any]:
         "legend.fontsize": 8.5, "axes.unicode_minus": True, "lines.solid_capstyle": "round", "axes.labelpad": 5,
         "xtick.major.size": 3, "ytick.major.size": 0, "figure.constrained_layout.use": True, "path.simplify": False,
     }  # fmt: skip
+
+
+@contextmanager
+def drawing(height: float) -> Iterator[Figure]:
+    """A new figure of this height in inches, drawn and made SVG under the settings of a page's figures."""
+    import matplotlib
+
+    with matplotlib.rc_context(settings()):
+        yield new_figure(height)
 
 
 def new_figure(height: float) -> Figure:

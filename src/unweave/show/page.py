@@ -78,18 +78,24 @@ def page(title: str, deck: str, sections: Sequence[Section]) -> str:
         f'<section id="{a}"><h2>{section.heading}</h2>{section.body.replace(MARK, f"{a}-")}</section>'
         for a, section in zip(anchors, sections, strict=True)
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en" class="uw"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{esc(title)}</title>"
-        f"<style>{palette_css()}{asset('pieces.css')}{asset('page.css')}{styles}</style></head><body>"
+    inside = (
         f'<a class="uw-skip" href="#main">Skip to the report</a>{_top(title, deck, sections)}'
         f'<div class="uw-bar"><div><nav aria-label="Sections">{links}</nav>'
         '<button type="button" class="uw-button" id="uw-theme" hidden>Colours: auto</button></div></div>'
         f'<main id="main">{body}</main>'
         '<footer class="uw-foot"><p>Made with Unweave. This file is complete in itself and loads nothing.</p></footer>'
-        f"<script>{asset('page.js')}{scripts}</script></body></html>\n"
+    )
+    return document(title, asset("page.css") + styles, inside, asset("page.js") + scripts)
+
+
+def document(title: str, styles: str, body: str, script: str) -> str:
+    """A complete HTML document of a body that may load nothing; ``styles`` come behind those of all pieces."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en" class="uw"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{esc(title)}</title>'
+        f"<style>{palette_css()}{asset('pieces.css')}{styles}</style></head><body>{body}"
+        f"<script>{script}</script></body></html>\n"
     )
 
 

@@ -166,15 +166,17 @@ def card(entry: LatentEntry, heading: str | None = None) -> str:
     else:
         facts = "never fired on the text that was read"
     note = f'<p class="uw-note">{esc(entry.note)}</p>' if entry.note else ""
-    rows = [("Raises", entry.promoted), ("Lowers", entry.suppressed)]
-    logits = "".join(f"<dt>{name}</dt><dd>{chips(pairs)}</dd>" for name, pairs in rows if pairs)
     return (
         f'<article class="uw-card"><header><h3>{heading or f"Latent {entry.index}"}</h3>'
-        f'<p class="uw-facts">{esc(facts)}</p></header>{note}'
-        + (f'<dl class="uw-logits">{logits}</dl>' if logits else "")
-        + contexts_html(entry)
-        + "</article>"
+        f'<p class="uw-facts">{esc(facts)}</p></header>{note}{logits_html(entry)}{contexts_html(entry)}</article>'
     )
+
+
+def logits_html(entry: LatentEntry) -> str:
+    """Return the tokens that the latent raises and lowers most; nothing where none is known."""
+    rows = [("Raises", entry.promoted), ("Lowers", entry.suppressed)]
+    logits = "".join(f"<dt>{name}</dt><dd>{chips(pairs)}</dd>" for name, pairs in rows if pairs)
+    return f'<dl class="uw-logits">{logits}</dl>' if logits else ""
 
 
 def latent_html(entry: LatentEntry) -> str:

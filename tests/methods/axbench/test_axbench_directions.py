@@ -25,7 +25,7 @@ from unweave.methods.axbench.directions import (
     text_tokens,
     token_activations,
 )
-from unweave.methods.axbench.options import ReftSpec
+from unweave.methods.axbench.spec import ReftSpec
 
 SITE = Site("resid_post", 1)
 TEXTS = ["one two three", "a", "the sea and the shore", "go"]

@@ -10,7 +10,7 @@ import torch
 
 from unweave.core.errors import UnweaveError
 from unweave.methods.axbench.lora import adapted, peft_for_lora
-from unweave.methods.axbench.options import LoraSpec
+from unweave.methods.axbench.spec import LoraSpec
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])

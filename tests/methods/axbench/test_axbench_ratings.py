@@ -22,9 +22,9 @@ from unweave.methods.axbench.directions import Direction, difference_of_means, s
 from unweave.methods.axbench.forms import FORMS, Case, ChatRater, spoken, template_prompt, written_prompts
 from unweave.methods.axbench.generate import Handle, Setting, draw_instructions
 from unweave.methods.axbench.handles import LEARNT, find_handles
-from unweave.methods.axbench.options import LearningSpec, ReftSpec, SteeringSpec
 from unweave.methods.axbench.result import RATINGS
 from unweave.methods.axbench.scores import repeated_folds
+from unweave.methods.axbench.spec import LearningSpec, ReftSpec, SteeringSpec
 from unweave.methods.axbench.texts import ConceptTexts, Texts, WordClassifier
 from unweave.methods.axbench.truth import TruthRater, likelihoods
 from unweave.sae.activations import ReLU

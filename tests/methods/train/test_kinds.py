@@ -17,11 +17,12 @@ from helpers.watch import largest_output
 from unweave.cli.fields import leaves
 from unweave.core.dist import Group
 from unweave.core.errors import UnweaveError
-from unweave.methods.train import init, objectives, resample, selection
+from unweave.methods.train import entries as selection
+from unweave.methods.train import init, objectives, resample
 from unweave.methods.train.entries import Entries
+from unweave.methods.train.init import Affine
 from unweave.methods.train.kinds import JumpReLUSpec, MatryoshkaSpec, PAnnealSpec, SAESpec, TopKSpec
 from unweave.methods.train.presets import PRESETS
-from unweave.methods.train.scaling import Affine
 from unweave.methods.train.spec import TrainSpec
 from unweave.methods.train.trainer import SAETrainer
 from unweave.sae.activations import JumpReLU, ReLU, TopK

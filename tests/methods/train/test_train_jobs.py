@@ -33,13 +33,12 @@ from unweave.lm.model import LM
 from unweave.methods.train import doctor, start
 from unweave.methods.train import stage as train
 from unweave.methods.train.kinds import MatryoshkaSpec, SAESpec, TopKSpec
-from unweave.methods.train.members import members
+from unweave.methods.train.members import members, variants_of
 from unweave.methods.train.presets import PRESETS
 from unweave.methods.train.result import Training
 from unweave.methods.train.spec import DoctorSpec, TrainSpec
 from unweave.methods.train.stage import last_checkpoint
 from unweave.methods.train.trainer import SAETrainer
-from unweave.methods.train.variants import variants_of
 from unweave.sae.activations import ReLU, TopK
 from unweave.sae.module import SAE
 

@@ -25,7 +25,6 @@ from unweave.latents.annotations import Pair, name_of
 from unweave.methods.axbench.forms import Case
 from unweave.methods.axbench.generate import Handle, Job, Setting, by_chunks, sweep, write
 from unweave.methods.axbench.lora import adapted
-from unweave.methods.axbench.options import GenerationSpec, LearningSpec
 from unweave.methods.axbench.result import (
     METHODS,
     RATINGS,
@@ -38,6 +37,7 @@ from unweave.methods.axbench.result import (
     Suppression,
 )  # fmt: skip
 from unweave.methods.axbench.scores import Array, Chosen, Split, choose, nanmean, plain, scored
+from unweave.methods.axbench.spec import GenerationSpec, LearningSpec
 
 _Rated = tuple[tuple[float | None, ...], tuple[str, ...]]
 """ratings (None where they failed), and what was said"""

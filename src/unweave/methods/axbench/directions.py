@@ -29,7 +29,7 @@ from unweave.data.policy import TokenPolicy
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At
-from unweave.methods.axbench.options import ReftSpec, TrainingSpec
+from unweave.methods.axbench.spec import ReftSpec, TrainingSpec
 from unweave.sae.activations import Activation, Identity, ReLU
 from unweave.sae.module import SAE
 

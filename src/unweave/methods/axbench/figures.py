@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unweave.methods.axbench.result import METHODS, Judged
-from unweave.show.figures import COLOURS, as_svg, new_figure, settings
+from unweave.show.figures import COLOURS, as_svg, drawing
 
 _STYLES = {
     "sae": ("accent", "-", "o"),
@@ -25,11 +25,8 @@ def _label(method: str) -> str:
 
 def bars(judged: Judged, name: str) -> str:
     """Each method's mean rating (bar) and concept rating (dot), with 95 % intervals over concepts."""
-    import matplotlib
-
     shown = [score for score in judged.scores if score.rating is not None]
-    with matplotlib.rc_context(settings()):
-        figure = new_figure(1.0 + 0.36 * len(shown))
+    with drawing(1.0 + 0.36 * len(shown)) as figure:
         axes = figure.add_subplot()
         axes.grid(axis="y", visible=False)
         for row, score in enumerate(shown):
@@ -52,10 +49,7 @@ def bars(judged: Judged, name: str) -> str:
 
 def curves(judged: Judged, name: str) -> str:
     """Mean rating of each method against its strength; those without one are level lines."""
-    import matplotlib
-
-    with matplotlib.rc_context(settings()):
-        figure = new_figure(3.2)
+    with drawing(3.2) as figure:
         axes = figure.add_subplot()
         factors = [point.factor for point in judged.points if point.factor is not None]
         for method in dict.fromkeys(point.method for point in judged.points):

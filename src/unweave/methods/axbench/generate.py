@@ -20,8 +20,8 @@ from unweave.core.progress import Task, task
 from unweave.core.site import Site
 from unweave.latents.annotations import Pair
 from unweave.lm.model import LM
-from unweave.methods.axbench.options import GenerationSpec
 from unweave.methods.axbench.scores import Array
+from unweave.methods.axbench.spec import GenerationSpec
 from unweave.methods.axbench.texts import ConceptTexts
 from unweave.sae.edits import Change, Mode, Where
 from unweave.sae.module import SAE

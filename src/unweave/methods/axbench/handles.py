@@ -27,7 +27,7 @@ from unweave.methods.axbench.directions import (
     token_activations,
 )
 from unweave.methods.axbench.generate import Handle, Setting
-from unweave.methods.axbench.options import LearningSpec, SteeringSpec
+from unweave.methods.axbench.spec import LearningSpec, SteeringSpec
 from unweave.methods.axbench.texts import ConceptTexts
 from unweave.sae.edits import Mode
 from unweave.sae.module import SAE

@@ -12,7 +12,7 @@ from torch import Tensor
 from unweave.lm.adapters import require_peft
 from unweave.lm.model import LM, Tokens
 from unweave.methods.axbench.directions import text_loss, trained
-from unweave.methods.axbench.options import LoraSpec
+from unweave.methods.axbench.spec import LoraSpec
 
 
 def peft_for_lora() -> Any:

@@ -22,6 +22,7 @@ from unweave.attribute.runner import Batch
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.site import Site
+from unweave.data.batches import by_length
 from unweave.lm.chat import Role, encode_text
 from unweave.lm.model import LM, Side, Tokens
 from unweave.lm.unembed import unembed
@@ -203,11 +204,10 @@ def _windows(lm: LM, store: Rows, options: ContextOptions) -> list[_Window]:
 def _batches_of(windows: list[_Window]) -> Iterator[list[_Window]]:
     """Windows of like length together."""
     ordered = sorted(windows, key=lambda window: (-len(window.ids), window.start))
-    at = 0
-    while at < len(ordered):
-        n = max(1, _BATCH_TOKENS // len(ordered[at].ids))
-        yield ordered[at : at + n]
-        at += n
+    while ordered:
+        n = max(1, _BATCH_TOKENS // len(ordered[0].ids))
+        yield ordered[:n]
+        del ordered[:n]
 
 
 def _speller(lm: LM) -> Callable[[int], object]:
@@ -253,12 +253,5 @@ def order_of(examples: Sequence[Example], *, max_tokens: int = 2048) -> list[int
     return [i for part in _grouped(examples, max_tokens) for i in part]
 
 
-def _grouped(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
-    ordered = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), i))
-    parts: list[list[int]] = []
-    for i in ordered:
-        n = len(examples[i].ids)
-        if not parts or (len(parts[-1]) + 1) * n > max_tokens or n > _SPREAD * len(examples[parts[-1][0]].ids):
-            parts.append([])
-        parts[-1].append(i)
-    return parts
+def _grouped(examples: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
+    return by_length([len(example.ids) for example in examples], max_tokens, _SPREAD)

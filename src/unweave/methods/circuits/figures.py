@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from unweave.methods.circuits.result import Errors, Faithfulness, Sweep
 from unweave.show.figures import COLOURS, as_svg, settings
+from unweave.show.pieces import capital
 from unweave.show.plots import png, quiet
 from unweave.show.theme import LIGHT
 
@@ -34,9 +35,10 @@ def curve_name(errors: Errors, neurons: bool) -> str:
     return "neurons" if neurons else NAMES[errors]
 
 
-def curves_png(result: Faithfulness, title: str = "") -> bytes:
-    """The figure as a file."""
-    return png(_figure(result, title, LIGHT))
+def curves_png(result: Faithfulness) -> bytes:
+    """The figure as a file, with its task above it."""
+    failed = " (the model fails this task)" if result.used.problem else ""
+    return png(_figure(result, capital(result.task) + failed, LIGHT))
 
 
 def curves_svg(result: Faithfulness) -> str:

@@ -67,13 +67,8 @@ class CircuitFindSpec(Options, OfSAEsSpec):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "", base: Spec | None = None) -> Self:
         """As ``Spec.from_dict``; ``convention`` stands for rule and metric."""
-        if "convention" in values:
-            values = cls._meant(values, where)
-        return super().from_dict(values, where=where, base=base)
-
-    @classmethod
-    def _meant(cls, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The values with rule and metric in place of ``convention``."""
+        if "convention" not in values:
+            return super().from_dict(values, where=where, base=base)
         others = {name: value for name, value in values.items() if name != "convention"}
         name = values["convention"]
         if name not in CONVENTIONS:
@@ -91,7 +86,7 @@ class CircuitFindSpec(Options, OfSAEsSpec):
                 where=where or cls.__name__,
                 remedy="leave convention out",
             )
-        return {**meant, **others}
+        return super().from_dict({**meant, **others}, where=where, base=base)
 
     @property
     def keeps_positions(self) -> bool:

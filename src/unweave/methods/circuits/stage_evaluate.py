@@ -15,8 +15,8 @@ from unweave.core.stage import Context, stage
 from unweave.core.writing import write_file
 from unweave.inputs import identity
 from unweave.inputs.saes import Opened, open_saes
+from unweave.methods.circuits import figures, view
 from unweave.methods.circuits import stage_find as find
-from unweave.methods.circuits import view
 from unweave.methods.circuits.result import Errors, Faithfulness, Sweep
 from unweave.methods.circuits.spec import CircuitEvaluateSpec, CircuitFindSpec
 from unweave.methods.circuits.sweep import PAPER_THRESHOLDS, SweepOptions, spread_thresholds, sweep
@@ -106,7 +106,7 @@ def run(spec: CircuitEvaluateSpec, ctx: Context) -> Faithfulness:
         figure=Path("faithfulness.png"),
         table=Path("faithfulness.csv"),
     )
-    write_file(ctx.path / result.figure, view.curves_png(result))
+    write_file(ctx.path / result.figure, figures.curves_png(result))
     write_file(ctx.path / result.table, view.curves_csv(result))
     return result
 

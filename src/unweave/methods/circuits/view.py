@@ -9,7 +9,7 @@ from functools import singledispatch
 
 from unweave.attribute.result import SiteSum, incomplete
 from unweave.circuits.about import Example
-from unweave.core.result import Result, Row
+from unweave.core.result import Row
 from unweave.inputs.subject import Subject
 from unweave.methods.circuits import figures
 from unweave.methods.circuits.figures import curve_name
@@ -18,18 +18,6 @@ from unweave.show.page import ALONE, Around, Section, Tile, figure
 from unweave.show.pieces import capital, esc, number, table
 
 _COLUMNS = ("threshold", "nodes", "latents", "errors", "faithfulness", "completeness")
-
-
-@singledispatch
-def rows(result: Result) -> list[Row]:
-    """What the terminal shows."""
-    raise TypeError(type(result).__name__)
-
-
-@singledispatch
-def section(result: Result, around: Around = ALONE) -> Section:
-    """What a page shows."""
-    raise TypeError(type(result).__name__)
 
 
 # -- the examples -----------------------------------------------------------------------------------------------------
@@ -71,8 +59,9 @@ def _notes(subject: Subject | None, *more: str | None) -> tuple[str, ...]:
 # -- the search -------------------------------------------------------------------------------------------------------
 
 
-@rows.register
-def _(result: CircuitSearch) -> list[Row]:
+@singledispatch
+def rows(result: CircuitSearch) -> list[Row]:
+    """What the terminal shows of a search, a measurement or a drawing."""
     search, options = result.search, result.search.options
     metric = f"{search.clean:.2f} on clean texts"
     if search.patch is not None:
@@ -122,8 +111,9 @@ def _sum_rows(result: CircuitSearch) -> list[Row]:
     return [("sum / measured", f"{worst.sum:.3f} / {worst.change:.3f}", incomplete_of(result) or fine)]
 
 
-@section.register
-def _(result: CircuitSearch, around: Around = ALONE) -> Section:
+@singledispatch
+def section(result: CircuitSearch, around: Around = ALONE) -> Section:
+    """What a page shows of a search, a measurement or a drawing."""
     del around
     options = result.search.options
     nodes = [(esc(node.name), number(node.effect)) for node in sorted(result.strongest, key=lambda n: -abs(n.effect))]
@@ -226,13 +216,6 @@ def _(result: Faithfulness, around: Around = ALONE) -> Section:
 
 
 _ABLATED = {"patch": "its mean over the patch texts", "clean": "its mean over the clean texts", "zero": "zero"}
-
-
-def curves_png(result: Faithfulness) -> bytes:
-    """The figure as a file, with its task above it."""
-    return figures.curves_png(
-        result, capital(result.task) + (" (the model fails this task)" if result.used.problem else "")
-    )
 
 
 def curves_csv(result: Faithfulness) -> str:

@@ -6,18 +6,15 @@ import math
 from itertools import pairwise
 
 from unweave.sae.measure.result import Density
-from unweave.show.figures import COLOURS, HEIGHT, as_svg, finite, new_figure, settings
+from unweave.show.figures import COLOURS, HEIGHT, as_svg, drawing, finite
 
 
 def density(histogram: Density) -> str:
     """Return how many latents fire how often, on a logarithmic axis; latents that never fired stand apart at left."""
-    import matplotlib
-
     filled = [place for place, count in enumerate(histogram.counts) if count] or [0]
     edges = list(histogram.edges[filled[0] : filled[-1] + 2])
     counts = list(histogram.counts[filled[0] : filled[-1] + 1])
-    with matplotlib.rc_context(settings()):
-        figure = new_figure(HEIGHT)
+    with drawing(HEIGHT) as figure:
         axes = figure.add_subplot()
         axes.grid(axis="x", visible=False)
         widths = [b - a for a, b in pairwise(edges)]
@@ -41,14 +38,11 @@ def density(histogram: Density) -> str:
 
 def cross_entropy_bars(clean: float | None, sae: float | None, mean: float | None, zero: float | None) -> str:
     """Return the model's loss untouched, with the SAE, and under mean and zero ablation as bars, nats per token."""
-    import matplotlib
-
     losses = [("Untouched", clean, "mute"), ("SAE in place", sae, "accent")]
     losses += [("Mean ablation", mean, "warm"), ("Zero ablation", zero, "warm")]
     bars = [(name, value, colour) for name, value, colour in losses if finite(value)]
     values = [value for _, value, _ in bars]
-    with matplotlib.rc_context(settings()):
-        figure = new_figure(HEIGHT)
+    with drawing(HEIGHT) as figure:
         axes = figure.add_subplot()
         axes.grid(axis="y", visible=False)
         rows = range(len(bars))

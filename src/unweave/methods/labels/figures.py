@@ -5,18 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from unweave.methods.labels.result import SiteLabels
-from unweave.show.figures import COLOURS, as_svg, new_figure, settings
+from unweave.show.figures import COLOURS, as_svg, drawing
 
 
 def aurocs(site: SiteLabels) -> str:
     """Each pair's held-out AUROC with its interval, by falling AUROC, and with shuffled labels."""
-    import matplotlib
     from matplotlib.ticker import MaxNLocator
 
     there = [(pair.label, pair.shuffled_auroc) for pair in site.pairs if pair.label.auroc is not None]
     there.sort(key=lambda one: -(one[0].auroc or 0.0))
-    with matplotlib.rc_context(settings()):
-        figure = new_figure(3.0)
+    with drawing(3.0) as figure:
         axes = figure.add_subplot()
         places = range(1, len(there) + 1)
         columns = [[getattr(label, name) for label, _ in there] for name in ("auroc_low", "auroc_high", "auroc")]

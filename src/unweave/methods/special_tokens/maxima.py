@@ -25,7 +25,6 @@ from unweave.sae.module import SAE
 from unweave.sae.steered import sweep
 from unweave.tasks.special_tokens import QUESTIONS, SpecialTokens
 
-"""of the questions, behind every interval"""
 _DENSE_ELEMENTS = 1 << 23
 
 # -- which latents answer to a special token --------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from unweave.methods.trace.result import Effect, Estimate, Group, Trace
-from unweave.show.figures import COLOURS, as_svg, finite, new_figure, settings
+from unweave.show.figures import COLOURS, as_svg, drawing, finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,15 +18,12 @@ def attribution_scatter(result: Trace, estimate: Estimate) -> str:
 
     Chosen latents link to ``#latent-N``; latents drawn at random are grey. The legend holds the correlations.
     """
-    import matplotlib
-
     names = {"ig": "Integrated gradients", "attribution": "Attribution patching"}
     rows = [row for row in result.effects if finite(row.measured) and finite(getattr(row, estimate))]
     both = [value for row in result.effects for value in (row.measured, row.ig, row.attribution) if finite(value)]
     low, high = min([0.0, *both]), max([0.0, *both])
     pad = 0.08 * ((high - low) or 1.0)
-    with matplotlib.rc_context(settings()):
-        figure = new_figure(4.1)
+    with drawing(4.1) as figure:
         axes = figure.add_subplot()
         ends = [low - pad, high + pad]
         for chosen, name, colour, size in (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unweave.core.dist import Group
-from unweave.methods.train.scaling import Affine
+from unweave.methods.train.init import Affine
 from unweave.methods.train.state import Observed
 
 

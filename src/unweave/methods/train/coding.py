@@ -1,6 +1,6 @@
 """What a kind of SAE makes of a batch: latents, reconstructions, and the sums that the other terms consist of.
 
-1. The kind selects entries of the pre-activations (``selection``).
+1. The kind selects entries of the pre-activations (``entries``).
 2. ``code`` makes the latents at these entries, one or several weighted reconstructions of them, and the sums over rows
    that the other terms are made of. Dense entries are made for one chunk of rows at a time: the backward pass makes
    them again, so that no more than a chunk of dense latents is ever held.
@@ -22,10 +22,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from unweave.core.dist import Group
-from unweave.methods.train.entries import Entries
+from unweave.methods.train.entries import Entries, every
 from unweave.methods.train.kinds import Part, SAESpec
 from unweave.methods.train.objectives import total
-from unweave.methods.train.selection import every
 from unweave.methods.train.state import Observed, State
 from unweave.methods.train.weights import Weights
 from unweave.sae.sparse import kernels

@@ -18,7 +18,7 @@ from unweave.inputs.inputs import budget_of, documents_of, load_lm, refuse_long_
 from unweave.lm.model import LM, Tokens
 from unweave.methods.train import start
 from unweave.methods.train.end_to_end import end_to_end_step
-from unweave.methods.train.members import Member, members
+from unweave.methods.train.members import Member, members, sites_of
 from unweave.methods.train.result import Checkup, Cost
 from unweave.methods.train.spec import DoctorSpec
 from unweave.methods.train.trainer import SAETrainer
@@ -96,7 +96,7 @@ def _memory_gb() -> float:
 
 def _cost(spec: DoctorSpec, lm: LM, every: list[Member]) -> Cost:
     """Times one harvest batch and a few training steps of every SAE."""
-    sites = sorted({site for member in every for site in (member.read, member.write)})
+    sites = sites_of(every)
     tokens = _random_tokens(spec, lm, spec.stream.batch_tokens)
     seconds = 0.0
     for _ in range(2):  # the first is for warming up
@@ -143,7 +143,7 @@ def _random_tokens(spec: DoctorSpec, lm: LM, count: int) -> Tokens:
 def _timed(spec: DoctorSpec, lm: LM, member: Member, x: dict[Site, torch.Tensor]) -> tuple[int, float]:
     """How many latents a member has, and how many seconds a batch of it takes. UnweaveError where it cannot start."""
     sae, _ = start.opened(spec, lm, member.name, member.read, member.write)
-    inputs, goal = x[member.read], None if member.read == member.write else x[member.write]
+    inputs, goal = member.of(x)
     batch, text = member.spec.batch, _random_tokens(spec, lm, member.spec.batch)
     enough = 4 * max(batch, text.n_tokens)  # a step more than are taken
     own = replace(member.spec, tokens=max(member.spec.tokens, enough))

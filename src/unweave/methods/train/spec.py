@@ -72,11 +72,9 @@ COMMANDS = (
         result=Training,
         stage="unweave.methods.train.stage:run",
         summary="Train sparse autoencoders (SAEs) on a model's activations, at many sites and in many settings.",
-        about=(
-            "Reads text or dialogues, runs the model up to the last site, and trains on what it finds there. Each "
-            "SAE is saved as a SAELens folder together with what it was trained on. Interrupted training resumes "
-            "exactly. torchrun -m unweave train divides the work between processes."
-        ),
+        about="Reads text or dialogues, runs the model up to the last site, and trains on what it finds there. Each "
+        "SAE is saved as a SAELens folder together with what it was trained on. Interrupted training resumes "
+        "exactly. torchrun -m unweave train divides the work between processes.",
         examples=(
             "unweave train --model smollm2-135m-instruct --sites resid_post.9",
             "unweave train my.yaml --sae.k 64 --data.sources wiki notes.txt",
@@ -90,10 +88,8 @@ COMMANDS = (
         result=Checkup,
         stage="unweave.methods.train.doctor:run",
         summary="Say what a run will cost before it is started, and what is wrong with it.",
-        about=(
-            "Takes the same fields as train. Looks at the model, the site, the data and the machine, and tells tokens, "
-            "memory, disk and time, and every problem it can find without doing the work."
-        ),
+        about="Takes the same fields as train. Looks at the model, the site, the data and the machine, and tells "
+        "tokens, memory, disk and time, and every problem it can find without doing the work.",
         examples=("unweave doctor my.yaml", "unweave doctor --model smollm2-135m-instruct --sites resid_post.9 --json"),
     ),
 )

@@ -38,11 +38,10 @@ from unweave.lm.model import LM
 from unweave.methods.train import start
 from unweave.methods.train.end_to_end import end_to_end_step
 from unweave.methods.train.heldout import Heldout
-from unweave.methods.train.members import Member, members
+from unweave.methods.train.members import Member, members, sites_of, variants_of
 from unweave.methods.train.result import Reference, SiteNorms, TrainedSAE, Training
 from unweave.methods.train.spec import TrainSpec
 from unweave.methods.train.trainer import SAETrainer
-from unweave.methods.train.variants import variants_of
 from unweave.sae import provenance
 from unweave.sae.module import SAE
 
@@ -68,8 +67,7 @@ def run(spec: TrainSpec, ctx: Context) -> Training:
     for _ in group.in_turn():
         store, store_run = token_store(lm, spec.model, spec.data, "train", None, runs)
         heldout, _ = token_store(lm, spec.model, spec.data, "heldout", None, runs)
-    sites = sorted({site for member in every for site in (member.read, member.write)})
-    source = activation_source(lm, store, store_run, sites, spec.stream, spec.dtype, runs, group)
+    source = activation_source(lm, store, store_run, sites_of(every), spec.stream, spec.dtype, runs, group)
     _refuse_too_little(spec, _counted(store, source), f"epochs allows {spec.epochs:g}")
     work = _Work(ctx.run, spec, lm, store, source, every, group, starts)
     work.train()
@@ -191,8 +189,7 @@ class _Work:
         self.counted = self._count()  # the trainers go as their SAEs are saved
 
     def _trainer(self, member: Member, sample: dict[Site, Tensor]) -> SAETrainer:
-        x, device = sample[member.read].to(self.lm.device), self.lm.device
-        goal = None if member.read == member.write else sample[member.write].to(device)
+        (x, goal), device = member.of(sample), self.lm.device
         sae, accepted = self.starts.pop(member.name, (None, None))
         if accepted is not None:
             self.accepted[member.name] = accepted
@@ -255,14 +252,9 @@ class _Work:
             self.rows.outliers += left_out[0]
             self.rows.nonfinite += left_out[1]
             return rows
-        batch = {site: x.to(self.lm.device) for site, x in self.buffer.next().items()}
         mine = self.shared.share(self.spec.sae.batch)
-        return {
-            member.name: self.trainers[member.name].step(
-                batch[member.read][mine], None if member.read == member.write else batch[member.write][mine]
-            )
-            for member in self.own
-        }
+        batch = {site: x.to(self.lm.device)[mine] for site, x in self.buffer.next().items()}
+        return {member.name: self.trainers[member.name].step(*member.of(batch)) for member in self.own}
 
     def _log(self, rows: dict[str, dict[str, float]]) -> None:
         for member in self.own if self.writes else ():

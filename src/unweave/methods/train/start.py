@@ -47,8 +47,7 @@ def fitting(
     starts = {}
     for member in every:
         sae, accepted = opened(spec, lm, member.name, member.read, member.write)
-        d_out = None if member.read == member.write else lm.width(member.write)
-        fit.latents(member.spec, lm.width(member.read), d_out, sae)
+        fit.latents(member.spec, *member.of({site: lm.width(site) for site in (member.read, member.write)}), sae)
         if sae is not None and member in own:
             starts[member.name] = sae, accepted
     return starts

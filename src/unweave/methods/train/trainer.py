@@ -26,9 +26,9 @@ from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.methods.train import coding, fit, init, objectives, resample, weights
 from unweave.methods.train.attempt import Attempt, Tally
+from unweave.methods.train.entries import every
+from unweave.methods.train.init import Affine
 from unweave.methods.train.kinds import SAESpec
-from unweave.methods.train.scaling import Affine
-from unweave.methods.train.selection import every
 from unweave.methods.train.state import State
 from unweave.sae.module import SAE
 from unweave.sae.sparse import kernels

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from unweave.methods.train import init
+from unweave.methods.train.init import Affine
 from unweave.methods.train.kinds import SAESpec
-from unweave.methods.train.scaling import Affine
 from unweave.sae.activations import Activation, JumpReLU, ReLU, TopK
 from unweave.sae.module import SAE
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from unweave.core.result import Row
 from unweave.judge.spec import DEFAULT_JUDGE
-from unweave.methods.explain.rubric.figures import scores_bars
 from unweave.methods.explain.rubric.result import SCALE, Difference, JudgeInfo, RubricResult, Scores
+from unweave.show.figures import COLOURS, as_svg, drawing
 from unweave.show.page import ALONE, Around, Section, Tile, figure
 from unweave.show.pieces import bounded, esc, latent_link, table
 
@@ -90,3 +90,25 @@ def section(result: RubricResult, around: Around = ALONE) -> Section:
         tiles = (Tile(f"{result.real.mean.value:.1f}", "mean score of latents", verdict(result.above_shuffled)),)
     heading = "How clear latents are to a judge"
     return Section("Rubric", heading, "".join(body), tiles=tiles, notes=(*result.subject.notes, *caveats(result.judge)))
+
+
+def scores_bars(result: RubricResult, name: str) -> str:
+    """The share of latents, and of shuffled contexts, with each score; darker is clearer."""
+    groups = [("latents", result.real), ("shuffled contexts", result.shuffled)]
+    bars = [(name, scores) for name, scores in groups if scores is not None and scores.scored]
+    with drawing(0.9 + 0.5 * len(bars)) as drawn:
+        axes = drawn.add_subplot()
+        axes.grid(axis="y", visible=False)
+        for row, (_, scores) in enumerate(bars):
+            left = 0.0
+            for score, count in enumerate(scores.distribution, 1):
+                share = count / scores.scored
+                axes.barh(row, share, left=left, height=0.6, color=COLOURS["accent"], alpha=0.2 * score)
+                if count:
+                    axes.annotate(str(score), (left + share / 2, row), ha="center", va="center")
+                left += share
+        axes.set_yticks(range(len(bars)), [f"{name} ({scores.scored})" for name, scores in bars])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("Share with each score, 1 (no pattern) to 5 (clear)")
+        return as_svg(drawn, f"{name}-scores", "Shares of scores from 1 to 5, of latents and of shuffled contexts")

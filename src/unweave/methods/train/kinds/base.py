@@ -253,7 +253,7 @@ class OverBatch(SAESpec):
     one_threshold: ClassVar[bool] = True
 
     def select(self, w: Weights, x: Tensor, state: State, group: Group) -> Entries:
-        from unweave.methods.train.selection import largest_of_batch
+        from unweave.methods.train.entries import largest_of_batch
 
         return largest_of_batch(w, x, self.k, 0.8 * (state.batch_threshold or 0.0), group)
 
@@ -304,7 +304,7 @@ class Penalised(SAESpec):
         return torch.zeros_like(w.b_enc)
 
     def select(self, w: Weights, x: Tensor, state: State, group: Group) -> Entries | None:
-        from unweave.methods.train.selection import above_bound
+        from unweave.methods.train.entries import above_bound
 
         return above_bound(w, x, self.bound(w), state, group)
 

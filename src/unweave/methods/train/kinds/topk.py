@@ -33,7 +33,7 @@ class TopKSpec(SAESpec):
         return self.multi_topk > 0
 
     def select(self, w: Weights, x: Tensor, state: State, group: Group) -> Entries:
-        from unweave.methods.train.selection import largest_of_rows
+        from unweave.methods.train.entries import largest_of_rows
 
         return largest_of_rows(w, x, self.k if self.multi_topk == 0 else min(_WIDER * self.k, len(w.W_enc)))
 
