@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["as claimed", "partly", "not as claimed", "not measured"]
+Verdict = Literal["as claimed", "partly", "not as claimed", "not measured", "no claim"]
+"""no claim: measured here, though the paper says nothing of it"""
 
 
 @dataclass(frozen=True)
