@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from unweave.methods.finetune.conditions import Condition
 from unweave.methods.finetune.loop import Plan, finetune
 from unweave.methods.finetune.spec import ConditionSpec, FinetuneSpec, LearningSpec, WeightsSpec
 from unweave.methods.finetune.splits import Data, Setting
-from unweave.methods.finetune.tune import Passes, passes_of
+from unweave.methods.finetune.starts import Passes, passes
+from unweave.methods.finetune.tune import training_passes
 from unweave.methods.finetune.weights import trainable
 from unweave.sae.activations import ReLU
 from unweave.sae.module import SAE
@@ -37,25 +39,30 @@ def conditioned(spec: ConditionSpec) -> Condition:
     return Condition(spec, subsets, () if spec.kind == "penalty" else edits)
 
 
-def tuned(**fields: Any) -> tuple[Passes, dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
-    """The passes, the weights after training, and scores without and with the edit."""
+def tuned(kl: float = 0.0, **fields: Any) -> tuple[Passes, dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+    """The passes of training, the weights after it, and scores without and with the edit."""
     lm = LM(build_tiny("llama").double(), None)
     weights = WeightsSpec(train="blocks", first_block=2)
-    spec = FinetuneSpec.from_dict({"condition": {"kind": "zero", **fields}, "weights": weights.to_dict()})
+    learning = LearningSpec(lr=1e-2, batch=4, epochs=2, warmup=0.25, kl=kl)
+    spec = FinetuneSpec(
+        condition=ConditionSpec.from_dict({"kind": "zero", **fields}), weights=weights, learning=learning
+    )
     data = Data("rows", ROWS, {"validation": ROWS}, {})
     with trainable(lm, spec.weights) as model:
-        passes = passes_of(spec, model, conditioned(spec.condition), data)
-        plan = Plan(10, LearningSpec(lr=1e-2, batch=4, epochs=2, warmup=0.25))
-        finetune(model, ROWS, passes.live, plan, starts=passes.training)
-        plain = Setting(lm, data, passes.plain, {}, 10).all()
-        edited = Setting(lm, data, passes.edited, {}, 10).all(passes.edits)
-        return passes, {name: weight.detach().clone() for name, weight in model.named.items()}, plain, edited
+        condition = conditioned(spec.condition)
+        training = training_passes(spec, model, condition, data)
+        live, start = replace(condition, full=training.edits), training.starts.get("train")
+        finetune(model, ROWS, live, Plan(10, learning), starts=start)
+        plain = Setting(lm, data, passes(lm, 2, data.others).starts, {}, 10).all()
+        under = passes(lm, 2, data.others, condition.full)
+        edited = Setting(lm, data, under.starts, {}, 10).all(under.edits)
+        return training, {name: weight.detach().clone() for name, weight in model.named.items()}, plain, edited
 
 
 @pytest.mark.parametrize(
     ("fields", "live", "begins"),
-    [({}, 1, 1), ({"flow": "forward"}, 1, 1), ({"when": "test"}, 3, 1), ({"strength": 0.5, "when": "both"}, 1, 1),
-     ({"fade": "out"}, 3, 0), ({"flow": "gradient"}, 3, 0)],
+    [({}, 1, 1), ({"flow": "forward"}, 1, 1), ({"when": "test"}, 0, 1), ({"strength": 0.5, "when": "both"}, 1, 1),
+     ({"fade": "out"}, 3, 0), ({"flow": "gradient"}, 1, 1), ({"kl": 3.0}, 3, 0)],
 )  # fmt: skip
 def test_edits_below_what_is_trained_are_made_once(
     fields: dict[str, Any], live: int, begins: int, monkeypatch: pytest.MonkeyPatch
@@ -63,8 +70,8 @@ def test_edits_below_what_is_trained_are_made_once(
     quick, *fast = tuned(**fields)
     monkeypatch.setattr(starts, "_MOST_BYTES", 0)  # nothing is held: every pass is whole, with every edit
     whole, *slow = tuned(**fields)
-    assert whole.begins is None and not whole.edited and len(whole.edits) == 3
-    assert quick.begins == Site("resid_post", begins) and len(quick.live.full) == live and len(quick.edits) == 1
+    assert whole.begins is None and not whole.starts and len(whole.edits) == (3 if live else 0)
+    assert quick.begins == Site("resid_post", begins) and len(quick.edits) == live
     for name, weight in fast[0].items():
         torch.testing.assert_close(weight, slow[0][name], rtol=0, atol=1e-9)
     for one, two in zip(fast[1:], slow[1:], strict=True):

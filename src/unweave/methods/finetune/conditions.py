@@ -74,6 +74,11 @@ class Condition:
         return [replace(edit, share=share, flow=self.spec.flow) for edit in self.full]
 
     @property
+    def ablates(self) -> bool:
+        """Whether its edits take something away, which can be tried on a model that is not trained, or at test."""
+        return bool(self.full) and self.spec.kind != "prevent"
+
+    @property
     def reads(self) -> tuple[Site, ...]:
         """The sites that the penalty reads."""
         if self.spec.kind != "penalty":

@@ -41,9 +41,9 @@ class Data:
     others: dict[str, Rows]
     skipped: dict[str, int]
 
-    def texts(self) -> Iterator[Tokens]:
-        """The training rows as batches of tokens."""
-        n = len(self.train.lengths)
+    def texts(self, most: int | None = None) -> Iterator[Tokens]:
+        """The training rows, or the first ``most`` of them, as batches of tokens."""
+        n = len(self.train.lengths[:most])
         return (self.train.batch(range(i, min(i + _BATCH, n)))[0] for i in range(0, n, _BATCH))
 
 

@@ -46,6 +46,44 @@ class Starts:
         return self.site, value
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How the rows of some splits go through the model."""
+
+    begins: Site | None
+    """where, below the first block that is trained; None: at the tokens"""
+    starts: Mapping[str, Starts]
+    """with what, by split; nothing where passes begin at the tokens"""
+    edits: tuple[Edit, ...]
+    """what is still to be edited in each pass"""
+
+
+def passes(
+    lm: LM,
+    first_block: int,
+    splits: Mapping[str, Rows],
+    edits: Sequence[Edit] = (),
+    reads: Iterable[Site] = (),
+    *,
+    constant: bool = True,
+) -> Passes:
+    """Passes that begin as high as blocks from ``first_block`` on, ``edits`` and ``reads`` allow. Edits that lie below
+    and are ``constant`` are made once."""
+    top = lowest(first_block, ())
+    once = [one for one in edits if constant and top is not None and max([one.site, *one.needs]) <= top]
+    each = [one for one in edits if one not in once]
+    begins = lowest(first_block, [*reads, *_sites(each)])
+    if begins != top:  # as for a transcoder that reads below the first trained block and writes above it
+        once, each = [], list(edits)
+        begins = lowest(first_block, [*reads, *_sites(each)])
+    starts = starts_at(lm, begins, splits, once)
+    return Passes(begins, starts, tuple(each)) if starts else Passes(None, {}, tuple(edits))
+
+
+def _sites(edits: Iterable[Edit]) -> list[Site]:
+    return [site for one in edits for site in (one.site, *one.needs)]
+
+
 def lowest(first_block: int, sites: Iterable[Site]) -> Site | None:
     """The highest residual site with everything above it (or at it): blocks from ``first_block`` on, and ``sites``.
 
@@ -61,18 +99,14 @@ def lowest(first_block: int, sites: Iterable[Site]) -> Site | None:
     return Site("resid_post", block - 1) if block > 0 else None
 
 
-def starts_at(
-    lm: LM, site: Site | None, splits: Mapping[str, Rows], edits: Sequence[Edit] = (), of: str = ""
-) -> dict[str, Starts]:
-    """The activations of every split at ``site``; nothing where the site is None, or all would take too much memory.
-
-    ``edits`` are in place meanwhile; ``of`` says which they are, so that equal ones find what is held.
-    """
+def starts_at(lm: LM, site: Site | None, splits: Mapping[str, Rows], edits: Sequence[Edit] = ()) -> dict[str, Starts]:
+    """The activations of every split at ``site``, with ``edits`` in place; nothing where the site is None, or all would
+    take too much memory."""
     tokens = sum(int(rows.lengths.sum()) for rows in splits.values())
     if site is None or tokens * lm.d_model * lm.dtype.itemsize > _MOST_BYTES:
         return {}
-    below, of = _versions(lm, site), of if edits else ""
-    keys = {name: (site, below, of, _content(rows)) for name, rows in splits.items()}
+    about = (site, _versions(lm, site), *((repr(e), e.where, e.share, e.flow, e.sae.digest()) for e in edits))
+    keys = {name: (*about, _content(rows)) for name, rows in splits.items()}
     held = _held.setdefault(lm, {})
     starts = {}
     for name, rows in splits.items():

@@ -10,19 +10,17 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from unweave.core.contents import sha256
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.progress import say
 from unweave.core.run import Run
 from unweave.core.site import Site
-from unweave.core.spec import digest
 from unweave.core.writing import disk_free, write_file
 from unweave.inputs.saes import open_saes
 from unweave.inputs.spec import OfSAEsSpec
@@ -39,9 +37,8 @@ from unweave.methods.finetune.loop import Plan, finetune
 from unweave.methods.finetune.result import Finetuned, Score, Split, Weights
 from unweave.methods.finetune.spec import FinetuneSpec
 from unweave.methods.finetune.splits import Data, Setting, open_data
-from unweave.methods.finetune.starts import Starts, lowest, starts_at
+from unweave.methods.finetune.starts import Passes, passes
 from unweave.methods.finetune.weights import Trainable, trainable
-from unweave.sae.edits import Edit
 from unweave.sae.module import SAE
 from unweave.show.pieces import counted
 from unweave.tasks.choices.items import Choices
@@ -79,26 +76,29 @@ def tune(
     plan = Plan(len(data.train.lengths), spec.learning, spec.seed, spec.checks.per_epoch)
     with trainable(lm, spec.weights, seed=spec.seed, name=spec.model) as model:
         _refuse_disk(model, kept)
-        passes = passes_of(spec, model, condition, data)
-        followed = _directions(selection, saes, passes.top)
-        setting = Setting(lm, data, passes.plain, followed, spec.checks.items, group)
+        first = model.first_block
+        plain, training = passes(lm, first, data.others), training_passes(spec, model, condition, data)
+        followed = _directions(selection, saes, plain.begins)
+        setting = Setting(lm, data, plain.starts, followed, spec.checks.items, group)
         before = time.monotonic()
         base = base or setting.all()
         _say_cost(kept, setting, plan, time.monotonic() - before, group)
         history = finetune(
-            model, data.train, passes.live, plan, starts=passes.training, measure=setting.watched,
+            model, data.train, replace(condition, full=training.edits), plan, starts=training.starts.get("train"),
+            measure=setting.watched,
             checkpoints=Checkpoints(None if kept is None else kept.path, spec.checkpoint_seconds, group),
         )  # fmt: skip
         tuned, edited = setting.all(), {}
-        if condition.full and spec.condition.kind != "prevent":
-            edited = replace(setting, starts=passes.edited).all(passes.edits)
+        if condition.ablates:
+            under = passes(lm, first, data.others, condition.full)
+            edited = replace(setting, starts=under.starts).all(under.edits)
         result = Finetuned(
             subject=subject,
             data=data.words,
             skipped=data.skipped,
             condition=_in_words(spec),
             selection=None if selection is None else _named(selection),
-            weights=Weights(spec.weights.train, sum(w.numel() for w in model.named.values()), _size(lm), passes.begins),
+            weights=_weights(spec, model, training.begins),
             seed=spec.seed,
             steps=plan.steps,
             batch=spec.learning.batch,
@@ -122,49 +122,12 @@ def _save(model: Trainable, result: Finetuned, spec: FinetuneSpec, folder: Path)
     write_file(folder / "README.md", card(result, spec.to_dict(result_only=True)))
 
 
-@dataclass(frozen=True)
-class Passes:
-    """Where passes begin, with what, and what is still to be done in them."""
-
-    top: Site | None
-    """where passes without an edit begin: below the first trained block"""
-    plain: Mapping[str, Starts]
-    begins: Site | None
-    training: Starts | None
-    live: Condition
-    """without the edits that ``training`` was computed under"""
-    edited: Mapping[str, Starts]
-    edits: list[Edit]
-    """of evaluations with the edit, likewise"""
-
-
-def passes_of(spec: FinetuneSpec, model: Trainable, condition: Condition, data: Data) -> Passes:
-    """What can be computed once for all steps, and what remains."""
-    lm, top = model.lm, lowest(model.first_block, ())
-    plain = starts_at(lm, top, {"train": data.train, **data.others})
-    top = top if plain else None
-    full = [replace(edit, share=spec.condition.strength) for edit in condition.full]
-    below = [edit for edit in full if top is not None and max([edit.site, *edit.needs]) <= top]
-    above = [edit for edit in full if edit not in below]
-    apart = all(top is None or min([edit.site, *edit.needs]) >= top for edit in above)
-    if not apart:  # a transcoder that reads below the first trained block and writes above it
-        below, above = [], full
-    begins = top if apart else lowest(model.first_block, condition.sites)
-    of = digest([spec.condition.to_dict(), None if spec.selection is None else sha256(spec.selection), data.words])
-    edited = starts_at(lm, begins, data.others, below, of) if full else {}
-    edits = above if edited else full
-    if not full or spec.condition.when == "test":
-        begins = top if spec.condition.kind != "penalty" else lowest(model.first_block, condition.sites)
-        training = starts_at(lm, begins, {"train": data.train})
-    elif spec.condition.fade == "none" and spec.condition.flow != "gradient":
-        training = starts_at(lm, begins, {"train": data.train}, below, of)
-        if training:
-            live = tuple(one for one, edit in zip(condition.full, full, strict=True) if edit not in below)
-            condition = replace(condition, full=live)
-    else:
-        begins = lowest(model.first_block, condition.sites)
-        training = starts_at(lm, begins, {"train": data.train})
-    return Passes(top, plain, begins if training else None, training.get("train"), condition, edited, edits)
+def training_passes(spec: FinetuneSpec, model: Trainable, condition: Condition, data: Data) -> Passes:
+    """Passes of the training items under a condition."""
+    # What fades is another edit at every step, and KL compares with the base model, which begins where training does.
+    constant = spec.condition.fade == "none" and not spec.learning.kl
+    rows = {"train": data.train}
+    return passes(model.lm, model.first_block, rows, condition.edits(0.5), condition.reads, constant=constant)
 
 
 def _saes(spec: FinetuneSpec, selection: Selection | None, lm: LM) -> tuple[Mapping[Site, SAE], Subject]:
@@ -193,11 +156,9 @@ def _diagnosis(
     lm: LM, saes: Mapping[Site, SAE], selection: Selection, condition: Condition, data: Data, group: Group
 ) -> Diagnosis:
     """What the selection, and the condition's edit, do to the base model on the first training items; warns of it."""
-    rows = range(min(_TRIED, len(data.train.lengths)))
     answers = data.train.answers
-    items = [data.train.batch([row])[0] for row in rows] if answers is None else answers.at(rows)
-    ablations = [condition] if condition.full and condition.spec.kind != "prevent" else []
-    diagnosis = diagnose(lm, saes, selection, items, conditions=ablations)
+    items = list(data.texts(_TRIED)) if answers is None else answers.at(range(min(_TRIED, len(answers))))
+    diagnosis = diagnose(lm, saes, selection, items, conditions=[condition] if condition.ablates else [])
     for words in diagnosis.warnings if group.rank == 0 else ():
         warnings.warn(words, UnweaveWarning, stacklevel=2)
     return diagnosis
@@ -215,6 +176,10 @@ def _in_words(spec: FinetuneSpec) -> str:
 def _named(selection: Selection) -> str:
     sites = ", ".join(f"{len(one.chosen)} at {one.site}" for one in selection.sites)
     return f"{selection.name}: {selection.kind} by {selection.by}, {sites}"
+
+
+def _weights(spec: FinetuneSpec, model: Trainable, begins: Site | None) -> Weights:
+    return Weights(spec.weights.train, sum(w.numel() for w in model.named.values()), _size(model.lm), begins)
 
 
 def _size(lm: LM) -> int:
