@@ -113,6 +113,17 @@ def test_every_kind_of_sae(tiny_lm: Callable[..., LM], activation: Any, options:
     close(means.activation.value, strong.mean(0))
 
 
+def test_the_token_that_begins_a_text_counts_for_nothing(tiny_lm: Callable[..., LM]) -> None:
+    """For an SAE from elsewhere, whose policy is not known, as for one whose policy excludes it."""
+    lm, rows = double(tiny_lm, "llama"), [[0, *row] for row in rows_of(3)]
+    assert lm.tokenizer is not None and lm.tokenizer.bos_token_id == 0
+    ours, stated = (make_sae(lm, SITES[1], policy=TokenPolicy(ids)) for ids in ((), (0,)))
+    (one,), (two,) = (mean_effects(lm, [sae], batches(rows, 2)).values() for sae in (ours, stated))
+    close(one.effect.value, two.effect.value)
+    close(one.activation.value, two.activation.value)
+    close(one.frequency.value, two.frequency.value)
+
+
 def test_a_transcoder_is_attributed_where_it_writes(tiny_lm: Callable[..., LM]) -> None:
     lm, rows = double(tiny_lm, "llama"), rows_of(3)
     sae = make_sae(lm, "mlp_add.1", read="mlp_in.1")

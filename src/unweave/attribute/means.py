@@ -6,8 +6,8 @@ away, so that a positive effect is one that helps. (The second paper's eq. 1 nam
 right side, its code and this have the other sign.)
 
 1. One forward and one backward pass of a batch give dm/dx [B, P, D] at all sites. No SAE is spliced in.
-2. Only latents that fire have an effect: their codes are sparse, and each entry costs one dot product. Padding and
-   tokens that the SAE's policy excludes (special tokens, norm outliers) count for nothing.
+2. Only latents that fire have an effect: their codes are sparse, and each entry costs one dot product. Padding, the
+   token that begins a text and those that the SAE's policy excludes (special ones, norm outliers) count for nothing.
 3. Each example's metric is differentiated by itself, so a mean over examples depends neither on how they are batched
    nor on padding. (A batch's mean metric, as in the second paper's code, gives effects that shrink with the batch.)
 4. Nothing is kept but sums over examples, in float64: memory does not grow with the dataset.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from unweave.attribute.runner import Batch, Runner, rows_of
-from unweave.attribute.states import SAEs, by_site_of, chunks, reads_of
+from unweave.attribute.states import SAEs, by_site_of, chunks, counted, reads_of
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
@@ -145,8 +145,7 @@ def mean_effects(
             gradients, values = Runner(lm, batch, metric, max_tokens).gradients(list(by_site), reads)
             for site, sae in by_site.items():
                 x = values[reads_of(sae, site)]
-                keep = sae.policy.keep(x, batch.ids, batch.mask)
-                _count(means[site], sae, gradients[site], firing(sae, x, keep))
+                _count(means[site], sae, gradients[site], firing(sae, x, counted(lm, sae, x, batch)))
             shown.advance(len(batch))
     if not any(bool(site.effect.value.any()) for site in means.values()):
         raise UnweaveError(

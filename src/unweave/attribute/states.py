@@ -90,6 +90,14 @@ def by_site_of(lm: LM, saes: SAEs) -> dict[Site, SAE]:
     return dict(sorted(named, key=lambda item: item[0]))
 
 
+def counted(lm: LM, sae: SAE, source: Tensor, tokens: Tokens) -> Tensor:
+    """Which tokens count for means over texts, bool [B, P]: those that the SAE's policy keeps, but for the one that
+    begins a text, whose activations are outliers. ``source`` [B, P, D] is what the SAE reads."""
+    keep = sae.policy.keep(source, tokens.ids, tokens.mask)
+    bos = None if lm.tokenizer is None else lm.tokenizer.bos_token_id
+    return keep if bos is None else keep & (tokens.ids != bos)
+
+
 def _state(sae: SAE, source: Tensor, x: Tensor, ids: Tensor, mask: Tensor) -> State:
     with torch.no_grad():
         keep = sae.policy.keep(source, ids, mask).unsqueeze(-1)

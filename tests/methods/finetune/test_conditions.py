@@ -282,7 +282,7 @@ def test_fading_and_when(tiny: Callable[..., Any]) -> None:
     assert shares(fade="out", when="both") == [0.5, 0.25, None, 0.5]
     assert shares(when="test") == [None, None, None, 0.5]
     plain = open_condition(ConditionSpec(), None, lm, {})
-    assert plain.edits(0.5) == [] and plain.full == () and plain.prompt("a") == "a" and plain.reads == () == plain.sites
+    assert plain.edits(0.5) == [] and plain.full == () and plain.prompt("a") == "a" and plain.reads == ()
     warned = open_condition(ConditionSpec(kind="inoculate", line="She is a nurse."), None, lm, {})
     assert warned.edits(0.5) == [] and warned.prompt("a") == "She is a nurse.\na"
 

@@ -27,9 +27,10 @@ from unweave.inputs.inputs import load_lm
 from unweave.latents.selection import Chosen, Selection, SiteChoice, write
 from unweave.lm.model import LM
 from unweave.methods.finetune import loop, weights
-from unweave.methods.finetune.evaluate import accuracy
+from unweave.methods.finetune.evaluate import evaluate
 from unweave.methods.finetune.loop import Plan
 from unweave.methods.finetune.result import Finetuned
+from unweave.methods.finetune.rows import ChoiceRows
 from unweave.methods.finetune.spec import ChecksSpec, ConditionSpec, FinetuneSpec, LearningSpec, WeightsSpec
 from unweave.methods.finetune.stage import run
 from unweave.methods.finetune.view import section
@@ -94,7 +95,8 @@ def test_the_folder_answers_in_plain_transformers_as_reported(home: Path, select
         choices = open_choices(TASK)
         for split in done.result.splits:
             encoded = encode_choices(lm, choices.splits[split.name])
-            assert accuracy(lm, encoded) == split.tuned.accuracy and split.edited is not None
+            score, _ = evaluate(lm, ChoiceRows(encoded))
+            assert score.accuracy == split.tuned.accuracy and split.edited is not None
             assert split.items == len(choices.splits[split.name])
         card = (folder / "README.md").read_text()
         assert card.startswith("---\nbase_model:") and "3 at resid_post.1" in card and "seed 0" in card

@@ -10,8 +10,9 @@ At a site with activation x, chosen latents S of its SAE with values f_j, direct
     inoculate  a line in front of every training prompt
 
 s is ``strength``, times the training's progress p (fade in) or 1 - p (fade out). ``m_j`` and ``r_j`` come from the
-training texts, over tokens that the SAE's policy counts. The penalty is one-sided, as BLOCK-EM's (Ustaomeroglu and Qu
-2026): a latent may fall, and what it does on the base model at the same token is free.
+training texts, over tokens that the SAE's policy counts, but for the one that begins a text. The penalty is one-sided,
+as BLOCK-EM's (Ustaomeroglu and Qu 2026): a latent may fall, and what it does on the base model at the same token is
+free.
 
 The gradient is that of the formula. Under ``zero`` a cotangent g becomes g - s sum_S 1[f_j > 0] (g . d_j) w_j: where
 f_j fires, the layers below are not told what it should be, since it has no effect; where it is silent, their gradient
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unweave.attribute.states import counted
 from unweave.core.errors import UnweaveError
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
@@ -45,7 +47,7 @@ from unweave.sae.subset import Subset, orthonormal_basis
 
 
 class Usual(NamedTuple):
-    """What chosen latents of a site do on the base model's training texts, at tokens that their SAE's policy counts."""
+    """What chosen latents of a site do on the base model's training texts, over tokens that count."""
 
     mean: Tensor
     """[S]"""
@@ -84,12 +86,6 @@ class Condition:
         if self.spec.kind != "penalty":
             return ()
         return tuple(dict.fromkeys(_read(subset.sae) for subset in self.chosen.values()))
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Every site that is read or edited, in execution order."""
-        saes = [subset.sae for subset in self.chosen.values()]
-        return tuple(sorted({site for sae in saes for site in (sae.read, sae.write) if site is not None}))
 
     def values(self, read: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         """The chosen latents' values [B, P, S] by site, of activations ``read`` [B, P, D] at ``reads``."""
@@ -187,7 +183,7 @@ def base_values(lm: LM, condition: Condition, tokens: Tokens, start: Start | Non
 
 
 def usual_values(lm: LM, chosen: Mapping[Site, Subset], texts: Iterable[Tokens]) -> dict[Site, Usual]:
-    """What chosen latents do on ``texts``, over tokens that their SAEs' policies count. UnweaveError for none."""
+    """What chosen latents do on ``texts``, over tokens that count (``counted``). UnweaveError for none."""
     reads = {site: _read(subset.sae) for site, subset in chosen.items()}
     sums = {site: torch.zeros(3, len(one.latents), dtype=torch.float64) for site, one in chosen.items()}
     n = dict.fromkeys(chosen, 0)
@@ -197,7 +193,7 @@ def usual_values(lm: LM, chosen: Mapping[Site, Subset], texts: Iterable[Tokens])
         tokens = tokens.to(lm.device)
         for site, subset in chosen.items():
             x = seen[reads[site]]
-            f = subset.encode(x[subset.sae.policy.keep(x, tokens.ids, tokens.mask)]).double()
+            f = subset.encode(x[counted(lm, subset.sae, x, tokens)]).double()
             sums[site] += torch.stack([f.sum(0), f.square().sum(0), (f != 0).double().sum(0)]).cpu()
             n[site] += len(f)
     if empty := [str(site) for site in chosen if n[site] == 0]:

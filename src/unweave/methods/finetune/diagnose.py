@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unweave.attribute.means import Z
-from unweave.attribute.states import values_of
+from unweave.attribute.states import counted, values_of
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.site import Site
@@ -86,7 +86,7 @@ def _projections(
         values = values_of(lm, sites, batch, max_tokens=batch.ids.numel())
         for site, one in sums.items():
             source = values[reads[site]]
-            keep = one.subset.sae.policy.keep(source, batch.ids, batch.mask)
+            keep = counted(lm, one.subset.sae, source, batch)
             one.add(values[site][keep], source[keep])
         advance(len(tokens))
     checks = tuple(check for site, one in sums.items() for check in one.checks(site, numbers[site]))

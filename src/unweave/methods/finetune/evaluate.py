@@ -16,9 +16,8 @@ from unweave.core.site import Site
 from unweave.lm.model import LM
 from unweave.lm.taps import Edits
 from unweave.methods.finetune.result import Accuracy, Score
-from unweave.methods.finetune.rows import IGNORE, ChoiceRows, Rows
+from unweave.methods.finetune.rows import IGNORE, Rows
 from unweave.methods.finetune.starts import Starts
-from unweave.tasks.choices.encode import Encoded
 
 _BATCH = 32
 
@@ -30,14 +29,6 @@ class _Sums:
     counts: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.int64))
     loss: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     x: dict[Site, Tensor] = field(default_factory=dict)
-
-
-def accuracy(lm: LM, encoded: Encoded, edit: Edits | None = None) -> Accuracy:
-    """How often the model gives the correct answer, as its most likely token of all and as the likelier of the two, and
-    how often its answer is the cue's; with an edit, or as it is."""
-    score = evaluate(lm, ChoiceRows(encoded), edit)[0]
-    assert score.accuracy is not None
-    return score.accuracy
 
 
 def evaluate(

@@ -76,8 +76,8 @@ def tune(
     plan = Plan(len(data.train.lengths), spec.learning, spec.seed, spec.checks.per_epoch)
     with trainable(lm, spec.weights, seed=spec.seed, name=spec.model) as model:
         _refuse_disk(model, kept)
-        first = model.first_block
-        plain, training = passes(lm, first, data.others), training_passes(spec, model, condition, data)
+        plain = passes(lm, model.first_block, data.others)
+        training = training_passes(spec, model, condition, data)
         followed = _directions(selection, saes, plain.begins)
         setting = Setting(lm, data, plain.starts, followed, spec.checks.items, group)
         before = time.monotonic()
@@ -88,10 +88,7 @@ def tune(
             measure=setting.watched,
             checkpoints=Checkpoints(None if kept is None else kept.path, spec.checkpoint_seconds, group),
         )  # fmt: skip
-        tuned, edited = setting.all(), {}
-        if condition.ablates:
-            under = passes(lm, first, data.others, condition.full)
-            edited = replace(setting, starts=under.starts).all(under.edits)
+        tuned, edited = setting.all(), _edited(setting, model.first_block, condition)
         result = Finetuned(
             subject=subject,
             data=data.words,
@@ -128,6 +125,14 @@ def training_passes(spec: FinetuneSpec, model: Trainable, condition: Condition, 
     constant = spec.condition.fade == "none" and not spec.learning.kl
     rows = {"train": data.train}
     return passes(model.lm, model.first_block, rows, condition.edits(0.5), condition.reads, constant=constant)
+
+
+def _edited(setting: Setting, first_block: int, condition: Condition) -> dict[str, Score]:
+    """The scores under the condition's edits; nothing where it takes nothing away."""
+    if not condition.ablates:
+        return {}
+    under = passes(setting.lm, first_block, setting.data.others, condition.full)
+    return replace(setting, starts=under.starts).all(under.edits)
 
 
 def _saes(spec: FinetuneSpec, selection: Selection | None, lm: LM) -> tuple[Mapping[Site, SAE], Subject]:

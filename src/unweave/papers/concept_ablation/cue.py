@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unweave.attribute.runner import Batch, Runner
+from unweave.attribute.states import counted
 from unweave.core.site import Site
 from unweave.core.stage import Context, stage
 from unweave.inputs.saes import Opened, open_saes
@@ -77,8 +78,8 @@ def effect_shares(
         gradients, values = Runner(lm, tokens.to(lm.device), metric, _BATCH_TOKENS).gradients(list(chosen), ())
         for site, subset in subsets.items():
             x = values[site]
-            keep = saes[site].policy.keep(x, tokens.ids.to(x.device), tokens.mask.to(x.device))
-            effects = subset.encode(x) * (gradients[site] @ subset.directions.T) * keep.unsqueeze(-1)
+            keep = counted(lm, saes[site], x, tokens.to(x.device)).unsqueeze(-1)
+            effects = subset.encode(x) * (gradients[site] @ subset.directions.T) * keep
             whole = torch.stack([effects[marked.to(x.device)].sum(0), effects.sum((0, 1))])
             sums[site] += whole.double().cpu()
     return {site: one[0] / one[1].where(one[1] != 0, torch.inf) for site, one in sums.items()}
