@@ -418,6 +418,16 @@ def test_no_estimate_before_it_can_be_known(capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr().err == expected + "fetch: 2 files, 0.05/s\n"
 
 
+def test_work_without_parts_is_worth_a_line_where_one_had_to_wait(capfd: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    quick, slow = (PlainTask(f"load {name}", 0, "", 0, clock=lambda: now) for name in ("small", "large"))
+    now = 1.0
+    quick.close()
+    now = 5.0
+    slow.close()
+    assert capfd.readouterr().err == "load large: 5 s\n"
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_work_that_has_enough_is_done_and_an_error_stops_it(
     terminal: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,8 @@ from unweave.core.shown import plain
 
 PLAIN_INTERVAL = 15.0
 """Seconds between the lines of a long task where standard error is no terminal."""
+SHORT = 2.0
+"""Seconds of work that nobody needs to be told of."""
 
 
 @contextlib.contextmanager
@@ -68,6 +70,8 @@ class _Amount(ProgressColumn):
         total, share = (f"/{short(task.total)}", f"{task.percentage:3.0f}% ") if task.total else ("", "")
         unit = f" {task.fields['unit']}" if task.fields["unit"] else ""
         rate = _rate(task)
+        if not task.total and not task.fields["unit"]:
+            return Text("")
         return Text(f"{share}{short(task.completed)}{total}{unit}{f' {short(rate)}/s' if rate else ''}", no_wrap=True)
 
 
@@ -128,7 +132,10 @@ def in_time(seconds: float) -> str:
 
 @dataclass
 class PlainTask:
-    """A line when a task ends, and one every 15 seconds while it goes on; one of unknown length says that it begins."""
+    """A line when a task ends, and one every 15 seconds while it goes on; one of unknown length says that it begins.
+
+    Of work without parts (no total and no unit) only what took ``SHORT`` seconds or longer is worth a line.
+    """
 
     name: str
     total: float
@@ -143,7 +150,7 @@ class PlainTask:
     def __post_init__(self) -> None:
         self._from = self.done
         self._began = self._spoke = self.clock()
-        if not self.total:
+        if not self.total and self.unit:
             self._say("begun")
 
     def advance(self, amount: float = 1) -> None:
@@ -162,8 +169,12 @@ class PlainTask:
         self._note = text
 
     def close(self, *, stopped: bool = False) -> None:
+        seconds = self.clock() - self._began
         end = "stopped after " if stopped else "done after " if self._short else ""
-        self._say(f"{end}{self._amount()} in {in_time(self.clock() - self._began)}")
+        if self.total or self.unit:
+            self._say(f"{end}{self._amount()} in {in_time(seconds)}")
+        elif seconds >= SHORT:
+            self._say(f"{end}{in_time(seconds)}")
 
     @property
     def _short(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unweave.core.errors import UnweaveError
+from unweave.core.progress import task
 from unweave.core.site import Site, matching
 from unweave.core.spec import digest
 from unweave.lm import chat as chat_roles
@@ -130,8 +131,9 @@ class LM:
             raise UnweaveError(
                 f"cannot use device {device!r}: {reason}", remedy="use cpu, or cuda where there is a GPU"
             ) from error
-        model, tokenizer, located = load_pretrained(source, _DTYPES[dtype], place)
-        return cls(model, tokenizer, name=located.name, note=located.note)
+        with task(f"load {source.rstrip('/').rpartition('/')[2]}", total=0):
+            model, tokenizer, located = load_pretrained(source, _DTYPES[dtype], place)
+            return cls(model, tokenizer, name=located.name, note=located.note)
 
     # -- what it is -----------------------------------------------------------------------------------------------
 

@@ -281,12 +281,14 @@ class _Work:
         )  # fmt: skip
         tokens, pack = self.tokens_seen, self.spec.data.pack
         measured = {member.name: self._finished(member) for member in self.own if self.writes}
-        for batch in source.passes(0):
-            for member in self.own if self.writes else ():
-                policy = TokenPolicy(max_norm=self.policies[member.read].max_norm)  # excluded ids are out already
-                inside = policy.keep(batch.x[member.read])
-                x, goal = (batch.x[site][inside].to(self.lm.device) for site in (member.read, member.write))
-                measured[member.name].add(x, goal)
+        with task("measure on held-out text", total=heldout.n_tokens, unit="tokens") as progress:
+            for batch in source.passes(0):
+                for member in self.own if self.writes else ():
+                    policy = TokenPolicy(max_norm=self.policies[member.read].max_norm)  # excluded ids are out already
+                    inside = policy.keep(batch.x[member.read])
+                    x, goal = (batch.x[site][inside].to(self.lm.device) for site in (member.read, member.write))
+                    measured[member.name].add(x, goal)
+                progress.advance(len(batch.where))
         for member in self.own if self.writes else ():
             sae = measured[member.name].sae
             settings = self.spec.to_dict() | {"sae": member.spec.to_dict()}
