@@ -29,6 +29,8 @@ from unweave.cli.dedup import dedup
 from unweave.cli.models import HELP as MODELS_HELP
 from unweave.cli.models import models
 from unweave.cli.output import nothing_on_stdout, print_json
+from unweave.cli.runs import HELP as RUNS_HELP
+from unweave.cli.runs import runs
 from unweave.cli.serve import HELP as SERVE_HELP
 from unweave.cli.serve import serve
 from unweave.cli.stages import GROUPS, stages
@@ -64,6 +66,7 @@ def build_app() -> App:
     app.command(models, name="models", help=MODELS_HELP, sort_key=_AFTER)
     app.command(dedup, name="dedup", help=DEDUP_HELP, sort_key=_AFTER + 1)
     app.command(convert, name="convert", help=CONVERT_HELP, sort_key=_AFTER + 2)
+    app.command(runs, name="runs", help=RUNS_HELP, sort_key=_AFTER)
     app.command(annotate, name="annotate", help=ANNOTATE_HELP, sort_key=_AFTER)
     app.command(serve, name="serve", help=SERVE_HELP, sort_key=_AFTER)
     return app
@@ -124,7 +127,7 @@ def as_user_error(error: Exception, tokens: Sequence[str]) -> UnweaveError | Non
 def _command_of(tokens: Sequence[str]) -> str:
     """The command that a command line names, as far as there is one: ``unweave circuit find``."""
     first, second, *_ = [*tokens, "", ""]
-    known = (*stages(), *GROUPS, "models", "dedup", "convert", "annotate", "serve")
+    known = (*stages(), *GROUPS, "models", "runs", "dedup", "convert", "annotate", "serve")
     return next((f"unweave {words}" for words in (f"{first} {second}", first) if words in known), "unweave")
 
 
