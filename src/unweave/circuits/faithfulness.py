@@ -94,6 +94,8 @@ def ablate_outside(
     by_site = ablated_sites(lm, saes, options.start_layer)
     if not batches:
         raise UnweaveError("there are no examples", remedy="give at least one batch")
+    if means not in ("positions", "tokens"):
+        raise UnweaveError(f"unknown means {means!r}", remedy="use positions or tokens")
     empty = {site: torch.zeros(1, sae.d_sae + 1, dtype=torch.bool) for site, sae in by_site.items()}
     stacked = _Circuits(lm, by_site, [empty, *kept])
     groups: dict[int, list[int]] = {}

@@ -217,6 +217,8 @@ def templated(n: int, *, split: Split, seed: int = 0) -> list[Biography]:
 
     Raises UnweaveError when the patterns do not give that many.
     """
+    if split not in ("train", "test"):
+        raise UnweaveError(f"unknown split {split!r}", remedy="use train or test")
     by_group: dict[Group, list[Biography]] = {group: [] for group in GROUPS}
     seen: set[str] = set()
     for group in GROUPS:
