@@ -5,7 +5,7 @@
 
 A ``Rule`` is about the value: "k must be at least 1; 0 was given". None passes it. A ``Use`` says when the field has an
 effect; where it has none, any value but the default is refused. Both are checked whenever a Spec is made, in the order
-of its fields. A bound may be another field's name.
+of its fields. A bound may be another field's name, also of a nested Spec: ``below("contexts.min_context")``.
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ def _of_hint(hint: Any) -> tuple[Rule | Use, ...]:
 def _bounded(relation: str, bound: float | str, holds: Callable[[Any, Any], bool]) -> Rule:
     """A rule that compares with a number, or with another field; where that is none, the rule holds."""
     if isinstance(bound, str):
-        return Rule(f"{relation} {bound}", lambda value, spec: _holds_to(holds, value, getattr(spec, bound)), bound)
+        return Rule(
+            f"{relation} {bound}", lambda value, spec: _holds_to(holds, value, operator.attrgetter(bound)(spec)), bound
+        )
     return Rule(f"{relation} {bound:,}", lambda value, spec: holds(value, bound))
 
 
@@ -169,9 +171,9 @@ def _holds_to(holds: Callable[[Any, Any], bool], value: Any, other: Any) -> bool
 
 
 def _with_bound(condition: Rule, spec: Any) -> str:
-    return (
-        condition.words if condition.bound is None else f"{condition.words} ({_shown(getattr(spec, condition.bound))})"
-    )
+    if condition.bound is None:
+        return condition.words
+    return f"{condition.words} ({_shown(operator.attrgetter(condition.bound)(spec))})"
 
 
 def _shown(value: Any) -> str:

@@ -88,7 +88,7 @@ def test_everything_is_generated_rated_and_shown(
 
     judge = CachedJudge(Scripted(answer, "the script"))
     monkeypatch.setattr(stage, "open_judge", lambda *_: judge)
-    monkeypatch.setattr("unweave.methods.axbench.plan.check_judge", lambda _: None)
+    monkeypatch.setattr("unweave.methods.axbench.stage.check_judge", lambda _: None)
     spec = replace(spec, raters=("truth", "chat"))
     done = stage.run(spec, tmp_path / "runs")
     result = done.result
@@ -151,7 +151,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
 
     monkeypatch.setattr("unweave.methods.axbench.generate.generate_sweep", refuse)
     monkeypatch.setattr(compare, "adapted", refuse)
-    monkeypatch.setattr("unweave.methods.axbench.handles.linear_probe", refuse)
+    monkeypatch.setattr("unweave.methods.axbench.directions.linear_probe", refuse)
     assert stage.run(spec, tmp_path / "parts").result == whole
 
 

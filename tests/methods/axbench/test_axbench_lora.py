@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unweave.core.errors import UnweaveError
-from unweave.methods.axbench.lora import adapted, peft_for_lora
+from unweave.methods.axbench.directions import adapted, peft_for_lora
 from unweave.methods.axbench.spec import LoraSpec
 
 

@@ -148,7 +148,7 @@ def test_what_is_never_active_has_its_labels_maximum_or_adds_nothing(
     setting = Setting(lm, {SITE: silent}, [pair(2, "xy")], {"xy": concept})
     monkeypatch.setattr("unweave.methods.axbench.handles.say", said.append)
     dead = Direction(torch.eye(32)[0], -1e9, relu=True)
-    monkeypatch.setattr("unweave.methods.axbench.handles.reft_r1", lambda *_, **__: dead)
+    monkeypatch.setattr("unweave.methods.axbench.directions.reft_r1", lambda *_, **__: dead)
     methods, learning = ("sae", "reft"), LearningSpec(tokens=9)
     handles = find_handles(setting, ["abab"], methods, SteeringSpec(), learning, Pieces(None))
     assert handles["sae"][0].maximum == setting.pairs[0].label.maximum == 1

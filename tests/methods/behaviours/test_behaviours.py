@@ -31,7 +31,6 @@ from unweave.methods.behaviours import behaviours as algorithm
 from unweave.methods.behaviours import cluster, contexts, view
 from unweave.methods.behaviours import stage as job
 from unweave.methods.behaviours.contexts import repeated
-from unweave.methods.behaviours.gradients import blocks, parameters, projected_gradients, projection_block
 from unweave.methods.behaviours.result import (
     Behaviour,
     BehavioursResult,
@@ -44,7 +43,15 @@ from unweave.methods.behaviours.result import (
     VectorsResult,
 )
 from unweave.methods.behaviours.spec import BehaviourOptions, CircuitBehavioursSpec, ContextOptions, VectorOptions
-from unweave.methods.behaviours.vectors import from_tensors, to_tensors, vectors
+from unweave.methods.behaviours.vectors import (
+    blocks,
+    from_tensors,
+    parameters,
+    projected_gradients,
+    projection_block,
+    to_tensors,
+    vectors,
+)
 from unweave.sae.activations import ReLU
 from unweave.sae.module import SAE
 from unweave.tasks.answers import AnswerLoss
@@ -241,7 +248,7 @@ def test_projected_gradients_are_autograds_times_the_matrix(
     name: str, tiny_lm: LMs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Contexts of different lengths in one batch, biases, GPT-2's transposed layers, and several blocks a parameter."""
-    monkeypatch.setattr("unweave.methods.behaviours.gradients._BLOCK_ENTRIES", 3000)
+    monkeypatch.setattr("unweave.methods.behaviours.vectors._BLOCK_ENTRIES", 3000)
     lm = tiny_lm(name)
     rows, answers = random_rows([9, 6]), torch.tensor([40, 7])
     tokens = Tokens.pad([(row, [Role.TEXT.value] * len(row)) for row in rows], lm.pad_id)

@@ -23,8 +23,17 @@ from unweave.latents.records import Context, LatentRecord
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
 from unweave.methods.shift import relevance, supporting
-from unweave.methods.shift.pooled import Pooled, beyond_first, pool
-from unweave.methods.shift.probe import Probe, Recipe, accuracies, concept_vectors, describe, fit
+from unweave.methods.shift.probe import (
+    Pooled,
+    Probe,
+    Recipe,
+    accuracies,
+    beyond_first,
+    concept_vectors,
+    describe,
+    fit,
+    pool,
+)
 from unweave.methods.shift.result import Accuracies, Judgement, Method, Seed, ShiftResult, TableRow, Verdict
 from unweave.methods.shift.spec import RuleOptions, SupportOptions
 from unweave.sae.activations import JumpReLU

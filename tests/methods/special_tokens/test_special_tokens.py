@@ -31,9 +31,15 @@ from unweave.lm.chat import Role, render
 from unweave.lm.model import LM, Tokens
 from unweave.methods.special_tokens import errors as evaluated
 from unweave.methods.special_tokens import view
-from unweave.methods.special_tokens.degradation import levels_of, sweet_spot, words_changed
 from unweave.methods.special_tokens.errors import special_token_errors
-from unweave.methods.special_tokens.maxima import alpha_sweep, average_maxima, random_latents
+from unweave.methods.special_tokens.maxima import (
+    alpha_sweep,
+    average_maxima,
+    levels_of,
+    random_latents,
+    sweet_spot,
+    words_changed,
+)
 from unweave.methods.special_tokens.result import (
     GROUPS,
     Answer,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -20,22 +21,13 @@ import numpy as np
 from unweave.core.intervals import Interval, interval
 from unweave.core.pieces import Pieces
 from unweave.core.progress import Task, task
+from unweave.core.writing import atomic_write
 from unweave.judge.check import Check
 from unweave.latents.annotations import Pair, name_of
+from unweave.methods.axbench import result
+from unweave.methods.axbench.directions import adapted
 from unweave.methods.axbench.forms import Case
 from unweave.methods.axbench.generate import Handle, Job, Setting, by_chunks, sweep, write
-from unweave.methods.axbench.lora import adapted
-from unweave.methods.axbench.result import (
-    METHODS,
-    RATINGS,
-    SUPPRESSIONS,
-    Judged,
-    Point,
-    Rated,
-    Score,
-    Selection,
-    Suppression,
-)  # fmt: skip
 from unweave.methods.axbench.scores import Array, Chosen, Split, choose, nanmean, plain, scored
 from unweave.methods.axbench.spec import GenerationSpec, LearningSpec
 
@@ -52,7 +44,7 @@ class Rater(Protocol):
     @property
     def note(self) -> str: ...
 
-    def rate(self, cases: Sequence[Case], ratings: Sequence[str] = RATINGS) -> tuple[Array, list[list[str]]]: ...
+    def rate(self, cases: Sequence[Case], ratings: Sequence[str] = result.RATINGS) -> tuple[Array, list[list[str]]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +82,7 @@ class Experiment:
                     jobs += sweep(method, p, wished if method == "prompt" else plain, [()])
                 elif method != "lora":
                     jobs += sweep(method, p, plain, [handles[method][p].steered(factor) for factor in self.factors])
-            for edit in SUPPRESSIONS if self.suppression else ():
+            for edit in result.SUPPRESSIONS if self.suppression else ():
                 changes = () if edit == "prompt" else handles["sae"][p].suppressed(span=edit == "span")
                 jobs += sweep(f"suppress-{edit}", p, wished, [changes])
         return jobs
@@ -169,10 +161,10 @@ def blocks(jobs: Sequence[Job], values: Array) -> dict[str, Array]:
 def judge(
     experiment: Experiment, jobs: Sequence[Job], ratings: Ratings, splits: Sequence[Split],
     pair_scores: Sequence[Mapping[str, float | None]], checks: Sequence[Check], seed: int = 0,
-) -> Judged:  # fmt: skip
+) -> result.Judged:  # fmt: skip
     """The scores of all methods from one rater's ratings."""
     by_block = blocks(jobs, ratings.values)
-    methods = [method for method in METHODS if method in by_block]
+    methods = [method for method in result.METHODS if method in by_block]
     chosen = {method: [_chosen(block, splits) for block in by_block[method]] for method in methods}
     values = {method: np.array([[one.rating, *one.parts] for one in chosen[method]]) for method in methods}
     mean = partial(interval, groups=[pair.label.label for pair in experiment.pairs], seed=seed)
@@ -181,8 +173,8 @@ def judge(
         rating, *parts = map(mean, own.T)
         paired = "random" in values and method != "random"
         above = [mean((own - values["random"])[:, column]) if paired else None for column in (0, 1)]
-        scores.append(Score(method, rating, tuple(parts), *above))
-    return Judged(
+        scores.append(result.Score(method, rating, tuple(parts), *above))
+    return result.Judged(
         ratings.rater.name, ratings.rater.note, tuple(checks), tuple(scores),
         tuple(_points(experiment, {method: by_block[method] for method in methods})),
         tuple(_rated(experiment, by_block, chosen)),
@@ -199,26 +191,26 @@ def _chosen(ratings: Array, splits: Sequence[Split]) -> Chosen:
 
 def _rated(
     experiment: Experiment, by_block: Mapping[str, Array], chosen: Mapping[str, Sequence[Chosen]]
-) -> Iterator[Rated]:
+) -> Iterator[result.Rated]:
     for method, scores in chosen.items():
         for pair, score, ratings in zip(experiment.pairs, scores, by_block[method], strict=True):
             strength = experiment.strengths(method)[score.strength]
-            yield Rated(
+            yield result.Rated(
                 name_of(pair.site, pair.latent), pair.label.label, method, strength, plain(score.rating),
                 tuple(map(plain, score.parts)), int(np.isnan(ratings).any(-1).sum()),
             )  # fmt: skip
 
 
-def _points(experiment: Experiment, by_block: Mapping[str, Array]) -> Iterator[Point]:
+def _points(experiment: Experiment, by_block: Mapping[str, Array]) -> Iterator[result.Point]:
     for method, ratings in by_block.items():
         means = nanmean(scored(ratings), (0, 2))
         for factor, (rating, *parts) in zip(experiment.strengths(method), means, strict=True):
-            yield Point(method, factor, plain(rating), tuple(map(plain, parts)))
+            yield result.Point(method, factor, plain(rating), tuple(map(plain, parts)))
 
 
 def _selections(
     pair_scores: Sequence[Mapping[str, float | None]], values: Array, mean: partial[Interval | None]
-) -> Iterator[Selection]:
+) -> Iterator[result.Selection]:
     """The better half of the pairs by each score that at least four of them have; values [pairs, 1 + ratings]."""
     ratings = values[:, 0]
     for name in dict.fromkeys(key for scores in pair_scores for key in scores):
@@ -230,7 +222,7 @@ def _selections(
         best = np.isin(np.arange(len(score)), order[: n // 2])
         rating, in_concept = (mean(np.where(best, values[:, column], np.nan)) for column in (0, 1))
         others = mean(np.where(known & ~best, ratings, np.nan))
-        yield Selection(name, n // 2, rating, in_concept, others, _spearman(score[known], ratings[known]))
+        yield result.Selection(name, n // 2, rating, in_concept, others, _spearman(score[known], ratings[known]))
 
 
 def _spearman(a: Array, b: Array) -> float | None:
@@ -240,8 +232,69 @@ def _spearman(a: Array, b: Array) -> float | None:
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1]) if varied else None
 
 
-def _suppressions(by_block: Mapping[str, Array], mean: partial[Interval | None]) -> Iterator[Suppression]:
-    means = {edit: nanmean(by_block[f"suppress-{edit}"][:, 0], 1) for edit in SUPPRESSIONS}
+def _suppressions(by_block: Mapping[str, Array], mean: partial[Interval | None]) -> Iterator[result.Suppression]:
+    means = {edit: nanmean(by_block[f"suppress-{edit}"][:, 0], 1) for edit in result.SUPPRESSIONS}
     for edit, ratings in means.items():
         less = None if edit == "prompt" else mean((means["prompt"] - ratings)[:, 0])
-        yield Suppression(edit, tuple(map(mean, ratings.T)), less)
+        yield result.Suppression(edit, tuple(map(mean, ratings.T)), less)
+
+
+_TEXT = ("latent", "concept", "method", "instruction", "prompt", "text", "judge")
+_NUMBER = ("factor", "value", "rating", *(f"{name}_rating" for name in result.RATINGS))
+
+
+def write_table(
+    path: Path, experiment: Experiment, jobs: Sequence[Job], texts: Sequence[str], ratings: Sequence[Ratings]
+) -> None:
+    """A Parquet file with a row for every text and rater: what was asked, under which edit, the text, each rating (null
+    where it failed), their harmonic mean, what the rater said, and its name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = (
+        dict.fromkeys(_TEXT, pa.string()) | dict.fromkeys(_NUMBER, pa.float64()) | {"replies": pa.list_(pa.string())}
+    )
+    schema = pa.schema(kinds)
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for one in ratings:
+            rows = []
+            for job, text, values, replies in zip(jobs, texts, scored(one.values), one.replies, strict=True):
+                pair, case = experiment.pairs[job.row[0]], experiment.case(job, text)
+                rows.append(
+                    {"latent": name_of(pair.site, pair.latent), "concept": case.concept, "method": job.block}
+                    | {"factor": experiment.strengths(job.block)[job.row[1]], "instruction": case.instruction}
+                    | {"value": job.changes[0].value if job.changes else None, "prompt": job.prompt, "text": text}
+                    | dict(zip(_NUMBER[2:], map(plain, values), strict=True))
+                    | {"judge": one.rater.name, "replies": replies}
+                )
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def left_out_of(experiment: Experiment, reasons: Mapping[str, str]) -> tuple[result.LeftOut, ...]:
+    """The pairs of concepts that have a reason to be left out."""
+    pairs = [pair for pair in experiment.pairs if pair.label.label in reasons]
+    return tuple(
+        result.LeftOut(name_of(pair.site, pair.latent), pair.label.label, reasons[pair.label.label]) for pair in pairs
+    )
+
+
+def pair_results(
+    experiment: Experiment, handles: Sequence[Handle], scores: Sequence[Mapping[str, float | None]], detection: Array
+) -> tuple[result.Pair, ...]:
+    """The pairs with what is known of their latents."""
+    return tuple(
+        result.Pair(
+            name_of(pair.site, pair.latent), pair.label.label, handle.maximum, dict(known),
+            dict(zip(("mean", "max", "max_hard"), map(plain, values), strict=True)),
+        )
+        for pair, handle, known, values in zip(experiment.pairs, handles, scores, detection, strict=True)
+    )  # fmt: skip
+
+
+def detections(experiment: Experiment, found: Mapping[str, Array], seed: int) -> tuple[result.Detection, ...]:
+    """Each method's AUROC over pairs."""
+    names = [pair.label.label for pair in experiment.pairs]
+    return tuple(
+        result.Detection(method, *(interval(column, names, seed) for column in values.T))
+        for method, values in found.items()
+    )

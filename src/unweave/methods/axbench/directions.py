@@ -9,11 +9,14 @@ ReFT-r1 adds to every token of a text the mean of its k largest f times w, and m
 texts with the concept, plus the sum of the other f there and of every f on texts without it:
 
     L = CE(text | x + mean(topk(f)) w) + l1 (sum of f not in topk, texts with + sum of f, texts without) / tokens
+
+Beside them LoRA (Hu et al. 2021), the baseline that changes weights, on texts with the concept. It needs ``peft``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +29,11 @@ from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task
 from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
+from unweave.lm.adapters import require_peft
 from unweave.lm.chat import Role
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At
-from unweave.methods.axbench.spec import ReftSpec, TrainingSpec
+from unweave.methods.axbench.spec import LoraSpec, ReftSpec, TrainingSpec
 from unweave.sae.activations import Activation, Identity, ReLU
 from unweave.sae.module import SAE
 
@@ -227,3 +231,37 @@ def passage_values(
             largest[part, places] = torch.where(keep.any(1), top, torch.nan).cpu().numpy()
         shown.advance(len(tokens))
     return mean, largest
+
+
+def peft_for_lora() -> Any:
+    """The package. UnweaveError where it is not installed."""
+    return require_peft("the method lora", otherwise="leave lora out")
+
+
+@contextmanager
+def adapted(
+    lm: LM, texts: Sequence[str], *, most: int, options: LoraSpec | None = None, seed: int = 0
+) -> Iterator[list[float]]:
+    """The model with adapters on all linear layers but the unembedding, trained on texts with a concept; as it was
+    afterwards. Yields the loss of each step."""
+    from transformers.pytorch_utils import Conv1D
+
+    options, peft = options or LoraSpec(), peft_for_lora()
+    transposed = any(isinstance(module, Conv1D) for module in lm.model.modules())
+    config = peft.LoraConfig(
+        r=options.rank, lora_alpha=options.alpha, target_modules="all-linear", fan_in_fan_out=transposed
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapped = peft.LoraModel(lm.model, config, "default")
+    weights = [weight for weight in lm.model.parameters() if weight.requires_grad]
+
+    def loss(tokens: Tokens, _rows: Tensor) -> Tensor:
+        logits = lm(tokens)
+        assert logits is not None
+        return text_loss(logits, tokens)
+
+    try:
+        yield list(trained(lm, weights, texts, most, options, seed, loss))
+    finally:
+        wrapped.unload()

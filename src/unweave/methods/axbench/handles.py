@@ -17,15 +17,8 @@ from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.latents.annotations import name_of
 from unweave.lm.model import LM
-from unweave.methods.axbench.directions import (
-    Direction,
-    difference_of_means,
-    linear_probe,
-    passage_values,
-    reft_r1,
-    sae_of,
-    token_activations,
-)
+from unweave.methods.axbench import directions
+from unweave.methods.axbench.directions import Direction
 from unweave.methods.axbench.generate import Handle, Setting
 from unweave.methods.axbench.spec import LearningSpec, SteeringSpec
 from unweave.methods.axbench.texts import ConceptTexts
@@ -77,7 +70,7 @@ def find_handles(
 
 def _largest(lm: LM, latents: Sequence[tuple[SAE, int]], texts: Sequence[str], most: int) -> dict[str, Tensor]:
     with task("largest activations", total=len(texts), unit="texts") as shown:
-        _, largest = passage_values(lm, latents, texts, most, shown)
+        _, largest = directions.passage_values(lm, latents, texts, most, shown)
     return {"maxima": torch.from_numpy(np.nan_to_num(np.nanmax(largest, 0)))}
 
 
@@ -107,17 +100,19 @@ def _learnt(setting: Setting, method: str, learning: LearningSpec, pieces: Piece
             held = pieces.tensors(f"{method}-{number:04}", make)
             learnt[site][concept] = Direction(held["w"].to(setting.lm.device), float(held["b"]), method == "reft")
             shown.advance()
-    by_site = {site: sae_of(list(several.values()), *_place(saes[site])) for site, several in learnt.items()}
+    by_site = {site: directions.sae_of(list(several.values()), *_place(saes[site])) for site, several in learnt.items()}
     return [(by_site[pair.site], list(learnt[pair.site]).index(pair.label.label)) for pair in setting.pairs]
 
 
 def _learn(setting: Setting, sae: SAE, texts: ConceptTexts, method: str, learning: LearningSpec) -> dict[str, Tensor]:
     lm, (site, policy), (documents, label), most = setting.lm, _place(sae), texts.train, learning.tokens
     if method == "reft":
-        one = reft_r1(lm, site, policy, documents, label, most=most, options=learning.reft, seed=setting.seed)
+        one = directions.reft_r1(
+            lm, site, policy, documents, label, most=most, options=learning.reft, seed=setting.seed
+        )
     else:
-        x, owner = token_activations(lm, site, policy, documents, most)
-        learn = difference_of_means if method == "diffmean" else linear_probe
+        x, owner = directions.token_activations(lm, site, policy, documents, most)
+        learn = directions.difference_of_means if method == "diffmean" else directions.linear_probe
         one = learn(x, torch.tensor(label, device=owner.device)[owner])
     return {"w": one.w, "b": torch.tensor(one.b, dtype=torch.float64)}
 

@@ -32,18 +32,8 @@ from unweave.inputs.subject import Subject
 from unweave.latents.records import Records
 from unweave.latents.view import entry_of
 from unweave.lm.model import LM
-from unweave.methods.behaviours import cluster
+from unweave.methods.behaviours import cluster, result
 from unweave.methods.behaviours.contexts import Texts, batches, find
-from unweave.methods.behaviours.result import (
-    Behaviour,
-    BehavioursResult,
-    Cluster,
-    Context,
-    Contexts,
-    Example,
-    Firing,
-    StrongLatent,
-)
 from unweave.methods.behaviours.spec import BehaviourOptions, CircuitOptions
 from unweave.methods.behaviours.vectors import vectors
 from unweave.sae.module import SAE
@@ -59,7 +49,7 @@ class Group:
     """A cluster that is a behaviour: its place among the clusters, and its contexts, the most typical first."""
 
     place: int
-    examples: tuple[Example, ...]
+    examples: tuple[result.Example, ...]
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ def behaviours(
     *,
     records: RecordsOf | None = None,
     pieces: Pieces | None = None,
-) -> BehavioursResult:
+) -> result.BehavioursResult:
     """Behaviours in some texts, each with the latents that cause its predictions; ``records`` of these are shown.
 
     Raises UnweaveError where the model is sure of nothing, and where no cluster is large enough.
@@ -122,7 +112,7 @@ def clustered(rows: cluster.Vectors, options: BehaviourOptions, pieces: Pieces) 
 
 
 def chosen(
-    rows: cluster.Vectors, clusters: cluster.Clusters, contexts: Contexts, options: BehaviourOptions
+    rows: cluster.Vectors, clusters: cluster.Clusters, contexts: result.Contexts, options: BehaviourOptions
 ) -> list[Group]:
     """The first clusters that are large enough, each with its contexts, the most typical first."""
     least = options.clusters.min_size
@@ -138,7 +128,7 @@ def chosen(
 def circuit_of(
     lm: LM,
     saes: Mapping[Site, SAE],
-    examples: Sequence[Example],
+    examples: Sequence[result.Example],
     options: CircuitOptions,
     skip_first: int = 1,
     max_tokens: int = 2048,
@@ -159,24 +149,24 @@ def circuit_of(
 def described(
     lm: LM,
     subject: Subject,
-    contexts: Contexts,
+    contexts: result.Contexts,
     clusters: cluster.Clusters,
     explained: Sequence[Explained],
     options: BehaviourOptions,
     records: RecordsOf | None = None,
-) -> BehavioursResult:
+) -> result.BehavioursResult:
     """The result."""
     strongest = [_strongest(one.circuit) for one in explained]
     latents = by_site(sorted((node.site, node.slot) for nodes in strongest for node in nodes))
     known = records(latents) if records and latents else {}
-    return BehavioursResult(
+    return result.BehavioursResult(
         subject=subject,
         counts=contexts.counts,
         vectors=options.vectors.kind,
         method=options.circuit.method,
         min_size=options.clusters.min_size,
         clusters=tuple(
-            Cluster(int(size), *map(float, rest))
+            result.Cluster(int(size), *map(float, rest))
             for size, *rest in zip(clusters.sizes, clusters.coherence, clusters.control, clusters.spread, strict=True)
         ),
         stability=clusters.stability,
@@ -192,27 +182,30 @@ def _strongest(circuit: Circuit) -> list[Node]:
     return sorted(latents, key=lambda node: -abs(node.effect))[:_LATENTS]
 
 
-def _latent(node: Node, records: Mapping[Site, Records]) -> StrongLatent:
+def _latent(node: Node, records: Mapping[Site, Records]) -> result.StrongLatent:
     if node.site not in records:
-        return StrongLatent(node.site, node.slot, node.effect)
+        return result.StrongLatent(node.site, node.slot, node.effect)
     entry = entry_of(records[node.site].latent(node.slot), kinds=("top",))
     promoted = tuple((text, float(value)) for text, value in entry.promoted[:_PROMOTED])
     top = max(entry.contexts, key=lambda context: context.activations[context.peak], default=None)
-    firing = None if top is None else Firing(tuple(top.tokens), tuple(map(float, top.activations)), top.peak)
-    return StrongLatent(node.site, node.slot, node.effect, promoted, firing)
+    firing = None if top is None else result.Firing(tuple(top.tokens), tuple(map(float, top.activations)), top.peak)
+    return result.StrongLatent(node.site, node.slot, node.effect, promoted, firing)
 
 
-def _behaviour(lm: LM, explained: Explained, options: CircuitOptions, strongest: tuple[StrongLatent, ...]) -> Behaviour:
+def _behaviour(
+    lm: LM, explained: Explained, options: CircuitOptions, strongest: tuple[result.StrongLatent, ...]
+) -> result.Behaviour:
     examples, circuit = explained.group.examples, explained.circuit
     latents, errors = circuit.counts(options.node_threshold)
     answers = Counter(example.answer for example in examples).most_common(_ANSWERS)
     texts = lm.token_strings([token for token, _ in answers])
-    return Behaviour(
+    return result.Behaviour(
         place=explained.group.place,
         documents=len({example.document for example in examples}),
         answers=tuple((text, count) for text, (_, count) in zip(texts, answers, strict=True)),
         contexts=tuple(
-            Context(tuple(lm.pieces(e.ids)), lm.token_strings([e.answer])[0], e.loss) for e in examples[:_CONTEXTS]
+            result.Context(tuple(lm.pieces(e.ids)), lm.token_strings([e.answer])[0], e.loss)
+            for e in examples[:_CONTEXTS]
         ),
         examples=circuit.n_examples,
         latents=latents,

@@ -100,7 +100,7 @@ class BehaviourOptions(Spec):
     """How a group's circuit is found."""
     behaviours: Annotated[int, at_least(1)] = 20
     """How many clusters, from the first, get a circuit."""
-    skip_first: Annotated[int, at_least(0)] = 1
+    skip_first: Annotated[int, at_least(0), below("contexts.min_context")] = 1
     """How many first tokens of a context are left as they are: the first is often an attention sink."""
     seed: int = 0
     """Choice of contexts, projection and clustering."""
@@ -108,13 +108,7 @@ class BehaviourOptions(Spec):
     """Tokens that go through the model at once at most; halved while memory is too small for them."""
 
     def __post_init__(self) -> None:
-        Spec.__post_init__(self)
-        if self.skip_first >= self.contexts.min_context:
-            raise UnweaveError(
-                f"skip_first must be below {self.contexts.min_context}, contexts.min_context; it is {self.skip_first}",
-                where=type(self).__name__,
-                remedy="leave fewer first tokens alone, or ask for longer contexts",
-            )
+        super().__post_init__()
         if self.clusters.number > self.contexts.limit:
             what = f"{self.contexts.limit} contexts cannot make {self.clusters.number} clusters"
             raise UnweaveError(what, where="clusters.number", remedy="ask for fewer clusters, or for more contexts")
@@ -134,10 +128,6 @@ class CircuitBehavioursSpec(BehaviourOptions, OfSAEsSpec):
     records_tokens: Annotated[int, at_least(0)] = 50_000
     """How many tokens to take contexts of the strongest latents from, for the index; 0 shows none. They are those of
     the SAEs' training, whose activations serve again where they are kept, unless data names others."""
-
-    def __post_init__(self) -> None:
-        OfSAEsSpec.__post_init__(self)
-        BehaviourOptions.__post_init__(self)
 
 
 # -- what several questions share: runs of their own ------------------------------------------------------------------

@@ -48,9 +48,8 @@ _DRAWN_NODES, _DRAWN_EDGES = 60, 200
 _CIRCUIT = "circuit.safetensors"
 
 
-def _also(spec: CircuitBehavioursSpec, handle: Any) -> Mapping[str, str]:
+def _also(spec: CircuitBehavioursSpec, _handle: Any) -> Mapping[str, str]:
     """The SAEs' own text, where none is named."""
-    del handle
     return texts_of(spec, spec.data)
 
 

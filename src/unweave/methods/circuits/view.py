@@ -114,7 +114,6 @@ def _sum_rows(result: CircuitSearch) -> list[Row]:
 @singledispatch
 def section(result: CircuitSearch, around: Around = ALONE) -> Section:
     """What a page shows of a search, a measurement or a drawing."""
-    del around
     options = result.search.options
     nodes = [(esc(node.name), number(node.effect)) for node in sorted(result.strongest, key=lambda n: -abs(n.effect))]
     parts = [
@@ -185,7 +184,6 @@ def _nodes(value: float | None) -> str:
 
 @section.register
 def _(result: Faithfulness, around: Around = ALONE) -> Section:
-    del around
     first = result.curves[0]
     lines = [
         (esc(curve_name(r.errors, r.neurons)), _nodes(r.nodes), _nodes(r.random_nodes), f"{r.changing:,}")

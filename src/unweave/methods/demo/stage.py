@@ -67,7 +67,6 @@ def run(spec: DemoSpec, runs: Path) -> Run[Demo]:
 
 
 def _train_digest(spec: DemoSpec, handle: object) -> dict[str, str]:
-    del handle
     return {"train": scale_of(spec).train.digest()}
 
 

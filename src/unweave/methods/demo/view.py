@@ -33,6 +33,5 @@ def rows(result: Demo) -> list[Row]:
 
 def section(result: Demo, around: Around = ALONE) -> Section:
     """Its runs."""
-    del around
     lines = [(esc(step.stage), f"<code>{esc(step.run)}</code>") for step in result.steps]
     return Section("Demo", "The main job", table(("Step", "Run"), lines, ()))

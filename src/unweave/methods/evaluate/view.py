@@ -36,7 +36,6 @@ def rows(result: Evaluation) -> list[Row]:
 
 def section(result: Evaluation, around: Around = ALONE) -> Section:
     """Every number with its meaning, the losses as bars and the density of the latents."""
-    del around
     sae, m, values = result.subject.saes[0], result.metrics, to_plain(result.metrics)
     losses = (
         "The model's loss with the SAE in place, between the untouched model and one whose activations are replaced "

@@ -16,5 +16,4 @@ def rows(result: Report) -> list[Row]:
 
 def section(result: Report, around: Around = ALONE) -> Section:
     """A link to the page."""
-    del around
     return Section("Report", "Another report", f"<p><code>{esc(result.report)}</code></p>")

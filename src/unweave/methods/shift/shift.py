@@ -33,8 +33,7 @@ from unweave.inputs.subject import Subject
 from unweave.lm.model import LM
 from unweave.methods.shift import biographies
 from unweave.methods.shift.biographies import Biography, Sets
-from unweave.methods.shift.pooled import Edit, Pooled
-from unweave.methods.shift.probe import Probe, Recipe, accuracies, concept_vectors, describe, fit
+from unweave.methods.shift.probe import Edit, Pooled, Probe, Recipe, accuracies, concept_vectors, describe, fit
 from unweave.methods.shift.result import Accuracies, Judgement, Method, Seed, ShiftResult, TableRow
 from unweave.methods.shift.spec import ShiftOptions
 from unweave.methods.shift.supporting import ablation, before, logit_effects, mean_ablation, random_latents, support

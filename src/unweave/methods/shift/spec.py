@@ -82,7 +82,7 @@ class ShiftOptions(Spec):
     """Tokens that go through the model at once at most."""
 
     def __post_init__(self) -> None:
-        Spec.__post_init__(self)
+        super().__post_init__()
         if self.circuit.examples > self.classifier.train:
             raise UnweaveError(
                 f"the circuit cannot be found on {self.circuit.examples} of {self.classifier.train} training examples",
@@ -119,8 +119,7 @@ class CircuitShiftSpec(ShiftOptions, OfSAEsSpec):
     """Choice of the biographies."""
 
     def __post_init__(self) -> None:
-        OfSAEsSpec.__post_init__(self)
-        ShiftOptions.__post_init__(self)
+        super().__post_init__()
         if self.classifier.train > 2 * self.pool:
             what = f"{self.classifier.train} training examples are more than two groups of {self.pool} have"
             raise UnweaveError(what, where="classifier.train", remedy="ask for fewer, or for a larger pool")

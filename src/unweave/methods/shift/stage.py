@@ -22,9 +22,8 @@ from unweave.methods.shift.shift import shift
 from unweave.methods.shift.spec import CircuitShiftSpec
 
 
-def _also(spec: CircuitShiftSpec, handle: Any) -> Mapping[str, str]:
+def _also(spec: CircuitShiftSpec, _handle: Any) -> Mapping[str, str]:
     """The text that latents are judged by, where none is named."""
-    del handle
     return texts_of(spec, spec.data) if spec.judge != "file" else {}
 
 

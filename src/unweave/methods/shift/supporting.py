@@ -25,8 +25,7 @@ from unweave.core.progress import task
 from unweave.core.site import Site
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At
-from unweave.methods.shift.pooled import Edit, Pooled, pool
-from unweave.methods.shift.probe import Probe
+from unweave.methods.shift.probe import Edit, Pooled, Probe, pool
 from unweave.methods.shift.result import Verdict
 from unweave.methods.shift.spec import SupportOptions
 from unweave.sae.edits import Where

@@ -169,7 +169,6 @@ def _description(result: ShiftResult) -> str:
 
 def section(result: ShiftResult, around: Around = ALONE) -> Section:
     """The table, the figure, and every seed's numbers and latents."""
-    del around
     data = f" {esc(result.biographies_note)}." if result.biographies_note else ""
     parts = [
         f"<p>A classifier of professors and nurses at {esc(result.site)} was trained where gender and profession say "

@@ -15,9 +15,8 @@ from unweave.inputs.inputs import data_of, token_store
 from unweave.inputs.saes import Opened, open_one
 from unweave.lm.chat import Role
 from unweave.methods.special_tokens import view
-from unweave.methods.special_tokens.degradation import sweet_spot
 from unweave.methods.special_tokens.errors import special_token_errors
-from unweave.methods.special_tokens.maxima import alpha_sweep, average_maxima, random_latents, strongest
+from unweave.methods.special_tokens.maxima import alpha_sweep, average_maxima, random_latents, strongest, sweet_spot
 from unweave.methods.special_tokens.result import SpecialTokenResult, Steering
 from unweave.methods.special_tokens.spec import SpecialTokensSpec
 from unweave.tasks.special_tokens import QUESTIONS, SpecialTokens

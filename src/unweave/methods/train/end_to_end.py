@@ -20,7 +20,7 @@ from unweave.core.site import Site
 from unweave.data.policy import TokenPolicy
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import At
-from unweave.methods.train.attempt import Attempt
+from unweave.methods.train.coding import Attempt
 from unweave.methods.train.objectives import total
 from unweave.methods.train.trainer import SAETrainer
 

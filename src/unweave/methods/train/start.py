@@ -17,9 +17,8 @@ from unweave.methods.train.spec import TrainSpec
 from unweave.sae.module import SAE
 
 
-def inputs(spec: TrainSpec, handle: object = None) -> dict[str, str]:
+def inputs(spec: TrainSpec, _handle: object = None) -> dict[str, str]:
     """What decides about the SAEs to start from besides their content, for the run's digest."""
-    del handle
     return {} if spec.start is None or spec.accept_mismatch is None else {"accept_mismatch": spec.accept_mismatch}
 
 

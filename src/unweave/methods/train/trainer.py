@@ -25,7 +25,7 @@ from torch import Tensor
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError
 from unweave.methods.train import coding, fit, init, objectives, resample, weights
-from unweave.methods.train.attempt import Attempt, Tally
+from unweave.methods.train.coding import Attempt, Tally
 from unweave.methods.train.entries import every
 from unweave.methods.train.init import Affine
 from unweave.methods.train.kinds import SAESpec

@@ -10,11 +10,7 @@ from unweave.core.errors import UnweaveError
 from unweave.methods.train.kinds.base import Part, Penalised
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from unweave.methods.train.entries import Entries
-    from unweave.methods.train.state import State
-    from unweave.methods.train.weights import Weights
+    from unweave.methods.train.kinds.base import Entries, State, Tensor, Weights
 
 
 @dataclass(frozen=True, kw_only=True)

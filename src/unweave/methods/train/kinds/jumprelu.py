@@ -11,10 +11,8 @@ from unweave.methods.train.kinds.base import Part, Penalised
 from unweave.methods.train.state import State
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from unweave.methods.train.kinds.base import Entries, Tensor, Weights
 
-    from unweave.methods.train.entries import Entries
-    from unweave.methods.train.weights import Weights
 
 _threshold = Rule(
     "at least 0, and above 0 where threshold_parameter is log",

@@ -11,10 +11,8 @@ from unweave.core.rules import rule
 from unweave.methods.train.kinds.base import OverBatch
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from unweave.methods.train.kinds.base import Entries, Tensor, Weights
 
-    from unweave.methods.train.entries import Entries
-    from unweave.methods.train.weights import Weights
 
 _whole = rule(
     "shares above 0 that sum to 1", lambda groups: bool(groups) and min(groups) > 0 and abs(sum(groups) - 1) < 1e-6

@@ -11,9 +11,8 @@ from unweave.core.rules import above, at_least, at_most, share
 from unweave.methods.train.kinds.base import Part, Penalised
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from unweave.methods.train.kinds.base import Observed, State, Tensor
 
-    from unweave.methods.train.state import Observed, State
 
 _RECENT = 10
 """how many steps the sizes of the penalty at both powers are averaged over"""

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from unweave.methods.train.kinds.base import Part, Penalised
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from unweave.methods.train.state import State
+    from unweave.methods.train.kinds.base import State, Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

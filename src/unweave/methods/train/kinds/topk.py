@@ -9,12 +9,8 @@ from unweave.core.rules import at_least
 from unweave.methods.train.kinds.base import SAESpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from unweave.methods.train.kinds.base import Entries, Group, State, Tensor, Weights
 
-    from unweave.core.dist import Group
-    from unweave.methods.train.entries import Entries
-    from unweave.methods.train.state import State
-    from unweave.methods.train.weights import Weights
 
 _WIDER = 4
 """how many times k the second reconstruction has"""
