@@ -114,11 +114,9 @@ def _asker() -> Callable[[str], str]:
         return input
     lines = [] if sys.stdin is None else _piped()
     if not lines:
-        raise UnweaveError(
-            "there is no terminal to ask in, and no answers are piped in",
-            where="unweave annotate",
-            remedy="start it in a terminal, or pipe in a file with one answer a line",
-        )
+        what = "there is no terminal to ask in, and no answers are piped in"
+        remedy = "start it in a terminal, or pipe in a file with one answer a line"
+        raise UnweaveError(what, where="unweave annotate", remedy=remedy)
     rest = iter(lines)
 
     def ask(prompt: str) -> str:

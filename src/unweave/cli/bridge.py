@@ -59,11 +59,9 @@ def execute(stage: Command, config: Path | None, overrides: dict[str, Any], runs
     usable(runs)
     processes = int(os.environ.get("WORLD_SIZE") or 1)
     if processes > 1 and not stage.in_several:
-        raise UnweaveError(
-            f"{stage.words} does not divide its work between processes",
-            where=f"{processes} processes",
-            remedy="start it without torchrun; train can be started with it",
-        )
+        what = f"{stage.words} does not divide its work between processes"
+        remedy = "start it without torchrun; train can be started with it"
+        raise UnweaveError(what, where=f"{processes} processes", remedy=remedy)
     if processes > 1 and os.environ.get("RANK") not in (None, "", "0"):  # the first process speaks for all
         stage.run(spec, runs)
         return None

@@ -103,8 +103,6 @@ def _difference(before: Any, after: Any) -> float:
     y, again = before(x).double(), after(x).double()
     difference = float((again - y).norm() / y.norm().clamp(min=1e-30))
     if not difference <= _TOLERANCE:
-        raise UnweaveError(
-            f"what was written gives other reconstructions: they differ by {difference:.2%}",
-            remedy="half precision cannot hold it; load it, sae.float(), and save it again",
-        )
+        what = f"what was written gives other reconstructions: they differ by {difference:.2%}"
+        raise UnweaveError(what, remedy="half precision cannot hold it; load it, sae.float(), and save it again")
     return round(difference, 9)

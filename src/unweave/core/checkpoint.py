@@ -66,8 +66,5 @@ def _read(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         refuse_if_memory(error, path)
-        raise UnweaveError(
-            f"the checkpoint is damaged: {str(error).splitlines()[0]}",
-            where=str(path),
-            remedy=f"delete {_INDEX} beside it: training begins again",
-        ) from error
+        what = f"the checkpoint is damaged: {str(error).splitlines()[0]}"
+        raise UnweaveError(what, where=str(path), remedy=f"delete {_INDEX} beside it: training begins again") from error

@@ -125,15 +125,11 @@ def refuse_shared_device(device: str | None, group: Group) -> None:
     if group.size == 1 or (device is not None and not device.startswith("cuda")):
         return
     if device is not None and device != "cuda":
-        raise UnweaveError(
-            f"{group.size} processes would all work on {device}", where="device",
-            remedy="use device cuda, so that each takes a GPU of its own, cpu, or a single process",
-        )  # fmt: skip
+        remedy = "use device cuda, so that each takes a GPU of its own, cpu, or a single process"
+        raise UnweaveError(f"{group.size} processes would all work on {device}", where="device", remedy=remedy)
     import torch
 
     here, number = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK") or 0)
     if torch.cuda.is_available() and number >= here:
-        raise UnweaveError(
-            f"process {number} of this machine finds only {here} GPUs", where="device",
-            remedy=f"start at most {here} processes here, or use device cpu",
-        )  # fmt: skip
+        remedy = f"start at most {here} processes here, or use device cpu"
+        raise UnweaveError(f"process {number} of this machine finds only {here} GPUs", where="device", remedy=remedy)

@@ -76,11 +76,8 @@ def files_under(folder: Path) -> list[Path]:
             if child.is_dir():
                 open_folders.append(child)
                 if child.is_symlink() and child.resolve() in (real, *real.parents):
-                    raise UnweaveError(
-                        f"a link leads back to a folder around it, {child.resolve()}",
-                        where=str(child),
-                        remedy="remove the link, or give the folders one by one",
-                    )
+                    what = f"a link leads back to a folder around it, {child.resolve()}"
+                    raise UnweaveError(what, where=str(child), remedy="remove the link, or give the folders one by one")
             elif child.is_file():
                 files.append(child)
             elif child.is_symlink() and _is_loop(child):

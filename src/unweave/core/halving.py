@@ -41,11 +41,9 @@ def halving(
             continue
         held = rows.stop - rows.start  # the last part may hold less than `size`
         if held == 1:
-            raise UnweaveError(
-                "memory does not hold a single example",
-                where=f"row {rows.start} of {n_rows}",
-                remedy="use shorter texts, fewer sites or steps, or a machine with more memory",
-            )
+            what = "memory does not hold a single example"
+            remedy = "use shorter texts, fewer sites or steps, or a machine with more memory"
+            raise UnweaveError(what, where=f"row {rows.start} of {n_rows}", remedy=remedy)
         size = held // 2
     return results, size
 

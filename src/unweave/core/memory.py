@@ -50,8 +50,6 @@ def refuse_if_memory(error: BaseException, where: object) -> None:
     """Raises UnweaveError where memory ran out while ``where`` was read: its content may well be whole."""
     if out_of_memory(error):
         lines = str(error).strip().splitlines()
-        raise UnweaveError(
-            f"not enough memory to read it: {lines[0][:300] if lines else 'an allocation failed'}",
-            where=str(where),
-            remedy="free some memory, use a machine with more, or a smaller model or a narrower dtype (bfloat16)",
-        ) from error
+        what = f"not enough memory to read it: {lines[0][:300] if lines else 'an allocation failed'}"
+        remedy = "free some memory, use a machine with more, or a smaller model or a narrower dtype (bfloat16)"
+        raise UnweaveError(what, where=str(where), remedy=remedy) from error

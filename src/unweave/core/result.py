@@ -172,9 +172,6 @@ def as_read(kind: type[T], written: Any, where: str) -> T:
     expected = {"result": kind.__name__, "schema": getattr(kind, "schema", None)}
     about = {name: written.get(name) for name in expected} if isinstance(written, dict) else None
     if about != expected or "value" not in written:
-        raise UnweaveError(
-            f"this is no {kind.__name__} of schema {expected['schema']}",
-            where=where,
-            remedy="delete the run directory and run the command again with this version",
-        )
+        remedy = "delete the run directory and run the command again with this version"
+        raise UnweaveError(f"this is no {kind.__name__} of schema {expected['schema']}", where=where, remedy=remedy)
     return from_plain(kind, written["value"], where)

@@ -51,11 +51,8 @@ def round_to_nearest(weights: Tensor, bits: int, group: int) -> Rounded:
 def check_group(group: int, columns: int, where: str = "") -> None:
     """Raises UnweaveError where groups do not divide rows of so many columns."""
     if group and columns % group:
-        raise UnweaveError(
-            f"groups of {group} do not divide a row of {columns} weights",
-            where=where,
-            remedy="choose a group size that divides it, or 0: one group a row",
-        )
+        remedy = "choose a group size that divides it, or 0: one group a row"
+        raise UnweaveError(f"groups of {group} do not divide a row of {columns} weights", where=where, remedy=remedy)
 
 
 def bits_per_weight(bits: int, group: int, columns: int) -> float:

@@ -153,11 +153,8 @@ class Run(Generic[R]):
             return handle
         if Run._held and self.path not in Run._held:
             return wait_for(path, self.path.name)
-        raise UnweaveError(
-            "another process is working in this run directory",
-            where=str(self.path),
-            remedy="wait for it to finish and ask again: its result will be reused",
-        )
+        remedy = "wait for it to finish and ask again: its result will be reused"
+        raise UnweaveError("another process is working in this run directory", where=str(self.path), remedy=remedy)
 
     @property
     def done(self) -> bool:
@@ -241,11 +238,8 @@ class Run(Generic[R]):
         """{"stage", "version", "spec", "inputs"}: the whole question. UnweaveError where it is missing or damaged."""
         question = _asked(self.path)
         if question is None:
-            raise UnweaveError(
-                "damaged: spec.json does not say what was asked",
-                where=str(self.path),
-                remedy="run the same command again, which writes it anew, or delete the folder",
-            )
+            remedy = "run the same command again, which writes it anew, or delete the folder"
+            raise UnweaveError("damaged: spec.json does not say what was asked", where=str(self.path), remedy=remedy)
         return question
 
     @property
@@ -254,11 +248,8 @@ class Run(Generic[R]):
         path = self.path / "env.json"
         versions = read_json(path) if path.exists() else {}
         if not isinstance(versions, dict) or not all(isinstance(value, str) for value in versions.values()):
-            raise UnweaveError(
-                "damaged: env.json does not name versions",
-                where=str(self.path),
-                remedy="delete it: versions stay unknown",
-            )
+            remedy = "delete it: versions stay unknown"
+            raise UnweaveError("damaged: env.json does not name versions", where=str(self.path), remedy=remedy)
         return versions
 
     @property

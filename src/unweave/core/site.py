@@ -144,11 +144,8 @@ def matching(pattern: str, sites: Sequence[Site]) -> list[tuple[Site, Site]]:
     reads = _side(left.strip(), pattern, sites)
     writes = _side(right.strip(), pattern, sites) if arrow else reads
     if len(reads) != len(writes):
-        raise UnweaveError(
-            f"{len(reads)} sites to read and {len(writes)} to write",
-            where=pattern,
-            remedy="name as many on the left of -> as on the right",
-        )
+        remedy = "name as many on the left of -> as on the right"
+        raise UnweaveError(f"{len(reads)} sites to read and {len(writes)} to write", where=pattern, remedy=remedy)
     return list(zip(reads, writes, strict=True))
 
 

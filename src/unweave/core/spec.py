@@ -51,10 +51,8 @@ class Spec:
         """Raises UnweaveError where a field breaks its rules. A subclass that checks more calls this first."""
         if self.members and self.members.get(getattr(self, "kind", "")) is not type(self):
             options = ", ".join(member.__name__ for member in self.members.values())
-            raise UnweaveError(
-                f"{type(self).__name__} cannot be of kind {getattr(self, 'kind', '')!r}",
-                remedy=f"make one of {options}, or use from_dict",
-            )
+            remedy = f"make one of {options}, or use from_dict"
+            raise UnweaveError(f"{type(self).__name__} cannot be of kind {getattr(self, 'kind', '')!r}", remedy=remedy)
         rules.check(self)
 
     @classmethod

@@ -183,11 +183,8 @@ def _rows(source: Source) -> Iterator[tuple[str | None, Messages | None]]:
         path = Path(source.path).expanduser()
         if not source.path.strip() or not path.exists():
             texts = ", ".join(name for name, e in CATALOGUE.items() if e.kind == "text")
-            raise UnweaveError(
-                f"no text {source.path!r}",
-                where=str(path.absolute()),
-                remedy=f"give a file, a folder, hub:org/name, or one of {texts}",
-            )
+            remedy = f"give a file, a folder, hub:org/name, or one of {texts}"
+            raise UnweaveError(f"no text {source.path!r}", where=str(path.absolute()), remedy=remedy)
         yield from _path_rows(path, source)
 
 

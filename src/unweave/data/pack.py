@@ -142,10 +142,8 @@ class Packed(Iterator[Row]):
                 f"{counts.unanswered_conversations:,} without an assistant turn; the first: {counts.first_rejected}",
                 remedy="use a model whose template takes such roles, or change the conversations",
             )
-        raise UnweaveError(
-            f"none of the {counts.unanswered_conversations:,} conversations so far has an assistant turn",
-            remedy="set data.pack.unanswered to keep, or give conversations with answers",
-        )
+        what = f"none of the {counts.unanswered_conversations:,} conversations so far has an assistant turn"
+        raise UnweaveError(what, remedy="set data.pack.unanswered to keep, or give conversations with answers")
 
     def _documents(self, encoded: Iterator[_Encoded], tokenizer: Any) -> Iterator[Row]:
         bos = tokenizer.bos_token_id
@@ -226,11 +224,9 @@ class Packed(Iterator[Row]):
         tokenizer, bos = self._tokenizer, self._tokenizer.bos_token_id
         conversations = [d for d in batch if d.messages is not None]
         if conversations and not has_template(tokenizer):
-            raise UnweaveError(
-                "the text holds conversations, but this model's tokenizer has no chat template",
-                where=conversations[0].source,
-                remedy="use an instruction-tuned model, or text that is not conversations (wiki, c4, sotu, .txt files)",
-            )
+            what = "the text holds conversations, but this model's tokenizer has no chat template"
+            remedy = "use an instruction-tuned model, or text that is not conversations (wiki, c4, sotu, .txt files)"
+            raise UnweaveError(what, where=conversations[0].source, remedy=remedy)
         used = [d.messages or () for d in conversations if self.spec.unanswered == "keep" or _answered(d)]
         rendered = iter(render_each(tokenizer, used))
         size = max(_PIECE[0], _PIECE[1] * self.spec.context)
@@ -254,11 +250,8 @@ class Packed(Iterator[Row]):
                 self.counts.conversations += 1
                 self.counts.empty_messages += sum(not m["content"].strip() for m in document.messages)
             if bos is not None and encoded[0][:2] == [bos, bos]:
-                raise UnweaveError(
-                    "the chat template begins with two BOS tokens (trap: template and tokenizer both add one)",
-                    where=_place(document),
-                    remedy="fix the tokenizer's chat template",
-                )
+                what = "the chat template begins with two BOS tokens (trap: template and tokenizer both add one)"
+                raise UnweaveError(what, where=_place(document), remedy="fix the tokenizer's chat template")
             yield _Encoded([Piece(*encoded, 0)], 0, first + offset)
 
     def _skip(self, document: Document, refusal: UnweaveError | None) -> None:
@@ -268,11 +261,9 @@ class Packed(Iterator[Row]):
             counts.rejected_conversations += 1
             counts.first_rejected = counts.first_rejected or f"{_place(document)}: {refusal.what}"
         elif self.spec.unanswered == "refuse":
-            raise UnweaveError(
-                "this conversation has no text from the assistant",
-                where=_place(document),
-                remedy="drop it, or set data.pack.unanswered to skip or keep",
-            )
+            what = "this conversation has no text from the assistant"
+            remedy = "drop it, or set data.pack.unanswered to skip or keep"
+            raise UnweaveError(what, where=_place(document), remedy=remedy)
         else:
             counts.unanswered_conversations += 1
         if counts.rejected_conversations + counts.unanswered_conversations >= _PATIENCE:

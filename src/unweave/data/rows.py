@@ -194,11 +194,8 @@ def parquet_rows(
             columns = [name for name in dict.fromkeys(fields) if name in names]
             if not columns:
                 listed = ", ".join(repr(name) for name in dict.fromkeys(fields) if name)
-                raise UnweaveError(
-                    f"the table has none of the columns {listed}",
-                    where=str(path),
-                    remedy=f"{remedy}: {', '.join(names)}",
-                )
+                what = f"the table has none of the columns {listed}"
+                raise UnweaveError(what, where=str(path), remedy=f"{remedy}: {', '.join(names)}")
             for batch in opened.iter_batches(batch_size=256, columns=columns):
                 for row in batch.to_pylist():
                     number += 1

@@ -66,11 +66,9 @@ class DataSpec(Spec):
             return super().from_dict(values, where=where, base=base)
         rest = {name: value for name, value in values.items() if name != "packing"}
         if values["packing"] not in PAPER_CONTEXT:
-            raise UnweaveError(
-                f"{values['packing']!r} is not a known packing",
-                where=f"{where}.packing" if where else "packing",
-                remedy=f"use {' or '.join(PAPER_CONTEXT)}",
-            )
+            what = f"{values['packing']!r} is not a known packing"
+            remedy = f"use {' or '.join(PAPER_CONTEXT)}"
+            raise UnweaveError(what, where=f"{where}.packing" if where else "packing", remedy=remedy)
         overrides = rest.get("pack", {})
         pack = {"packing": values["packing"], "context": PAPER_CONTEXT[values["packing"]]}
         rest["pack"] = pack | (overrides.to_dict() if isinstance(overrides, Spec) else dict(overrides))

@@ -80,7 +80,5 @@ class SplitDocuments(Iterator[Document]):
                 self.counts.taken += 1
                 yield document
         if not self.counts.taken:
-            raise UnweaveError(
-                f"no document is left for the {self.split} split: {self.in_words()}",
-                remedy="give more text, another share of held-out documents, or longer n-grams to compare",
-            )
+            remedy = "give more text, another share of held-out documents, or longer n-grams to compare"
+            raise UnweaveError(f"no document is left for the {self.split} split: {self.in_words()}", remedy=remedy)

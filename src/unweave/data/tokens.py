@@ -130,11 +130,8 @@ class TokenStore:
         """Refuses tokens of another tokenizer (trap 10); ``write``'s meta holds the fingerprint as "tokenizer"."""
         made_by = self.meta.get("tokenizer")
         if made_by != fingerprint:
-            raise UnweaveError(
-                f"these tokens were made by another tokenizer ({made_by}, the model's is {fingerprint})",
-                where=str(self.folder),
-                remedy="tokenise the text again with this model",
-            )
+            what = f"these tokens were made by another tokenizer ({made_by}, the model's is {fingerprint})"
+            raise UnweaveError(what, where=str(self.folder), remedy="tokenise the text again with this model")
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and roles of one row, int64 and uint8 arrays of its length."""
@@ -185,10 +182,8 @@ def _write_rows(folder: Path, rows: Iterable[Row], budget: int | None, unit: Uni
         if held < max(1, budget or 0):
             what = "the text has no tokens" if starts[-1] == 0 else f"the text has only {held:,} {unit}"
             why = f" ({rows.in_words()})" if isinstance(rows, Packed) else ""
-            raise UnweaveError(
-                what + ("" if budget is None else f", {budget:,} were asked for") + why,
-                remedy=f"add text, ask for fewer {unit}, or lower min_tokens",
-            )
+            remedy = f"add text, ask for fewer {unit}, or lower min_tokens"
+            raise UnweaveError(what + ("" if budget is None else f", {budget:,} were asked for") + why, remedy=remedy)
     if by_role[Role.PAD]:
         raise UnweaveError(f"{by_role[Role.PAD]} padding tokens are among the text's", remedy="store rows unpadded")
     np.save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))

@@ -109,11 +109,9 @@ def tokens_for_records(data: DataSpec, split: str, tokens: int | None, *, own: b
         return (None if own else tokens), tokens
     read = min(USUAL_TOKENS, there) if tokens is None else tokens
     if own and read > there:
-        raise UnweaveError(
-            f"{read:,} tokens were asked for, the SAE's text has {there:,} ({split})",
-            where="tokens",
-            remedy="ask for fewer, or name more text with --data.tokens and --data.sources",
-        )
+        what = f"{read:,} tokens were asked for, the SAE's text has {there:,} ({split})"
+        remedy = "ask for fewer, or name more text with --data.tokens and --data.sources"
+        raise UnweaveError(what, where="tokens", remedy=remedy)
     return (there if own else read), read
 
 
@@ -121,11 +119,8 @@ def refuse_long_rows(lm: LM, context: int) -> None:
     """Raises UnweaveError for rows of more tokens than the model has positions."""
     limit = getattr(lm.model.config, "max_position_embeddings", None)
     if limit is not None and context > limit:
-        raise UnweaveError(
-            f"rows of {context} tokens are longer than the {limit} positions of the model",
-            where="data.pack.context",
-            remedy=f"use at most {limit}",
-        )
+        what = f"rows of {context} tokens are longer than the {limit} positions of the model"
+        raise UnweaveError(what, where="data.pack.context", remedy=f"use at most {limit}")
 
 
 def documents_of(data: DataSpec, split: str, folder: Path | None = None) -> SplitDocuments:

@@ -75,11 +75,8 @@ def split_name(written: str) -> tuple[Site | None, str]:
     try:
         site = Site.parse(left.strip())
     except UnweaveError:
-        raise UnweaveError(
-            "there is no such folder",
-            where=printable(written),
-            remedy=f"check the path; in SITE=NAME the site comes first, and {printable(left)!r} is not one",
-        ) from None
+        remedy = f"check the path; in SITE=NAME the site comes first, and {printable(left)!r} is not one"
+        raise UnweaveError("there is no such folder", where=printable(written), remedy=remedy) from None
     if not right.strip():
         raise UnweaveError(f"no SAE is given for {site}", where=written, remedy=f"write {site}=FOLDER")
     return site, right.strip()
@@ -125,11 +122,8 @@ def _model_of(spec: OfSAEsSpec, loaded: Mapping[tuple[Site, str], SAE]) -> tuple
     trainings = {name: sae.provenance.get("train", {}) for (_, name), sae in loaded.items()}
     models = {training.get("model"): name for name, training in trainings.items()}
     if not spec.model and (len(models) > 1 or None in models):
-        raise UnweaveError(
-            f"the SAEs name several models or none: {', '.join(map(str, models))}",
-            where=", ".join(models.values()),
-            remedy="name the model with --model",
-        )
+        what = f"the SAEs name several models or none: {', '.join(map(str, models))}"
+        raise UnweaveError(what, where=", ".join(models.values()), remedy="name the model with --model")
     model = spec.model or next(iter(models))
     assert model is not None  # the spec's own check: saes, or a model
     dtypes = {training.get("dtype", "float32") for training in trainings.values()}

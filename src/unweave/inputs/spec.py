@@ -71,8 +71,5 @@ def unused(spec: Spec, uses: Mapping[str, bool]) -> None:
     """Raises UnweaveError for a field that is set and would have no effect."""
     for name, used in uses.items():
         if not used and getattr(spec, name) != type(spec).__dataclass_fields__[name].default:
-            raise UnweaveError(
-                f"{name} = {getattr(spec, name)!r} would have no effect",
-                where=type(spec).__name__,
-                remedy=f"leave {name} out",
-            )
+            what = f"{name} = {getattr(spec, name)!r} would have no effect"
+            raise UnweaveError(what, where=type(spec).__name__, remedy=f"leave {name} out")

@@ -177,11 +177,9 @@ class CachedJudge:
                 self._keep(keys[i], self._request(*missing[keys[i]]), reply)
             in_a_row = 0 if reply.text is not None else in_a_row + (not reply.of_prompt)
             if in_a_row == _GIVE_UP:
-                raise UnweaveError(
-                    f"the judge failed {_GIVE_UP} times in a row: {reply.failure}",
-                    where=", ".join(filter(None, (self.name, self.note))),
-                    remedy="fix this and ask again; the replies so far are kept",
-                )
+                what = f"the judge failed {_GIVE_UP} times in a row: {reply.failure}"
+                remedy = "fix this and ask again; the replies so far are kept"
+                raise UnweaveError(what, where=", ".join(filter(None, (self.name, self.note))), remedy=remedy)
             yield keys[i], reply
 
     def _spent(self, have: int, needed: int) -> UnweaveError:

@@ -115,17 +115,12 @@ class ChatServer:
         if spec.api_key_env is not None:
             key = os.environ.get(spec.api_key_env, "").strip()
             if not key:
-                raise UnweaveError(
-                    f"the environment variable {spec.api_key_env} is not set",
-                    where="judge.api_key_env",
-                    remedy=f"set it: export {spec.api_key_env}=...",
-                )
+                what = f"the environment variable {spec.api_key_env} is not set"
+                raise UnweaveError(what, where="judge.api_key_env", remedy=f"set it: export {spec.api_key_env}=...")
             if not key.isascii() or not key.isprintable():
-                raise UnweaveError(
-                    f"the environment variable {spec.api_key_env} holds characters that no key has",
-                    where="judge.api_key_env",
-                    remedy="a key has printable ASCII characters only: copy it again",
-                )
+                what = f"the environment variable {spec.api_key_env} holds characters that no key has"
+                remedy = "a key has printable ASCII characters only: copy it again"
+                raise UnweaveError(what, where="judge.api_key_env", remedy=remedy)
         return cls(
             spec.model,
             spec.base_url,
@@ -354,11 +349,9 @@ def _packages() -> tuple[Any, Any, Any]:
         import stamina
         from anyio.from_thread import start_blocking_portal
     except ImportError as error:
-        raise UnweaveError(
-            f"a judge behind an address needs the package {error.name}",
-            where="judge.base_url",
-            remedy="pip install 'unweave[judge]', or leave base_url out to judge with a model that runs here",
-        ) from None
+        what = f"a judge behind an address needs the package {error.name}"
+        remedy = "pip install 'unweave[judge]', or leave base_url out to judge with a model that runs here"
+        raise UnweaveError(what, where="judge.base_url", remedy=remedy) from None
     # It warns about every retry; without a handler of its own, Python would write that across the progress bar.
     log = logging.getLogger("stamina")
     if not log.handlers:

@@ -58,11 +58,9 @@ class LocalModel:
 
     def __init__(self, lm: LM, *, max_new_tokens: int = 160, at_once: int = 8) -> None:
         if lm.tokenizer is None or not has_template(lm.tokenizer):
-            raise UnweaveError(
-                "a judge must be a chat model, and this one has no chat template",
-                where=lm.name,
-                remedy="choose an instruct model with --judge.model; `unweave models` lists some",
-            )
+            what = "a judge must be a chat model, and this one has no chat template"
+            remedy = "choose an instruct model with --judge.model; `unweave models` lists some"
+            raise UnweaveError(what, where=lm.name, remedy=remedy)
         self.name, self.note = lm.name, lm.note
         self._lm, self._max_new_tokens, self._at_once = lm, max_new_tokens, at_once
         words = ((i, as_number(token.lstrip(_SPACES))) for token, i in lm.tokenizer.get_vocab().items())

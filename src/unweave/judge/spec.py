@@ -52,25 +52,18 @@ class JudgeSpec(Spec):
         kind = "server" if self.base_url is not None else "model that runs here"
         for name in inapplicable:
             if getattr(self, name) is not None:
-                raise UnweaveError(
-                    f"{name} does not apply to a {kind}",
-                    where="judge",
-                    remedy=f"leave {name} out, or {'leave' if self.base_url else 'give'} base_url",
-                )
+                remedy = f"leave {name} out, or {'leave' if self.base_url else 'give'} base_url"
+                raise UnweaveError(f"{name} does not apply to a {kind}", where="judge", remedy=remedy)
         if self.base_url is not None:
             _check_url(self.base_url)
         if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.api_key_env):
-            raise UnweaveError(  # what was given is not repeated: it may be the key
-                "api_key_env must be the name of an environment variable, in capitals",
-                where="judge.api_key_env",
-                remedy="e.g. OPENAI_API_KEY; put the key itself into that variable only",
-            )
+            what = "api_key_env must be the name of an environment variable, in capitals"
+            remedy = "e.g. OPENAI_API_KEY; put the key itself into that variable only"
+            raise UnweaveError(what, where="judge.api_key_env", remedy=remedy)
         if self.api_key_env is not None and self.base_url is not None and not _keeps_secrets(self.base_url):
-            raise UnweaveError(
-                "the key would be sent to another machine unencrypted",
-                where="judge.base_url",
-                remedy="use an https address; http is for this machine only (localhost), or without api_key_env",
-            )
+            what = "the key would be sent to another machine unencrypted"
+            remedy = "use an https address; http is for this machine only (localhost), or without api_key_env"
+            raise UnweaveError(what, where="judge.base_url", remedy=remedy)
         _check_no_key(self)
 
 
@@ -104,11 +97,9 @@ def _check_url(url: str) -> None:
         )
     parts = urlsplit(url)
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise UnweaveError(
-            "base_url must be a plain address, without user, password or query",
-            where="judge.base_url",
-            remedy="put the key into an environment variable and name it with judge.api_key_env",
-        )
+        what = "base_url must be a plain address, without user, password or query"
+        remedy = "put the key into an environment variable and name it with judge.api_key_env"
+        raise UnweaveError(what, where="judge.base_url", remedy=remedy)
 
 
 def _check_no_key(spec: JudgeSpec) -> None:
@@ -116,8 +107,6 @@ def _check_no_key(spec: JudgeSpec) -> None:
     key = os.environ.get(spec.api_key_env or "", "").strip()
     for name in ("model", "base_url"):
         if Secret(key).is_whole_in(getattr(spec, name) or ""):
-            raise UnweaveError(
-                f"{name} holds the key of {spec.api_key_env}, and would be written to files",
-                where=f"judge.{name}",
-                remedy=f"leave the key out of {name}; it is taken from the variable",
-            )
+            what = f"{name} holds the key of {spec.api_key_env}, and would be written to files"
+            remedy = f"leave the key out of {name}; it is taken from the variable"
+            raise UnweaveError(what, where=f"judge.{name}", remedy=remedy)

@@ -137,11 +137,8 @@ def parse_latents(names: Sequence[str], sites: Collection[Site]) -> list[tuple[S
         only = next(iter(sites))
         if re.fullmatch("[0-9]{1,18}", word):
             if len(sites) != 1:
-                raise UnweaveError(
-                    f"latent {word} of which of {len(sites)} SAEs?",
-                    where="--latents",
-                    remedy=f"write {name_of(only, int(word))}",
-                )
+                remedy = f"write {name_of(only, int(word))}"
+                raise UnweaveError(f"latent {word} of which of {len(sites)} SAEs?", where="--latents", remedy=remedy)
             found.append((only, int(word)))
             continue
         site, latent = parse_name(word)
@@ -225,11 +222,9 @@ def refuse_strangers(annotations: Mapping[str, Annotation], digests: Mapping[Sit
     for annotation in annotations.values():
         used = digests.get(annotation.site)
         if annotation.sae is not None and used is not None and annotation.sae != used:
-            raise UnweaveError(
-                f"{annotation.name} was annotated in SAE {annotation.sae}, this one is {used}",
-                where=where,
-                remedy="give the annotations that belong to these SAEs, or annotate anew into another file",
-            )
+            what = f"{annotation.name} was annotated in SAE {annotation.sae}, this one is {used}"
+            remedy = "give the annotations that belong to these SAEs, or annotate anew into another file"
+            raise UnweaveError(what, where=where, remedy=remedy)
 
 
 def _from_value(content: Any, used: list[Site]) -> Annotation | None:

@@ -302,9 +302,7 @@ def _chosen(latents: Sequence[int], sae: SAE, codes: Codes) -> Chosen:
     which = np.asarray(latents, dtype=np.int64)
     inside = len(which) > 0 and which[0] >= 0 and which[-1] < sae.d_sae and bool((np.diff(which) > 0).all())
     if not inside or codes.n_latents != len(which):
-        raise UnweaveError(
-            f"records of {len(which)} latents from codes of {codes.n_latents} cannot be made",
-            where="records",
-            remedy=f"give different latents of 0 to {sae.d_sae - 1} in ascending order, and codes of these alone",
-        )
+        what = f"records of {len(which)} latents from codes of {codes.n_latents} cannot be made"
+        remedy = f"give different latents of 0 to {sae.d_sae - 1} in ascending order, and codes of these alone"
+        raise UnweaveError(what, where="records", remedy=remedy)
     return Chosen(which, sae.d_sae)

@@ -30,11 +30,9 @@ def check_model(model: nn.Module) -> None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [key for key, tensor in tensors if tensor.is_meta]
     if missing:
-        raise UnweaveError(
-            f"{len(missing)} of the {len(tensors)} tensors of {name} are on the meta device, which holds no values",
-            where=missing[0],
-            remedy="load the weights into memory: without torch.device('meta'), and without offloading to disk",
-        )
+        what = f"{len(missing)} of the {len(tensors)} tensors of {name} are on the meta device, which holds no values"
+        remedy = "load the weights into memory: without torch.device('meta'), and without offloading to disk"
+        raise UnweaveError(what, where=missing[0], remedy=remedy)
     if _head(model) is None:
         raise UnweaveError(f"{name} has no language-model head: it gives no logits over tokens", remedy=_REMEDY)
 
@@ -53,10 +51,8 @@ def check_config(config: Any, name: str) -> None:
 
 def _check_decoder(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
-        raise UnweaveError(
-            f"{name} is an encoder with a decoder ({config.model_type})",
-            remedy="use a causal language model: only these have the sites that are read and edited",
-        )
+        remedy = "use a causal language model: only these have the sites that are read and edited"
+        raise UnweaveError(f"{name} is an encoder with a decoder ({config.model_type})", remedy=remedy)
 
 
 def _head(model: Any) -> Any:
@@ -78,11 +74,9 @@ def confirm_layout(lm: LM) -> None:
         before, attention, mlp, after = (seen[Site(p, layer)].double() for p in points)
         error = float((before + attention + mlp - after).norm() / after.norm())
         if not error <= tolerance:  # also refuses NaN
-            raise UnweaveError(
-                f"resid_pre + attn_add + mlp_add differs from resid_post by {error:.1e} relative",
-                where=f"{lm.name}, block {layer}, {lm.dtype}",
-                remedy="this model's code does not follow its family's layout, or its weights hold NaN",
-            )
+            what = f"resid_pre + attn_add + mlp_add differs from resid_post by {error:.1e} relative"
+            remedy = "this model's code does not follow its family's layout, or its weights hold NaN"
+            raise UnweaveError(what, where=f"{lm.name}, block {layer}, {lm.dtype}", remedy=remedy)
 
 
 def check_tokens(model: Any, layout: Layout, tokens: Tokens, new: int = 0) -> None:
@@ -94,19 +88,15 @@ def check_tokens(model: Any, layout: Layout, tokens: Tokens, new: int = 0) -> No
     lowest, highest = tokens.ids.aminmax()
     if int(lowest) < 0 or int(highest) >= n_ids:
         wrong = int(lowest) if int(lowest) < 0 else int(highest)
-        raise UnweaveError(
-            f"there is no token {wrong}: the model's ids are 0 to {n_ids - 1}",
-            remedy="use the tokenizer that belongs to the model",
-        )
+        remedy = "use the tokenizer that belongs to the model"
+        raise UnweaveError(f"there is no token {wrong}: the model's ids are 0 to {n_ids - 1}", remedy=remedy)
     if layout.n_positions is None:
         return
     longest = int(tokens.mask.sum(1).max())
     if longest + max(0, new - 1) > layout.n_positions:
         more = f" and {new} new tokens" if new else ""
-        raise UnweaveError(
-            f"a row of {longest} tokens{more} does not fit: the model has a table of {layout.n_positions} positions",
-            remedy="use shorter rows, or generate fewer tokens",
-        )
+        what = f"a row of {longest} tokens{more} does not fit: the model has a table of {layout.n_positions} positions"
+        raise UnweaveError(what, remedy="use shorter rows, or generate fewer tokens")
 
 
 def known_ids(tokenizer: Any, n_ids: int) -> Tensor:

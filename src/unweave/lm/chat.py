@@ -166,16 +166,12 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 def _require_offsets(tokenizer: Any) -> None:
     if tokenizer is None or not has_template(tokenizer):
         name = getattr(tokenizer, "name_or_path", "") or ""
-        raise UnweaveError(
-            "this tokenizer has no chat template, so it cannot render conversations",
-            where=str(name),
-            remedy="use an instruction-tuned model, give plain text, or set tokenizer.chat_template",
-        )
+        what = "this tokenizer has no chat template, so it cannot render conversations"
+        remedy = "use an instruction-tuned model, give plain text, or set tokenizer.chat_template"
+        raise UnweaveError(what, where=str(name), remedy=remedy)
     if not getattr(tokenizer, "is_fast", False):
-        raise UnweaveError(
-            f"{type(tokenizer).__name__} does not say which characters a token covers",
-            remedy="use a fast tokenizer (one with a tokenizer.json file)",
-        )
+        remedy = "use a fast tokenizer (one with a tokenizer.json file)"
+        raise UnweaveError(f"{type(tokenizer).__name__} does not say which characters a token covers", remedy=remedy)
 
 
 def _facts(tokenizer: Any) -> _Facts:

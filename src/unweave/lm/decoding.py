@@ -50,10 +50,8 @@ def decode(
                 most, new = logits.max(-1)
                 lost = ~(most.isfinite() | ended)  # NaN is the largest
                 if bool(lost.any()):
-                    raise UnweaveError(
-                        f"the logits of new token {step} are not finite in rows {lost.nonzero().flatten().tolist()}",
-                        remedy="edit with smaller strengths, or load the model in float32",
-                    )
+                    what = f"the logits of new token {step} are not finite in rows {lost.nonzero().flatten().tolist()}"
+                    raise UnweaveError(what, remedy="edit with smaller strengths, or load the model in float32")
                 if temperature > 0:
                     new = _drawn((logits.double() - most.unsqueeze(1)) / temperature, [one.random() for one in draws])
                 new = torch.where(ended, lm.pad_id, new)

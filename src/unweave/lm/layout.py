@@ -70,10 +70,8 @@ FAMILIES: dict[str, Family] = {
 def family_of(model_type: str) -> Family:
     """The layout of a ``model_type``. Raises UnweaveError where none is known."""
     if model_type not in FAMILIES:
-        raise UnweaveError(
-            f"no layout is known for the model family {model_type!r}",
-            remedy=f"known families: {', '.join(FAMILIES)}; add one to FAMILIES in lm/layout.py",
-        )
+        remedy = f"known families: {', '.join(FAMILIES)}; add one to FAMILIES in lm/layout.py"
+        raise UnweaveError(f"no layout is known for the model family {model_type!r}", remedy=remedy)
     return FAMILIES[model_type]
 
 
@@ -164,7 +162,5 @@ class Layout:
         try:
             return Tap(self.model.get_submodule(path), "in" if side else "out")
         except AttributeError:
-            raise UnweaveError(
-                f"site {site} does not exist: the model has no module {path!r}",
-                remedy="see [name for name, _ in lm.model.named_modules()]",
-            ) from None
+            remedy = "see [name for name, _ in lm.model.named_modules()]"
+            raise UnweaveError(f"site {site} does not exist: the model has no module {path!r}", remedy=remedy) from None

@@ -66,10 +66,8 @@ class Tokens:
         """Rows of equal length without padding, from token ids [B, P] or [P]."""
         ids = ids.reshape(1, -1) if ids.ndim == 1 else ids
         if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or ids.numel() == 0:
-            raise UnweaveError(
-                f"token ids must be whole numbers [batch, position], not {ids.dtype} {list(ids.shape)}",
-                remedy="pass lm.tokenize([...]), or an int64 tensor",
-            )
+            what = f"token ids must be whole numbers [batch, position], not {ids.dtype} {list(ids.shape)}"
+            raise UnweaveError(what, remedy="pass lm.tokenize([...]), or an int64 tensor")
         roles = torch.full(ids.shape, Role.TEXT, dtype=torch.uint8, device=ids.device)
         return cls(ids.long(), torch.ones_like(ids, dtype=torch.bool), roles)
 

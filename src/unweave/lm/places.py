@@ -47,10 +47,8 @@ def find_places(render: Render, messages: Sequence[Message], text: str) -> list[
     """
     contents = [str(message["content"]) for message in messages]
     if len(messages) > _MOST or any(not string.isascii() and _MARK.search(string) for string in (text, *contents)):
-        raise UnweaveError(
-            "the conversation holds characters from U+100000 on, or too many messages to tell apart",
-            remedy="take them out of the text",
-        )
+        what = "the conversation holds characters from U+100000 on, or too many messages to tell apart"
+        raise UnweaveError(what, remedy="take them out of the text")
     places = _by_runs(render, messages, dict(enumerate(contents)), text)
     if places is not None:
         return places

@@ -240,18 +240,13 @@ def _check_whole(model: Any, loading: dict[str, Any], folder: Path | str, source
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     of_head = {id(tensor) for tensor in model.get_output_embeddings().parameters()}
     if missing and set(missing) <= {name for name, tensor in model.named_parameters() if id(tensor) in of_head}:
-        raise UnweaveError(
-            f"the weights of {source!r} have no language-model head: {', '.join(missing)} is missing",
-            where=str(folder),
-            remedy="give the whole causal language model; these files hold only what stands below its head",
-        )
+        what = f"the weights of {source!r} have no language-model head: {', '.join(missing)} is missing"
+        remedy = "give the whole causal language model; these files hold only what stands below its head"
+        raise UnweaveError(what, where=str(folder), remedy=remedy)
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
-        raise UnweaveError(
-            f"the weights of {source!r} are incomplete: {shown}",
-            where=str(folder),
-            remedy="get the files again, or check that config.json belongs to these weights",
-        )
+        remedy = "get the files again, or check that config.json belongs to these weights"
+        raise UnweaveError(f"the weights of {source!r} are incomplete: {shown}", where=str(folder), remedy=remedy)
     unexpected = sorted(loading["unexpected_keys"])
     if unexpected:
         warnings.warn(

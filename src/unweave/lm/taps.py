@@ -186,10 +186,8 @@ def _check_begins(lm: LM) -> None:
         for session in lm.sessions:
             for site, module in session.taken.items():
                 if reached is not None and module not in reached:
-                    raise UnweaveError(
-                        f"site {site} lies below {begins.site}, where the pass begins",
-                        remedy="begin lower, or read and edit above",
-                    )
+                    remedy = "begin lower, or read and edit above"
+                    raise UnweaveError(f"site {site} lies below {begins.site}, where the pass begins", remedy=remedy)
 
 
 def _check(site: Site, x: Any, session: Session) -> Tensor:
@@ -199,10 +197,8 @@ def _check(site: Site, x: Any, session: Session) -> Tensor:
     axes = 1 if site.point == "logits" else 2  # the unembedding may be asked for the last positions only
     if not isinstance(x, Tensor) or x.ndim != 3 or tuple(x.shape[:axes]) != expected[:axes]:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise UnweaveError(
-            f"site {site} holds {shape}, not [batch {expected[0]}, position {expected[1]}, width]",
-            remedy="this model's code differs from its family's layout; report it",
-        )
+        what = f"site {site} holds {shape}, not [batch {expected[0]}, position {expected[1]}, width]"
+        raise UnweaveError(what, remedy="this model's code differs from its family's layout; report it")
     return x
 
 
@@ -214,11 +210,8 @@ def _edited(edit: EditFn, x: Tensor, at: At, newest: bool) -> Tensor | None:
     if new is None:
         return None
     if new.shape != x.shape or new.dtype != x.dtype:
-        raise UnweaveError(
-            f"an edit returned {list(new.shape)} {new.dtype} for {list(x.shape)} {x.dtype}",
-            where=str(at.site),
-            remedy="return a tensor of the same shape and dtype",
-        )
+        what = f"an edit returned {list(new.shape)} {new.dtype} for {list(x.shape)} {x.dtype}"
+        raise UnweaveError(what, where=str(at.site), remedy="return a tensor of the same shape and dtype")
     return torch.cat([x[:, :-1], new[:, -1:]], 1) if newest else new
 
 

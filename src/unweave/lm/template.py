@@ -69,10 +69,9 @@ def apply(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bo
         )
     except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages[:6]) + (", ..." if messages[6:] else "")
-        raise UnweaveError(
-            f"the chat template refuses a conversation with the roles {roles}: {error}",
-            remedy="start with a user message and let user and assistant take turns; some templates take no system",
-        ) from error
+        what = f"the chat template refuses a conversation with the roles {roles}: {error}"
+        remedy = "start with a user message and let user and assistant take turns; some templates take no system"
+        raise UnweaveError(what, remedy=remedy) from error
 
 
 @lru_cache(maxsize=8)

@@ -160,10 +160,8 @@ def together(rows: Sequence[Sequence[Change]]) -> list[Edit]:
                 nowhere = torch.full((len(rows),), torch.nan, dtype=torch.float64)
                 value = edits[place][2].setdefault(change.latent, nowhere)
                 if not value[b].isnan() or finite(change.value) is None:
-                    raise UnweaveError(
-                        f"latent {change.latent} of row {b} is set twice, or to {change.value!r}",
-                        remedy="give one finite value",
-                    )
+                    what = f"latent {change.latent} of row {b} is set twice, or to {change.value!r}"
+                    raise UnweaveError(what, remedy="give one finite value")
                 value[b] = change.value
     return [edit(one.sae, one.mode, values, one.where, one.when) for _, one, values in edits]
 
@@ -191,10 +189,8 @@ def _strengths(sae: SAE, values: Mapping[int, Strength]) -> Tensor:
             column = torch.tensor(torch.inf if number is None else number, dtype=torch.float64)
         if bool((column.abs() > torch.finfo(dtype).max).any()):
             shown = value.tolist() if isinstance(value, Tensor) else value
-            raise UnweaveError(
-                f"the value for latent {latent!r} is {shown!r}",
-                remedy=f"give a finite number within the range of {dtype}, or a tensor with one for each row",
-            )
+            remedy = f"give a finite number within the range of {dtype}, or a tensor with one for each row"
+            raise UnweaveError(f"the value for latent {latent!r} is {shown!r}", remedy=remedy)
         columns.append(column.to(device, dtype))
     if not any(column.ndim for column in columns):
         return torch.stack(columns)
@@ -234,10 +230,8 @@ def _difference(mode: str, subset: Subset, strengths: Tensor) -> Callable[[Tenso
 def _projection(mode: str, subset: Subset, strengths: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     basis, share = subset.span(), strengths[..., :1].nan_to_num()
     if not torch.equal(strengths.nan_to_num(), share.expand_as(strengths)):
-        raise UnweaveError(
-            f"latents that are projected out together have different strengths ({mode})",
-            remedy="give all the same: 1 takes their span away, 0.5 halves it",
-        )
+        remedy = "give all the same: 1 takes their span away, 0.5 halves it"
+        raise UnweaveError(f"latents that are projected out together have different strengths ({mode})", remedy=remedy)
 
     def added(source: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
         del source
@@ -249,10 +243,8 @@ def _projection(mode: str, subset: Subset, strengths: Tensor) -> Callable[[Tenso
 
 def _check_rows(strengths: Tensor, x: Tensor) -> None:
     if strengths.ndim == 3 and len(strengths) not in (1, len(x)):
-        raise UnweaveError(
-            f"strengths are given for {len(strengths)} rows, and the batch has {len(x)}",
-            remedy="give one per row of the batch, or one for all",
-        )
+        remedy = "give one per row of the batch, or one for all"
+        raise UnweaveError(f"strengths are given for {len(strengths)} rows, and the batch has {len(x)}", remedy=remedy)
 
 
 def ablate(

@@ -113,10 +113,9 @@ class SAE(nn.Module):
             return
         normalise(torch.ones(1, 2), self.input_norm)
         if self.is_transcoder and not self.encode_only:
-            raise UnweaveError(
-                f"a transcoder's inputs cannot be normalised token by token ({self.input_norm})",
-                remedy="what it writes has another scale than what it reads, and no file says how to undo that",
-            )
+            what = f"a transcoder's inputs cannot be normalised token by token ({self.input_norm})"
+            remedy = "what it writes has another scale than what it reads, and no file says how to undo that"
+            raise UnweaveError(what, remedy=remedy)
 
     # -- what it is -----------------------------------------------------------------------------------------------
 
@@ -162,21 +161,17 @@ class SAE(nn.Module):
     def require_decoder(self) -> None:
         """Raises UnweaveError for an SAE that only encodes (trap 24)."""
         if self.encode_only:
-            raise UnweaveError(
-                f"this SAE encodes and has no decoder: {self.encode_only}",
-                where=repr(self),
-                remedy="use it for latents' values; reconstruction and edits need an SAE with a decoder",
-            )
+            what = f"this SAE encodes and has no decoder: {self.encode_only}"
+            remedy = "use it for latents' values; reconstruction and edits need an SAE with a decoder"
+            raise UnweaveError(what, where=repr(self), remedy=remedy)
 
     # -- encoding and decoding ------------------------------------------------------------------------------------
 
     def _matches(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.d_in:
-            raise UnweaveError(
-                f"this SAE reads {self.d_in} dimensions, but was given {x.shape[-1]}",
-                where=str(self.read or "an SAE without a site"),
-                remedy="use the SAE of this model and site",
-            )
+            what = f"this SAE reads {self.d_in} dimensions, but was given {x.shape[-1]}"
+            remedy = "use the SAE of this model and site"
+            raise UnweaveError(what, where=str(self.read or "an SAE without a site"), remedy=remedy)
         return x.to(self.W_enc.dtype)
 
     def normalised(self, x: Tensor) -> Normalised | None:

@@ -49,11 +49,8 @@ def measure(sae: SAE, lm: LM) -> dict[str, Any]:
             continue
         actual = lm.width(site)
         if actual != width:
-            raise UnweaveError(
-                f"this SAE has {width} dimensions at {site}, the model has {actual}",
-                where=lm.name,
-                remedy="use an SAE that was trained on this model and site",
-            )
+            what = f"this SAE has {width} dimensions at {site}, the model has {actual}"
+            raise UnweaveError(what, where=lm.name, remedy="use an SAE that was trained on this model and site")
     stored = sae.provenance.get("model", {})
     evidence: dict[str, Any] = {"model": lm.name, "trained_on": stored.get("name", "unknown"), "site": str(sae.read)}
     if "fingerprint" in stored:

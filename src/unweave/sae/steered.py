@@ -139,10 +139,8 @@ def sweep(
     """
     check_prompts(prompts)
     if not (finite(maximum) or 0.0) > 0:
-        raise UnweaveError(
-            f"latent {latent} has no largest activation to measure strengths by ({maximum})",
-            remedy="choose a latent that fires, or collect records on more text",
-        )
+        what = f"latent {latent} has no largest activation to measure strengths by ({maximum})"
+        raise UnweaveError(what, remedy="choose a latent that fires, or collect records on more text")
     if any(finite(strength) is None for strength in strengths):
         raise UnweaveError(f"strengths must be numbers, not {list(strengths)}", remedy="for example 1 2 4")
     if mode not in MODES:
@@ -291,11 +289,8 @@ def confidence_changes(
 def lens_tokens(lm: LM, sae: SAE, latents: Sequence[int], k: int = _THEME) -> Tensor:
     """The tokens whose logits the latents' directions raise most, int64 [n, k], strongest first."""
     if sae.d_out != lm.d_model:
-        raise UnweaveError(
-            f"directions of width {sae.d_out} do not lie in the residual stream ({lm.d_model})",
-            where=str(sae.write),
-            remedy="use an SAE whose site adds to the residual stream",
-        )
+        what = f"directions of width {sae.d_out} do not lie in the residual stream ({lm.d_model})"
+        raise UnweaveError(what, where=str(sae.write), remedy="use an SAE whose site adds to the residual stream")
     directions = sae.subset(latents).directions
     parts = [top_tokens(lm, lm.logit_lens(part), k)[1] for part in directions.split(256)]
     return torch.cat(parts)

@@ -66,10 +66,8 @@ class Fires:
         self.sae.verify(lm)
         order = {site: place for place, site in enumerate(lm.sites())}
         if order.get(self.site, -1) > order.get(edited, len(order)):
-            raise UnweaveError(
-                f"an edit at {edited} cannot wait for a latent that is read later, at {self.site}",
-                remedy="choose a latent of the same site or of an earlier one",
-            )
+            what = f"an edit at {edited} cannot wait for a latent that is read later, at {self.site}"
+            raise UnweaveError(what, remedy="choose a latent of the same site or of an earlier one")
 
     def holds(self, x: Tensor, at: At, tokens: Tensor) -> Tensor:
         """At which of ``tokens`` bool [B, P] it is true, for the site's activation x [B, P, D]."""
@@ -82,11 +80,9 @@ def tokens_where(where: Where, policy: TokenPolicy, source: Tensor, at: At) -> T
         keep = where(at)
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != at.mask.shape:
             seen = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else repr(keep)[:60]
-            raise UnweaveError(
-                f"where gave {seen}, not a bool tensor {list(at.mask.shape)}",
-                where=str(at.site),
-                remedy="return one truth value per token, e.g. lambda at: at.roles == Role.USER",
-            )
+            what = f"where gave {seen}, not a bool tensor {list(at.mask.shape)}"
+            remedy = "return one truth value per token, e.g. lambda at: at.roles == Role.USER"
+            raise UnweaveError(what, where=str(at.site), remedy=remedy)
         return keep.to(at.mask.device) & at.mask
     roles = roles_of(where)
     if roles is not None:

@@ -76,22 +76,16 @@ def _circuit(asked: Asked) -> StoredCircuit | None:
     """The circuit, where the target is one; None where SAEs are named instead."""
     if asked.target is None:
         if not asked.saes:
-            raise UnweaveError(
-                "there is nothing to annotate",
-                where="unweave annotate",
-                remedy="name a circuit's run, or --saes and --latents",
-            )
+            remedy = "name a circuit's run, or --saes and --latents"
+            raise UnweaveError("there is nothing to annotate", where="unweave annotate", remedy=remedy)
         return None
     if asked.latents:
         raise UnweaveError(
             "a circuit and latents are both named", where="--latents", remedy="give --saes and --latents, or a circuit"
         )
     if os.path.isdir(asked.target) and not os.path.isfile(asked.target / FILE) and list(asked.target.rglob("cfg.json")):
-        raise UnweaveError(
-            "this is an SAE, not a circuit",
-            where=str(asked.target),
-            remedy=f"unweave annotate --saes {asked.target} --latents 12 34",
-        )
+        remedy = f"unweave annotate --saes {asked.target} --latents 12 34"
+        raise UnweaveError("this is an SAE, not a circuit", where=str(asked.target), remedy=remedy)
     return open_circuit(asked.target)
 
 
@@ -100,11 +94,8 @@ def _saes(asked: Asked, stored: StoredCircuit | None) -> OfSAEsSpec:
         return OfSAEsSpec(saes=asked.saes, model=asked.model, device=asked.device)
     spec = stored.saes_spec(asked.saes, asked.model, asked.device)
     if spec is None:
-        raise UnweaveError(
-            "this circuit does not say where its SAEs are",
-            where=str(stored.path),
-            remedy="name them with --saes",
-        )
+        remedy = "name them with --saes"
+        raise UnweaveError("this circuit does not say where its SAEs are", where=str(stored.path), remedy=remedy)
     return spec
 
 
@@ -124,20 +115,14 @@ def _of_circuit(asked: Asked, stored: StoredCircuit) -> Mapping[tuple[Site, int]
 def _of_classifier(asked: Asked, stored: StoredCircuit) -> Mapping[tuple[Site, int], Effects]:
     """The latents of a classifier's circuit that its run judges: those that support the label."""
     if stored.circuit.about.neurons:
-        raise UnweaveError(
-            "this circuit is of neurons, which have no contexts",
-            where=str(stored.path),
-            remedy="annotate the circuit-0.safetensors beside it",
-        )
+        remedy = "annotate the circuit-0.safetensors beside it"
+        raise UnweaveError("this circuit is of neurons, which have no contexts", where=str(stored.path), remedy=remedy)
     judged = stored.circuit.about.judged or Judged()
     threshold = judged.threshold if asked.threshold is None else asked.threshold
     strong = strongest(means(stored.circuit), threshold=threshold, top=asked.top or judged.top)
     if not strong:
-        raise UnweaveError(
-            f"no latent supports the label by more than {threshold:g}",
-            where=str(stored.path),
-            remedy="give a lower --threshold",
-        )
+        what = f"no latent supports the label by more than {threshold:g}"
+        raise UnweaveError(what, where=str(stored.path), remedy="give a lower --threshold")
     return {(one.site, one.latent): ((None, one.effect),) for one in strong}
 
 

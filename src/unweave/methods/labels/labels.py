@@ -105,11 +105,8 @@ def label(
     frequencies = read(chosen, pieces)
     counted = np.stack([frequencies.tokens(site) > 0 for site in saes])
     if not counted.any():
-        raise UnweaveError(
-            "no text to choose on has a token that counts: all are special, or excluded by the SAE's policy",
-            where=texts.source,
-            remedy="give texts of words, or SAEs with another policy",
-        )
+        what = "no text to choose on has a token that counts: all are special, or excluded by the SAE's policy"
+        raise UnweaveError(what, where=texts.source, remedy="give texts of words, or SAEs with another policy")
     kept = np.flatnonzero(texts.support(sides["chosen"]) >= match.support)
     matched = {
         site: best_pairs(lm, saes[site], frequencies, site, labels_of(texts, chosen, counted[i]).of(kept), match, seed)
@@ -154,11 +151,8 @@ def _refuse(lm: LM, saes: Mapping[Site, SAE], texts: TaggedTexts, match: MatchSp
     for site, sae in saes.items():
         sae.verify(lm)
         if match.output_score is not None and not writes_into_stream(lm, sae.write, sae.d_out):
-            raise UnweaveError(
-                f"the SAE at {site} does not write into the residual stream, so its latents have no output score",
-                where="match.output_score",
-                remedy="set match.output_score: null",
-            )
+            what = f"the SAE at {site} does not write into the residual stream, so its latents have no output score"
+            raise UnweaveError(what, where="match.output_score", remedy="set match.output_score: null")
 
 
 def _alike(texts: TaggedTexts) -> str:

@@ -93,10 +93,8 @@ def released(name: str) -> tuple[str, str]:
         if release.startswith("llama_scope"):
             groups[0] = groups[0].upper()
         return repository.format(*groups), path.format(*groups)
-    raise UnweaveError(
-        f"unknown SAELens name {release!r}",
-        remedy="give the repository and path that SAELens lists for it: hub:org/name/path (docs/formats.md)",
-    )
+    remedy = "give the repository and path that SAELens lists for it: hub:org/name/path (docs/formats.md)"
+    raise UnweaveError(f"unknown SAELens name {release!r}", remedy=remedy)
 
 
 def _download(name: str, repository: str, revision: str | None, path: str) -> Source:
@@ -121,11 +119,8 @@ def _download(name: str, repository: str, revision: str | None, path: str) -> So
         warnings.warn(_PROCESSED[repository], UnweaveWarning, stacklevel=2)
     place = top / path if path else top
     if not place.exists():
-        raise UnweaveError(
-            f"the repository {repository} has no SAE at {path or 'its top'!r}",
-            where=name,
-            remedy="name the folder that holds its files, as the hub's page shows it",
-        )
+        what = f"the repository {repository} has no SAE at {path or 'its top'!r}"
+        raise UnweaveError(what, where=name, remedy="name the folder that holds its files, as the hub's page shows it")
     return Source(place, name, {"repository": repository, "revision": top.name})
 
 

@@ -74,10 +74,8 @@ class Parts:
         self.widen()
         bias = self.b_dec if bias is None else bias
         if len(bias) != self.d_in:
-            raise UnweaveError(
-                f"a bias of length {len(bias)} cannot be taken off inputs of {self.d_in} dimensions",
-                remedy="restore the file",
-            )
+            what = f"a bias of length {len(bias)} cannot be taken off inputs of {self.d_in} dimensions"
+            raise UnweaveError(what, remedy="restore the file")
         self.b_enc = self.b_enc - bias.to(self.b_enc.dtype) @ self.W_enc
 
     def fold_input_scale(self, s_in: float, s_out: float | None = None) -> None:

@@ -56,11 +56,8 @@ def locate(name: str | Path) -> Source:
         return hub.fetch(text)
     path = Path(os.path.expanduser(name))  # unlike Path's, leaves ~nobody as it is
     if not _exists(path):
-        raise UnweaveError(
-            "no such SAE folder or file",
-            where=text,
-            remedy="give a folder, a file, hub:org/name/sub/folder, or saelens:RELEASE/ID",
-        )
+        remedy = "give a folder, a file, hub:org/name/sub/folder, or saelens:RELEASE/ID"
+        raise UnweaveError("no such SAE folder or file", where=text, remedy=remedy)
     return Source(path, text)
 
 
@@ -97,11 +94,8 @@ def save(sae: SAE, folder: Path, format: str) -> Path:
     if format not in WRITERS:
         raise UnweaveError(f"SAEs cannot be written as {format!r}", remedy=f"known: {', '.join(WRITERS)}")
     if isinstance(sae.activation, Identity):
-        raise UnweaveError(
-            "neurons are not a trained SAE, and no format can hold them",
-            where=repr(sae),
-            remedy="make them again: neurons(lm, site)",
-        )
+        remedy = "make them again: neurons(lm, site)"
+        raise UnweaveError("neurons are not a trained SAE, and no format can hold them", where=repr(sae), remedy=remedy)
     return WRITERS[format](sae, folder)
 
 

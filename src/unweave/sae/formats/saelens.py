@@ -48,11 +48,8 @@ def recognise(source: Source) -> bool:
 def save(sae: SAE, folder: Path) -> Path:
     """Writes a folder that SAELens reads. Raises UnweaveError for what it has no architecture for."""
     if sae.kind == "topk" and sae.is_transcoder:
-        raise UnweaveError(
-            "SAELens has no TopK transcoders",
-            where=repr(sae),
-            remedy='save it with format="unweave": the same files, which only Unweave reads; or as sparsify',
-        )
+        remedy = 'save it with format="unweave": the same files, which only Unweave reads; or as sparsify'
+        raise UnweaveError("SAELens has no TopK transcoders", where=repr(sae), remedy=remedy)
     return save_own(sae, folder)
 
 

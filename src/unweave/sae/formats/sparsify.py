@@ -85,18 +85,13 @@ def save(sae: SAE, folder: Path) -> Path:
 
     sae.require_decoder()
     if not isinstance(sae.activation, TopK):
-        raise UnweaveError(
-            f"sparsify has TopK only, and this SAE's activation is {sae.kind}",
-            where=repr(sae),
-            remedy="convert it to saelens or dictionary_learning",
-        )
+        what = f"sparsify has TopK only, and this SAE's activation is {sae.kind}"
+        raise UnweaveError(what, where=repr(sae), remedy="convert it to saelens or dictionary_learning")
     if sae.d_in != sae.d_out:
         raise UnweaveError(f"sparsify has one width, and this SAE has {sae.d_in} and {sae.d_out}", where=repr(sae))
     if sae.input_norm is not None:
-        raise UnweaveError(
-            f"sparsify has no inputs normalised token by token ({sae.input_norm})", where=repr(sae),
-            remedy="convert it to saelens",
-        )  # fmt: skip
+        what = f"sparsify has no inputs normalised token by token ({sae.input_norm})"
+        raise UnweaveError(what, where=repr(sae), remedy="convert it to saelens")
     transcodes = sae.read != sae.write
     tensors = {"encoder.weight": sae.W_enc.T, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     if sae.W_skip is not None:

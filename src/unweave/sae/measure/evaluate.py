@@ -63,11 +63,9 @@ def evaluate_all(lm: LM, saes: Sequence[SAE], batches: Iterable[Tokens]) -> list
     read, write = _sites(lm, saes[0])
     for sae in saes:
         if _sites(lm, sae) != (read, write) or sae.policy != saes[0].policy:
-            raise UnweaveError(
-                "SAEs that are measured together read and write the same sites, and count the same tokens",
-                where=str(read),
-                remedy="measure them one by one, or give them one policy (TokenPolicy.common)",
-            )
+            what = "SAEs that are measured together read and write the same sites, and count the same tokens"
+            remedy = "measure them one by one, or give them one policy (TokenPolicy.common)"
+            raise UnweaveError(what, where=str(read), remedy=remedy)
         sae.verify(lm)
     with torch.no_grad():
         passes = Passes.of(lm, read, write)
@@ -77,11 +75,9 @@ def evaluate_all(lm: LM, saes: Sequence[SAE], batches: Iterable[Tokens]) -> list
             raise UnweaveError("there are no tokens to evaluate on", remedy="give at least one batch of tokens")
         counted = _count(passes, saes[0], pieces)
         if counted.n == 0:
-            raise UnweaveError(
-                f"none of the tokens counts: {', '.join(f'{n} {reason}' for reason, n in counted.excluded.items())}",
-                where=str(read),
-                remedy="give text with ordinary tokens, or an SAE with another token policy",
-            )
+            what = f"none of the tokens counts: {', '.join(f'{n} {reason}' for reason, n in counted.excluded.items())}"
+            remedy = "give text with ordinary tokens, or an SAE with another token policy"
+            raise UnweaveError(what, where=str(read), remedy=remedy)
         measured = _measure(passes, saes, pieces, counted)
     return [_metrics(write, measured, i, counted.excluded, lm.vocab_size) for i in range(len(saes))]
 
@@ -94,10 +90,8 @@ def _sites(lm: LM, sae: SAE) -> tuple[Site, Site]:
     if read is None or write is None:
         raise UnweaveError("this SAE does not say which site it belongs to", remedy='name it: sae.at("resid_post.9")')
     if "path" not in (read.point, write.point) and lm.site(read) > lm.site(write):
-        raise UnweaveError(
-            f"this SAE reads at {read}, which the model reaches after {write}, where it writes",
-            remedy="name its sites in the order of the model: sae.at(read, write)",
-        )
+        what = f"this SAE reads at {read}, which the model reaches after {write}, where it writes"
+        raise UnweaveError(what, remedy="name its sites in the order of the model: sae.at(read, write)")
     return lm.site(read), lm.site(write)
 
 
@@ -348,9 +342,6 @@ def _metrics(site: Site, measured: _Measured, which: int, excluded: dict[str, in
 
 def _over_variance(sums: _Sums, site: Site) -> float:
     if sums.deviations <= 1e-12 * sums.n * float(sums.mean.square().sum()):
-        raise UnweaveError(
-            "the activations do not vary, so there is no variance to explain",
-            where=str(site),
-            remedy="give more and more varied text",
-        )
+        what = "the activations do not vary, so there is no variance to explain"
+        raise UnweaveError(what, where=str(site), remedy="give more and more varied text")
     return sums.errors / sums.deviations
