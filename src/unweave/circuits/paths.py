@@ -285,7 +285,7 @@ class Paths:
         The pass begins at the block's input with the value before the MLP, and attention adds nothing.
         """
         before = Site("resid_pre" if self.parallel else "resid_mid", layer)
-        return self._through(rows, before, layer, {Site("attn_add", layer): _nothing}, cots)
+        return self._through(rows, before, layer, {Site("attn_add", layer): lambda x, _at: torch.zeros_like(x)}, cots)
 
     def _through(
         self, rows: Rows, before: Site, layer: int, edit: Mapping[Site, Callable], cots: Mapping[Site, Tensor]
@@ -332,10 +332,6 @@ class Paths:
             values = [seen[site] for site in sites]
         into = [cots[site].to(value.dtype) for site, value in zip(sites, values, strict=True)]
         return torch.autograd.grad(values, leaf, into)[0]
-
-
-def _nothing(x: Tensor, _at: object) -> Tensor:
-    return torch.zeros_like(x)
 
 
 def _scattered(cot: Tensor, sequence: Tensor, place: Tensor, position: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def _figure(result: Faithfulness, title: str, colours: Mapping[str, str]) -> Fig
         _panel(ax, colours)
         ax.set_xlabel("nodes in the circuit", fontsize=9, color=colours["soft"])
     for curve in result.curves:
-        name, (hue, mark) = curve_name(curve.errors, curve.neurons), _style(curve)
+        name = curve_name(curve.errors, curve.neurons)
+        hue, mark = ("warm", "v") if curve.neurons else _STYLES[curve.errors]
         colour = colours.get(hue, hue)
         rows = sorted((row for row in curve.rows if row.nodes), key=lambda row: row.nodes)
         nodes = [row.nodes for row in rows]
@@ -79,10 +80,6 @@ def _figure(result: Faithfulness, title: str, colours: Mapping[str, str]) -> Fig
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
     return figure
-
-
-def _style(curve: Sweep) -> tuple[str, str]:
-    return ("warm", "v") if curve.neurons else _STYLES[curve.errors]
 
 
 def _random(ax: Axes, curve: Sweep, colour: str, name: str) -> None:

@@ -71,8 +71,9 @@ def run(spec: CircuitEvaluateSpec, ctx: Context) -> Faithfulness:
     search = search_of(spec)
     opened, circuit = open_saes(search.spec), search.stored.circuit
     examples = _examples(spec, search, opened)
+    first = min((site.layer for site in opened.saes if site.layer is not None), default=-1)
     options = SweepOptions(
-        start_layer=_first_layer(opened) if spec.start_layer is None else spec.start_layer,
+        start_layer=first if spec.start_layer is None else spec.start_layer,
         ablation=spec.ablation or ("clean" if examples.used.accuracy is None else "patch"),
         skip_first=search.spec.skip_first,
         draws=spec.draws,
@@ -109,10 +110,6 @@ def run(spec: CircuitEvaluateSpec, ctx: Context) -> Faithfulness:
     write_file(ctx.path / result.figure, figures.curves_png(result))
     write_file(ctx.path / result.table, view.curves_csv(result))
     return result
-
-
-def _first_layer(opened: Opened) -> int:
-    return min((site.layer for site in opened.saes if site.layer is not None), default=-1)
 
 
 def _examples(spec: CircuitEvaluateSpec, search: FinishedSearch, opened: Opened) -> Examples:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from functools import singledispatch
 
-from unweave.attribute.result import SiteSum, incomplete
+from unweave.attribute.result import incomplete
 from unweave.circuits.about import Example
 from unweave.core.result import Row
 from unweave.inputs.subject import Subject
@@ -141,16 +141,13 @@ def section(result: CircuitSearch, around: Around = ALONE) -> Section:
 
 def _site_table(result: CircuitSearch) -> str:
     sums = {row.site: row for row in result.sums}
-    lines = [
-        (str(row.site), f"{row.latents:,}", f"{row.errors:,}", *_sum_cells(sums.get(row.site)))
-        for row in result.search.above
-    ]
+    lines = []
+    for row in result.search.above:
+        of_site = sums.get(row.site)
+        cells = ("", "") if of_site is None else (number(of_site.sum), number(of_site.change))
+        lines.append((str(row.site), f"{row.latents:,}", f"{row.errors:,}", *cells))
     head = ("Site", capital(_noun(result)), "Errors", "Sum of all effects", "Measured change")
     return table(head, lines, (1, 2, 3, 4), "Nodes above the threshold, and whether effects add up")
-
-
-def _sum_cells(row: SiteSum | None) -> tuple[str, str]:
-    return ("", "") if row is None else (number(row.sum), number(row.change))
 
 
 # -- faithfulness -----------------------------------------------------------------------------------------------------

@@ -230,12 +230,15 @@ class _Study:
         x = self.texts.edited(self._ablation(_places(ablated)), [*chosen.ambiguous, *test], of)
         n, by_gender = len(chosen.ambiguous), _places(strongest(circuits.gender, top=len(ablated)))
         retrained = self.fitted(x[:n], chosen.ambiguous, seed)
+        by_neurons = _places(strongest(circuits.neurons, top=len(ablated)))
+        examples = chosen.balanced[: self.options.circuit.examples]
+        without_neurons = mean_ablation(self.lm, self.texts, examples, by_neurons)
         single: dict[Method, Accuracies] = {
             "original": self._accuracies(chosen.probe, clean[test]),
             "concepts": self._accuracies(bottleneck, concepts[test]),
             "shift": self._accuracies(chosen.probe, x[n:]),
             "retrain": self._accuracies(retrained, x[n:]),
-            "neurons": self._tested(chosen.probe, self._neuron_edits(circuits, chosen, len(ablated)), f"neurons, {of}"),
+            "neurons": self._tested(chosen.probe, without_neurons, f"neurons, {of}"),
             "features": self._tested(chosen.probe, self._ablation(by_gender), f"feature skyline, {of}"),
             "oracle": self._accuracies(oracle, clean[test]),
         }
@@ -245,10 +248,6 @@ class _Study:
             reached = self._tested(chosen.probe, self._ablation(others), f"random latents, {of}")
             rows.append(TableRow("random", draw, reached))
         return tuple(rows)
-
-    def _neuron_edits(self, circuits: _Circuits, chosen: _Examples, n: int) -> list[Edit]:
-        examples = chosen.balanced[: self.options.circuit.examples]
-        return mean_ablation(self.lm, self.texts, examples, _places(strongest(circuits.neurons, top=n)))
 
     def _ablation(self, latents: Sequence[tuple[Site, int]]) -> list[Edit]:
         return ablation(self.used, latents, self.options.where)

@@ -75,7 +75,8 @@ def logit_effects(
     place = {row: i for i, row in enumerate(rows)}
     effects_of = {site: torch.zeros(len(rows), sae.d_sae + 1) for site, sae in used.items()}
     with task(name, total=len(rows), unit="texts") as shown:
-        for group in _groups(texts, rows):
+        # however large the texts' own batches are
+        for group in texts.batches(rows, max(1, texts.batch_tokens // _EFFECT_TOKENS)):
             tokens = texts.tokens(group)
             metric = ProbeLogit(probe, texts.site, tokens, texts.skip_first)
             positions = beyond_first(tokens.mask, texts.skip_first)
@@ -97,12 +98,6 @@ def before(saes: Mapping[Site, SAE], site: Site) -> dict[Site, SAE]:
     if not used:
         raise UnweaveError(f"no SAE lies at or before {site}", where="classifier.site", remedy="name a later site")
     return used
-
-
-def _groups(texts: Pooled, rows: Sequence[int]) -> list[list[int]]:
-    """Batches of similar length with at most ``_EFFECT_TOKENS`` tokens each, however large the texts' own are."""
-    copies = max(1, texts.batch_tokens // _EFFECT_TOKENS)
-    return list(texts.batches(rows, copies))
 
 
 def support(effects: Mapping[Site, Tensor], labels: Sequence[int]) -> dict[Site, Tensor]:
