@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unweave.attribute.runner import Batch, Runner
-from unweave.attribute.states import SAEs, State, beyond_first, by_site_of, chunks, reads_of, states
+from unweave.attribute.states import SAEs, State, beyond_first, by_site_of, chunks, reads_of, states, values_of
 from unweave.circuits.about import AblationOptions, Means
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
@@ -205,12 +205,7 @@ class _Run:
         first = options.start_layer
         if first > 0 and all((site.layer or 0) >= first for site in self.reads):
             self.start = Site("resid_pre", first)
-            with lm.taps(read=[self.start], stop=self.start) as seen:
-                streams = []
-                for part in self.runner.chunks(len(self.tokens)):
-                    lm(self.tokens.rows(part))
-                    streams.append(seen[self.start])
-            self.stream = torch.cat(streams)
+            self.stream = values_of(lm, [self.start], self.tokens, max_tokens=options.max_tokens)[self.start]
 
     def unchanged(self, shown: Task) -> Tensor:
         """The metric [N] of the model as it is."""

@@ -142,7 +142,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
         raise Interrupted
 
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "rate_all", interrupt)
+        patched.setattr(compare, "rate_all", interrupt)
         with pytest.raises(Interrupted):
             stage.run(spec, tmp_path / "parts")
 

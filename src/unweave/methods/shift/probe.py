@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unweave.attribute.states import beyond_first
+from unweave.attribute.states import beyond_first, values_of
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import Task, task
 from unweave.core.shares import Share
@@ -248,10 +248,8 @@ _BEFORE = "The"
 def concept_vectors(lm: LM, site: Site, keywords: Sequence[str] = KEYWORDS) -> Tensor:
     """Unit vectors [K, D], on the CPU."""
     tokens = lm.tokenize([f"{_BEFORE} {word}" for word in keywords])
-    with lm.taps(read=[site], stop=site) as seen:
-        lm(tokens)
     last = tokens.mask.sum(1) - 1
-    x = seen[site][torch.arange(len(keywords)), last].float().cpu()
+    x = values_of(lm, [site], tokens)[site][torch.arange(len(keywords)), last].float().cpu()
     vectors = x - x.mean(0)
     return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from unweave.attribute.attribution import node_effects
 from unweave.attribute.completeness import Completeness
 from unweave.attribute.options import AttributionOptions
-from unweave.attribute.states import beyond_first
+from unweave.attribute.states import beyond_first, values_of
 from unweave.circuits.about import Supporting, by_site
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
@@ -166,10 +166,9 @@ def mean_ablation(lm: LM, texts: Pooled, rows: Sequence[int], neurons: Sequence[
     sums = {site: torch.zeros(len(coordinates[site]), dtype=torch.float64) for site in sites}
     for group in texts.batches(rows):
         tokens = texts.tokens(group).to(lm.device)
-        with lm.taps(read=sites, stop=sites[-1]) as seen:
-            lm(tokens)
+        values = values_of(lm, sites, tokens, max_tokens=texts.batch_tokens)
         for site in sites:
-            means = pool(seen[site], tokens, texts.skip_first)[:, coordinates[site]]
+            means = pool(values[site], tokens, texts.skip_first)[:, coordinates[site]]
             sums[site] += means.double().sum(0).cpu()
     means = {site: total / len(rows) for site, total in sums.items()}
     return [MeanAblation(site, torch.tensor(coordinates[site]), means[site], texts.skip_first) for site in sites]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unweave.attribute.states import values_of
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.site import Site
@@ -99,15 +100,12 @@ def _by_sites(lm: LM, saes: Mapping[str, SAE]) -> dict[tuple[Site, Site], dict[s
 
 
 def _pass(lm: LM, tallies: Sequence[_Tally], batches: Sequence[Tokens], special: SpecialTokens) -> None:
-    sites = sorted({site for tally in tallies for site in (tally.read, tally.write)})
-    # Where a module path lies in the order of execution is not known, so such a pass runs to its end.
-    stop = None if any(site.point == "path" for site in sites) else sites[-1]
+    sites = {site for tally in tallies for site in (tally.read, tally.write)}
     first_row, total = 0, sum(batch.n_tokens for batch in batches)
     with task("special tokens", total=total, unit="tokens") as shown:
         for piece in batches:
             batch = piece.to(lm.device)
-            with lm.taps(read=sites, stop=stop) as seen:
-                lm(batch)
+            seen = values_of(lm, sites, batch, max_tokens=batch.ids.numel())
             words = _Words.of(batch, special, first_row)
             for tally in tallies:
                 tally.add(words, seen[tally.read], seen[tally.write])
