@@ -41,13 +41,7 @@ class OutputScore:
 
 
 def output_scores(
-    lm: LM,
-    sae: SAE,
-    latents: Sequence[int],
-    *,
-    prompt: str = NEUTRAL,
-    amount: float = 10.0,
-    max_tokens: int = 1024,
+    lm: LM, sae: SAE, latents: Sequence[int], *, prompt: str = NEUTRAL, amount: float = 10.0, max_tokens: int = 1024
 ) -> list[OutputScore]:
     """The output score of each latent, in the order given; see the module. The SAE's error is kept.
 

@@ -32,8 +32,5 @@ COMMAND = Command(
         "them, and writes report.html. About ten minutes on two cores; a second call returns at once, and after an "
         "interruption the same command goes on where it was."
     ),
-    examples=(
-        "unweave demo",
-        "unweave demo --scale smoke --runs elsewhere    # everything smaller: two minutes",
-    ),
+    examples=("unweave demo", "unweave demo --scale smoke --runs elsewhere    # everything smaller: two minutes"),
 )

@@ -263,10 +263,7 @@ def words_changed(before: str, after: str) -> float:
 
 
 def levels_of(
-    by_latent: Sequence[Sequence[Answer]],
-    questions: Sequence[str],
-    alphas: Sequence[float],
-    unit: float,
+    by_latent: Sequence[Sequence[Answer]], questions: Sequence[str], alphas: Sequence[float], unit: float
 ) -> tuple[Level, ...]:
     """One level per alpha."""
 
