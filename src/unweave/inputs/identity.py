@@ -70,3 +70,8 @@ def saes(written: tuple[str, ...]) -> str:
     from unweave.inputs.saes import named_saes
 
     return digest([[str(site), sae(name)] for site, name in named_saes(written)]) if written else ""
+
+
+def models(names: tuple[str, ...]) -> str:
+    """Twelve digits over what is local of several models."""
+    return digest([tree_of(name) for name in names])

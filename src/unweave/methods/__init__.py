@@ -32,6 +32,7 @@ METHODS = (
     "methods.shift",
     "methods.behaviours",
     "methods.compress",
+    "methods.compress.transfer",
     "methods.report",
 )
 """In the order of help and of pages."""
