@@ -69,6 +69,19 @@ def test_runs_are_listed_with_their_state_and_what_builds_on_them(folders: dict[
         entries(root / "nowhere")
 
 
+def test_a_refused_question_leaves_no_folder(tmp_path: Path) -> None:
+    def ask(text: str, works: bool, error: Exception) -> bool:
+        with pytest.raises(type(error)), Run.open(tmp_path, "train", Asked(text), kind=Answer) as run:
+            if works:
+                run.log("begun")
+            raise error
+        return run.path.exists()
+
+    refusal = UnweaveError("no such site")
+    assert not ask("a", False, refusal)
+    assert ask("b", True, refusal) and ask("c", False, KeyError("our fault"))
+
+
 def test_removal_refuses_what_others_need(folders: dict[str, Path]) -> None:
     root = folders["first"].parent
     every = entries(root)

@@ -131,7 +131,10 @@ class Run(Generic[R]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lock is not None:
-            self._count_costs()
+            if isinstance(error, UnweaveError) and self._untouched:
+                shutil.rmtree(self.path, ignore_errors=True)  # a question that was refused before any work
+            else:
+                self._count_costs()
             self._lock.close()
             self._lock = None
             Run._held.discard(self.path)
@@ -220,6 +223,10 @@ class Run(Generic[R]):
         peak = max(memory, _number(old.get("peak_memory_gb")))
         self._since = now
         write_json(self.path / "costs.json", old | {"seconds": round(seconds, 2), "peak_memory_gb": peak})
+
+    @property
+    def _untouched(self) -> bool:
+        return all(path.name in (".lock", "spec.json", "env.json") for path in self.path.iterdir())
 
     def _remove_pieces(self) -> None:
         for path in [path for pattern in _PIECES for path in self.path.glob(pattern)]:
