@@ -257,6 +257,9 @@ def test_a_labelled_set_uses_the_named_class_and_counts_a_text_once(
         "158_code_C": [("int x;", 1), ("<p>", 0)],
         "159_code_Python": [("def f(): pass", 1), ("int x;", 0), ('a,\n"b"', 1)],
         "160_code_HTML": [("<p>", 1), ("<p>", 1)],
+        "92_glue_sst2": [("dull", 0), ("grand", 1)],
+        "111_yelp_data": [("cold soup", 1), ("so so", 2), ("warm bread", 3)],
+        "157_amazon_5star": [("broke", 0)],
     }
     for name, rows in tables.items():
         table = pa.table({"prompt": [row[0] for row in rows], "target": [row[1] for row in rows]})
@@ -267,6 +270,11 @@ def test_a_labelled_set_uses_the_named_class_and_counts_a_text_once(
     assert as_pairs(texts) == [("int x;", ["C code"]), ("def f(): pass", ["Python code"]),
                                ('a,\n"b"', ["Python code"]), ("<p>", ["HTML code"])]  # fmt: skip
     assert "licence" in texts.notes[0]
+    assert as_pairs(open_tagged(TaggedSpec(source="reviews"))) == [
+        ("dull", ["film review", "negative"]), ("grand", ["film review", "positive"]),
+        ("cold soup", ["negative", "restaurant review"]), ("so so", ["restaurant review"]),
+        ("warm bread", ["positive", "restaurant review"]), ("broke", ["negative", "product review"]),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,18 @@ class Codes:
         first, last = int(offsets[0]), int(offsets[-1])
         return Codes(offsets - first, self.indices[first:last], self.values[first:last], self.n_latents)
 
+    def take(self, rows: Tensor) -> Codes:
+        """Some rows, int64 [n], in the order given."""
+        lengths = self.offsets.diff()[rows]
+        offsets = _offsets(lengths)
+        places = torch.arange(int(offsets[-1]), device=rows.device)
+        places += torch.repeat_interleave(self.offsets[rows] - offsets[:-1], lengths)
+        return Codes(offsets, self.indices[places], self.values[places], self.n_latents)
+
+    def cpu(self) -> Codes:
+        """The same on the CPU, in float32."""
+        return Codes(self.offsets.cpu(), self.indices.cpu(), self.values.float().cpu(), self.n_latents)
+
     def of(self, latents: Tensor) -> Codes:
         """Only some latents (ascending numbers), which are numbered anew from 0; the rows stay."""
         place = self.indices.new_full((self.n_latents,), -1)

@@ -19,8 +19,8 @@ from unweave.core.site import Site
 from unweave.data.pack import Row
 from unweave.data.policy import TokenPolicy
 from unweave.methods.saebench import absorption, sparse_probing, view
-from unweave.methods.saebench.sparse_probing import Labelled, pooled_latents, problems_of, sparse
-from unweave.methods.saebench.spec import AbsorptionSpec, CoreSpec, ProbingSpec, SaebenchSpec
+from unweave.methods.saebench.labelled import Labelled, pooled_latents, problems_of, sparse
+from unweave.methods.saebench.spec import AbsorptionSpec, CoreSpec, ProbingSpec, SaebenchSpec, ScrSpec, TppSpec
 from unweave.methods.saebench.spread import OWN, Scored, half_width, measure
 from unweave.methods.saebench.stage import run
 from unweave.methods.saebench.task import Bench
@@ -33,15 +33,21 @@ SITE = Site("resid_post", 1)
 
 @pytest.fixture(scope="module")
 def tagged(tmp_path_factory):
-    """Texts about two things, told by their words."""
-    rng = random.Random(0)
-    words = {"sea": ["ship", "wave", "salt", "fish"], "land": ["tree", "road", "hill", "cart"]}
+    """Texts about two things, told by their words; beside it texts about one of three, each of them calm or rough."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("tagged")
+    words = {"sea": ["ship", "wave", "salt", "fish"], "land": ["tree", "road", "hill", "cart"],
+             "sky": ["star", "bird", "wind"], "calm": ["still", "soft"], "rough": ["loud", "hard"]}  # fmt: skip
     rows = [
         {"text": " ".join(rng.choices([*words[label], "the", "and"], k=9)), "tags": [label]}
-        for label in words for _ in range(140)
+        for label in ("sea", "land") for _ in range(140)
     ]  # fmt: skip
-    path = tmp_path_factory.mktemp("tagged") / "texts.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
+    crossed = [
+        {"text": " ".join(rng.choices(words[about] + words[how], k=8)), "tags": [about, how]}
+        for about in ("sea", "land", "sky") for how in ("calm", "rough") for _ in range(70)
+    ]  # fmt: skip
+    for name, some in (("crossed", crossed), ("texts", rows)):
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, some)))
     return path
 
 
@@ -50,6 +56,9 @@ def spec(trained, tagged, **changes):
         saes=(str(trained.path / "sae"),), seeds=3, device="cpu", batch_tokens=256,
         core=CoreSpec(tokens=1500, context=24, batch_rows=4),
         sparse_probing=ProbingSpec(sources=(str(tagged),), per_label=100, context=40, ks=(1, 3), strengths=(0.1, 1.0)),
+        scr=ScrSpec(sources=(str(tagged.with_name("crossed.jsonl")),), pairs=("sea/land by calm/rough",), per_group=70,
+                    ns=(2, 20), strengths=(0.1,)),
+        tpp=TppSpec(sources=(str(tagged.with_name("crossed.jsonl")),), per_label=60, ns=(2, 20), strengths=(0.1,)),
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -62,7 +71,7 @@ def done(request, trained, tagged, runs, home):
 
 def test_every_task_is_run_or_says_why(done):
     result = done.result
-    assert [one.task for one in result.scores] == ["core", "sparse_probing"]
+    assert [one.task for one in result.scores] == ["core", "sparse_probing", "scr", "tpp"]
     (missing,) = result.not_run
     assert missing.task == "absorption" and "single tokens of this tokenizer" in missing.reason
     for one in result.scores:
@@ -74,6 +83,11 @@ def test_every_task_is_run_or_says_why(done):
     assert any(gap.baseline == OWN for gap in probing["sae_test_accuracy"].gaps)
     assert ("sae_chosen_k_test_accuracy" in probing) == (result.form == "correct")
     assert probing["llm_test_accuracy"].value > 0.8, "the words tell the label"
+    for one, key in zip(result.scores[2:], ("scr_metric_threshold_20", "tpp_threshold_20_total_metric"), strict=True):
+        (headline,) = [m for m in one.measures if m.better]
+        assert headline.key == key and "trained longer" in " ".join(one.notes)
+        names = {gap.baseline.split(" ")[0] for gap in headline.gaps}
+        assert names == {"random", "neurons", "control", OWN.split(" ")[0]} and len(headline.gaps) == 5
 
 
 def test_files_have_saebenchs_keys(done):
@@ -91,7 +105,7 @@ def test_files_have_saebenchs_keys(done):
         about = file["eval_result_unstructured"]
         assert about["form"] == done.result.form and about["data"] == one.data and about["sae"]["digest"] == one.digest
         assert file["sae_cfg_dict"]["hook_name"] == "blocks.1.hook_resid_post"
-    core, probing = (json.loads((done.path / one.file).read_text()) for one in done.result.scores)
+    core, probing, scr, tpp = (json.loads((done.path / one.file).read_text()) for one in done.result.scores)
     assert set(core["eval_result_metrics"]) == {
         "model_behavior_preservation", "model_performance_preservation", "reconstruction_quality", "shrinkage",
         "sparsity", "token_stats", "misc_metrics",
@@ -102,6 +116,15 @@ def test_files_have_saebenchs_keys(done):
         "normalized_freq_over_10_percent", "average_max_encoder_cosine_sim", "average_max_decoder_cosine_sim",
         "frac_alive",
     }  # fmt: skip
+    assert scr["eval_result_metrics"]["scr_metrics"].keys() == {
+        f"scr_{key}_threshold_{n}" for n in (2, 20) for key in ("dir1", "metric", "dir2")
+    }  # fmt: skip
+    assert tpp["eval_result_metrics"]["tpp_metrics"].keys() == {
+        f"tpp_threshold_{n}_{part}" for n in (2, 20)
+        for part in ("total_metric", "intended_diff_only", "unintended_diff_only")
+    }  # fmt: skip
+    assert scr["eval_config"]["perform_scr"] and not tpp["eval_config"]["perform_scr"]
+    assert len(scr["eval_result_details"]) == len(tpp["eval_result_details"]) == 1
     assert probing["eval_result_metrics"]["sae"].keys() == {
         "sae_test_accuracy", "sae_top_1_test_accuracy", "sae_top_3_test_accuracy",
     }  # fmt: skip
@@ -160,7 +183,7 @@ def test_pooled_latents_are_means_over_the_tokens_that_count(tiny_lm, tmp_path):
     rows = [Row(torch.randint(3, 97, (n,), generator=draw).tolist(), [4] * n, i) for i, n in enumerate((5, 9, 3, 9, 7))]
     rows[1].ids[2] = rows[4].ids[0] = 5
     asked = SaebenchSpec(saes=("x",), batch_tokens=20)
-    bench = Bench(lm, lm.name, SITE, (sae,), TokenPolicy((5,)), asked, Pieces(None), tmp_path)
+    bench = Bench(lm, lm.name, SITE, (sae,), TokenPolicy((5,)), asked, Pieces(None), Pieces(None), tmp_path)
     held = pooled_latents(sae, bench, bench.source(bench.stored(rows), 16))
     pooled = sparse(held, 48).toarray()
     at = bench.at(rows, [0, 2, 1, 8, 6])
@@ -177,16 +200,16 @@ def test_problems_are_balanced_and_near_duplicates_stay_together():
     rng = np.random.default_rng(0)
     has = np.eye(3, dtype=bool)[rng.integers(0, 3, 600)]
     groups = np.arange(600) // 3
-    texts = Labelled("set", ("a", "b", "c"), 1000 + np.arange(600), groups, has)
+    texts = Labelled("set", ("a", "b", "c"), groups, has)
     for seed in (0, 1):
         problems = problems_of(texts, seed)
         assert list(problems) == ["a", "b", "c"]
         for label, split in enumerate(problems.values()):
-            sides = [set(groups[rows - 1000]) for rows, _ in (split.train, split.validation, split.test)]
+            sides = [set(groups[rows]) for rows, _ in (split.train, split.validation, split.test)]
             assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
             for rows, targets in (split.train, split.validation, split.test):
                 assert targets.mean() == 0.5 and len(set(rows.tolist())) == len(rows)
-                assert (has[rows - 1000, label] == (targets == 1)).all()
+                assert (has[rows, label] == (targets == 1)).all()
     first, other = (problems_of(texts, seed)["a"].test[0] for seed in (0, 1))
     assert set(first) != set(other)
 
@@ -224,6 +247,7 @@ def test_what_cannot_be_measured_is_refused_or_not_run(trained, tagged, runs, tm
     one = tmp_path / "one.jsonl"
     one.write_text("\n".join(json.dumps({"text": f"words {i}", "tags": ["same"]}) for i in range(60)))
     asked = spec(trained, tagged, tasks=("core", "sparse_probing"), sparse_probing=ProbingSpec(sources=(str(one),)),
+                 scr=ScrSpec(), tpp=TppSpec(),
                  core=CoreSpec(tokens=700, context=24, batch_rows=100), form="compatible")  # fmt: skip
     with pytest.raises(UnweaveError, match="no task could run; core: the text makes 1 batches, fewer than 3 seeds"):
         run(asked, runs)
@@ -234,7 +258,7 @@ def test_absorption_refuses_a_model_that_does_not_spell(default_lm, tmp_path):
         saes=("x",), tasks=("absorption",), seeds=2, absorption=AbsorptionSpec(words_per_letter=20, examples=0)
     )
     site = Site("resid_post", 1)
-    bench = Bench(default_lm, default_lm.name, site, (), TokenPolicy(), asked, Pieces(None), tmp_path)
+    bench = Bench(default_lm, default_lm.name, site, (), TokenPolicy(), asked, Pieces(None), Pieces(None), tmp_path)
     noise = torch.randn(520, 16, generator=torch.Generator().manual_seed(0))
     bench_at = replace(bench)
     object.__setattr__(bench_at, "at", lambda rows, places: noise[: len(rows)])

@@ -199,22 +199,9 @@ def _rows(x: Tensor | Codes, rows: Tensor, weight: Tensor) -> Tensor:
     """x[rows] weight, [n, 26]."""
     if isinstance(x, Tensor):
         return x[rows] @ weight
-    part = _taken(x, rows)
+    part = x.take(rows)
     return F.embedding_bag(part.indices, weight, part.offsets, mode="sum", per_sample_weights=part.values,
                            include_last_offset=True)  # fmt: skip
-
-
-def _on_cpu(codes: Codes) -> Codes:
-    return Codes(codes.offsets.cpu(), codes.indices.cpu(), codes.values.float().cpu(), codes.n_latents)
-
-
-def _taken(codes: Codes, rows: Tensor) -> Codes:
-    """Some rows of sparse latents, in the order given."""
-    lengths = codes.offsets.diff()[rows]
-    offsets = F.pad(lengths.cumsum(0), (1, 0))
-    places = torch.arange(int(offsets[-1]))
-    places += torch.repeat_interleave(codes.offsets[rows] - offsets[:-1], lengths)
-    return Codes(offsets, codes.indices[places], codes.values[places], codes.n_latents)
 
 
 def _probe(x: Tensor, letters: Tensor, parts: Parts, seed: int, form: str) -> dict[str, Tensor]:
@@ -247,8 +234,8 @@ def letters_of(
 ) -> list[dict[str, Any]]:
     """SAEBench's row of each letter."""
     options, compatible = spec.absorption, spec.form == "compatible"
-    codes, W_dec, b_dec = _on_cpu(sae.codes(x.to(sae.W_enc))), sae.W_dec.float().cpu(), sae.b_dec.float().cpu()
-    train, choose = _taken(codes, parts.train), _taken(codes, parts.choose)
+    codes, W_dec, b_dec = sae.codes(x.to(sae.W_enc)).cpu(), sae.W_dec.float().cpu(), sae.b_dec.float().cpu()
+    train, choose = codes.take(parts.train), codes.take(parts.choose)
     if compatible:
         order = fit(train, letters[parts.train], l1=0.01, l2=1e-6, batch=4096, seed=spec.seed).weight
     else:
@@ -266,7 +253,7 @@ def letters_of(
         cos = F.normalize(W_dec, dim=1) @ u
         written = cos if compatible else W_dec @ u
         projection = x[test] @ u - (0.0 if compatible else float(b_dec @ u))
-        fraction, full = absorbed(_taken(codes, test).dense().float(), written, cos, projection, main)
+        fraction, full = absorbed(codes.take(test).dense().float(), written, cos, projection, main)
         rows.append({
             "first_letter": LETTERS[letter],
             "mean_absorption_fraction": float(fraction.mean()),

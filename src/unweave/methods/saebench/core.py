@@ -166,7 +166,7 @@ def loss_sums(
 def compatible(sums: Sequence[Sums], losses: Sequence[Sums]) -> dict[str, float]:
     """SAEBench 0.6's numbers of batches. Explained variance subtracts the square of the mean *square* (S / d)^2, mse is
     a token's squared error over the number of tokens in its batch, l1 a plain sum, the bias a mean over batches."""
-    total = {name: torch.stack([one[name] for one in sums]).sum(0) for name in sums[0]}
+    total = _total(sums)
     n, d = total["n"], sums[0]["width"]
     square = torch.stack([one["square"] / one["n"] for one in sums]).mean()
     rest = torch.stack([one["rest"] / one["n"] for one in sums]).mean()
@@ -183,13 +183,17 @@ def compatible(sums: Sequence[Sums], losses: Sequence[Sums]) -> dict[str, float]
     return _defined(numbers)
 
 
+def _total(parts: Sequence[Sums]) -> dict[str, Tensor]:
+    return {name: torch.stack([one[name] for one in parts]).sum(0) for name in parts[0]}
+
+
 def _defined(numbers: Mapping[str, float]) -> dict[str, float]:
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
 def correct(sums: Sequence[Sums], metrics: Metrics) -> dict[str, float]:
     """The same numbers as they should be; those that are undefined on this text are left out."""
-    total = {name: torch.stack([one[name] for one in sums]).sum(0) for name in sums[0]}
+    total = _total(sums)
     numbers = _shared(total) | {
         "kl_div_with_ablation": metrics.kl_mean,
         "kl_div_with_sae": metrics.kl_sae,
@@ -213,7 +217,7 @@ def correct(sums: Sequence[Sums], metrics: Metrics) -> dict[str, float]:
 
 
 def _losses_of(losses: Sequence[Sums]) -> dict[str, float]:
-    total = {name: torch.stack([one[name] for one in losses]).sum(0) for name in losses[0]}
+    total = _total(losses)
     clean, sae, zero = total["ce"] / total["next"]
     kl_sae, kl_zero = total["kl"] / total["tokens"]
     numbers = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
@@ -14,11 +15,15 @@ from unweave.data.spec import DataSpec, ModelRef
 from unweave.inputs.spec import OfSAEsSpec, SAERefs
 from unweave.methods.saebench.result import SaebenchResult
 
-TaskName = Literal["core", "sparse_probing", "absorption"]
-TASKS: tuple[TaskName, ...] = ("core", "sparse_probing", "absorption")
+TaskName = Literal["core", "sparse_probing", "absorption", "scr", "tpp"]
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
 Form = Literal["correct", "compatible"]
 Baseline = Literal["random directions", "neurons"]
 _ASCENDING = rule("ascending numbers from 1", lambda ks: all(a < b for a, b in zip((0, *ks), ks, strict=False)))
+_SOURCES = Content("unweave.tasks.tagged.texts:contents_of", named=True)
+_PAIR = re.compile(r"([^/]+)/([^/]+) by ([^/]+)/([^/]+)")
+_PAIRS = rule("each CLASS/CLASS by CUE/CUE", lambda pairs: all(map(_PAIR.fullmatch, pairs)))
+Pair = tuple[str, str, str, str]
 _DISTINCT = rule("named once each", lambda values: len(set(values)) == len(values))
 
 
@@ -42,9 +47,12 @@ class CoreSpec(Spec):
 class ProbingSpec(Spec):
     """Probes on a few latents for what texts are about."""
 
-    sources: Annotated[
-        tuple[str, ...], not_empty(), _DISTINCT, Content("unweave.tasks.tagged.texts:contents_of", named=True)
-    ] = ("topics", "occupations", "code", "sentiment")
+    sources: Annotated[tuple[str, ...], not_empty(), _DISTINCT, _SOURCES] = (
+        "topics",
+        "occupations",
+        "code",
+        "sentiment",
+    )
     """Sets of texts with tags: names or files, as texts.source of `unweave labels`."""
     per_label: Annotated[int, at_least(40)] = 300
     """Texts drawn of each label."""
@@ -77,6 +85,55 @@ class AbsorptionSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AblationSpec(Spec):
+    """What SCR and TPP share."""
+
+    ns: Annotated[tuple[int, ...], not_empty(), _ASCENDING] = (2, 5, 10, 20, 50, 100, 500)
+    """How many latents are ablated."""
+    context: Annotated[int, at_least(4)] = 64
+    """Texts are cut off at so many tokens."""
+    strengths: Annotated[tuple[float, ...], not_empty()] = (0.01, 0.1, 1.0)
+    """Inverse penalties C of a probe; which one is chosen on validation texts (correct form)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScrSpec(AblationSpec):
+    """Whether ablating latents takes a spurious cue out of a biased probe."""
+
+    sources: Annotated[tuple[str, ...], not_empty(), _DISTINCT, _SOURCES] = ("reviews",)
+    """Sets of texts with tags, as of sparse probing, which hold all labels of the pairs."""
+    pairs: Annotated[tuple[str, ...], not_empty(), _DISTINCT, _PAIRS] = (
+        "film review/restaurant review by positive/negative",
+        "film review/product review by positive/negative",
+        "restaurant review/product review by positive/negative",
+    )
+    """Two classes and two cues, as CLASS/CLASS by CUE/CUE. The biased probe sees the first class with the first cue and
+    the second with the second."""
+    per_group: Annotated[int, at_least(60)] = 400
+    """Texts drawn of each class with each cue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TppSpec(AblationSpec):
+    """Whether ablating a class's latents hurts that class's probe and no other's."""
+
+    sources: Annotated[tuple[str, ...], not_empty(), _DISTINCT, _SOURCES] = ("topics", "occupations", "code")
+    """Sets of texts with three tags or more, as of sparse probing."""
+    per_label: Annotated[int, at_least(40)] = 300
+    """Texts drawn of each label."""
+    labels: Annotated[int, at_least(3)] = 5
+    """At most so many labels of a set, those with the most texts."""
+
+
+def pair_of(text: str) -> Pair:
+    """Classes and cues of a pair."""
+    match = _PAIR.fullmatch(text)
+    assert match is not None, "the field's rule"
+    one, other, cue, counter = map(str.strip, match.groups())
+    return one, other, cue, counter
+
+
+@dataclass(frozen=True, kw_only=True)
 class SaebenchSpec(Spec):
     """SAEBench's measures of any number of SAEs in one model; several may be of one site."""
 
@@ -98,6 +155,10 @@ class SaebenchSpec(Spec):
     """How sparse probing is measured."""
     absorption: AbsorptionSpec = AbsorptionSpec()
     """How absorption is measured."""
+    scr: ScrSpec = ScrSpec()
+    """How spurious correlation removal is measured."""
+    tpp: TppSpec = TppSpec()
+    """How targeted probe perturbation is measured."""
     model: ModelRef | None = None
     """The model; by default the one that the SAEs were trained on."""
     device: str | None = operational(None)
@@ -130,9 +191,10 @@ COMMAND = Command(
     positional="saes",
     summary="SAEBench's measures of SAEs, with their spread, baselines, and what they can tell apart.",
     about=(
-        "Core measures, sparse probing and first-letter absorption, on texts that a package registry carries. Every "
-        "number comes with its spread over reseeded data and probes, the smallest difference that it can detect, and "
-        "random directions and neurons measured alike. Results lie in the run directory, also as SAEBench's own files; "
+        "Core measures, sparse probing, first-letter absorption, spurious correlation removal (SCR) and targeted probe "
+        "perturbation (TPP), on texts that a package registry carries. Every number comes with its spread over "
+        "reseeded data and probes, the smallest difference that it can detect, and random directions and neurons "
+        "measured alike. Results lie in the run directory, also as SAEBench's own files; "
         "a task that cannot run says why, and the others finish."
     ),
     examples=(

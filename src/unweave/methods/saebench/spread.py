@@ -21,6 +21,8 @@ import numpy as np
 from unweave.methods.saebench.result import Gap, Measure
 
 OWN = "the model's own activations"
+WITHIN = {"llm_": OWN, "random_": "random latents"}
+"""baselines that a task measures along with each SAE, by what their keys begin with"""
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,10 @@ def measure(scored: Scored, key: str, better: int, baselines: Mapping[str, Score
     """One number with its interval; a headline number (``better`` is 1 or -1) with its distance from baselines."""
     value, draws = scored.value[key], scored.draws[key]
     half = half_width(draws, scored.overlap)
-    own = key.replace("sae_", "llm_", 1)
-    if own != key and own in scored.draws:
-        baselines = {**baselines, OWN: Scored({key: scored.value[own]}, {key: scored.draws[own]})}
+    for prefix, name in WITHIN.items():
+        beside = prefix + key.removeprefix("sae_")
+        if beside in scored.draws:
+            baselines = {**baselines, name: Scored({key: scored.value[beside]}, {key: scored.draws[beside]})}
     gaps = [gap(scored, other, key, name) for name, other in baselines.items() if better and key in other.draws]
     smallest = half_width(draws, scored.overlap, power=0.8)
     return Measure(key, value, draws, value - half, value + half, smallest, better, tuple(gaps))

@@ -91,13 +91,15 @@ def measured(
     task: Task, site: Site, subjects: list[Subject], spec: SaebenchSpec, ctx: Context
 ) -> Iterator[Scores | NotRun]:
     """A task's scores at a site: of every SAE, next to baselines and controls."""
-    folder = ctx.path / "parts" / str(site) / task.name
+    parts = ctx.path / "parts" / str(site)
+    folder = parts / task.name
     first = subjects[0].opened
     policy = _policy(spec, first.lm, [subject.sae for subject in subjects])
     for subject in subjects:
         subject.sae.policy = policy
     saes = tuple(subject.sae for subject in subjects)
-    bench = Bench(first.lm, first.model, site, saes, policy, spec, Pieces(folder / "shared"), ctx.runs)
+    pieces, common = Pieces(folder / "shared"), Pieces(parts / "common")
+    bench = Bench(first.lm, first.model, site, saes, policy, spec, pieces, common, ctx.runs)
     try:
         prepared = task.prepare(bench)
     except UnweaveError as error:

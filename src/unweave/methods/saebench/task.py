@@ -91,7 +91,9 @@ class Bench:
     """which tokens count: the same for all SAEs of the site, and for baselines"""
     spec: SaebenchSpec
     pieces: Pieces
-    """of what the SAEs of a site share"""
+    """of what the SAEs of a site share in this task"""
+    common: Pieces
+    """of what tasks share at this site"""
     runs: Path
 
     @property

@@ -16,7 +16,7 @@ from unweave.methods.train.spec import TrainSpec
 from unweave.papers.gemma_scope import listed, nearest_l0
 from unweave.papers.labelled_steering.result import F1
 from unweave.papers.labelled_steering.spec import FORA, LabelledSteeringSpec, MixSpec
-from unweave.tasks.tagged.spec import SETS, TaggedSpec
+from unweave.tasks.tagged.spec import TaggedSpec
 
 LOW, HIGH, SEED = "low L0", "high L0", "low L0, other seed"
 _LAYERS = (9, 20)
@@ -83,7 +83,9 @@ def _smoke(spec: LabelledSteeringSpec) -> Plan:
         shared={"model": DEFAULT_MODEL, "device": spec.device},
         # Scripted truth needs some 150 texts to learn a concept's words: from 30 it missed it in prompted answers.
         mix=MixSpec(
-            sources=tuple(TaggedSpec(source=name) for name in ("debtags", *SETS)),
+            sources=tuple(
+                TaggedSpec(source=name) for name in ("debtags", "topics", "code", "occupations", "sentiment")
+            ),
             facets=_FACETS,
             per_label=240,
             support=160,

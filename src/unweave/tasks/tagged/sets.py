@@ -20,9 +20,18 @@ from unweave.tasks.tagged.texts import Tagged
 _NEWS = "97_news_class"
 _PEOPLE = ("journalist", "athlete", "actor", "politician", "singer", "researcher")
 _FIRST_PERSON = 59
+Tags = str | tuple[str, ...]
+
+
+def _kind(kind: str, negative: str, positive: str) -> dict[str, Tags]:
+    """The labels of each target of a file of reviews."""
+    of = {"negative": negative, "positive": positive}
+    return {target: (f"{kind} review", sentiment) for sentiment, targets in of.items() for target in targets}
+
+
 # {set: (about, confound, {file: {target: label}})}. The news file's names are not what its texts are about: those
 # called Politics are AG News's world news, Technology its business news, Entertainment its science and technology.
-_SETS: dict[str, tuple[str, str, dict[str, dict[str, str]]]] = {
+_SETS: dict[str, tuple[str, str, dict[str, dict[str, Tags]]]] = {
     "topics": (
         "news by topic (AG News)",
         "A text has the one topic that its collection gave it, though it may touch another.",
@@ -64,6 +73,16 @@ _SETS: dict[str, tuple[str, str, dict[str, dict[str, str]]]] = {
                               "4": "positive review"},
         },
     ),
+    "reviews": (
+        "film, restaurant and product reviews by kind and by sentiment (SST-2, Yelp, Amazon)",
+        "Kinds differ in form too: sentences about films, whole reviews of restaurants and products. Of products five "
+        "stars are positive and fewer negative; three stars of a restaurant have no sentiment.",
+        {
+            "92_glue_sst2": _kind("film", "0", "1"),
+            "111_yelp_data": _kind("restaurant", "01", "34") | {"2": "restaurant review"},
+            "157_amazon_5star": _kind("product", "0", "1"),
+        },
+    ),
 }  # fmt: skip
 
 
@@ -73,11 +92,12 @@ def read(name: str) -> tuple[dict[str, Any], Iterator[Tagged]]:
     return {"source": about, "notes": [confound]}, _texts(fetch_package(CATALOGUE["sae-probes"]), files)
 
 
-def _texts(folder: Path, files: dict[str, dict[str, str]]) -> Iterator[Tagged]:
+def _texts(folder: Path, files: dict[str, dict[str, Tags]]) -> Iterator[Tagged]:
     for file, labels in files.items():
         for text, target in _csv(folder / f"{file}.csv.zst"):
             if target in labels:
-                yield Tagged(text, (labels[target],))
+                tags = labels[target]
+                yield Tagged(text, (tags,) if isinstance(tags, str) else tags)
 
 
 def _csv(path: Path) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from unweave.core.refs import Content
 from unweave.core.rules import above, at_least, below, only_where
 from unweave.core.spec import Spec
 
-SETS = ("topics", "code", "occupations", "sentiment")
+SETS = ("topics", "code", "occupations", "sentiment", "reviews")
 """Labelled sets that a package registry carries."""
 DEBTAGS = "debtags"
 Kind = Literal["set", "debian", "stackexchange", "rows", ""]
@@ -43,8 +43,8 @@ class TaggedSpec(Spec):
     """Which texts with tags are read, and how they are divided into those to choose on and those held out."""
 
     source: Annotated[str, Content("unweave.tasks.tagged.texts:content_of", named=True)] = DEBTAGS
-    """debtags (Debian's package descriptions), topics, code, occupations, sentiment; a folder with Posts.xml and
-    Comments.xml of Stack Exchange, or its .7z; a file of rows (.jsonl, .json, .parquet); a folder with Debian's
+    """debtags (Debian's package descriptions), topics, code, occupations, sentiment, reviews; a folder with Posts.xml
+    and Comments.xml of Stack Exchange, or its .7z; a file of rows (.jsonl, .json, .parquet); a folder with Debian's
     Packages and Translation files."""
     texts: Annotated[int | None, at_least(2)] = None
     """At most so many, drawn at random; by default all."""
