@@ -134,7 +134,23 @@ def pair_of(text: str) -> Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaebenchSpec(Spec):
+class TaskOptions(Spec):
+    """How each task measures, by its name."""
+
+    core: CoreSpec = CoreSpec()
+    """How core is measured."""
+    sparse_probing: ProbingSpec = ProbingSpec()
+    """How sparse probing is measured."""
+    absorption: AbsorptionSpec = AbsorptionSpec()
+    """How absorption is measured."""
+    scr: ScrSpec = ScrSpec()
+    """How spurious correlation removal is measured."""
+    tpp: TppSpec = TppSpec()
+    """How targeted probe perturbation is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaebenchSpec(TaskOptions):
     """SAEBench's measures of any number of SAEs in one model; several may be of one site."""
 
     saes: Annotated[SAERefs, not_empty()]
@@ -149,16 +165,6 @@ class SaebenchSpec(Spec):
     """How often data and probes are drawn anew, for the spread."""
     baselines: Annotated[tuple[Baseline, ...], _DISTINCT] = ("random directions", "neurons")
     """What SAEs are compared with, beside controls."""
-    core: CoreSpec = CoreSpec()
-    """How core is measured."""
-    sparse_probing: ProbingSpec = ProbingSpec()
-    """How sparse probing is measured."""
-    absorption: AbsorptionSpec = AbsorptionSpec()
-    """How absorption is measured."""
-    scr: ScrSpec = ScrSpec()
-    """How spurious correlation removal is measured."""
-    tpp: TppSpec = TppSpec()
-    """How targeted probe perturbation is measured."""
     model: ModelRef | None = None
     """The model; by default the one that the SAEs were trained on."""
     device: str | None = operational(None)
