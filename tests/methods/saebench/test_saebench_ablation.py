@@ -109,9 +109,10 @@ def test_ablating_pooled_latents_is_ablating_them_token_by_token():
     for form in ("correct", "compatible"):
         for both_signs in (True, False):
             by = (apart * along).abs() if both_signs else apart.clamp(min=0) * along
-            away = removal(data, (rows, y), probe, 8, form, 0, both_signs=both_signs)
-            logits = away.logits(data, np.arange(120), probe, (3, 8))
-            for n in (3, 8):
+            away = removal(data, (rows, y), probe, 500, form, 0, both_signs=both_signs)
+            logits = away.logits(data, np.arange(120), probe, (3, 5))
+            assert len(away.latents[""]) == int((by > 0).sum() if form == "correct" else (by != 0).sum())
+            for n in (3, 5):
                 chosen = by.topk(n).indices
                 assert set(away.latents[""][:n]) == set(chosen.tolist())
                 ablated = f.clone()
