@@ -20,7 +20,15 @@ from unweave.data.pack import Row
 from unweave.data.policy import TokenPolicy
 from unweave.methods.saebench import absorption, sparse_probing, view
 from unweave.methods.saebench.labelled import Labelled, pooled_latents, problems_of, sparse
-from unweave.methods.saebench.spec import AbsorptionSpec, CoreSpec, ProbingSpec, SaebenchSpec, ScrSpec, TppSpec
+from unweave.methods.saebench.spec import (
+    AbsorptionSpec,
+    CoreSpec,
+    ProbingSpec,
+    RavelSpec,
+    SaebenchSpec,
+    ScrSpec,
+    TppSpec,
+)
 from unweave.methods.saebench.spread import OWN, Scored, half_width, measure
 from unweave.methods.saebench.stage import run
 from unweave.methods.saebench.task import Bench
@@ -45,7 +53,8 @@ def tagged(tmp_path_factory):
         {"text": " ".join(rng.choices(words[about] + words[how], k=8)), "tags": [about, how]}
         for about in ("sea", "land", "sky") for how in ("calm", "rough") for _ in range(70)
     ]  # fmt: skip
-    for name, some in (("crossed", crossed), ("texts", rows)):
+    fact = {"entity_class": "city", "attribute": "Country", "entity": "Oslo", "value": "Norway", "sentence": "In {} of"}
+    for name, some in (("crossed", crossed), ("facts", [fact]), ("texts", rows)):
         path = folder / f"{name}.jsonl"
         path.write_text("\n".join(map(json.dumps, some)))
     return path
@@ -59,6 +68,7 @@ def spec(trained, tagged, **changes):
         scr=ScrSpec(sources=(str(tagged.with_name("crossed.jsonl")),), pairs=("sea/land by calm/rough",), per_group=70,
                     ns=(2, 20), strengths=(0.1,)),
         tpp=TppSpec(sources=(str(tagged.with_name("crossed.jsonl")),), per_label=60, ns=(2, 20), strengths=(0.1,)),
+        ravel=RavelSpec(facts=tagged.with_name("facts.jsonl"), classes=("city",)),
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -72,7 +82,8 @@ def done(request, trained, tagged, runs, home):
 def test_every_task_is_run_or_says_why(done):
     result = done.result
     assert [one.task for one in result.scores] == ["core", "sparse_probing", "scr", "tpp"]
-    (missing,) = result.not_run
+    missing, unknown = result.not_run
+    assert unknown.task == "ravel" and "of 1 sentences rightly, too few" in unknown.reason
     assert missing.task == "absorption" and "single tokens of this tokenizer" in missing.reason
     for one in result.scores:
         headlines = [m for m in one.measures if m.better]
@@ -87,7 +98,7 @@ def test_every_task_is_run_or_says_why(done):
         (headline,) = [m for m in one.measures if m.better]
         assert headline.key == key and "trained longer" in " ".join(one.notes)
         names = {gap.baseline.split(" ")[0] for gap in headline.gaps}
-        assert names == {"random", "neurons", "control", OWN.split(" ")[0]} and len(headline.gaps) == 5
+        assert names == {"random", "neurons", "control", "latents", OWN.split(" ")[0]} and len(headline.gaps) == 5
 
 
 def test_files_have_saebenchs_keys(done):
@@ -183,7 +194,7 @@ def test_pooled_latents_are_means_over_the_tokens_that_count(tiny_lm, tmp_path):
     rows = [Row(torch.randint(3, 97, (n,), generator=draw).tolist(), [4] * n, i) for i, n in enumerate((5, 9, 3, 9, 7))]
     rows[1].ids[2] = rows[4].ids[0] = 5
     asked = SaebenchSpec(saes=("x",), batch_tokens=20)
-    bench = Bench(lm, lm.name, SITE, (sae,), TokenPolicy((5,)), asked, Pieces(None), Pieces(None), tmp_path)
+    bench = Bench(lm, lm.name, SITE, (sae,), TokenPolicy((5,)), asked, Pieces(None), tmp_path)
     held = pooled_latents(sae, bench, bench.source(bench.stored(rows), 16))
     pooled = sparse(held, 48).toarray()
     at = bench.at(rows, [0, 2, 1, 8, 6])
@@ -247,7 +258,7 @@ def test_what_cannot_be_measured_is_refused_or_not_run(trained, tagged, runs, tm
     one = tmp_path / "one.jsonl"
     one.write_text("\n".join(json.dumps({"text": f"words {i}", "tags": ["same"]}) for i in range(60)))
     asked = spec(trained, tagged, tasks=("core", "sparse_probing"), sparse_probing=ProbingSpec(sources=(str(one),)),
-                 scr=ScrSpec(), tpp=TppSpec(),
+                 scr=ScrSpec(), tpp=TppSpec(), ravel=RavelSpec(),
                  core=CoreSpec(tokens=700, context=24, batch_rows=100), form="compatible")  # fmt: skip
     with pytest.raises(UnweaveError, match="no task could run; core: the text makes 1 batches, fewer than 3 seeds"):
         run(asked, runs)
@@ -258,7 +269,7 @@ def test_absorption_refuses_a_model_that_does_not_spell(default_lm, tmp_path):
         saes=("x",), tasks=("absorption",), seeds=2, absorption=AbsorptionSpec(words_per_letter=20, examples=0)
     )
     site = Site("resid_post", 1)
-    bench = Bench(default_lm, default_lm.name, site, (), TokenPolicy(), asked, Pieces(None), Pieces(None), tmp_path)
+    bench = Bench(default_lm, default_lm.name, site, (), TokenPolicy(), asked, Pieces(None), tmp_path)
     noise = torch.randn(520, 16, generator=torch.Generator().manual_seed(0))
     bench_at = replace(bench)
     object.__setattr__(bench_at, "at", lambda rows, places: noise[: len(rows)])

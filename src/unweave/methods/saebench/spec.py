@@ -8,14 +8,14 @@ from typing import Annotated, Literal, get_args
 
 from unweave.core.command import Command
 from unweave.core.errors import UnweaveError
-from unweave.core.refs import Content
+from unweave.core.refs import Content, FileRef
 from unweave.core.rules import above, at_least, below, not_empty, rule
 from unweave.core.spec import Spec, operational
 from unweave.data.spec import DataSpec, ModelRef
 from unweave.inputs.spec import OfSAEsSpec, SAERefs
 from unweave.methods.saebench.result import SaebenchResult
 
-TaskName = Literal["core", "sparse_probing", "absorption", "scr", "tpp"]
+TaskName = Literal["core", "sparse_probing", "absorption", "scr", "tpp", "ravel"]
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
 Form = Literal["correct", "compatible"]
 Baseline = Literal["random directions", "neurons"]
@@ -125,6 +125,28 @@ class TppSpec(AblationSpec):
     """At most so many labels of a set, those with the most texts."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RavelSpec(Spec):
+    """Whether some latents hold one attribute of an entity, and no other."""
+
+    facts: FileRef | None = None
+    """JSON lines of facts (docs/saebench.md); by default our own."""
+    classes: Annotated[tuple[str, ...], not_empty(), _DISTINCT] = ("city", "nobel_prize_winner")
+    """Classes of entities; one of which the model knows too little is left out."""
+    pairs: Annotated[int, at_least(40)] = 96
+    """Pairs of sentences drawn for each attribute, of either kind (cause, isolation); 0.7 of them to train on."""
+    epochs: Annotated[int, at_least(1)] = 2
+    """How often masks see each training pair."""
+    batch: Annotated[int, at_least(2)] = 16
+    """Pairs of an attribute in a training step."""
+    rate: Annotated[float, above(0)] = 1e-3
+    """Adam's learning rate."""
+    new_tokens: Annotated[int, at_least(2)] = 6
+    """Tokens of a completion that are read."""
+    keep_error: bool | None = None
+    """Keep what the SAE does not explain; by default so in the correct form, and not in the compatible one."""
+
+
 def pair_of(text: str) -> Pair:
     """Classes and cues of a pair."""
     match = _PAIR.fullmatch(text)
@@ -147,6 +169,8 @@ class TaskOptions(Spec):
     """How spurious correlation removal is measured."""
     tpp: TppSpec = TppSpec()
     """How targeted probe perturbation is measured."""
+    ravel: RavelSpec = RavelSpec()
+    """How RAVEL is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +221,9 @@ COMMAND = Command(
     positional="saes",
     summary="SAEBench's measures of SAEs, with their spread, baselines, and what they can tell apart.",
     about=(
-        "Core measures, sparse probing, first-letter absorption, spurious correlation removal (SCR) and targeted probe "
-        "perturbation (TPP), on texts that a package registry carries. Every number comes with its spread over "
-        "reseeded data and probes, the smallest difference that it can detect, and random directions and neurons "
+        "Core measures, sparse probing, first-letter absorption, spurious correlation removal (SCR), targeted probe "
+        "perturbation (TPP) and RAVEL, on texts that a package registry carries. Every number comes with its spread "
+        "over reseeded data and probes, the smallest difference that it can detect, and random directions and neurons "
         "measured alike. Results lie in the run directory, also as SAEBench's own files; "
         "a task that cannot run says why, and the others finish."
     ),

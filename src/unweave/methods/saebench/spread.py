@@ -21,7 +21,7 @@ import numpy as np
 from unweave.methods.saebench.result import Gap, Measure
 
 OWN = "the model's own activations"
-WITHIN = {"llm_": OWN, "random_": "random latents"}
+WITHIN = {"llm_": OWN, "random_": "latents drawn at random"}
 """baselines that a task measures along with each SAE, by what their keys begin with"""
 
 

@@ -99,7 +99,7 @@ def measured(
         subject.sae.policy = policy
     saes = tuple(subject.sae for subject in subjects)
     pieces, common = Pieces(folder / "shared"), Pieces(parts / "common")
-    bench = Bench(first.lm, first.model, site, saes, policy, spec, pieces, common, ctx.runs)
+    bench = Bench(first.lm, first.model, site, saes, policy, spec, pieces, ctx.runs, common)
     try:
         prepared = task.prepare(bench)
     except UnweaveError as error:

@@ -8,7 +8,7 @@ Activations go through ``data.stream``: chunks on disk that other SAEs of the si
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,9 +92,9 @@ class Bench:
     spec: SaebenchSpec
     pieces: Pieces
     """of what the SAEs of a site share in this task"""
-    common: Pieces
-    """of what tasks share at this site"""
     runs: Path
+    common: Pieces = field(default_factory=lambda: Pieces(None))
+    """of what tasks share at this site"""
 
     @property
     def seeds(self) -> range:
