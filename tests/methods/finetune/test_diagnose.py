@@ -134,8 +134,10 @@ def test_warnings_say_what_to_do(tiny_lm: Callable[..., LM]) -> None:
     assert replace(diagnosis, directions=(sound,), edits=(quiet,)).warnings == ()
     broken = replace(quiet, right_after=0.6)
     bad = replace(sound, span_adds=True, zero_shift=-1.5)
-    words = " ".join(replace(diagnosis, directions=(bad,), edits=(broken,)).warnings)
+    edits = (broken, replace(quiet, edit="span"))
+    words = " ".join(replace(diagnosis, directions=(bad,), edits=edits).warnings)
     assert "adds the concept" in words and "nearly everywhere" in words and "breaks the task" in words
+    assert replace(diagnosis, directions=(bad,), edits=(replace(quiet, edit="mean"),)).warnings == ()  # neither is done
     assert isinstance(check, DirectionCheck) and not replace(broken, right_before=0.55).breaks  # it never could do it
 
 

@@ -67,16 +67,16 @@ class Diagnosis:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a reader should see first."""
-        said = []
-        adding = [f"{one.site}/{one.number}" for one in self.directions if one.span_adds]
+        """What a reader should see first, of the ablations that were tried."""
+        said, kinds = [], {one.edit for one in self.edits}
+        adding = [f"{one.site}/{one.number}" for one in self.directions if one.span_adds and "span" in kinds]
         if adding:
             said.append(
                 f"The base model lies on the far side of {len(adding)} of {len(self.directions)} directions "
                 f"({', '.join(adding[:3])}{', ...' if len(adding) > 3 else ''}): projecting them out adds the concept. "
                 "Set them to their mean instead (condition mean)."
             )
-        dense = [f"{one.site}/{one.number}" for one in self.directions if one.zero_shift < -1]
+        dense = [f"{one.site}/{one.number}" for one in self.directions if one.zero_shift < -1 and "zero" in kinds]
         if dense:
             said.append(
                 f"{', '.join(dense[:3])}{', ...' if len(dense) > 3 else ''} fire nearly everywhere: zeroing moves all "

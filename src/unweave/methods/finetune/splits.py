@@ -22,6 +22,7 @@ from unweave.methods.finetune.result import Score
 from unweave.methods.finetune.rows import ChatRows, ChoiceRows, Rows
 from unweave.methods.finetune.spec import FinetuneSpec
 from unweave.methods.finetune.starts import Starts
+from unweave.show.pieces import counted
 from unweave.tasks.choices.choices import open_choices
 from unweave.tasks.choices.encode import encode_choices
 from unweave.tasks.choices.items import Choices
@@ -70,7 +71,7 @@ def open_data(spec: FinetuneSpec, choices: Choices | None, lm: LM, runs: Path) -
     if choices is None:
         assert spec.data is not None
         train, heldout = (token_store(lm, spec.model, spec.data, side, None, runs)[0] for side in ("train", "heldout"))
-        words = f"{train.n_rows:,} rows of conversations"
+        words = f"{counted(train.n_rows, 'row')} of conversations"
         return Data(words, ChatRows(train, lm.pad_id), {"heldout": ChatRows(heldout, lm.pad_id)}, {})
     prompt, skipped = Condition(spec.condition).prompt, Counter(choices.left_out)
     splits: dict[str, Rows] = {}
@@ -88,7 +89,9 @@ def open_data(spec: FinetuneSpec, choices: Choices | None, lm: LM, runs: Path) -
         splits[name] = ChoiceRows(encoded)
         skipped.update({f"{name}: {reason}": count for reason, count in encoded.skipped.items()})
     train = splits.pop(spec.split)
-    words = f"{len(train.lengths):,} items of {choices.name}" + (", the skyline" if spec.split == _SKYLINE else "")
+    words = f"{counted(len(train.lengths), 'item')} of {choices.name}" + (
+        ", the skyline" if spec.split == _SKYLINE else ""
+    )
     return Data(words, train, splits, dict(skipped))
 
 

@@ -216,13 +216,12 @@ def _refuse_disk(model: Trainable, kept: Run[Finetuned] | None) -> None:
 
 def _say_cost(kept: Run[Finetuned] | None, setting: Setting, plan: Plan, seconds: float, group: Group) -> None:
     """What the training will take, from the time that the base model took to answer."""
-    if kept is None:
+    if kept is None or group.rank > 0:
         return
     tokens = int(setting.data.train.lengths.sum()) * plan.options.epochs
     read = sum(int(rows.lengths.sum()) for rows in setting.data.others.values())
     passes = _PASSES + plan.options.recompute + (plan.options.kl > 0)
     estimate = passes * tokens * seconds / max(read, 1)
     kept.log("cost", {"steps": plan.steps, "tokens": int(tokens), "seconds": round(estimate, 1)})
-    if group.rank == 0:
-        minutes = counted(max(1, round(estimate / 60)), "minute")
-        say(f"{plan.steps:,} steps, {int(tokens):,} tokens: about {minutes}")
+    minutes = counted(max(1, round(estimate / 60)), "minute")
+    say(f"{counted(plan.steps, 'step')}, {int(tokens):,} tokens: about {minutes}")
