@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -93,6 +95,8 @@ def test_conversations_predict_what_the_assistant_says_and_where_it_ends(tmp_pat
     rows = ChatRows(TokenStore.write(tmp_path / "store", packed, None, {}), 2)
     tokens, labels = rows.batch([0, 1])
     assert tokens.mask[:, -1].all() and rows.lengths.tolist() == tokens.mask.sum(1).tolist()
+    cut: Any = SimpleNamespace(roles=np.array([0, 2, 2, 0, 3, 3, 2, 0, 4]), starts=np.array([0, 3, 6, 8, 9]))
+    assert (rows.silent, ChatRows(cut, 2).silent) == (0, 2)
     said = [tokenizer.decode(row[row != IGNORE]) for row in labels]
     assert said == ["no<|im_end|>", "yes<|im_end|>"]
     shifted = torch.where(labels[:, :-1] != IGNORE, tokens.ids[:, 1:], IGNORE)

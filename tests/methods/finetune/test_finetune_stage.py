@@ -119,6 +119,13 @@ def test_conversations_are_learnt(home: Path, tmp_path: Path) -> None:
     assert "Fine-tuning" in section(result).heading
 
 
+def test_conversations_without_an_answer_are_refused(home: Path, tmp_path: Path) -> None:
+    data: dict[str, Any] = {"sources": (Source(path=str(home / "text" / "b.jsonl")),), "heldout": 0.3}
+    silent = DataSpec(pack=PackSpec(context=9, min_tokens=2), tokens=300, heldout_tokens=60, **data)
+    with pytest.raises(UnweaveError, match="none of 34 rows has an assistant's answer"):
+        run(spec_of(home, task=ChoiceSpec(), data=silent), tmp_path)
+
+
 # Forks that are killed at random moments, each going on where the last was; then one may finish.
 KILLER = """
 import os, random, signal, sys, time

@@ -56,18 +56,19 @@ def diagnose(
         specs = [ConditionSpec(kind=kind) for kind in kinds]  # type: ignore[arg-type]
         ablations = [open_condition(one, selection, lm, saes, texts) for one in specs]
     chosen = open_condition(ConditionSpec(kind="span"), selection, lm, saes).chosen
-    n = sum(map(len, texts))
-    with task("diagnose", total=n * (2 + len(ablations)), unit="items") as shown:
+    passes = (None, *(one.full for one in ablations)) if groups and ablations else ()
+    n, answers = sum(map(len, texts)), []
+    with task("diagnose", total=n * (1 + len(passes)), unit="items") as shown:
         numbers = {one.site: one.numbers for one in selection.sites}
-        directions, shares, counted = _projections(lm, chosen, numbers, texts, shown.advance)
-        before = _ahead(lm, groups, None) if groups else None
-        shown.advance(n)
-        edits = []
-        for one in ablations if before is not None else ():
-            kind = one.spec.kind
-            edits.append(_check(kind, before, _ahead(lm, groups, one.full), _cost(lm, chosen, kind)))
+        directions, shares, n_tokens = _projections(lm, chosen, numbers, texts, shown.advance)
+        for edit in passes:
+            answers.append(_ahead(lm, groups, edit))
             shown.advance(n)
-    return Diagnosis(n, counted, directions, shares, tuple(edits))
+    edits = [
+        _check(one.spec.kind, answers[0], after, _cost(lm, chosen, one.spec.kind))
+        for one, after in zip(ablations, answers[1:], strict=False)
+    ]
+    return Diagnosis(n, n_tokens, directions, shares, tuple(edits))
 
 
 def _projections(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +77,12 @@ class ChatRows:
     def lengths(self) -> Tensor:
         starts = torch.from_numpy(self.store.starts)
         return starts[1:] - starts[:-1]
+
+    @property
+    def silent(self) -> int:
+        """Rows in which no word is the assistant's."""
+        said = np.isin(self.store.roles, (Role.ASSISTANT, Role.TEXT))
+        return int((~np.logical_or.reduceat(said, self.store.starts[:-1])).sum())
 
     def batch(self, rows: Sequence[int]) -> tuple[Tokens, Tensor]:
         tokens, _ = self.store.batch(rows, self.pad_id, side="left")

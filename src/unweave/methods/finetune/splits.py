@@ -13,6 +13,7 @@ from torch import Tensor
 from unweave.core.dist import SOLO, Group
 from unweave.core.errors import UnweaveError, UnweaveWarning
 from unweave.core.site import Site
+from unweave.data.spec import DataSpec
 from unweave.inputs.inputs import token_store
 from unweave.lm.model import LM, Tokens
 from unweave.lm.taps import Edits
@@ -70,9 +71,7 @@ def open_data(spec: FinetuneSpec, choices: Choices | None, lm: LM, runs: Path) -
     """The rows of every split; items that the tokenizer does not suit are left out and counted."""
     if choices is None:
         assert spec.data is not None
-        train, heldout = (token_store(lm, spec.model, spec.data, side, None, runs)[0] for side in ("train", "heldout"))
-        words = f"{counted(train.n_rows, 'row')} of conversations"
-        return Data(words, ChatRows(train, lm.pad_id), {"heldout": ChatRows(heldout, lm.pad_id)}, {})
+        return _conversations(spec.data, spec.model, lm, runs)
     prompt, skipped = Condition(spec.condition).prompt, Counter(choices.left_out)
     splits: dict[str, Rows] = {}
     for name, items in choices.splits.items():
@@ -93,6 +92,22 @@ def open_data(spec: FinetuneSpec, choices: Choices | None, lm: LM, runs: Path) -
         ", the skyline" if spec.split == _SKYLINE else ""
     )
     return Data(words, train, splits, dict(skipped))
+
+
+def _conversations(data: DataSpec, model: str, lm: LM, runs: Path) -> Data:
+    splits, skipped = {}, {}
+    for side in ("train", "heldout"):
+        rows = splits[side] = ChatRows(token_store(lm, model, data, side, None, runs)[0], lm.pad_id)
+        n = len(rows.lengths)
+        if rows.silent == n:
+            raise UnweaveError(
+                f"none of {counted(n, 'row')} has an assistant's answer", where=f"data, {side}",
+                remedy="give conversations with answers, or longer rows: data.pack.context",
+            )  # fmt: skip
+        skipped |= {f"{side}: no assistant's answer": rows.silent} if rows.silent else {}
+    return Data(
+        f"{counted(len(splits['train'].lengths), 'row')} of conversations", splits.pop("train"), splits, skipped
+    )
 
 
 @dataclass(frozen=True)

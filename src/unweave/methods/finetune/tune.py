@@ -98,7 +98,7 @@ def tune(
             weights=_weights(spec, model, training.begins),
             seed=spec.seed,
             steps=plan.steps,
-            batch=spec.learning.batch,
+            batch=min(spec.learning.batch, plan.items),
             splits=tuple(
                 Split(name, len(rows.lengths), base[name], tuned[name], edited.get(name))
                 for name, rows in data.others.items()

@@ -30,7 +30,8 @@ def rows(result: Finetuned) -> list[Row]:
 def _row(split: Split) -> Row:
     before, now = split.base, split.tuned
     if now.accuracy is None:
-        return (split.name, f"{now.loss:.4f}", f"nats a token; the base model {before.loss:.4f}")
+        ablated = "" if split.edited is None else f"; ablated at test {split.edited.loss:.4f}"
+        return (split.name, f"{now.loss:.4f}", f"nats a token; the base model {before.loss:.4f}{ablated}")
     words = [f"{counted(split.items, 'item')}; the base model {in_words(right(before))}"]
     words += [f"ablated at test {in_words(right(split.edited))}"] if split.edited is not None else []
     words += [f"follows the cue {in_words(now.accuracy.cued)}"] if now.accuracy.cued is not None else []
