@@ -27,6 +27,7 @@ METHODS = (
     "methods.explain.rubric",
     "methods.saebench",
     "methods.saebench.compare",
+    "methods.saebench.known",
     "methods.special_tokens",
     "methods.circuits",
     "methods.shift",

@@ -27,15 +27,15 @@ from unweave.judge.form import rate, rating_form
 from unweave.judge.scripted import Scripted
 from unweave.judge.spec import JudgeSpec
 from unweave.latents import annotations
+from unweave.latents.explaining import EXPLAIN, fires, marked, strangers, tokens_of
 from unweave.latents.latent_record import Context, LatentRecord
 from unweave.latents.relevance import RELEVANCE, About, QuerySpec
 from unweave.lm.chat import Role
 from unweave.methods.explain import neuronpedia, stage, view
-from unweave.methods.explain.examples import choose_examples, elsewhere, fires, marked, tokens_of
+from unweave.methods.explain.examples import choose_examples, elsewhere
 from unweave.methods.explain.explain import check_reading, explain_and_score, input_scores, rate_relevance
-from unweave.methods.explain.forms import EXPLAIN
 from unweave.methods.explain.result import ExplainResult
-from unweave.methods.explain.scores import above, claims, score, simulations, strangers
+from unweave.methods.explain.scores import above, claims, score, simulations
 from unweave.methods.explain.simulate import Simulated, activations, correlation, simulate
 from unweave.methods.explain.spec import ExamplesSpec, ExplainSpec, PricesSpec
 

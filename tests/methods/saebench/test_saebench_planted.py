@@ -14,6 +14,7 @@ from unweave.methods.saebench.baselines import active, random_directions
 from unweave.methods.saebench.planted import Planted
 from unweave.methods.saebench.sparse_probing import Split, probed
 from unweave.methods.saebench.spec import SaebenchSpec
+from unweave.methods.train import init
 
 LETTERS, WORDS = 26, 12
 SPEC = {form: SaebenchSpec(saes=("x",), form=form, seeds=2) for form in ("correct", "compatible")}
@@ -166,3 +167,13 @@ def test_planted_features_are_what_they_say():
     for wrong in (lambda: Planted.drawn([1, -1], 8), lambda: world.sae([0])):
         with pytest.raises(UnweaveError):
             wrong()
+
+
+def test_random_directions_are_not_those_that_training_begins_with():
+    """With one seed both draw as many rows of the same width: an SAE would be compared with its own beginning."""
+    world = Planted.drawn([-1] * 48, 24)
+    x = world.sample(200)[0]
+    begun = init.drawn_rows("random", 48, 24, x, torch.Generator().manual_seed(0))
+    drawn = random_directions(world.sae(), x, seed=0).W_dec
+    for known in (begun, world.directions):
+        assert float((drawn @ known.T).abs().diagonal().mean()) < 0.4

@@ -7,10 +7,11 @@ from typing import Any
 
 from unweave.judge.base import Conversation, Judge, Reply
 from unweave.judge.form import rate
+from unweave.latents.explaining import EXPLAIN
 from unweave.latents.records import Records
 from unweave.methods.explain.examples import Examples
 from unweave.methods.explain.explain import explain_and_score, known_cases, rate_relevance
-from unweave.methods.explain.forms import DETECTION, EXPLAIN
+from unweave.methods.explain.forms import DETECTION
 from unweave.methods.explain.result import Estimate
 from unweave.methods.explain.scores import Labels
 

@@ -13,8 +13,11 @@ from itertools import zip_longest
 
 import numpy as np
 
+from unweave.latents.explaining import fires, marked
 from unweave.latents.records import Context, LatentRecord, Records
 
+THRESHOLD = 0.3
+"""The share of a context's largest value above which a token is marked."""
 _FEWEST = 3
 """contexts of each kind without which a latent is left out"""
 
@@ -27,6 +30,11 @@ class Examples:
     shown: tuple[Context, ...]
     active: tuple[Context, ...]
     silent: tuple[Context, ...]
+
+    @property
+    def marked(self) -> tuple[str, ...]:
+        """The contexts shown, with the tokens between << and >> on which the latent fires."""
+        return tuple(marked(one, fires(one, THRESHOLD)) for one in self.shown)
 
     @property
     def tests(self) -> tuple[tuple[Context, bool], ...]:
@@ -76,36 +84,6 @@ def choose_latents(
         if (examples := choose(records.latent(latent))) is not None:
             chosen.append(examples)
     return chosen
-
-
-# -- contexts as text -------------------------------------------------------------------------------------------------
-
-
-def tokens_of(context: Context) -> list[str]:
-    """The tokens as a judge sees them: line breaks and tabs as in code, and nothing that looks like a mark."""
-    return [_plain(one.text) for one in context.shown()]
-
-
-def _plain(text: str) -> str:
-    for written, instead in (("\r", "\\r"), ("\n", "\\n"), ("\t", "\\t"), ("<<", "< <"), (">>", "> >")):
-        text = text.replace(written, instead)
-    return text
-
-
-def fires(context: Context, threshold: float) -> list[bool]:
-    """Where a latent is above a share of its largest value in the context, by token shown."""
-    shown = context.shown()
-    bound = threshold * max(one.value for one in shown if one.counted)
-    return [one.counted and one.value > bound and one.value > 0 for one in shown]
-
-
-def marked(context: Context, on: Sequence[bool]) -> str:
-    """The text with stretches of tokens that are ``on`` between << and >>."""
-    parts, inside = [], False
-    for token, here in zip(tokens_of(context), on, strict=True):
-        parts += [">>" if inside else "<<"] * (here != inside) + [token]
-        inside = here
-    return "".join([*parts, ">>" * inside])
 
 
 def elsewhere(context: Context, on: Sequence[bool], rng: np.random.Generator) -> list[bool] | None:

@@ -22,13 +22,14 @@ from unweave.judge.base import Judge
 from unweave.judge.check import Check, check, known_texts
 from unweave.judge.form import Ratings, rate
 from unweave.latents import relevance
+from unweave.latents.explaining import EXPLAIN, strangers
 from unweave.latents.records import Records
 from unweave.lm.model import LM
 from unweave.methods.explain.examples import Examples
-from unweave.methods.explain.forms import DETECTION, EXPLAIN, Claim
+from unweave.methods.explain.forms import DETECTION, Claim
 from unweave.methods.explain.result import ScoreSummary
 from unweave.methods.explain.rubric import rubric
-from unweave.methods.explain.scores import Labels, Scored, above, score, strangers
+from unweave.methods.explain.scores import Labels, Scored, above, score
 from unweave.sae.module import SAE
 from unweave.sae.steered import lens_tokens
 

@@ -19,8 +19,9 @@ from unweave.core.intervals import RESAMPLES, interval
 from unweave.judge.base import Judge
 from unweave.judge.check import auroc
 from unweave.judge.form import Form, Ratings, rate
-from unweave.methods.explain.examples import Examples, elsewhere, fires, marked, tokens_of
-from unweave.methods.explain.forms import DETECTION, FUZZING, THRESHOLD, Claim
+from unweave.latents.explaining import fires, marked, tokens_of
+from unweave.methods.explain.examples import THRESHOLD, Examples, elsewhere
+from unweave.methods.explain.forms import DETECTION, FUZZING, Claim
 from unweave.methods.explain.rubric.result import Difference
 from unweave.methods.explain.simulate import Simulated, activations, correlation, simulate
 
@@ -38,12 +39,6 @@ class Scored:
     latents: list[int]
     ratings: Ratings[Any]
     columns: dict[str, list[float | None]]
-
-
-def strangers(labels: Labels, seed: int = 0) -> dict[int, str]:
-    """Every latent with the explanation of another one; nothing where there is but one."""
-    order = np.random.default_rng([seed, 2]).permutation(sorted(labels)).tolist()
-    return {a: labels[b] for a, b in zip(order, order[1:] + order[:1], strict=True) if a != b}
 
 
 def score(judge: Judge, name: str, examples: Sequence[Examples], labels: Labels, seed: int = 0) -> Scored:

@@ -12,6 +12,9 @@ from unweave.sae.activations import TopK
 from unweave.sae.module import SAE
 from unweave.sae.neurons import neurons
 
+_APART = 1 << 30
+"""added to the seed: with the same one, directions are those that an SAE of this size begins with (32 bits count)"""
+
 
 def active(sae: SAE, x: Tensor) -> float:
     """How many latents are above zero on a token of x [n, D], on average."""
@@ -26,7 +29,7 @@ def random_directions(sae: SAE, x: Tensor, seed: int = 0) -> SAE:
     """
     k = sae.activation.k if isinstance(sae.activation, TopK) else round(active(sae, x))
     x = x.to(sae.W_enc.device).float()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_APART + seed)
     W = F.normalize(torch.randn(sae.d_sae, x.shape[1], generator=generator), dim=1).to(x.device)
     mean, k = x.mean(0), min(max(k, 1), sae.d_sae)
     plain = SAE(W.T, -(W @ mean), W, mean, TopK(k), read=sae.read, policy=sae.policy)

@@ -22,6 +22,8 @@ from unweave.core.errors import UnweaveError
 from unweave.sae.activations import ReLU
 from unweave.sae.module import SAE
 
+_APART = 1 << 29
+"""added to the seed of directions, so that they are not what an SAE of this size begins with"""
 _SILENT = 1e-5
 """how much lower latents are than their features, so that rounding makes none fire"""
 
@@ -40,12 +42,21 @@ class Planted:
         cls, parents: Sequence[int], width: int, *, zipf: float = 1.0, rate: float = 0.5, seed: int = 0
     ) -> Planted:
         """Random directions; the r-th feature fires with ``rate`` r^-zipf. A parent must come before its children."""
-        n, generator = len(parents), torch.Generator().manual_seed(seed)
+        n, generator = len(parents), torch.Generator().manual_seed(_APART + seed)
         if any(parent >= child for child, parent in enumerate(parents)):
             raise UnweaveError("a feature's parent must come before it", where="parents")
         rows = torch.randn(n, width, generator=generator)
         directions = torch.linalg.qr(rows.T).Q.T if n <= width else F.normalize(rows, dim=1)
         return cls(directions.contiguous(), torch.tensor(parents), rate * torch.arange(1, n + 1).float() ** -zipf)
+
+    @classmethod
+    def zipfian(
+        cls, features: int, width: int, *, children: float = 0.5, zipf: float = 0.5, rate: float = 0.5, seed: int = 0
+    ) -> Planted:
+        """As ``drawn``, with a share of the features, the rarest, children of the others in turn."""
+        parents = features - round(children * features)
+        tree = [-1] * parents + [i % max(1, parents) for i in range(features - parents)]
+        return cls.drawn(tree, width, zipf=zipf, rate=rate, seed=seed)
 
     def sample(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Activations [n, D] and the features in them [n, G], of value 1 where they fire."""

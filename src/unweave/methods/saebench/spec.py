@@ -13,10 +13,13 @@ from unweave.core.rules import above, at_least, below, not_empty, rule
 from unweave.core.spec import Spec, operational
 from unweave.data.spec import DataSpec, ModelRef
 from unweave.inputs.spec import OfSAEsSpec, SAERefs
+from unweave.judge.spec import JudgeSpec
 from unweave.methods.saebench.result import SaebenchResult
 
-TaskName = Literal["core", "sparse_probing", "absorption", "scr", "tpp", "ravel"]
+TaskName = Literal["core", "sparse_probing", "absorption", "scr", "tpp", "ravel", "unlearning", "autointerp"]
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
+ASKING = ("autointerp",)
+"""tasks that ask a chat model, and are run only where they are named"""
 Form = Literal["correct", "compatible"]
 Baseline = Literal["random directions", "neurons"]
 _ASCENDING = rule("ascending numbers from 1", lambda ks: all(a < b for a, b in zip((0, *ks), ks, strict=False)))
@@ -156,6 +159,36 @@ def pair_of(text: str) -> Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnlearningSpec(Spec):
+    """Whether clamping latents makes a model forget a subject and keep the rest."""
+
+    material: FileRef | None = None
+    """A file of questions and texts to forget and to retain (docs/saebench.md); by default ours, of sports."""
+    questions: Annotated[int, at_least(4)] = 60
+    """At most so many questions of each side are put to the model, each in 24 orders of its options."""
+    least: Annotated[int, at_least(2)] = 10
+    """With fewer of a side answered rightly in all orders, the task is not run."""
+    texts: Annotated[int, at_least(1)] = 300
+    """Texts of each side that our own material has."""
+    context: Annotated[int, at_least(4)] = 128
+    """Texts are cut off at so many tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutointerpSpec(Spec):
+    """Whether a chat model's explanations of latents tell texts in which they fire."""
+
+    judge: JudgeSpec = JudgeSpec()
+    """The chat model that explains and judges."""
+    latents: Annotated[int, at_least(2)] = 20
+    """How many latents, all seeds together; drawn at random of those that fire often enough."""
+    tokens: Annotated[int, at_least(1)] = 100_000
+    """How many tokens of text windows are taken from."""
+    data: DataSpec | None = None
+    """Other text to take windows from; by default the SAE's training text."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskOptions(Spec):
     """How each task measures, by its name."""
 
@@ -171,6 +204,10 @@ class TaskOptions(Spec):
     """How targeted probe perturbation is measured."""
     ravel: RavelSpec = RavelSpec()
     """How RAVEL is measured."""
+    unlearning: UnlearningSpec = UnlearningSpec()
+    """How unlearning is measured."""
+    autointerp: AutointerpSpec = AutointerpSpec()
+    """How automated interpretability is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +218,8 @@ class SaebenchSpec(TaskOptions):
     """SAEs: folders as `train` writes them, any that can be read (docs/formats.md), or SITE=NAME."""
     controls: SAERefs = ()
     """SAEs that count as baselines of those at the same site, such as one trained alike with a frozen decoder."""
-    tasks: Annotated[tuple[TaskName, ...], not_empty(), _DISTINCT] = TASKS
-    """Which measures."""
+    tasks: Annotated[tuple[TaskName, ...], not_empty(), _DISTINCT] = tuple(one for one in TASKS if one not in ASKING)
+    """Which measures; by default all but autointerp, which asks a chat model."""
     form: Form = "correct"
     """correct: as they should be; compatible: SAEBench's numbers. docs/saebench.md says how they differ."""
     seeds: Annotated[int, at_least(2)] = 5
@@ -207,6 +244,9 @@ class SaebenchSpec(TaskOptions):
                 raise UnweaveError(
                     f"the options of {name} would have no effect", where=name, remedy=f"add {name} to tasks"
                 )
+        if "autointerp" in self.tasks and self.autointerp.latents < self.seeds:
+            raise UnweaveError(f"{self.autointerp.latents} latents leave none for some of {self.seeds} seeds",
+                               where="autointerp.latents", remedy="ask for more latents, or fewer seeds")  # fmt: skip
 
     def one(self, name: str) -> OfSAEsSpec:
         """The question about one of the SAEs alone."""

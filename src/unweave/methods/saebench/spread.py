@@ -21,7 +21,7 @@ import numpy as np
 from unweave.methods.saebench.result import Gap, Measure
 
 OWN = "the model's own activations"
-WITHIN = {"llm_": OWN, "random_": "latents drawn at random"}
+WITHIN = {"llm_": OWN, "random_": "latents drawn at random", "shuffled_": "other latents' explanations"}
 """baselines that a task measures along with each SAE, by what their keys begin with"""
 
 

@@ -41,10 +41,11 @@ class Subject:
 def _also(spec: SaebenchSpec, handle: object) -> dict[str, str]:
     del handle
     asked = OfSAEsSpec(saes=spec.saes, model=spec.model)
-    return texts_of(asked, spec.core.data) if "core" in spec.tasks else {}
+    read = [texts_of(asked, getattr(spec, name).data) for name in ("core", "autointerp") if name in spec.tasks]
+    return {name: content for contents in read for name, content in contents.items()}
 
 
-@stage("saebench", version=1, also=_also)
+@stage("saebench", version=2, also=_also)
 def run(spec: SaebenchSpec, ctx: Context) -> SaebenchResult:
     """Every task on every SAE, site by site; files in SAEBench's form lie in the run's folder."""
     subjects = opened(spec)

@@ -31,6 +31,8 @@ from unweave.methods.saebench.spec import SaebenchSpec
 from unweave.methods.saebench.spread import Scored
 from unweave.sae.module import SAE
 
+Array = np.ndarray[Any, Any]
+
 
 @dataclass(frozen=True)
 class About:
@@ -124,13 +126,18 @@ class Bench:
                 shown.advance()
         return source
 
-    def counted(self, source: ActivationSource, chunk: int) -> tuple[Tensor, Tensor]:
-        """The activations of a chunk that count, [n, D], and the row of the store that each is in, int64 [n]."""
+    def placed(self, source: ActivationSource, chunk: int) -> tuple[Tensor, Array]:
+        """The activations of a chunk that count, [n, D], and the token of the store that each is at, int64 [n]."""
         part, store = source.chunk(chunk), source.store
         x = part.x[self.site]
         keep = self.policy.keep(x, torch.from_numpy(store.ids[part.where.numpy()].astype(np.int64)))
-        row = np.searchsorted(store.starts, part.where[keep].numpy(), side="right") - 1
-        return x[keep].to(self.lm.device), torch.from_numpy(row).to(self.lm.device)
+        return x[keep].to(self.lm.device), part.where[keep].numpy()
+
+    def counted(self, source: ActivationSource, chunk: int) -> tuple[Tensor, Tensor]:
+        """The activations of a chunk that count, [n, D], and the row of the store that each is in, int64 [n]."""
+        x, where = self.placed(source, chunk)
+        row = np.searchsorted(source.store.starts, where, side="right") - 1
+        return x, torch.from_numpy(row).to(self.lm.device)
 
     def chunks(self, source: ActivationSource) -> Iterator[tuple[Tensor, Tensor]]:
         """``counted`` of every chunk."""

@@ -26,8 +26,9 @@ from unweave.core.intervals import RESAMPLES, interval, resampled
 from unweave.judge.base import Conversation
 from unweave.judge.form import Answer, Form, Rating
 from unweave.latents.contexts import KINDS, Array
+from unweave.latents.explaining import says
 from unweave.latents.records import Context, Records
-from unweave.methods.explain.forms import PROMPTS, says, turns
+from unweave.methods.explain.forms import PROMPTS, turns
 from unweave.methods.explain.rubric.result import SCALE, Difference, Scores
 
 CONTEXTS = 5

@@ -1,0 +1,1 @@
+"""Measures beside the truth, on features that are known."""
