@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from unweave.methods.saebench.absorption import absorbed
 from unweave.methods.saebench.core import token_sums
+from unweave.methods.saebench.labelled import Split
 from unweave.methods.saebench.planted import Planted
-from unweave.methods.saebench.probes import Split, probed
+from unweave.methods.saebench.sparse_probing import probed
 from unweave.sae.module import SAE
 
 FOUND = 0.9
