@@ -227,8 +227,8 @@ def _measure(passes: Passes, saes: Sequence[SAE], pieces: Sequence[Tokens], coun
         return _Sums(0, zeros, 0.0, torch.zeros(sae.d_sae, dtype=torch.int64, device=zeros.device))
 
     n = len(_variants(len(saes)))
-    sums = [[empty(sae) for sae in saes] for _ in range(2)]
-    measured = _Measured(*sums, torch.zeros(2, n, dtype=torch.float64))
+    inside, left_out = ([empty(sae) for sae in saes] for _ in range(2))
+    measured = _Measured(inside, left_out, torch.zeros(2, n, dtype=torch.float64))
     known: list[list[Row]] = [[] for _ in range(n - 1)]  # of each edited pass, the rows of the last batch
     total = n * sum(piece.n_tokens for piece in pieces)
     with task("evaluate", total=total, unit="tokens") as progress:
