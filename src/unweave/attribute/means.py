@@ -148,10 +148,8 @@ def mean_effects(
                 _count(means[site], sae, gradients[site], firing(sae, x, counted(lm, sae, x, batch)))
             shown.advance(len(batch))
     if not any(bool(site.effect.value.any()) for site in means.values()):
-        raise UnweaveError(
-            "no latent has an effect: the metric is constant, or nothing fires",
-            remedy="check the answers that it compares, and that the SAEs are of this model",
-        )
+        remedy = "check the answers that it compares, and that the SAEs are of this model"
+        raise UnweaveError("no latent has an effect: the metric is constant, or nothing fires", remedy=remedy)
     return means
 
 

@@ -191,17 +191,13 @@ class Runner:
                 out = self._last_logits(batch, edits, grad, start, shortcut)
             value = self.metric(out.float() if out.dtype in (torch.bfloat16, torch.float16) else out, rows)
         if value.shape != rows.shape:
-            raise UnweaveError(
-                f"the metric gave shape {list(value.shape)} for {len(rows)} rows",
-                remedy="return one number per row: metric(out [R, V], rows [R]) -> [R]",
-            )
+            remedy = "return one number per row: metric(out [R, V], rows [R]) -> [R]"
+            raise UnweaveError(f"the metric gave shape {list(value.shape)} for {len(rows)} rows", remedy=remedy)
         bad = ~torch.isfinite(value.detach())
         if bool(bad.any()):
-            raise UnweaveError(
-                f"the metric is NaN or infinite for {int(bad.sum())} of {len(rows)} rows",
-                where=f"example {int(rows[bad][0])} of the batch",
-                remedy="check the metric, and the model on this text",
-            )
+            what = f"the metric is NaN or infinite for {int(bad.sum())} of {len(rows)} rows"
+            remedy = "check the metric, and the model on this text"
+            raise UnweaveError(what, where=f"example {int(rows[bad][0])} of the batch", remedy=remedy)
         return value
 
     def _last_logits(

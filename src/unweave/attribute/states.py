@@ -134,10 +134,8 @@ def line_up(lm: LM, clean: Tokens, patch: Patch) -> tuple[Tokens, Tokens | None,
     if not isinstance(patch, Tokens):
         return clean.to(lm.device), None, patch or {}
     if clean.ids.shape != patch.ids.shape or not torch.equal(clean.mask, patch.mask):
-        raise UnweaveError(
-            f"clean inputs {list(clean.ids.shape)} and patch inputs {list(patch.ids.shape)} do not line up",
-            remedy="pair texts with equally many tokens, padded alike",
-        )
+        what = f"clean inputs {list(clean.ids.shape)} and patch inputs {list(patch.ids.shape)} do not line up"
+        raise UnweaveError(what, remedy="pair texts with equally many tokens, padded alike")
     return clean.to(lm.device), patch.to(lm.device), {}
 
 
@@ -146,10 +144,8 @@ def moved_positions(tokens: Tokens, positions: Tensor | None) -> Tensor:
     if positions is None:
         return tokens.mask
     if positions.shape != tokens.mask.shape or positions.dtype != torch.bool:
-        raise UnweaveError(
-            f"positions is {positions.dtype} {list(positions.shape)}, not bool {list(tokens.mask.shape)}",
-            remedy="give one truth value per token",
-        )
+        what = f"positions is {positions.dtype} {list(positions.shape)}, not bool {list(tokens.mask.shape)}"
+        raise UnweaveError(what, remedy="give one truth value per token")
     return positions.to(tokens.mask.device) & tokens.mask
 
 

@@ -149,11 +149,9 @@ def pairs(lm: LM | Any, structure: Structure, n: int, *, seed: int = 0, split: S
         if len(qualified) == n:
             return qualified
     reasons = "; ".join(f"{count}: {reason}" for reason, count in problems.most_common(3))
-    raise UnweaveError(
-        f"{n} {structure} pairs were asked for, but only {len(qualified)} qualify with this tokenizer",
-        where=f"{split} split" + (f"; left out {reasons}" if reasons else ""),
-        remedy="ask for fewer, use another structure, or bring your own pairs as JSON lines",
-    )
+    what = f"{n} {structure} pairs were asked for, but only {len(qualified)} qualify with this tokenizer"
+    remedy = "ask for fewer, use another structure, or bring your own pairs as JSON lines"
+    raise UnweaveError(what, where=f"{split} split" + (f"; left out {reasons}" if reasons else ""), remedy=remedy)
 
 
 def problem_of(tokenizer: Any, pair: Pair) -> str | None:

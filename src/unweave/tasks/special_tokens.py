@@ -54,10 +54,8 @@ class SpecialTokens:
 
     def __post_init__(self) -> None:
         if not self.ids:
-            raise UnweaveError(
-                "there are no special tokens",
-                remedy="name their ids, or use a model whose tokenizer has special tokens or a chat template",
-            )
+            remedy = "name their ids, or use a model whose tokenizer has special tokens or a chat template"
+            raise UnweaveError("there are no special tokens", remedy=remedy)
 
     @classmethod
     def of(cls, lm: LM, ids: Sequence[int] | None = None, where: Where = "template") -> Self:

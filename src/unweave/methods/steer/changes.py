@@ -74,10 +74,8 @@ def open_edits(
         if spec.relative:
             largest = maximum(site, latent)
             if not largest > 0:
-                raise UnweaveError(
-                    f"{name_of(site, latent)} never fired in its records, so that it has no strength to measure by",
-                    remedy="give a value, or collect records on more text",
-                )
+                what = f"{name_of(site, latent)} never fired in its records, so that it has no strength to measure by"
+                raise UnweaveError(what, remedy="give a value, or collect records on more text")
             amount *= largest
         opened.append(OpenedEdit(spec, site, saes[site], latent, amount, when))
     for edit in together([[one.change() for one in opened]]):

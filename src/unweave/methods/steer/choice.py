@@ -108,11 +108,9 @@ def choose_latents(
     """
     clearest = themes(lm, records)[:candidates]
     if not clearest:
-        raise UnweaveError(
-            "no latent has a theme: words that its contexts share and others lack",
-            where=str(sae.write),
-            remedy="name the latent to steer with, or collect records on more text",
-        )
+        what = "no latent has a theme: words that its contexts share and others lack"
+        remedy = "name the latent to steer with, or collect records on more text"
+        raise UnweaveError(what, where=str(sae.write), remedy=remedy)
     maxima = [float(records.maximum[theme.latent]) for theme in clearest]
     values = expressions(lm, sae, clearest, maxima)
     order = sorted(range(len(clearest)), key=lambda i: (-values[i], clearest[i].latent))

@@ -78,10 +78,8 @@ def _rows(task: str) -> Iterator[tuple[Any, str]]:
         return parquet_rows(path, (*_FIELDS, "cue", "split"), f"{_NEEDS}; it has")
     if suffix == ".csv" and path.is_file():
         return _csv_rows(path)
-    raise UnweaveError(
-        f"no task {task!r}", where=str(path.absolute()),
-        remedy="use gender, double, hub:org/name, or a file that is there: .jsonl, .json, .csv or .parquet",
-    )  # fmt: skip
+    remedy = "use gender, double, hub:org/name, or a file that is there: .jsonl, .json, .csv or .parquet"
+    raise UnweaveError(f"no task {task!r}", where=str(path.absolute()), remedy=remedy)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[Any, str]]:
@@ -164,10 +162,8 @@ def _by_hash(items: Sequence[Item], spec: ChoiceSpec, left: Counter[str]) -> dic
     groups = alike([item.prompt for item in different])
     largest = Counter(groups).most_common(1)[0][1]
     if largest > len(different) / 2 > 1:
-        raise UnweaveError(
-            f"{largest:,} of {len(different):,} prompts are near duplicates of one another: no part can be held out",
-            where=spec.task, remedy="give a column split, or prompts that differ more",
-        )  # fmt: skip
+        what = f"{largest:,} of {len(different):,} prompts are near duplicates of one another: no part can be held out"
+        raise UnweaveError(what, where=spec.task, remedy="give a column split, or prompts that differ more")
     contradicts = [item.cue == item.incorrect for item in different]
     agreeing = {group for group, other in zip(groups, contradicts, strict=True) if not other}
     splits: dict[str, list[Item]] = {name: [] for name in ("train", "validation", "ambiguous", "ood")}

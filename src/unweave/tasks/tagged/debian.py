@@ -29,10 +29,8 @@ def fetched() -> Path:
         if work is None:
             return folder
         if shutil.which("apt-get") is None:
-            raise UnweaveError(
-                "debtags come by apt-get, which is not here",
-                remedy="name a folder with Debian's Packages and Translation-en files, or another source",
-            )
+            remedy = "name a folder with Debian's Packages and Translation-en files, or another source"
+            raise UnweaveError("debtags come by apt-get, which is not here", remedy=remedy)
         lists, cache = work / "lists", work / "cache"
         for place in (lists, cache):
             (place / "partial").mkdir(parents=True, exist_ok=True)
@@ -44,10 +42,8 @@ def fetched() -> Path:
         wanted = [path for pattern in _NAMED for path in sorted(lists.glob(pattern))]
         if done.returncode or {path.suffix for path in wanted} == set() or len(wanted) < 2:
             reason = (done.stderr.strip() or done.stdout.strip() or "it brought no lists").splitlines()[-1][:300]
-            raise UnweaveError(
-                f"apt-get could not bring the package lists: {reason}",
-                remedy="check apt's sources and the network, or name a folder with Packages and Translation-en files",
-            )
+            remedy = "check apt's sources and the network, or name a folder with Packages and Translation-en files"
+            raise UnweaveError(f"apt-get could not bring the package lists: {reason}", remedy=remedy)
         for path in wanted:
             shutil.move(path, work / "out" / path.name)
     return folder
@@ -57,11 +53,8 @@ def read(folder: Path) -> tuple[dict[str, Any], Iterator[Tagged]]:
     """The tagged packages of a folder of lists. UnweaveError where there are no Translation files or no tags."""
     packages, translations = (sorted(folder.glob(pattern)) for pattern in _NAMED)
     if not packages or not translations:
-        raise UnweaveError(
-            "Packages need a Translation-en file beside them, which has the descriptions",
-            where=str(folder),
-            remedy="put both files of one archive there, not compressed",
-        )
+        what = "Packages need a Translation-en file beside them, which has the descriptions"
+        raise UnweaveError(what, where=str(folder), remedy="put both files of one archive there, not compressed")
     notes = ["Descriptions are of software, in one style; tags are by volunteers and incomplete."]
     return {"source": "Debian package descriptions with debtags", "notes": notes}, _texts(packages, translations)
 
