@@ -116,7 +116,11 @@ def test_conversations_are_learnt(home: Path, tmp_path: Path) -> None:
     (heldout,) = result.splits
     assert heldout.tuned.accuracy is None and heldout.tuned.loss < 0.8 * heldout.base.loss
     assert result.history[-1].scores["heldout"].loss < result.history[0].scores["heldout"].loss
-    assert "Fine-tuning" in section(result).heading
+    shown = section(result)
+    assert "Fine-tuning" in shown.heading and "Losses are" in shown.body and "Accuracy" not in shown.body
+    (folder,) = tmp_path.glob("finetune-run-*/model")
+    for words in (shown.body, (folder / "README.md").read_text(), str(result.rows())):
+        assert f"{heldout.base.loss:.4f}" in words and f"{heldout.tuned.loss:.4f}" in words
 
 
 def test_conversations_without_an_answer_are_refused(home: Path, tmp_path: Path) -> None:

@@ -36,20 +36,25 @@ def _body(result: Finetuned, spec: dict[str, object]) -> Iterator[str]:
         f"{counted(result.batch, 'item')}, seed {result.seed}"  # fmt: skip
     version = environment().get("unweave", "")
     yield f"- Made with unweave {version}; the weights need nothing of it: no hook is part of them.\n"
-    yield "Accuracy with Wilson's 95 % interval: the most likely token of all is the correct answer.\n"
+    if all(split.tuned.accuracy is None for split in result.splits):
+        yield "Cross-entropy of what the assistant says, in nats a token.\n"
+    else:
+        yield "Accuracy with Wilson's 95 % interval: the most likely token of all is the correct answer.\n"
     yield "| split | items | base | tuned | tuned, ablated at test | cross-entropy, tuned |"
     yield "|---|---|---|---|---|---|"
     for split in result.splits:
-        cells = " | ".join(in_words(right(score)) for score in (split.base, split.tuned, split.edited))
+        cells = " | ".join(map(cell, (split.base, split.tuned, split.edited)))
         yield f"| {split.name} | {split.items} | {cells} | {split.tuned.loss:.4f} |"
     yield "\n## Everything that was asked\n\n```json"
     yield json.dumps(spec, indent=1)
     yield "```"
 
 
-def right(score: Score | None) -> Share | None:
-    """The accuracy of a score, where it has one."""
-    return None if score is None or score.accuracy is None else score.accuracy.right
+def cell(score: Score | None) -> str:
+    """The accuracy, of conversations the cross-entropy."""
+    if score is None:
+        return "-"
+    return f"{score.loss:.4f}" if score.accuracy is None else in_words(score.accuracy.right)
 
 
 def in_words(share: Share | None) -> str:

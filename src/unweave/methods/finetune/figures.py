@@ -33,14 +33,14 @@ def course(result: Finetuned, name: str) -> str:
         if answers:
             top.set_ylim(-0.02, 1.02)
         learnt = [(check.epoch, check.loss) for check in result.history if check.loss is not None]
-        bottom.plot(*zip(*learnt, strict=True), color=COLOURS["ink"], linewidth=1.4)
+        bottom.plot(*zip(*learnt, strict=True), color=COLOURS["ink"], linewidth=1.4, marker="o", markersize=2.5)
         bottom.set_ylim(bottom=0)
         bottom.set_ylabel("Loss")
         bottom.set_xlabel("Epochs")
         top.tick_params(labelbottom=False)
         figure.align_ylabels()
         figure.legend(loc="outside upper center", ncols=4, handlelength=1.6)
-        return as_svg(figure, f"{name}-course", "Accuracy on every split and loss against epochs of fine-tuning")
+        return as_svg(figure, f"{name}-course", "Every split, and the loss, against epochs of fine-tuning")
 
 
 def projections(result: Finetuned, name: str) -> str:
