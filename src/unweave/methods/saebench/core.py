@@ -156,7 +156,7 @@ def loss_sums(
     has_next = counted & F.pad(tokens.mask, (0, 1))[row, position + 1]
     return {
         "ce": ce[:, has_next].sum(1), "next": has_next.double().sum(),
-        "kl": kl[1:, counted].sum(1), "tokens": counted.double().sum(),
+        "kl": kl[1:, counted].sum(1), "tokens": counted.double().sum(), "read": tokens.mask.double().sum(),
     }  # fmt: skip
 
 
@@ -165,7 +165,8 @@ def loss_sums(
 
 def compatible(sums: Sequence[Sums], losses: Sequence[Sums]) -> dict[str, float]:
     """SAEBench 0.6's numbers of batches. Explained variance subtracts the square of the mean *square* (S / d)^2, mse is
-    a token's squared error over the number of tokens in its batch, l1 a plain sum, the bias a mean over batches."""
+    a token's squared error over the number of tokens in its batch, l1 a plain sum, the bias a mean over batches; the
+    numbers of tokens are of all that were read, also of those that do not count."""
     total = _total(sums)
     n, d = total["n"], sums[0]["width"]
     square = torch.stack([one["square"] / one["n"] for one in sums]).mean()
@@ -228,7 +229,7 @@ def _losses_of(losses: Sequence[Sums]) -> dict[str, float]:
         "ce_loss_with_ablation": zero,
         "ce_loss_with_sae": sae,
         "ce_loss_without_sae": clean,
-        "total_tokens_eval_reconstruction": total["tokens"],
+        **{f"total_tokens_eval_{part}": total["read"] for part in ("reconstruction", "sparsity_variance")},
     }
     return {key: float(value) for key, value in numbers.items()}
 
