@@ -170,8 +170,10 @@ def test_an_explained_variance_of_the_mean_is_zero_only_in_the_correct_form(tiny
     x = torch.cat([run(lm.model, ids)[0].reshape(-1, 32) for ids in batches]) + 5
     zero.b_dec = x.mean(0)
     sums = [token_sums(zero, x, torch.zeros(len(x), dtype=torch.int64))]
-    losses = [{"ce": torch.ones(3), "next": torch.tensor(1.0), "kl": torch.ones(2), "tokens": torch.tensor(1.0)}]
+    losses = [{"ce": torch.ones(3), "next": torch.tensor(1.0), "kl": torch.ones(2), "tokens": torch.tensor(1.0),
+               "read": torch.tensor(2.0)}]  # fmt: skip
     s, r = (float(sums[0][name] / sums[0]["n"]) for name in ("square", "rest"))
+    assert compatible(sums, losses)["total_tokens_eval_sparsity_variance"] == 2
     assert "ce_loss_score" not in compatible(sums, losses), "zeros cost nothing, so there is no share to recover"
     value = compatible(sums, losses)["explained_variance"]
     assert value == pytest.approx(1 - r / (s - (s / 32) ** 2))
