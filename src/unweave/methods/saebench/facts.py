@@ -72,14 +72,16 @@ def says(text: str, names: tuple[str, ...], form: str) -> bool:
 
 
 def _read(row: Any, where: str) -> Fact:
-    value = row.get("value") if isinstance(row, Mapping) else None
-    names = tuple(value) if isinstance(value, list) else (value,)
-    texts = [row.get(name) for name in _FIELDS] if isinstance(row, Mapping) else []
-    if not texts or not all(isinstance(text, str) and text.strip() for text in (*texts, *names)):
+    fields = row if isinstance(row, Mapping) else {}
+    value = fields.get("value")
+    texts = [*(fields.get(name) for name in _FIELDS), *(value if isinstance(value, list) else [value])]
+    if len(texts) == len(_FIELDS) or not all(isinstance(text, str) and text.strip() for text in texts):
         raise UnweaveError("this row is no fact", where=where, remedy=f"give {', '.join((*_FIELDS, 'value'))} as text")
-    if not texts[3].partition("{}")[1] or not texts[3].partition("{}")[0].strip():
+    kind, attribute, entity, sentence, *names = map(str, texts)
+    before, slot, _ = sentence.partition("{}")
+    if not slot or not before.strip():
         raise UnweaveError("a sentence needs words, and then {} for the entity", where=where, remedy="fix the sentence")
-    return Fact(texts[0], texts[1], texts[2], names, texts[3])
+    return Fact(kind, attribute, entity, tuple(names), sentence)
 
 
 def _own() -> Iterator[Fact]:
