@@ -173,6 +173,8 @@ def test_the_recipe_end_to_end_and_again(tmp_path: Path, monkeypatch: pytest.Mon
     html, told = (done.path / "report.html").read_text(), (done.path / "claims.md").read_text()
     for claim in claims.claims(result):
         assert claim.verdict in html and claim.verdict in told
+    before = next(one.base for one in plain[0].finetuned.splits if one.name == "ood").accuracy
+    assert before is not None and result.tasks[-1].before("ood") == before.between.value and "Before training" in html
     assert html.count("<svg") >= 6 and "default-src 'none'" in html
     assert "| gender | plain fine-tuning |" in (done.path / "table.md").read_text()
     assert result.rows() and view.section(result).tiles

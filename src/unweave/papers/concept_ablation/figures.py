@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -49,8 +50,14 @@ def effects(tasks: Sequence[Task]) -> str:
             axes.plot(layers, [one.chosen_total for one in task.sites], color=colour, marker=".", linestyle="--")
         axes.set_xlabel("Layer")
         axes.set_ylabel("Summed effect")
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=2, handlelength=1.6)
         return as_svg(figure, "concept-ablation-effects", "Effects by layer: all candidates, chosen ones dashed")
+
+
+def _line(place: int, name: Name) -> dict[str, Any]:
+    """How a condition's curve is drawn; the last ones, whose colours are alike, dashed and dotted."""
+    style = ("-", "-", "-", "--", ":")[place]
+    return {"color": COLOURS[_HUES[place]], "linestyle": style, "marker": ".", "label": NAMES[name]}
 
 
 def learning(task: Task, names: Sequence[Name], split: str, number: int) -> str:
@@ -68,11 +75,11 @@ def learning(task: Task, names: Sequence[Name], split: str, number: int) -> str:
             scores = [[check.scores[split].accuracy for check in run if split in check.scores] for run in runs]
             values = [[one.between.value for one in row if one is not None] for row in scores]
             if all(len(row) == len(steps) for row in values):
-                axes.plot(steps, np.mean(values, 0), color=COLOURS[_HUES[place]], marker=".", label=NAMES[name])
+                axes.plot(steps, np.mean(values, 0), **_line(place, name))
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("Step")
         axes.set_ylabel(f"Accuracy, {split}")
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=2, handlelength=1.6)
         return as_svg(figure, f"concept-ablation-{split}-{number}", f"Accuracy on {split} over training, {task.name}")
 
 
@@ -89,8 +96,8 @@ def projections(task: Task, names: Sequence[Name]) -> str:
             if rows and rows[0]:
                 curve = np.mean(rows, 0)
                 steps = [check.step for check in runs[0] if check.projections]
-                axes.plot(steps, curve - curve[0], color=COLOURS[_HUES[place]], marker=".", label=NAMES[name])
+                axes.plot(steps, curve - curve[0], **_line(place, name))
         axes.set_xlabel("Step")
         axes.set_ylabel("Projection, change")
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=2, handlelength=1.6)
         return as_svg(figure, "concept-ablation-projections", f"Projection on the concept over training, {task.name}")

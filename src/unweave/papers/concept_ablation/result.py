@@ -120,6 +120,12 @@ class Task:
         shares = [(one.right if among == "all" else one.between).value for one in found if one is not None]
         return Spread(tuple(shares)) if shares else None
 
+    def before(self, split: str) -> float | None:
+        """Accuracy of the untrained model, between the two answers."""
+        splits = self.trials[0].finetuned.splits if self.trials else ()
+        found = next((one.base.accuracy for one in splits if one.name == split), None)
+        return None if found is None else found.between.value
+
     def gain(self, condition: Name, other: Name, among: Literal["all", "both"] = "both") -> Spread | None:
         """How much better out of distribution, seed by seed."""
         one, two = self.spread(condition, "ood", among), self.spread(other, "ood", among)

@@ -12,7 +12,7 @@ from unweave.papers.concept_ablation.figures import accuracies, effects, learnin
 from unweave.papers.concept_ablation.result import NAMES, ConceptAblation, Name
 from unweave.papers.page import claims_html, write_pages
 from unweave.show.page import ALONE, Around, Section, Tile, beside, figure
-from unweave.show.pieces import esc, table
+from unweave.show.pieces import esc, percent, table
 
 _HEAD = ("Task", "Condition", "Validation", "Ambiguous", "Cue misleads", "95 % interval", "All tokens: validation",
          "cue misleads")  # fmt: skip
@@ -58,7 +58,7 @@ def section(result: ConceptAblation, _around: Around = ALONE) -> Section:
     body = [
         f'<p>{esc(lead)}</p><div class="uw-wide">{claims_html(claims(result))}</div>',
         f'<h3>Accuracies</h3><div class="uw-wide">{table(_HEAD, lines, (2, 3, 4, 5, 6, 7))}</div>',
-        f"<p>{esc(_left_out(result))}</p>",
+        f"<p>{esc(_before(result))} {esc(_left_out(result))}</p>",
         "<h3>Where the cue misleads (Figures 2 and 6)</h3>",
         *_pairs([figure(accuracies(task, i), esc(task.name)) for i, task in enumerate(result.tasks)]),
         "<h3>Effects by layer (Figure 3)</h3>",
@@ -79,6 +79,14 @@ def section(result: ConceptAblation, _around: Around = ALONE) -> Section:
 
 def _pairs(figures: list[str]) -> list[str]:
     return [beside(*figures[i : i + 2]) for i in range(0, len(figures), 2)]
+
+
+def _before(result: ConceptAblation) -> str:
+    """What the untrained model does."""
+    shown = "; ".join(
+        f"{task.name} {percent(task.before('validation'))} and {percent(task.before('ood'))}" for task in result.tasks
+    )
+    return f"Before training, between the two answers, on validation and where the cue misleads: {shown}."
 
 
 def _left_out(result: ConceptAblation) -> str:
