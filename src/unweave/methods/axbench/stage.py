@@ -41,7 +41,6 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
     """Generates, rates and compares; ``generations.parquet`` holds every text with every rating and who gave it."""
     experiment, learning = planned(spec), spec.learning
     cost = cost_of(spec, experiment)
-    ctx.log("cost", vars(cost))
     say(
         f"at most {cost.texts:,} texts for {cost.pairs} pairs ({cost.tokens:,} new tokens), and {cost.prompts:,} "
         "prompts to a judge"
@@ -52,6 +51,7 @@ def run(spec: AxbenchSpec, ctx: Context) -> Comparison:
     left_out = compare.left_out_of(experiment, too_few)
     opened = open_saes(spec)
     refuse_pairs(experiment.pairs, opened)
+    ctx.log("cost", vars(cost))  # from here on the run has something to keep
     chat = open_judge(spec.judge, ctx.runs / REPLIES, spec.device) if "chat" in (*spec.raters, spec.writer) else None
     experiment = planned(spec, chat if spec.writer == "chat" else None, too_few)
     pairs = experiment.pairs
