@@ -131,9 +131,7 @@ def _policy(spec: SaebenchSpec, lm: LM, saes: list[SAE]) -> TokenPolicy:
     if spec.form == "compatible":
         ids = (getattr(lm.tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
         return TokenPolicy(tuple(sorted({int(i) for i in ids if i is not None})))
-    norms = [sae.policy.max_norm for sae in saes if sae.policy.max_norm is not None]
-    excluded = {i for sae in saes for i in sae.policy.exclude_ids} | set(lm.special_ids)
-    return TokenPolicy(tuple(sorted(excluded)), min(norms, default=None))
+    return TokenPolicy.common([TokenPolicy(tuple(lm.special_ids)), *(sae.policy for sae in saes)])
 
 
 def _scored(task: Task, prepared: Prepared, sae: SAE, folder: Path) -> Scored:

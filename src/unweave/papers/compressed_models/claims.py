@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -180,7 +180,7 @@ def _sweep(study: Study) -> Iterator[Claim]:
 
 def _bench(study: Study) -> Iterator[Claim]:
     for task, key, where, claim in _TASKS:
-        told, verdicts = [], []
+        told, alike = [], []
         for bench in study.benches:
             own: dict[str, Measure] = {
                 bench.forms[one.sae]: measure
@@ -191,20 +191,13 @@ def _bench(study: Study) -> Iterator[Claim]:
                     f"{form} {bounded(Interval(own[form].value, own[form].low, own[form].high), 3)}"
                     for form in FORMS if form in own
                 ))  # fmt: skip
-                verdicts.append(_alike(own))
-        yield Claim(f"{claim} ({where})", f"{key} {'; '.join(told)}" if told else "", _all(verdicts))
-
-
-def _alike(own: dict[str, Measure]) -> bool | None:
-    """Whether the SAE pruned by a quarter cannot be told from the original one; None where one of them is missing."""
-    if ORIGINAL not in own or FORMS[1] not in own:
-        return None
-    return abs(own[FORMS[1]].value - own[ORIGINAL].value) <= own[ORIGINAL].smallest
-
-
-def _all(verdicts: Sequence[bool | None]) -> Verdict:
-    known = [one for one in verdicts if one is not None]
-    return "not measured" if not known else "as claimed" if all(known) else "partly" if any(known) else "not as claimed"
+            if ORIGINAL in own and FORMS[1] in own:  # alike: these seeds cannot tell the pruned SAE from the original
+                alike.append(abs(own[FORMS[1]].value - own[ORIGINAL].value) <= own[ORIGINAL].smallest)
+        yield Claim(
+            f"{claim} ({where})", f"{key} {'; '.join(told)}" if told else "",
+            "not measured" if not alike else
+            "as claimed" if all(alike) else "partly" if any(alike) else "not as claimed",
+        )  # fmt: skip
 
 
 def _compression(study: Study) -> Iterator[Claim]:

@@ -81,13 +81,13 @@ def _compressions(model: str, data: DataSpec, device: str | None) -> tuple[Compr
 
 
 def _smoke(spec: CompressedModelsSpec) -> StudyPlan:
-    data = DataSpec(sources=DEFAULT_SOURCES, pack=PackSpec(context=256), tokens=100_000, heldout_tokens=16_384)
+    data = DataSpec(sources=DEFAULT_SOURCES, pack=PackSpec(context=256), tokens=80_000, heldout_tokens=8192)
     blocks = DataSpec(sources=DEFAULT_SOURCES, pack=PackSpec(packing="blocks", context=256), tokens=16_384,
-                      heldout_tokens=4096)  # fmt: skip
+                      heldout_tokens=2048)  # fmt: skip
     training = TrainSpec(
         sites=tuple(f"{point}.{{{','.join(map(str, _LAYERS))}}}" for point in _POINTS),
         data=data,
-        sae=TopKSpec(expansion=4, k=32, tokens=300_032, batch=512),
+        sae=TopKSpec(expansion=4, k=32, tokens=200_192, batch=512),
         variants=tuple({"seed": [seed]} for seed in _SEEDS),
         device=spec.device,
         checkpoint_seconds=240.0,
@@ -102,8 +102,8 @@ def _smoke(spec: CompressedModelsSpec) -> StudyPlan:
         device=spec.device,
         transfer={
             "pruning": {"sweep": [0.75, 0.9, 0.95, 0.99], "tokens": 16_384},
-            "tokens": 16_384,
-            "loss_tokens": 3072,
+            "tokens": 8192,
+            "loss_tokens": 1536,
             "steer": 16,
         },
         groups=tuple(f"seed{seed}" for seed in _SEEDS),

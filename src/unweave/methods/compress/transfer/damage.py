@@ -74,7 +74,7 @@ def predictor(site: Site, x: Array, by_compression: Mapping[str, Array], seed: i
     predicted, shares = np.empty(len(y)), []
     for each in range(FOLDS):
         out = fold == each
-        predicted[out] = _fitted(x[~out], y[~out], x[out])
+        predicted[out] = _with_ones(x[out]) @ _weights(x[~out], y[~out])
         variance = float(((y[out] - y[~out].mean()) ** 2).sum())
         shares.append(1 - float(((y[out] - predicted[out]) ** 2).sum()) / max(variance, 1e-30))
     half = float(t.ppf(0.975, FOLDS - 1)) * float(np.std(shares, ddof=1)) / math.sqrt(FOLDS)
@@ -82,7 +82,6 @@ def predictor(site: Site, x: Array, by_compression: Mapping[str, Array], seed: i
     for name, damage in others:
         both = ~np.isnan(damage[there])
         elsewhere[name] = _rank_correlation(predicted[both], damage[there][both])
-    weights = np.linalg.lstsq(np.column_stack([np.ones(len(y)), x]), y, rcond=None)[0][1:]
     mean = float(np.mean(shares))
     return Predictor(
         site=site,
@@ -91,15 +90,17 @@ def predictor(site: Site, x: Array, by_compression: Mapping[str, Array], seed: i
         low=mean - half,
         high=mean + half,
         rank_correlation=_rank_correlation(predicted, y),
-        weights=dict(zip(FEATURES, weights.tolist(), strict=True)),
+        weights=dict(zip(FEATURES, _weights(x, y)[1:].tolist(), strict=True)),
         elsewhere=elsewhere,
     )
 
 
-def _fitted(x: Array, y: Array, new: Array) -> Array:
-    ones = np.ones(len(x))
-    weights = np.linalg.lstsq(np.column_stack([ones, x]), y, rcond=None)[0]
-    return np.column_stack([np.ones(len(new)), new]) @ weights
+def _with_ones(x: Array) -> Array:
+    return np.column_stack([np.ones(len(x)), x])
+
+
+def _weights(x: Array, y: Array) -> Array:
+    return np.linalg.lstsq(_with_ones(x), y, rcond=None)[0]
 
 
 def _rank_correlation(a: Array, b: Array) -> float:
