@@ -70,7 +70,9 @@ def test_the_command_reads_conversations(home: Path, trained: Any, tmp_path: Pat
     assert result.metric == "effect on log p of the assistant's tokens" and result.examples == 8
 
 
-def test_the_command_compares_models(trained: Any, choices: Path, adapter: Path, tmp_path: Path) -> None:
+def test_the_command_compares_models(
+    home: Path, trained: Any, choices: Path, adapter: Path, tmp_path: Path, capsys: Any
+) -> None:
     task = ("--task.task", str(choices), "--tuned", str(adapter))
     folder = asked(tmp_path, trained, *task, "--by", "components", "--components", "3")
     result = attribution_at(folder).result
@@ -80,3 +82,6 @@ def test_the_command_compares_models(trained: Any, choices: Path, adapter: Path,
     folder = asked(tmp_path, trained, *task, "--by", "difference", "--top", "4")
     differing = attribution_at(folder).result
     assert len(differing.candidates) == 4 and all(one.size is not None for one in differing.candidates)
+    same = ("--task.task", str(choices), "--tuned", str(home / "model"), "--by", "difference", "--runs", str(tmp_path))
+    assert main(["finetune", "attribute", "--saes", str(trained.path / "sae"), *same]) == 2
+    assert "no latent has a score of sign positive" in capsys.readouterr().err

@@ -70,6 +70,9 @@ def run(spec: FinetuneAttributeSpec, ctx: Context) -> AttributeResult:
     else:
         activity, scores, scale = _scores(spec, opened, texts)
         listed = candidates(activity, scores, top=spec.top, per_site=spec.per_site, sign=spec.sign, scale=scale)
+        if not listed:
+            what = f"no latent has a score of sign {spec.sign}"
+            raise UnweaveError(what, where=spec.by, remedy="ask for another sign, or compare with a model that differs")
     sites = tuple(_total(site, sae, opened, listed, activity, components) for site, sae in opened.saes.items())
     digests = {one.site: one.digest for one in sites}
     lines = (Annotation(name_of(one.site, one.number), sae=digests[one.site]) for one in listed)
