@@ -8,7 +8,7 @@ import torch
 from scipy.sparse import csr_array
 
 from unweave.core.errors import UnweaveError
-from unweave.methods.saebench.ablation import Pooled, removal, trained
+from unweave.methods.saebench.ablation import Pooled, probe_of, removal
 from unweave.methods.saebench.baselines import random_directions
 from unweave.methods.saebench.labelled import Labelled, Split
 from unweave.methods.saebench.planted import Planted
@@ -87,7 +87,7 @@ def test_a_trained_probe_takes_up_the_cue(reviews, form):
     world, x, labelled = reviews
     trial = trial_of(labelled, PAIR, 1)
     data = pooled(world.sae(), x)
-    probes = [trained(data.own, split, (0.1, 1.0), form, 1) for split in (trial.classes, trial.cues, trial.biased)]
+    probes = [probe_of(data.own, split, (0.1, 1.0), form, 1) for split in (trial.classes, trial.cues, trial.biased)]
     numbers = shifted(data, trial, probes, NS, form, 1)
     assert numbers["d1_clean"] > 0.97 and numbers["d1_"] < 0.85
     if form == "correct":

@@ -23,6 +23,7 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.methods.saebench.labelled import Array, Split
 from unweave.methods.saebench.probes import Adam, Probe, by_test, dense, difference, validated
+from unweave.methods.saebench.task import Bench
 from unweave.sae.module import SAE
 
 TRAINED = Adam(lr=1e-3, batch=16, epochs=20, patience=20, l1=1e-3)
@@ -97,23 +98,28 @@ def removal(
     return Removal({"": strongest, "random_": drawn}, becomes, delta, dual / (dual @ delta), centre)
 
 
-def trained(x: Array, split: Split, strengths: Sequence[float], form: str, seed: int) -> Probe:
-    """A probe on the model's pooled activations x [R, D]; in the compatible form SAEBench's, chosen on test texts."""
+def trained(
+    bench: Bench, name: str, own: Array, problems: Sequence[Split], strengths: Sequence[float], seed: int
+) -> list[Probe]:
+    """Probes on the model's pooled activations own [R, D], which all SAEs of the site share as a piece."""
+    form = bench.spec.form
+
+    def make() -> dict[str, Tensor]:
+        probes = [probe_of(own, split, strengths, form, seed) for split in problems]
+        return {"weight": torch.from_numpy(np.stack([one.weight for one in probes])),
+                "bias": torch.tensor([one.bias for one in probes], dtype=torch.float64)}  # fmt: skip
+
+    tensors = bench.pieces.tensors(name, make)
+    return [Probe(weight, float(bias)) for weight, bias in zip(tensors["weight"].numpy(), tensors["bias"], strict=True)]
+
+
+def probe_of(x: Array, split: Split, strengths: Sequence[float], form: str, seed: int) -> Probe:
+    """A probe on x [R, D]; in the compatible form SAEBench's, chosen on test texts."""
     if form == "correct":
         return validated(x, split, strengths)
     rows, targets = (np.concatenate([one, other]) for one, other in zip(split.train, split.validation, strict=True))
     test, wanted = split.test
     return by_test(x[rows], targets, x[test], wanted, TRAINED, seed)[0]
-
-
-def held(probes: Sequence[Probe]) -> dict[str, Tensor]:
-    """Probes as a piece; ``probes_of`` reads them again."""
-    return {"weight": torch.from_numpy(np.stack([probe.weight for probe in probes])),
-            "bias": torch.tensor([probe.bias for probe in probes], dtype=torch.float64)}  # fmt: skip
-
-
-def probes_of(tensors: Mapping[str, Tensor]) -> list[Probe]:
-    return [Probe(weight, float(bias)) for weight, bias in zip(tensors["weight"].numpy(), tensors["bias"], strict=True)]
 
 
 def accuracy(logits: Array, targets: Array) -> float:

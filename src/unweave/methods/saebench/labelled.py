@@ -20,6 +20,7 @@ from unweave.core.spec import digest
 from unweave.data.pack import Row
 from unweave.data.stream import ActivationSource
 from unweave.lm.chat import encode_text
+from unweave.methods.saebench.spec import ProbingSpec, TppSpec
 from unweave.methods.saebench.task import About, Bench
 from unweave.sae.module import SAE
 from unweave.tasks.tagged.spec import TaggedSpec
@@ -98,6 +99,12 @@ def about(bench: Bench, texts: Sequence[Texts], *notes: str) -> About:
     known = dict.fromkeys(note for one in texts for note in one.notes)
     sample = bench.counted(texts[0].source, 0)[0]
     return About(digest(what), "; ".join(one.about for one in texts), sample, (*known, *notes))
+
+
+def read_most_used(bench: Bench, options: ProbingSpec | TppSpec) -> tuple[Texts, ...]:
+    """Of each source the labels with the most texts, and some texts of each."""
+    draw = most_used(options.labels, options.per_label, bench.spec.seed)
+    return tuple(read(bench, name, draw, options.context) for name in options.sources)
 
 
 def most_used(labels: int, per_label: int, seed: int) -> Draw:

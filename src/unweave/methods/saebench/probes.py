@@ -81,9 +81,18 @@ def validated(x: Array, split: Split, strengths: Sequence[float]) -> Probe:
     """A logistic regression on all columns in their standard deviations; its penalty is chosen on validation texts."""
     (train, y), (validation, wanted) = split.train, split.validation
     scale = deviations(x[train])
-    probes = [fitted(x[train] / scale, y, None, strength) for strength in strengths]
-    best = max(probes, key=lambda probe: probe.score(x[validation] / scale, wanted))
-    return Probe(best.coef_[0] / scale, float(best.intercept_[0]))
+    probe, _ = best_of(x[train] / scale, y, x[validation] / scale, wanted, None, strengths)
+    return Probe(probe.coef_[0] / scale, float(probe.intercept_[0]))
+
+
+def best_of(
+    x: Any, y: Array, x_validation: Any, wanted: Array, chosen: Array | None, strengths: Sequence[float]
+) -> tuple[Any, float]:
+    """The logistic regression on some columns, or all, whose penalty does best on validation texts; its accuracy."""
+    probes = [fitted(x, y, chosen, strength) for strength in strengths]
+    right = [float(probe.score(dense(x_validation, chosen), wanted)) for probe in probes]
+    best = int(np.argmax(right))
+    return probes[best], right[best]
 
 
 def by_test(x: Any, y: Array, x_test: Any, y_test: Array, how: Adam, seed: int) -> tuple[Probe, float]:

@@ -94,10 +94,12 @@ class Prompted:
         """What is said next, greedily, int64 [n, new tokens]."""
         longest = max(len(self.rows[i].ids) for i in prompts.tolist())
         parts = []
-        for some in torch.arange(len(prompts)).split(max(1, self.batch_tokens // longest)):
-            tokens, edit = self._edited(prompts[some], None if added is None else added[some])
-            new = self.lm.generate_ids(tokens, edit, max_new_tokens=self.new_tokens).cpu()
-            parts.append(F.pad(new, (0, self.new_tokens - new.shape[1]), value=self.lm.pad_id))
+        with task("completions", total=len(prompts), unit="sentences") as shown:
+            for some in torch.arange(len(prompts)).split(max(1, self.batch_tokens // longest)):
+                tokens, edit = self._edited(prompts[some], None if added is None else added[some])
+                new = self.lm.generate_ids(tokens, edit, max_new_tokens=self.new_tokens).cpu()
+                parts.append(F.pad(new, (0, self.new_tokens - new.shape[1]), value=self.lm.pad_id))
+                shown.advance(len(some))
         return torch.cat(parts)
 
     def completions(self, prompts: Tensor, added: Tensor | None) -> list[str]:

@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.core.pieces import Pieces
 from unweave.core.progress import task
 from unweave.methods.saebench import ablation
-from unweave.methods.saebench.ablation import Pooled, accuracy, held, probes_of, trained
+from unweave.methods.saebench.ablation import Pooled, accuracy, trained
 from unweave.methods.saebench.labelled import LEAST, OVERLAP, Array, Draw, Labelled, Split, Texts, about, read, sides
 from unweave.methods.saebench.probes import Probe
 from unweave.methods.saebench.spec import Pair, SaebenchSpec, ScrSpec, pair_of
@@ -74,21 +73,14 @@ class _Prepared:
         options, form = self.bench.spec.scr, self.bench.spec.form
         found = {}
         for number, (texts, pooled) in enumerate(zip(self.texts, data, strict=True)):
-            for place, pair in enumerate(map(pair_of, options.pairs)):
+            for index, pair in enumerate(map(pair_of, options.pairs)):
                 if set(pair) <= set(texts.labelled.names):
                     trial = trial_of(texts.labelled, pair, seed)
-                    probes = self._probes(trial, pooled.own, seed, f"{seed}-{number}-{place}")
+                    splits, place = (trial.classes, trial.cues, trial.biased), f"probes-{seed}-{number}-{index}"
+                    probes = trained(self.bench, place, pooled.own, splits, options.strengths, seed)
                     name = f"{texts.labelled.name}: {_words(pair)}"
                     found[name] = shifted(pooled, trial, probes, options.ns, form, seed)
         return found
-
-    def _probes(self, trial: Trial, own: Array, seed: int, name: str) -> list[Probe]:
-        options, splits = self.bench.spec.scr, (trial.classes, trial.cues, trial.biased)
-
-        def train() -> dict[str, Tensor]:
-            return held([trained(own, split, options.strengths, self.bench.spec.form, seed) for split in splits])
-
-        return probes_of(self.bench.pieces.tensors(f"probes-{name}", train))
 
 
 def _prepare(bench: Bench) -> _Prepared:

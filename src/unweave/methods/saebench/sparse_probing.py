@@ -22,8 +22,8 @@ import numpy as np
 from unweave.core.errors import UnweaveError
 from unweave.core.pieces import Pieces
 from unweave.core.progress import task
-from unweave.methods.saebench.labelled import LEAST, OVERLAP, SHARES, Split, Texts, about, most_used, problems_of, read
-from unweave.methods.saebench.probes import Adam, by_test, columns, dense, deviations, fitted, scaled
+from unweave.methods.saebench.labelled import LEAST, OVERLAP, SHARES, Split, Texts, about, problems_of, read_most_used
+from unweave.methods.saebench.probes import Adam, best_of, by_test, columns, dense, deviations, fitted, scaled
 from unweave.methods.saebench.spec import SaebenchSpec
 from unweave.methods.saebench.spread import Scored
 from unweave.methods.saebench.task import About, Bench, Task
@@ -72,9 +72,7 @@ def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _prepare(bench: Bench) -> _Prepared:
-    options = bench.spec.sparse_probing
-    draw = most_used(options.labels, options.per_label, bench.spec.seed)
-    texts = tuple(read(bench, name, draw, options.context) for name in options.sources)
+    texts = read_most_used(bench, bench.spec.sparse_probing)
     return _Prepared(bench, about(bench, texts), texts)
 
 
@@ -97,12 +95,9 @@ def probed(
     scores, right = {}, {}
     for k in (*ks, None):
         best = None if k is None else columns(parts[0], y, k)
-        probes = [fitted(parts[0], y, best, c) for c in strengths]
-        on_validation = [probe.score(dense(parts[1], best), y_validation) for probe in probes]
-        chosen = int(np.argmax(on_validation))
         name = "test_accuracy" if k is None else f"top_{k}_test_accuracy"
-        scores[name] = float(probes[chosen].score(dense(parts[2], best), y_test))
-        right[name] = on_validation[chosen]
+        probe, right[name] = best_of(parts[0], y, parts[1], y_validation, best, strengths)
+        scores[name] = float(probe.score(dense(parts[2], best), y_test))
     few = [f"top_{k}_test_accuracy" for k in ks]
     return scores | {"chosen_k_test_accuracy": scores[max(few, key=lambda name: right[name])]}
 

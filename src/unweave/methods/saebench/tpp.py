@@ -15,14 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from unweave.core.errors import UnweaveError
 from unweave.core.pieces import Pieces
 from unweave.core.progress import task
 from unweave.methods.saebench import ablation
-from unweave.methods.saebench.ablation import Pooled, accuracy, held, probes_of, trained
-from unweave.methods.saebench.labelled import LEAST, OVERLAP, Split, Texts, about, most_used, problems_of, read
+from unweave.methods.saebench.ablation import Pooled, accuracy, trained
+from unweave.methods.saebench.labelled import LEAST, OVERLAP, Split, Texts, about, problems_of, read_most_used
 from unweave.methods.saebench.probes import Probe
 from unweave.methods.saebench.spread import Scored
 from unweave.methods.saebench.task import About, Bench, Task
@@ -58,11 +57,7 @@ class _Prepared:
         if len(problems) < 2:
             raise UnweaveError(f"TPP needs two classes, each on {LEAST} texts of each side", where=labelled.name,
                                remedy="give a set of three labels or more, or leave it out of tpp.sources")  # fmt: skip
-
-        def train() -> dict[str, Tensor]:
-            return held([trained(data.own, split, options.strengths, form, seed) for split in problems])
-
-        probes = probes_of(self.bench.pieces.tensors(f"probes-{seed}-{number}", train))
+        probes = trained(self.bench, f"probes-{seed}-{number}", data.own, problems, options.strengths, seed)
         return perturbed(data, problems, probes, options.ns, form, seed)
 
 
@@ -98,9 +93,7 @@ def _losses(logits: Mapping[str, np.ndarray], targets: np.ndarray) -> dict[str, 
 
 
 def _prepare(bench: Bench) -> _Prepared:
-    options = bench.spec.tpp
-    draw = most_used(options.labels, options.per_label, bench.spec.seed)
-    texts = tuple(read(bench, name, draw, options.context) for name in options.sources)
+    texts = read_most_used(bench, bench.spec.tpp)
     return _Prepared(bench, about(bench, texts, ablation.NOTE), texts)
 
 
