@@ -77,6 +77,7 @@ def test_the_command_compares_models(
     folder = asked(tmp_path, trained, *task, "--by", "components", "--components", "3")
     result = attribution_at(folder).result
     assert [one.number for one in result.candidates] == [0, 1, 2] and result.sites[0].digest is None
+    assert {view.spread(one) for one in result.candidates} == {"n/a"} and "± 0" not in view.section(result).body
     (rows,) = load_file(folder / str(result.directions)).values()
     torch.testing.assert_close(rows @ rows.T, torch.eye(3))
     folder = asked(tmp_path, trained, *task, "--by", "difference", "--top", "4")

@@ -42,7 +42,12 @@ def score_words(one: Candidate, by: str) -> str:
         return "of the variance of its site"
     size = "" if one.size is None else f"{number(one.size)} standard deviations; "
     fires = f"fires on {percent(one.frequency)} of the tokens, {number(one.activation)} on average"
-    return f"± {number(one.margin)} (95 %); {size}{fires}"
+    return f"{spread(one)} (95 %); {size}{fires}"
+
+
+def spread(one: Candidate) -> str:
+    """Half of the score's interval; of components and of a single example nothing is known."""
+    return f"± {number(one.margin)}" if one.margin else "n/a"
 
 
 def section(result: AttributeResult, around: Around = ALONE) -> Section:
@@ -50,8 +55,8 @@ def section(result: AttributeResult, around: Around = ALONE) -> Section:
     compared = f" It was compared with {esc(result.tuned)}." if result.tuned else ""
     body = [
         f"<p>{counted(len(result.candidates), 'candidate')} for ablation, by {esc(result.metric)}, averaged over "
-        f"{result.examples:,} examples of {esc(result.task)} ({result.tokens:,} tokens); 95 % intervals are over "
-        f"examples.{compared} None was looked at by anybody yet: <code>unweave finetune select</code> chooses.</p>"
+        f"{counted(result.examples, 'example')} of {esc(result.task)} ({result.tokens:,} tokens); 95 % intervals are "
+        f"over examples.{compared} None was looked at by anybody yet: <code>unweave finetune select</code> chooses.</p>"
     ]
     if result.skipped:
         body.append(f"<p>Left out: {esc(', '.join(f'{n:,} ({reason})' for reason, n in result.skipped.items()))}.</p>")
@@ -63,7 +68,7 @@ def section(result: AttributeResult, around: Around = ALONE) -> Section:
     head = ("Site", "Number", "Score", "95 %", "In deviations", "Mean activation", "Fires on")
     lines = [
         (esc(one.site), latent_link(one.number) if one.number in around.entries else str(one.number),
-         number(one.score), f"± {number(one.margin)}", number(one.size), number(one.activation),
+         number(one.score), spread(one), number(one.size), number(one.activation),
          percent(one.frequency))
         for one in result.candidates[:_LISTED]
     ]  # fmt: skip

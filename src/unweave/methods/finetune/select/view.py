@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unweave.core.result import Row
-from unweave.methods.finetune.attribute.view import by_site, totals
+from unweave.methods.finetune.attribute.view import by_site, spread, totals
 from unweave.methods.finetune.diagnosis import Diagnosis, EditCheck
 from unweave.methods.finetune.select.result import SelectResult
 from unweave.show.page import ALONE, Around, Section, Tile, figure
@@ -59,7 +59,7 @@ def section(result: SelectResult, around: Around = ALONE) -> Section:
     head = ("", "Candidate", "Score", "95 %", "Fires on", "Relevance", "What is known")
     lines = [
         ("chosen" if one.chosen else "", esc(one.candidate.name), number(one.candidate.score),
-         f"± {number(one.candidate.margin)}", percent(one.candidate.frequency), number(one.relevance, 2),
+         spread(one.candidate), percent(one.candidate.frequency), number(one.relevance, 2),
          esc(one.words))
         for one in result.weighed
     ]  # fmt: skip
