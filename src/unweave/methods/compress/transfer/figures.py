@@ -1,90 +1,100 @@
-"""Figures of SAEs in compressed models."""
+"""Figures of SAEs in compressed models: a line for each site."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from unweave.methods.compress.transfer.result import ORIGINAL, RETRAINED, Cell, Transfer
 from unweave.show.figures import COLOURS, as_svg, new_figure, settings
 
-_LOOKS = [(colour, style) for style in ("-", "--", ":") for colour in ("accent", "warm", "ink", "mute")]
+_LOOKS = [(COLOURS[colour], style) for style in ("-", "--", ":") for colour in ("accent", "warm", "ink", "mute")]
+_ANEW = 1.03
+"""where SAEs that were trained anew stand on the axis of sparsities"""
+Points = Sequence[tuple[float, float]]
 
 
-@contextmanager
-def _axes() -> Iterator[tuple[Any, Any]]:
+def _drawn(
+    about: tuple[str, str],
+    lines: Iterable[tuple[str, Points]],
+    x: str,
+    y: str,
+    corner: str,
+    tune: Callable[[Any], None],
+) -> str:
+    """Lines by name as the figure ``about`` (name, description); ``tune`` gets the axes before the legend is drawn."""
     import matplotlib
 
     with matplotlib.rc_context(settings()):
         figure = new_figure(3.2)
-        yield figure, figure.add_subplot()
+        axes = figure.add_subplot()
+        for place, (name, points) in enumerate(lines):
+            colour, style = _LOOKS[place % len(_LOOKS)]
+            look = {"color": colour, "linestyle": style, "marker": "o", "markersize": 3, "linewidth": 1.2}
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, **look)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        tune(axes)
+        axes.legend(fontsize=7, ncols=2, loc=corner)
+        return as_svg(figure, f"transfer-{about[0]}", about[1])
 
 
 def sweep(result: Transfer, what: Literal["unexplained", "loss"]) -> str:
-    """Figure 1 of the paper: pruned SAEs by their sparsity, in the compressed model; retrained ones as level lines."""
+    """Figure 1 of the paper: pruned SAEs by their sparsity, in the compressed model; crosses: SAEs trained anew."""
 
     def value(cell: Cell) -> float:
         m = cell.metrics
         return m.unexplained_variance if what == "unexplained" else m.ce_sae - m.ce_clean
 
-    with _axes() as (figure, axes):
-        for place, site in enumerate(result.sites):
-            colour = COLOURS[_LOOKS[place % 4][0]]
-            marker = "osD^v<>*x"[place // 4 % 9]
-            own = [cell for cell in result.cells if cell.site == site and cell.on == "compressed"]
-            pruned = sorted((cell.sparsity or 0.0, value(cell)) for cell in own if cell.form != RETRAINED)
-            axes.plot(
-                *zip(*pruned, strict=True), color=colour, marker=marker, markersize=3, linewidth=1.2, label=str(site)
-            )
-            for cell in own:
-                if cell.form == RETRAINED:
-                    axes.axhline(value(cell), color=colour, linestyle="--", linewidth=0.7)
-        axes.set_xlabel("Share of the SAE's weights that is 0")
-        axes.set_ylabel("Unexplained variance" if what == "unexplained" else "Loss above the model's own (nats)")
+    cells = {site: [c for c in result.cells if (c.site, c.on) == (site, "compressed")] for site in result.sites}
+    lines = [
+        (str(site), sorted((cell.sparsity or 0.0, value(cell)) for cell in own if cell.form != RETRAINED))
+        for site, own in cells.items()
+    ]
+
+    def tune(axes: Any) -> None:
+        for (colour, _), own in zip(_LOOKS * len(cells), cells.values(), strict=False):
+            anew = [value(cell) for cell in own if cell.form == RETRAINED]
+            axes.plot([_ANEW] * len(anew), anew, "x", color=colour, markersize=5, clip_on=False)
         if what == "unexplained":
             axes.set_ylim(0, min(axes.get_ylim()[1], 1.6))
-        axes.legend(fontsize=7, ncols=2, loc="upper left")
-        return as_svg(figure, f"transfer-{what}", f"Pruned SAEs in the compressed model by sparsity: {what}")
+
+    y = "Unexplained variance" if what == "unexplained" else "Loss above the model's own (nats)"
+    about = (what, f"Pruned SAEs in the compressed model by sparsity: {what}")
+    return _drawn(about, lines, "Share of the SAE's weights that is 0", y, "upper left", tune)
 
 
 def rates(result: Transfer) -> str:
     """Survival of the original SAEs' latents by how often they fire."""
-    with _axes() as (figure, axes):
-        for place, site in enumerate(result.sites):
-            cell = result.of(site, ORIGINAL, "compressed")
-            if cell is None or cell.survival is None:
-                continue
-            bins = [one for one in cell.survival.by_rate if one.mean is not None]
-            places = [cell.survival.by_rate.index(one) for one in bins]
-            colour, style = _LOOKS[place % len(_LOOKS)]
-            values = [one.mean.value for one in bins if one.mean is not None]
-            axes.plot(places, values, color=COLOURS[colour], linestyle=style, marker="o", markersize=3, label=str(site))
+    lines, ranges = [], []
+    for site in result.sites:
+        cell = result.of(site, ORIGINAL, "compressed")
+        if cell is not None and cell.survival is not None:
+            bins = enumerate(cell.survival.by_rate)
+            lines.append((str(site), [(place, one.mean.value) for place, one in bins if one.mean is not None]))
             ranges = [f"{one.low:g} to {one.high:g}" for one in cell.survival.by_rate]
-            axes.set_xticks(range(len(ranges)), ranges)
+
+    def tune(axes: Any) -> None:
+        axes.set_xticks(range(len(ranges)), ranges)
         axes.set_ylim(0, 1.02)
-        axes.set_xlabel("Firing rate in the original model")
-        axes.set_ylabel("Mean correlation before and after")
-        axes.legend(fontsize=7, ncols=2, loc="lower left")
-        return as_svg(figure, "transfer-rates", "Survival of latents by firing rate")
+
+    about = ("rates", "Survival of latents by firing rate")
+    return _drawn(about, lines, "Firing rate in the original model", "Mean correlation", "lower left", tune)
 
 
 def damage(result: Transfer) -> str:
-    """Mean damage to latents over what each compression costs the model, a line for each site."""
+    """Mean damage to latents over what each compression costs the model."""
     order = sorted(result.compressions, key=lambda one: one.loss.after)
-    with _axes() as (figure, axes):
-        for place, site in enumerate(result.sites):
-            points = []
-            for one in order:
-                mean = next(own.survival.every.mean for own in one.sites if own.site == site)
-                if mean is not None:
-                    points.append((one.loss.after - one.loss.before, 1 - mean.value))
-            colour, style = _LOOKS[place % len(_LOOKS)]
-            axes.plot(*zip(*points, strict=True), color=COLOURS[colour], linestyle=style, marker="o", markersize=3,
-                      label=str(site))  # fmt: skip
+    lines = [
+        (str(site), [(one.loss.after - one.loss.before, 1 - own.survival.every.mean.value)
+                     for one in order for own in one.sites if own.site == site and own.survival.every.mean is not None])
+        for site in result.sites
+    ]  # fmt: skip
+
+    def tune(axes: Any) -> None:
         axes.set_xscale("symlog", linthresh=0.01)
         axes.set_ylim(0, 1.02)
-        axes.set_xlabel("Loss of the compressed model above the original's (nats)")
-        axes.set_ylabel("1 - mean correlation of latents")
-        axes.legend(fontsize=7, ncols=2, loc="upper left")
-        return as_svg(figure, "transfer-damage", "Damage to latents over damage to the model")
+
+    about = ("damage", "Damage to latents over damage to the model")
+    return _drawn(about, lines, "Loss above the original model's (nats)", "1 - mean correlation", "upper left", tune)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unweave.core.codes import Codes
 from unweave.core.errors import UnweaveError
-from unweave.core.intervals import Array, Interval
+from unweave.core.intervals import Array, Interval, interval
 from unweave.core.progress import task
 from unweave.core.site import Site
 from unweave.data.stream import ActivationSource
@@ -31,6 +31,7 @@ from unweave.sae.module import SAE
 LEAST = 10
 """firings in the original model below which a correlation says too little"""
 RATES = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
+_FEW = 200
 _SUMS = ("a", "b", "aa", "bb", "ab", "fired", "fires", "maximum")
 
 
@@ -69,14 +70,11 @@ def correlations(table: Tensor, n: int) -> Array:
 
 
 def mean_of(values: Array) -> Interval | None:
-    """The mean with its 95 % interval by its standard error over latents; NaN are left out."""
+    """The mean with its 95 % interval over latents: by bootstrap, of many by the standard error; NaN are left out."""
     values = values[~np.isnan(values)]
-    if not len(values):
-        return None
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Interval(mean, None, None)
-    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    if len(values) <= _FEW:
+        return interval(values)
+    mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
 

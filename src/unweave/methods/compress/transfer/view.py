@@ -62,7 +62,7 @@ def section(result: Transfer, around: Around = ALONE) -> Section:
     )
     drawn = [
         figure(figures.sweep(result, "unexplained"), "What pruned SAEs leave unexplained in the compressed model; "
-               "dashed: trained anew."),
+               "crosses: trained anew."),
         figure(figures.sweep(result, "loss"), "The compressed model's loss with the SAE in place, above its own."),
         figure(figures.rates(result), "Mean correlation of the original SAE's latents in the compressed model, by how "
                "often they fire."),
