@@ -208,7 +208,10 @@ def read(path: Path) -> Material:
     texts, "answer": 0 to 3}. UnweaveError for anything else, and for a side without texts or questions."""
     questions, texts = [], {side: [] for side in SIDES}
     for where, one in entries(path, "questions and texts", ("side",)):
-        side, options, answer = one.get("side"), one.get("options"), one.get("answer")
+        side: Any
+        options: Any
+        answer: Any
+        side, options, answer = (one.get(name) for name in ("side", "options", "answer"))
         asks = isinstance(one.get("question"), str) and isinstance(options, list) and answer in range(4)
         asks = asks and len(options) == 4 and all(isinstance(option, str) for option in options)
         if side not in SIDES or asks == isinstance(one.get("text"), str):
