@@ -135,7 +135,9 @@ def test_a_model_that_knows_nothing_is_told_and_so_is_a_wrong_file(planted, tmp_
     lm, sae, path, _ = planted
     monkeypatch.undo()
     monkeypatch.setattr(unlearning, "_PROMPT", "{}\n{}\n:")
-    with pytest.raises(UnweaveError, match=r"the model knows \d of 24 answers to forget, fewer than 10.*chance 25 %"):
+    with pytest.raises(
+        UnweaveError, match=r"of 24 questions to forget the model answers \d rightly in \d.*chance 25 %"
+    ):
         unlearning.TASK.prepare(bench_of(lm, sae, path, tmp_path))
     for line in ({"side": "both", "text": "x"}, {"side": "forget", "question": "x", "options": ["a"], "answer": 0},
                  {"side": "forget"}):  # fmt: skip

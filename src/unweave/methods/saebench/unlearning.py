@@ -237,17 +237,18 @@ def known_questions(bench: Bench, questions: Sequence[Question], options: Unlear
         asked = [one for one in questions if one.side == side][: options.questions]
         left, first = asked, 0.0
         with task(f"questions to {side}", total=len(_ORDERS), unit="orders") as shown:
-            for number, order in enumerate(_ORDERS):
-                answers = right(bench, left, order).tolist() if left else []
-                first = first if number else float(np.mean(answers))
+            for number, order in enumerate(_ORDERS, 1):
+                answers = right(bench, left, order).tolist()
+                first = float(np.mean(answers)) if number == 1 else first
                 left = [one for one, fine in zip(left, answers, strict=True) if fine]
                 shown.advance()
-        if len(left) < options.least:
-            raise UnweaveError(
-                f"the model knows {len(left)} of {len(asked)} answers to {side}, fewer than {options.least}: it gives "
-                f"{first:.0%} rightly in one order of the options (chance 25 %), and few or none in all of them",
-                where="unlearning", remedy="use a model that answers such questions, or a file of easier ones",
-            )  # fmt: skip
+                if len(left) < options.least:
+                    raise UnweaveError(
+                        f"of {len(asked)} questions to {side} the model answers {len(left)} rightly in {number} of "
+                        f"{len(_ORDERS)} orders of their options, fewer than {options.least}; in the first order alone "
+                        f"{first:.0%} (chance 25 %)",
+                        where="unlearning", remedy="use a model that answers such questions, or a file of easier ones",
+                    )  # fmt: skip
         known += left
     return tuple(known)
 
