@@ -276,7 +276,8 @@ def _prepare(bench: Bench) -> _Prepared:
         raise UnweaveError(f"there are no facts about {' or '.join(options.classes)}", where="ravel.classes",
                            remedy="name classes of the facts")  # fmt: skip
     world = Prompted(lm, bench.site, rows, places, options.new_tokens, bench.spec.batch_tokens)
-    said = bench.common.tensors("ravel-said", lambda: {"ids": world.new_ids(torch.arange(len(rows)), None)})["ids"]
+    kept = bench.kept("saebench-completions", options.new_tokens, [row.ids for row in rows])
+    said = kept.tensors("ids", lambda: {"ids": world.new_ids(torch.arange(len(rows)), None)})["ids"]
     right = [i for i, one in enumerate(there) if says(lm.decode(said[i]), one.names, bench.spec.form)]
     place, x = {}, torch.zeros(0, 0)
     if right:

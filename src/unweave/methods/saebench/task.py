@@ -109,6 +109,10 @@ class Bench:
     def _place(self, name: str, *what: Any) -> Path:
         return self.runs.resolve() / f"{name}-{digest([*self._identity, *what])}"
 
+    def kept(self, name: str, *what: Any) -> Pieces:
+        """Pieces of what is computed at the site without any SAE, which later runs share."""
+        return Pieces(self._place(name, *what))
+
     def stored(self, rows: Sequence[Row]) -> TokenStore:
         """Rows of tokens as a store, which later runs share."""
         folder = self._place("saebench-rows", [row.ids for row in rows])
@@ -146,7 +150,7 @@ class Bench:
     def at(self, rows: Sequence[Row], places: Sequence[int]) -> Tensor:
         """The activation at one token of each row, [n, D] on the CPU, which later runs share."""
         asked = [[row.ids, place] for row, place in zip(rows, places, strict=True)]
-        pieces, parts = Pieces(self._place("saebench-places", asked)), []
+        pieces, parts = self.kept("saebench-places", asked), []
         with task("activations of words", total=len(rows), unit="words") as shown:
             for first in range(0, len(rows), 256):
                 some = range(first, min(first + 256, len(rows)))
