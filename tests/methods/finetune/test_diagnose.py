@@ -136,7 +136,11 @@ def test_warnings_say_what_to_do(tiny_lm: Callable[..., LM]) -> None:
     bad = replace(sound, span_adds=True, zero_shift=-1.5)
     edits = (broken, replace(quiet, edit="span"))
     words = " ".join(replace(diagnosis, directions=(bad,), edits=edits).warnings)
-    assert "adds the concept" in words and "nearly everywhere" in words and "breaks the task" in words
+    assert (
+        "adds the concept" in words
+        and "Firing nearly everywhere: resid_post.1/3." in words
+        and "breaks the task" in words
+    )
     assert replace(diagnosis, directions=(bad,), edits=(replace(quiet, edit="mean"),)).warnings == ()  # neither is done
     assert isinstance(check, DirectionCheck) and not replace(broken, right_before=0.55).breaks  # it never could do it
 

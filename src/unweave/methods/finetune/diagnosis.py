@@ -79,8 +79,8 @@ class Diagnosis:
         dense = [f"{one.site}/{one.number}" for one in self.directions if one.zero_shift < -1 and "zero" in kinds]
         if dense:
             said.append(
-                f"{', '.join(dense[:3])}{', ...' if len(dense) > 3 else ''} fire nearly everywhere: zeroing moves all "
-                "activations by more than a deviation. Set them to their mean instead (condition mean)."
+                f"Firing nearly everywhere: {', '.join(dense[:3])}{', ...' if len(dense) > 3 else ''}. Zeroing them "
+                "moves all activations by more than a deviation. Set them to their mean instead (condition mean)."
             )
         said += [
             f"Ablation ({one.edit}) breaks the task on the untrained model: {one.right_after:.0%} right instead of "
