@@ -97,7 +97,7 @@ def by_site(all_of: Mapping[Site, float], chosen: Mapping[Site, float]) -> str:
         if chosen:
             heights = [chosen.get(site, 0.0) for site in sites]
             axes.bar(places, heights, width=0.5, color=COLOURS["accent"], label="chosen")
-            axes.legend(loc="upper right")
+            canvas.legend(loc="outside upper center", ncols=2)
         axes.axhline(0, color=COLOURS["line"], linewidth=1)
         axes.set_xticks(list(places), [str(site) for site in sites], rotation=45 if len(sites) > 6 else 0)
         axes.set_ylabel("Sum of scores")
