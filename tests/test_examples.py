@@ -26,6 +26,7 @@ from unweave.cli import bridge
 from unweave.cli.app import build_app, main
 from unweave.cli.convert import convert
 from unweave.cli.fields import leaves
+from unweave.cli.runs import runs
 from unweave.cli.serve import serve
 from unweave.cli.stages import GROUPS, stages
 from unweave.core.errors import UnweaveError
@@ -102,6 +103,7 @@ def test_command_lines_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> Non
                 *stages(),
                 *GROUPS,
                 "models",
+                "runs",
                 "dedup",
                 "convert",
                 "annotate",
@@ -131,7 +133,7 @@ def options() -> frozenset[str]:
     for stage in stages().values():
         found |= {f"--{leaf.name.replace('_', dash)}" for leaf in leaves(stage.spec) for dash in "_-"}
         found |= {f"--no-{leaf.name}" for leaf in leaves(stage.spec) if leaf.is_flag}
-    found |= {f"--{name}" for command in (convert, serve) for name in inspect.signature(command).parameters}
+    found |= {f"--{name}" for command in (convert, runs, serve) for name in inspect.signature(command).parameters}
     for script in (*EXAMPLES, *(ROOT / "benchmarks").glob("*.py")):
         text = script.read_text(encoding="utf-8")
         found |= set(re.findall(r'add_argument\("(--[\w-]+)"', text))

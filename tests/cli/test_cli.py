@@ -516,7 +516,7 @@ def test_every_field_of_every_stage_can_be_set_and_is_explained(name: str) -> No
 def test_naming_a_group_leaves_its_other_fields_as_help_shows_them(name: str) -> None:
     spec = REAL_STAGES[name].spec
     required = {"sae": "x"} if issubclass(spec, OfSAESpec) else {"saes": ["x"]} if issubclass(spec, OfSAEsSpec) else {}
-    given = {"pairs": "x", "attribution": "x", "saes": ["x"]}
+    given = {"pairs": "x", "attribution": "x", "saes": ["x"], "compressed": ["x"]}
     required |= {f.name: given[f.name] for f in fields(spec) if f.name in given and f.default is MISSING}
     for field_ in fields(spec):
         if isinstance(field_.default, Spec):
@@ -528,7 +528,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_and_import_load_no_heavy_library() -> None:
-    commands = (*stages.stages(), *stages.GROUPS, "models", "dedup", "convert", "annotate", "serve")
+    commands = (*stages.stages(), *stages.GROUPS, "models", "runs", "dedup", "convert", "annotate", "serve")
     names = ["--help", *(f"{name} --help" for name in commands), "models", "--version"]
     done = python(
         "import sys, unweave\n"

@@ -43,7 +43,7 @@ HOSTILE: list[Any] = [
 """Values of every type and size, for a place where one of a certain type belongs."""
 
 
-def attempt(read: Callable[[], Read], seconds: float = 2.0) -> Read | UnweaveError:
+def attempt(read: Callable[[], Read], seconds: float = 10.0) -> Read | UnweaveError:
     """What was read, or the UnweaveError. Another exception, or more than ``seconds`` of CPU, fails the test."""
     start = time.process_time()
     found: Read | UnweaveError

@@ -73,7 +73,8 @@ def train(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The weights that training ends with."""
     with trainable(lm, weights or WeightsSpec()) as model:
-        site = lowest(model.first_block, condition.sites) if begin else None
+        edited = [site for edit in condition.full for site in (edit.site, *edit.needs)]
+        site = lowest(model.first_block, [*condition.reads, *edited]) if begin else None
         starts = starts_at(lm, site, {"train": rows})
         assert bool(starts) == begin
         plan = Plan(len(rows.lengths), options)
