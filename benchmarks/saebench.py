@@ -92,7 +92,7 @@ def core_beside(python: str, sae: str, tokens: int, runs: str) -> None:
         theirs = json.loads(printed.splitlines()[-1])
     command = [sys.executable, "-m", "unweave", "saebench", sae, "--tasks", "core", "--form", "compatible", "--json",
                "--core.tokens", str(tokens), "--core.context", str(CONTEXT), "--core.batch_rows", str(ROWS),
-               "--baselines", "--seeds", "2", "--runs", f"{runs}/core"]  # fmt: skip
+               "--baselines", "neurons", "--seeds", "2", "--runs", f"{runs}/core"]  # fmt: skip
     printed, wall, ours, peak = timed(command)
     measured = {m["key"]: m["value"] for m in json.loads(printed)["scores"][0]["measures"]}
     apart = {
