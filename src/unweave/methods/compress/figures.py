@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from unweave.methods.compress.result import TensorChange
 from unweave.show.figures import COLOURS, as_svg, new_figure, settings
@@ -17,7 +18,7 @@ def changes(tensors: Sequence[TensorChange]) -> str:
 
     with matplotlib.rc_context(settings()):
         figure = new_figure(3.2)
-        axes = figure.add_subplot()
+        axes: Any = figure.add_subplot()
         for place, name in enumerate(dict.fromkeys(tensor.name for tensor in tensors)):
             own = [tensor for tensor in tensors if tensor.name == name]
             colour, style = _STYLES[place % len(_STYLES)]

@@ -27,7 +27,7 @@ def _drawn(
 
     with matplotlib.rc_context(settings()):
         figure = new_figure(3.2)
-        axes = figure.add_subplot()
+        axes: Any = figure.add_subplot()
         for place, (name, points) in enumerate(lines):
             colour, style = _LOOKS[place % len(_LOOKS)]
             look = {"color": colour, "linestyle": style, "marker": "o", "markersize": 3, "linewidth": 1.2}
