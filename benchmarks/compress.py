@@ -23,7 +23,6 @@ from unweave import LM
 from unweave.data.batches import store_batches
 from unweave.inputs.inputs import token_store
 from unweave.lm.projections import projections
-from unweave.methods.compress.calibrate import equal_batches
 from unweave.methods.compress.masks import Pattern
 from unweave.methods.compress.measure import compare, row_losses
 from unweave.methods.compress.models import Method, compress_model, pruning, ranking, rounding
@@ -56,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         calibration, _ = token_store(lm, asked.model, data, "train", asked.tokens, Path(folder))
         heldout, _ = token_store(lm, asked.model, data, "heldout", asked.heldout, Path(folder))
-        batches = equal_batches(lm, calibration, 2048)
+        batches = store_batches(lm, calibration, range(calibration.n_rows), 2048, spread=1)
         measured = store_batches(lm, heldout, range(heldout.n_rows), 2048)
 
     def restore() -> None:

@@ -7,16 +7,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from unweave.cli.output import JSON, in_words
 from unweave.core.errors import UnweaveError
-from unweave.core.run import Run
-from unweave.core.runs import Entry, changes, chosen, entries, remove
 from unweave.core.shown import plain
-from unweave.show.pieces import counted
+
+if TYPE_CHECKING:
+    from unweave.core.runs import Entry
 
 HELP = (
     "List runs: what was asked, when, how large, whether they are finished, and what builds on them.\n\n"
@@ -41,6 +41,8 @@ def runs(
     json: Annotated[bool, JSON] = False,
 ) -> dict[str, Any] | None:
     """Lists the runs of a folder, shows some of them, or deletes these."""
+    from unweave.core.runs import chosen, entries
+
     if remove and not names:
         raise UnweaveError(
             "no run is named", where="--remove", remedy="name the runs to delete; 'unweave runs' lists them"
@@ -62,6 +64,8 @@ def runs(
 
 
 def _removed(some: Sequence[Entry], yes: bool, json: bool) -> dict[str, Any] | None:
+    from unweave.core.runs import remove
+
     listed = ", ".join(f"{entry.name} ({_bytes(entry.size)})" for entry in some)
     if not yes:
         if json or not sys.stdin.isatty():
@@ -80,6 +84,8 @@ def _asked(entry: Entry) -> dict[str, Any]:
     """What differs from the defaults, with paths into the same folder of runs shortened; nothing where it is shared or
     nobody can read the question any more."""
     from unweave.cli.stages import stages
+    from unweave.core.run import Run
+    from unweave.core.runs import changes
 
     if entry.state == "shared":
         return {}
@@ -97,6 +103,7 @@ def _asked(entry: Entry) -> dict[str, Any]:
 
 
 def _short(value: Any, root: Path) -> Any:
+    from unweave.core.runs import changes
     from unweave.data.corpus import Source
 
     if isinstance(value, (list, tuple)):
@@ -134,6 +141,8 @@ def _print_all(every: Sequence[Entry], root: Path) -> None:
     """Three lines a run: its name, how it stands, and what was asked, as far as the line goes."""
     from rich.console import Console
     from rich.text import Text
+
+    from unweave.show.pieces import counted
 
     console = Console(highlight=False)
     for entry in every:

@@ -54,3 +54,12 @@ def resampled(values: Array, groups: Array | None = None, seed: int | list[int] 
         total += sums[drawn]
         n += counts[drawn]
     return total / n
+
+
+def rank_correlation(a: Array, b: Array) -> float | None:
+    """Spearman's of two lists [n], ties sharing their mean rank; None where one of them does not vary."""
+    from scipy.stats import rankdata
+
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])

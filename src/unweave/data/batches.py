@@ -26,8 +26,12 @@ def by_length(lengths: Sequence[int], max_tokens: int, spread: float = math.inf)
         yield group
 
 
-def store_batches(lm: LM, store: TokenStore, rows: Sequence[int], batch_tokens: int = 2048) -> list[Tokens]:
-    """Rows of a token store as batches of about ``batch_tokens`` positions, rows of like length together."""
+def store_batches(
+    lm: LM, store: TokenStore, rows: Sequence[int], batch_tokens: int = 2048, spread: float = math.inf
+) -> list[Tokens]:
+    """Rows of a token store as batches of about ``batch_tokens`` positions, rows of like length together; with
+    ``spread`` 1 those of one length, so that there is no padding."""
     order = sorted(map(int, rows))
     lengths = (store.starts[1:] - store.starts[:-1])[order].tolist()
-    return [store.batch([order[i] for i in group], lm.pad_id)[0] for group in by_length(lengths, batch_tokens)]
+    groups = by_length(lengths, batch_tokens, spread)
+    return [store.batch([order[i] for i in group], lm.pad_id)[0] for group in groups]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # one stand-in per colour of the scheme, far from anything matplotlib draws by itself
 COLOURS = {name: f"#0a{index:02x}fe" for index, name in enumerate(LIGHT)}
+LOOKS = [(COLOURS[name], style) for style in ("-", "--", ":") for name in ("accent", "warm", "ink", "mute")]
+"""colour and style of each of many lines in one figure"""
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _WIDTH, HEIGHT = 4.7, 3.2  # inches; two figures side by side on a wide page, one on a phone
 _MAX_POINTS = 600

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from unweave.core.intervals import Interval, interval
+from unweave.core.intervals import Interval, interval, rank_correlation
 from unweave.core.pieces import Pieces
 from unweave.core.progress import Task, task
 from unweave.core.writing import atomic_write
@@ -222,14 +222,7 @@ def _selections(
         best = np.isin(np.arange(len(score)), order[: n // 2])
         rating, in_concept = (mean(np.where(best, values[:, column], np.nan)) for column in (0, 1))
         others = mean(np.where(known & ~best, ratings, np.nan))
-        yield result.Selection(name, n // 2, rating, in_concept, others, _spearman(score[known], ratings[known]))
-
-
-def _spearman(a: Array, b: Array) -> float | None:
-    from scipy.stats import rankdata
-
-    varied = len(set(a)) > 1 and len(set(b)) > 1
-    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1]) if varied else None
+        yield result.Selection(name, n // 2, rating, in_concept, others, rank_correlation(score[known], ratings[known]))
 
 
 def _suppressions(by_block: Mapping[str, Array], mean: partial[Interval | None]) -> Iterator[result.Suppression]:

@@ -23,7 +23,6 @@ from torch import Tensor
 from unweave.core.errors import UnweaveError
 from unweave.core.progress import task
 from unweave.core.site import Site
-from unweave.data.tokens import TokenStore
 from unweave.lm.model import LM, Tokens
 from unweave.lm.projections import Projection, watch_inputs
 from unweave.lm.taps import Stop
@@ -151,15 +150,3 @@ class _Stream:
         parts = held.split(sizes)
         self.site: Site | None = None
         self.values = [part.view(*batch.ids.shape, -1) for part, batch in zip(parts, batches, strict=True)]
-
-
-def equal_batches(lm: LM, store: TokenStore, batch_tokens: int) -> list[Tokens]:
-    """All rows of a store in batches of about ``batch_tokens`` tokens, rows of one length together: no padding."""
-    lengths = store.starts[1:] - store.starts[:-1]
-    batches: list[list[int]] = []
-    for row in sorted(range(store.n_rows), key=lambda row: (int(lengths[row]), row)):
-        length = int(lengths[row])
-        full = not batches or lengths[batches[-1][0]] != length or (len(batches[-1]) + 1) * length > batch_tokens
-        batches += [[]] if full else []
-        batches[-1].append(row)
-    return [store.batch(rows, lm.pad_id)[0] for rows in batches]

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from unweave.methods.compress.result import TensorChange
-from unweave.show.figures import COLOURS, as_svg, new_figure, settings
-
-_STYLES = [(colour, style) for style in ("-", "--", ":") for colour in ("accent", "warm", "ink", "mute")]
+from unweave.show.figures import LOOKS, as_svg, new_figure, settings
 
 
 def changes(tensors: Sequence[TensorChange]) -> str:
@@ -21,9 +19,9 @@ def changes(tensors: Sequence[TensorChange]) -> str:
         axes: Any = figure.add_subplot()
         for place, name in enumerate(dict.fromkeys(tensor.name for tensor in tensors)):
             own = [tensor for tensor in tensors if tensor.name == name]
-            colour, style = _STYLES[place % len(_STYLES)]
+            colour, style = LOOKS[place % len(LOOKS)]
             layers, values = [tensor.layer for tensor in own], [tensor.change for tensor in own]
-            look = {"color": COLOURS[colour], "linestyle": style, "marker": "o", "markersize": 2.5, "linewidth": 1.2}
+            look = {"color": colour, "linestyle": style, "marker": "o", "markersize": 2.5, "linewidth": 1.2}
             axes.plot(layers, values, label=name, **look)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("Block")

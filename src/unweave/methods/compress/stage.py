@@ -19,7 +19,7 @@ from unweave.lm.model import LM, Tokens
 from unweave.lm.projections import projections
 from unweave.lm.sources import quiet
 from unweave.methods.compress import saes as of_saes
-from unweave.methods.compress.calibrate import Order, equal_batches
+from unweave.methods.compress.calibrate import Order
 from unweave.methods.compress.masks import Pattern
 from unweave.methods.compress.measure import compare, row_losses
 from unweave.methods.compress.models import Method, check_method, compress_model, pruning, ranking, rounding
@@ -73,7 +73,7 @@ def low_rank(spec: LowRankSpec, ctx: Context) -> Compressed:
 
 def _calibration(spec: CompressSpec, ctx: Context, lm: LM, model: str) -> list[Tokens]:
     store, _ = token_store(lm, model, spec.data, "train", spec.data.tokens, ctx.runs)
-    return equal_batches(lm, store, spec.batch_tokens)
+    return store_batches(lm, store, range(store.n_rows), spec.batch_tokens, spread=1)
 
 
 def _heldout(spec: CompressSpec, ctx: Context, lm: LM, model: str) -> list[Tokens]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unweave.core.intervals import Array
+from unweave.core.intervals import Array, rank_correlation
 from unweave.core.site import Site
 from unweave.methods.compress.transfer.result import Overlap, Predictor
 from unweave.methods.compress.transfer.survival import LEAST, correlations
@@ -54,7 +54,7 @@ def overlaps(site: Site, by_compression: Mapping[str, Array]) -> list[Overlap]:
         most = max(1, int(_TOP * n))
         if n > most:
             worst = [set(np.argsort(-values[there], kind="stable")[:most].tolist()) for values in (a, b)]
-            rank = _rank_correlation(a[there], b[there])
+            rank = rank_correlation(a[there], b[there]) or 0.0
             found.append(Overlap(site, one, other, n, rank, len(worst[0] & worst[1]) / most))
     return found
 
@@ -81,7 +81,7 @@ def predictor(site: Site, x: Array, by_compression: Mapping[str, Array], seed: i
     elsewhere = {}
     for name, damage in others:
         both = ~np.isnan(damage[there])
-        elsewhere[name] = _rank_correlation(predicted[both], damage[there][both])
+        elsewhere[name] = rank_correlation(predicted[both], damage[there][both]) or 0.0
     mean = float(np.mean(shares))
     return Predictor(
         site=site,
@@ -89,7 +89,7 @@ def predictor(site: Site, x: Array, by_compression: Mapping[str, Array], seed: i
         explained=mean,
         low=mean - half,
         high=mean + half,
-        rank_correlation=_rank_correlation(predicted, y),
+        rank_correlation=rank_correlation(predicted, y) or 0.0,
         weights=dict(zip(FEATURES, _weights(x, y)[1:].tolist(), strict=True)),
         elsewhere=elsewhere,
     )
@@ -101,11 +101,3 @@ def _with_ones(x: Array) -> Array:
 
 def _weights(x: Array, y: Array) -> Array:
     return np.linalg.lstsq(_with_ones(x), y, rcond=None)[0]
-
-
-def _rank_correlation(a: Array, b: Array) -> float:
-    """Spearman's; 0 where one of them does not vary."""
-    from scipy.stats import rankdata
-
-    ranks = [rankdata(values) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1]) if all(np.ptp(one) > 0 for one in ranks) else 0.0

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from unweave.methods.compress.transfer.result import ORIGINAL, RETRAINED, Cell, Transfer
-from unweave.show.figures import COLOURS, as_svg, new_figure, settings
+from unweave.show.figures import LOOKS, as_svg, new_figure, settings
 
-_LOOKS = [(COLOURS[colour], style) for style in ("-", "--", ":") for colour in ("accent", "warm", "ink", "mute")]
 _ANEW = 1.03
 """where SAEs that were trained anew stand on the axis of sparsities"""
 Points = Sequence[tuple[float, float]]
@@ -29,7 +28,7 @@ def _drawn(
         figure = new_figure(3.2)
         axes: Any = figure.add_subplot()
         for place, (name, points) in enumerate(lines):
-            colour, style = _LOOKS[place % len(_LOOKS)]
+            colour, style = LOOKS[place % len(LOOKS)]
             look = {"color": colour, "linestyle": style, "marker": "o", "markersize": 3, "linewidth": 1.2}
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, **look)
@@ -54,7 +53,7 @@ def sweep(result: Transfer, what: Literal["unexplained", "loss"]) -> str:
     ]
 
     def tune(axes: Any) -> None:
-        for (colour, _), own in zip(_LOOKS * len(cells), cells.values(), strict=False):
+        for (colour, _), own in zip(LOOKS * len(cells), cells.values(), strict=False):
             anew = [value(cell) for cell in own if cell.form == RETRAINED]
             axes.plot([_ANEW] * len(anew), anew, "x", color=colour, markersize=5, clip_on=False)
         if what == "unexplained":

@@ -21,7 +21,6 @@ from unweave.inputs.inputs import data_of, token_store
 from unweave.inputs.saes import Opened, open_saes
 from unweave.inputs.spec import OfSAEsSpec
 from unweave.lm.model import LM, Tokens
-from unweave.methods.compress.calibrate import equal_batches
 from unweave.methods.compress.measure import compare, row_losses
 from unweave.methods.compress.saes import Norms, check_saes, norms_of
 from unweave.methods.compress.transfer import damage
@@ -72,7 +71,8 @@ def run(spec: TransferSpec, ctx: Context) -> Transfer:
     norms: Mapping[Site, Norms] = {}
     if spec.pruning.method == "wanda" and (spec.pruning.shares or spec.pruning.sweep):
         train, _ = token_store(opened.lm, opened.model, data, "train", spec.pruning.tokens, ctx.runs)
-        norms = norms_of(first, opened.saes, equal_batches(first, train, spec.batch_tokens))
+        batches = store_batches(first, train, range(train.n_rows), spec.batch_tokens, spread=1)
+        norms = norms_of(first, opened.saes, batches)
     forms = forms_of(opened.saes, retrained, spec.pruning.shares, norms)
     two = Two({"original": opened.lm, "compressed": first}, forms, ctx.pieces)
     damaged = [_damaged(spec, two, store, 0, [])]
